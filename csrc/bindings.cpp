@@ -1,0 +1,119 @@
+// Every entry point of the compiled module. A tensor comes as None or (address, dtype, stride of n,
+// c, p).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/parallel.h"
+#include "coupling/coupling.h"
+#include "norm/norm.h"
+#include "score/score.h"
+
+namespace py = pybind11;
+
+namespace pybind11::detail {
+template <>
+struct type_caster<msflow::Tensor> {
+  PYBIND11_TYPE_CASTER(msflow::Tensor, const_name("tuple[int, int, int, int, int] | None"));
+
+  bool load(handle from, bool) {
+    if (from.is_none()) return true;
+    if (!isinstance<tuple>(from)) return false;
+    const auto t = reinterpret_borrow<tuple>(from);
+    if (t.size() != 5) return false;
+    value.data = t[0].cast<uintptr_t>();
+    value.dtype = msflow::DType(t[1].cast<int>());
+    value.n = t[2].cast<int64_t>(), value.c = t[3].cast<int64_t>(), value.p = t[4].cast<int64_t>();
+    return true;
+  }
+};
+}  // namespace pybind11::detail
+
+namespace msflow {
+namespace {
+
+using Address = uintptr_t;
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+Coupling coupling(const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>& sizes,
+                  bool interleaved, int form, double clamp, double limit, Address scale,
+                  Address offset, Address perm) {
+  const auto& [samples, passive, active, positions, split] = sizes;
+  return {samples, passive,        active,          positions,
+          split,   interleaved,    ClampForm(form), clamp,
+          limit,   pointer(scale), pointer(offset), static_cast<const int64_t*>(pointer(perm))};
+}
+
+Norm norm(const std::tuple<int64_t, int64_t, int64_t>& sizes, bool interleaved, bool relu,
+          double eps, Address weight, Address bias) {
+  const auto& [samples, channels, positions] = sizes;
+  return {samples, channels, positions, interleaved, relu, eps, pointer(weight), pointer(bias)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  const py::call_guard<py::gil_scoped_release> nogil;
+  py::class_<Coupling>(m, "Coupling").def(py::init(&coupling));
+  py::class_<Norm>(m, "Norm").def(py::init(&norm));
+
+  m.def("set_parallel_for",
+        [](Address f) { torch_parallel_for = reinterpret_cast<ParallelFor>(f); });
+
+  m.def(
+      "coupling_forward_cpu",
+      [](const Coupling& c, Tensor x1, Tensor x2, Tensor a, Tensor y1, Tensor y2, Address log_det) {
+        coupling_forward_cpu(c, x1, x2, a, y1, y2, pointer(log_det));
+      },
+      nogil);
+  m.def(
+      "coupling_inverse_cpu",
+      [](const Coupling& c, Tensor y1, Tensor y2, Tensor a, Tensor x2, Address log_det) {
+        coupling_inverse_cpu(c, y1, y2, a, x2, pointer(log_det));
+      },
+      nogil);
+  m.def(
+      "coupling_backward_cpu",
+      [](const Coupling& c, Tensor gy1, Tensor gy2, Address grad_log_det, Tensor x1, Tensor x2,
+         Tensor a, Tensor gx1, Tensor gx2, Tensor ga, Address grad_scale, Address grad_offset) {
+        coupling_backward_cpu(c, gy1, gy2, pointer(grad_log_det), x1, x2, a, gx1, gx2, ga,
+                              pointer(grad_scale), pointer(grad_offset));
+      },
+      nogil);
+  m.def(
+      "norm_forward_cpu",
+      [](const Norm& n, Tensor x, Tensor map, Tensor y, Address statistics) {
+        norm_forward_cpu(n, x, map, y, pointer(statistics));
+      },
+      nogil);
+  m.def(
+      "norm_backward_cpu",
+      [](const Norm& n, Tensor gy, Tensor x, Tensor map, Address statistics, Tensor gx, Tensor gmap,
+         Address grad_weight, Address grad_bias) {
+        norm_backward_cpu(n, gy, x, map, pointer(statistics), gx, gmap, pointer(grad_weight),
+                          pointer(grad_bias));
+      },
+      nogil);
+  m.def(
+      "square_sums_cpu",
+      [](int64_t samples, int64_t channels, int64_t positions, bool interleaved, Tensor z,
+         Address per_position, Address per_sample) {
+        square_sums_cpu(samples, channels, positions, interleaved, z, pointer(per_position),
+                        pointer(per_sample));
+      },
+      nogil);
+  m.def(
+      "aggregate_cpu",
+      [](int dtype, int64_t samples, int64_t height, int64_t width, int64_t k,
+         const std::vector<std::tuple<Address, int64_t, int64_t>>& maps, Address score,
+         Address log_score, Address nll_score, Address anomaly_map, Address image_map) {
+        std::vector<Scale> scales;
+        for (const auto& [address, h, w] : maps) scales.push_back({pointer(address), h, w});
+        return aggregate_cpu(DType(dtype), samples, height, width, k, scales, pointer(score),
+                             pointer(log_score), pointer(nll_score), pointer(anomaly_map),
+                             pointer(image_map));
+      },
+      nogil);
+}
+
+}  // namespace msflow

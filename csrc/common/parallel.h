@@ -1,0 +1,64 @@
+// Loops over torch's threads. Results never depend on how a range is cut: every kernel writes each
+// item's own place.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+
+#include "common/host_device.h"
+
+namespace msflow {
+
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+
+// torch_parallel_for of libtorch (its stable C interface); null means one thread.
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body, void* context);
+inline ParallelFor torch_parallel_for = nullptr;
+
+constexpr int64_t elements_per_task = 16384;
+
+// Runs body over [0, items), each of which handles about `elements` numbers.
+template <class Context>
+void parallel_for(int64_t items, int64_t elements, Body body, Context& context) {
+  if (items <= 0) return;
+  const int64_t grain = std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, elements));
+  if (!torch_parallel_for || items <= grain) {
+    body(0, items, &context);
+  } else {
+    torch_parallel_for(0, items, grain, body, &context);
+  }
+}
+
+// Uninitialised scratch memory.
+template <class T>
+std::unique_ptr<T[]> scratch(int64_t size) {
+  return std::unique_ptr<T[]>(new T[std::max<int64_t>(1, size)]);
+}
+
+constexpr int lanes = 16;
+
+// lane[i % lanes] += x[i]: one fixed order on every machine, and a loop that vectorises.
+template <class W>
+HD void add_to_lanes(const W* x, int64_t size, W (&lane)[lanes]) {
+  int64_t i = 0;
+  for (; i + lanes <= size; i += lanes)
+    for (int l = 0; l < lanes; ++l) lane[l] += x[i + l];
+  for (int l = 0; i < size; ++i, ++l) lane[l] += x[i];
+}
+
+template <class W>
+HD double sum_lanes(const W (&lane)[lanes]) {
+  double sum = 0;
+  for (int l = 0; l < lanes; ++l) sum += double(lane[l]);
+  return sum;
+}
+
+template <class W>
+HD double ordered_sum(const W* x, int64_t size) {
+  W lane[lanes] = {};
+  add_to_lanes(x, size, lane);
+  return sum_lanes(lane);
+}
+
+}  // namespace msflow

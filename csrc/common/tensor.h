@@ -1,0 +1,22 @@
+// What the kernels know of a tensor (N, C, P): an address, an element type and three strides.
+#pragma once
+
+#include <cstdint>
+
+namespace msflow {
+
+enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+struct Tensor {
+  uintptr_t data = 0;
+  DType dtype = DType::float32;
+  int64_t n = 0, c = 0, p = 0;  // strides of sample, channel and position, in elements
+
+  template <class T>
+  T* at(int64_t sample, int64_t channel, int64_t position = 0) const {
+    // In integers, because an empty tensor's address is null.
+    return reinterpret_cast<T*>(data + (sample * n + channel * c + position * p) * sizeof(T));
+  }
+};
+
+}  // namespace msflow

@@ -1,0 +1,32 @@
+// Entry points of the coupling; msflow_ext/ops/coupling.py says what they compute.
+#pragma once
+
+#include "common/tensor.h"
+#include "coupling/formula.h"
+
+namespace msflow {
+
+// Everything a coupling call needs. scale and offset hold wide elements, perm int64; each may be
+// null.
+struct Coupling {
+  int64_t samples, passive, active, positions;
+  int64_t split;  // channels of the first result
+  bool interleaved;
+  ClampForm form;
+  double clamp, limit;
+  const void* scale;
+  const void* offset;
+  const int64_t* perm;
+
+  int64_t channels() const { return passive + active; }
+};
+
+void coupling_forward_cpu(const Coupling&, Tensor x1, Tensor x2, Tensor a, Tensor y1, Tensor y2,
+                          void* log_det);
+void coupling_inverse_cpu(const Coupling&, Tensor y1, Tensor y2, Tensor a, Tensor x2,
+                          void* log_det);
+void coupling_backward_cpu(const Coupling&, Tensor grad_y1, Tensor grad_y2,
+                           const void* grad_log_det, Tensor x1, Tensor x2, Tensor a, Tensor grad_x1,
+                           Tensor grad_x2, Tensor grad_a, void* grad_scale, void* grad_offset);
+
+}  // namespace msflow

@@ -1,0 +1,409 @@
+// The coupling on the CPU: rows of positions (planar) or of channels (interleaved), sums in a fixed
+// order.
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <vector>
+
+#include "common/half.h"
+#include "common/parallel.h"
+#include "coupling/coupling.h"
+
+namespace msflow {
+namespace {
+
+constexpr int64_t chunk = 256;  // numbers whose terms wait in the L1 cache for their sum
+
+// Operands of all three directions; in each, some are unused.
+template <class W>
+struct Job : Coupling {
+  Tensor x1, x2, a, y1, y2;                 // y1, y2: results, or their gradients
+  Tensor grad_x1, grad_x2, grad_a;          // backward
+  Clamp<W> k;                               // the soft clamp's constants
+  std::vector<W> gain, shift;               // scale and offset, 1 and 0 where there is none
+  std::vector<int32_t> source;              // result k comes from channel source[k]
+  const W* grad_log_det = nullptr;          // (N,)
+  std::unique_ptr<double[]> log_det_parts;  // (items,)
+  std::unique_ptr<W[]> grad_parts;          // (items, 2, C) interleaved, (N, 2, C) planar
+
+  explicit Job(const Coupling& c)
+      : Coupling(c),
+        k(make_clamp<W>(c.form, c.clamp)),
+        gain(channels(), W(1)),
+        shift(channels(), W(0)),
+        source(channels()) {
+    const int64_t size = channels();
+    if (scale) gain.assign(static_cast<const W*>(scale), static_cast<const W*>(scale) + size);
+    if (offset) shift.assign(static_cast<const W*>(offset), static_cast<const W*>(offset) + size);
+    std::vector<bool> seen(size);
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t from = perm ? perm[i] : i;
+      if (from < 0 || from >= size || seen[from])
+        throw std::invalid_argument("coupling: perm must hold every channel once, but does not");
+      seen[from] = true;
+      source[i] = int32_t(from);
+    }
+  }
+
+  // Positions of one interleaved item: few enough for the cache, and the same for every batch and
+  // thread count.
+  int64_t block() const { return std::min<int64_t>(64, std::max<int64_t>(1, 16384 / channels())); }
+  int64_t blocks() const { return (positions + block() - 1) / block(); }
+  int64_t items() const { return samples * (interleaved ? blocks() : channels()); }
+  int64_t item_size() const { return interleaved ? block() * channels() : positions; }
+
+  template <class X>
+  X* result(int64_t n, int64_t channel, int64_t p = 0) const {
+    return channel < split ? y1.at<X>(n, channel, p) : y2.at<X>(n, channel - split, p);
+  }
+
+  double log_det_of_scale() const {
+    double sum = 0;
+    if (scale)
+      for (W g : gain) sum += std::log(double(g));
+    return sum * double(positions);
+  }
+
+  // The log-det of each sample: its parts in order, plus the global scale's.
+  void sum_log_det(void* to, double sign) const {
+    const int64_t per_sample = items() / std::max<int64_t>(1, samples);
+    const double constant = log_det_of_scale();
+    for (int64_t n = 0; n < samples; ++n) {
+      double sum = constant;
+      for (int64_t i = 0; i < per_sample; ++i) sum += log_det_parts[n * per_sample + i];
+      static_cast<W*>(to)[n] = W(sign * sum);
+    }
+  }
+};
+
+// ---- planar: an item is one channel of one sample, its positions side by side ----
+
+template <bool Atan, class X, class A, class W>
+HD void forward_planar(const Job<W>& job, int64_t begin, int64_t end) {
+  const W limit = W(job.limit);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / job.channels(), result = item % job.channels();
+    const int64_t c = job.source[result], j = c - job.passive;
+    X* __restrict__ y = job.template result<X>(n, result);
+    const W gain = job.gain[c], shift = job.shift[c];
+    double sum = 0;
+    if (j < 0) {
+      const X* __restrict__ x = job.x1.template at<X>(n, c);
+      for (int64_t i = 0; i < job.positions; ++i)
+        store(y + i, affine(W(load(x[i])), gain, shift, limit));
+    } else {
+      const X* __restrict__ x = job.x2.template at<X>(n, j);
+      const A* __restrict__ a_s = job.a.template at<A>(n, j);
+      const A* __restrict__ a_t = job.a.template at<A>(n, j + job.active);
+      W s[chunk];
+      for (int64_t start = 0; start < job.positions; start += chunk) {
+        const int64_t size = std::min(chunk, job.positions - start);
+        for (int64_t i = 0; i < size; ++i) {
+          s[i] = log_scale<Atan>(job.k, W(load(a_s[start + i])));
+          const W u = W(load(x[start + i])) * exp_(s[i]) + job.k.shift * W(load(a_t[start + i]));
+          store(y + start + i, affine(u, gain, shift, limit));
+        }
+        sum += ordered_sum(s, size);
+      }
+    }
+    job.log_det_parts[item] = sum;
+  }
+}
+
+template <bool Atan, class X, class A, class W>
+HD void inverse_planar(const Job<W>& job, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / job.channels(), result = item % job.channels();
+    const int64_t c = job.source[result], j = c - job.passive;
+    double sum = 0;
+    if (j >= 0) {
+      const X* __restrict__ y = job.template result<X>(n, result);
+      X* __restrict__ x = job.x2.template at<X>(n, j);
+      const A* __restrict__ a_s = job.a.template at<A>(n, j);
+      const A* __restrict__ a_t = job.a.template at<A>(n, j + job.active);
+      const W gain = job.gain[c], shift = job.shift[c];
+      W s[chunk];
+      for (int64_t start = 0; start < job.positions; start += chunk) {
+        const int64_t size = std::min(chunk, job.positions - start);
+        for (int64_t i = 0; i < size; ++i) {
+          s[i] = log_scale<Atan>(job.k, W(load(a_s[start + i])));
+          const W u = (W(load(y[start + i])) - shift) / gain;
+          store(x + start + i, (u - job.k.shift * W(load(a_t[start + i]))) * exp_(-s[i]));
+        }
+        sum += ordered_sum(s, size);
+      }
+    }
+    job.log_det_parts[item] = sum;
+  }
+}
+
+template <bool Atan, class X, class A, class W>
+HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
+  const W limit = W(job.limit);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / job.channels(), result = item % job.channels();
+    const int64_t c = job.source[result], j = c - job.passive;
+    const X* __restrict__ grad_y = job.template result<X>(n, result);
+    const W gain = job.gain[c], shift = job.shift[c], grad_s = job.grad_log_det[n];
+    double sum_scale = 0, sum_offset = 0;
+    W gu[chunk], gv[chunk];
+    for (int64_t start = 0; start < job.positions; start += chunk) {
+      const int64_t size = std::min(chunk, job.positions - start);
+      if (j < 0) {
+        const X* __restrict__ x = job.x1.template at<X>(n, c, start);
+        X* __restrict__ grad_x = job.grad_x1.template at<X>(n, c, start);
+        for (int64_t i = 0; i < size; ++i) {
+          const W u = W(load(x[i]));
+          gv[i] = through_limit(W(load(grad_y[start + i])), u, gain, shift, limit);
+          gu[i] = gv[i] * u;
+          store(grad_x + i, gv[i] * gain);
+        }
+      } else {
+        const X* __restrict__ x = job.x2.template at<X>(n, j, start);
+        const A* __restrict__ a_s = job.a.template at<A>(n, j, start);
+        const A* __restrict__ a_t = job.a.template at<A>(n, j + job.active, start);
+        X* __restrict__ grad_x = job.grad_x2.template at<X>(n, j, start);
+        A* __restrict__ grad_s_row = job.grad_a.template at<A>(n, j, start);
+        A* __restrict__ grad_t_row = job.grad_a.template at<A>(n, j + job.active, start);
+        for (int64_t i = 0; i < size; ++i) {
+          W slope;
+          const W e = exp_(log_scale<Atan>(job.k, W(load(a_s[i])), slope));
+          const W scaled = W(load(x[i])) * e;
+          const W u = scaled + job.k.shift * W(load(a_t[i]));
+          gv[i] = through_limit(W(load(grad_y[start + i])), u, gain, shift, limit);
+          gu[i] = gv[i] * u;
+          const W g = gv[i] * gain;
+          store(grad_x + i, g * e);
+          store(grad_s_row + i, (g * scaled + grad_s) * slope);
+          store(grad_t_row + i, g * job.k.shift);
+        }
+      }
+      sum_scale += ordered_sum(gu, size);
+      sum_offset += ordered_sum(gv, size);
+    }
+    job.grad_parts[(n * 2) * job.channels() + c] = W(sum_scale);
+    job.grad_parts[(n * 2 + 1) * job.channels() + c] = W(sum_offset);
+  }
+}
+
+// ---- interleaved: an item is a block of positions of one sample, the channels of each side by
+// side ----
+
+template <bool Atan, class X, class A, class W>
+HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
+  const W limit = W(job.limit);
+  const int64_t channels = job.channels(), passive = job.passive, active = job.active;
+  const auto buffer = scratch<W>(channels + active);
+  W* __restrict__ v = buffer.get();
+  W* __restrict__ s = v + channels;
+  const W* __restrict__ gain = job.gain.data();
+  const W* __restrict__ shift = job.shift.data();
+  const int32_t* __restrict__ source = job.source.data();
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / job.blocks(), first = item % job.blocks() * job.block();
+    const int64_t last = std::min(first + job.block(), job.positions);
+    W lane[lanes] = {};
+    for (int64_t p = first; p < last; ++p) {
+      const X* __restrict__ x1 = job.x1.template at<X>(n, 0, p);
+      const X* __restrict__ x2 = job.x2.template at<X>(n, 0, p);
+      const A* __restrict__ a_s = job.a.template at<A>(n, 0, p);
+      const A* __restrict__ a_t = a_s + active;
+      for (int64_t c = 0; c < passive; ++c) v[c] = affine(W(load(x1[c])), gain[c], shift[c], limit);
+      for (int64_t j = 0; j < active; ++j) {
+        s[j] = log_scale<Atan>(job.k, W(load(a_s[j])));
+        const W u = W(load(x2[j])) * exp_(s[j]) + job.k.shift * W(load(a_t[j]));
+        v[passive + j] = affine(u, gain[passive + j], shift[passive + j], limit);
+      }
+      add_to_lanes(s, active, lane);
+      X* __restrict__ y1 = job.y1.template at<X>(n, 0, p);
+      X* __restrict__ y2 = job.y2.template at<X>(n, 0, p);
+      if (job.perm) {
+        for (int64_t i = 0; i < job.split; ++i) store(y1 + i, v[source[i]]);
+        for (int64_t i = job.split; i < channels; ++i) store(y2 + i - job.split, v[source[i]]);
+      } else {
+        for (int64_t i = 0; i < job.split; ++i) store(y1 + i, v[i]);
+        for (int64_t i = job.split; i < channels; ++i) store(y2 + i - job.split, v[i]);
+      }
+    }
+    job.log_det_parts[item] = sum_lanes(lane);
+  }
+}
+
+// v[source[k]] = y[k] over both results at one position.
+template <class X, class W>
+HD void unpermute(const Job<W>& job, int64_t n, int64_t p, W* __restrict__ v) {
+  const int32_t* __restrict__ source = job.source.data();
+  const X* __restrict__ y1 = job.y1.template at<X>(n, 0, p);
+  const X* __restrict__ y2 = job.y2.template at<X>(n, 0, p);
+  for (int64_t i = 0; i < job.split; ++i) v[source[i]] = W(load(y1[i]));
+  for (int64_t i = job.split; i < job.channels(); ++i) v[source[i]] = W(load(y2[i - job.split]));
+}
+
+template <bool Atan, class X, class A, class W>
+HD void inverse_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
+  const int64_t channels = job.channels(), passive = job.passive, active = job.active;
+  const auto buffer = scratch<W>(channels + active);
+  W* __restrict__ v = buffer.get();
+  W* __restrict__ s = v + channels;
+  const W* __restrict__ gain = job.gain.data() + passive;
+  const W* __restrict__ shift = job.shift.data() + passive;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / job.blocks(), first = item % job.blocks() * job.block();
+    const int64_t last = std::min(first + job.block(), job.positions);
+    W lane[lanes] = {};
+    for (int64_t p = first; p < last; ++p) {
+      unpermute<X>(job, n, p, v);
+      const W* __restrict__ u = v + passive;
+      const A* __restrict__ a_s = job.a.template at<A>(n, 0, p);
+      const A* __restrict__ a_t = a_s + active;
+      X* __restrict__ x2 = job.x2.template at<X>(n, 0, p);
+      for (int64_t j = 0; j < active; ++j) {
+        s[j] = log_scale<Atan>(job.k, W(load(a_s[j])));
+        const W value = (u[j] - shift[j]) / gain[j] - job.k.shift * W(load(a_t[j]));
+        store(x2 + j, value * exp_(-s[j]));
+      }
+      add_to_lanes(s, active, lane);
+    }
+    job.log_det_parts[item] = sum_lanes(lane);
+  }
+}
+
+template <bool Atan, class X, class A, class W>
+HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
+  const W limit = W(job.limit);
+  const int64_t channels = job.channels(), passive = job.passive, active = job.active;
+  const auto buffer = scratch<W>(channels);
+  W* __restrict__ grad = buffer.get();
+  const W* __restrict__ gain = job.gain.data();
+  const W* __restrict__ shift = job.shift.data();
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / job.blocks(), first = item % job.blocks() * job.block();
+    const int64_t last = std::min(first + job.block(), job.positions);
+    W* __restrict__ sum_scale = job.grad_parts.get() + item * 2 * channels;
+    W* __restrict__ sum_offset = sum_scale + channels;
+    std::fill(sum_scale, sum_scale + 2 * channels, W(0));
+    const W grad_s = job.grad_log_det[n];
+    for (int64_t p = first; p < last; ++p) {
+      unpermute<X>(job, n, p, grad);
+      const X* __restrict__ x1 = job.x1.template at<X>(n, 0, p);
+      const X* __restrict__ x2 = job.x2.template at<X>(n, 0, p);
+      const A* __restrict__ a_s = job.a.template at<A>(n, 0, p);
+      const A* __restrict__ a_t = a_s + active;
+      X* __restrict__ grad_x1 = job.grad_x1.template at<X>(n, 0, p);
+      X* __restrict__ grad_x2 = job.grad_x2.template at<X>(n, 0, p);
+      A* __restrict__ grad_a_s = job.grad_a.template at<A>(n, 0, p);
+      A* __restrict__ grad_a_t = grad_a_s + active;
+      for (int64_t c = 0; c < passive; ++c) {
+        const W u = W(load(x1[c]));
+        const W g = through_limit(grad[c], u, gain[c], shift[c], limit);
+        sum_scale[c] += g * u;
+        sum_offset[c] += g;
+        store(grad_x1 + c, g * gain[c]);
+      }
+      for (int64_t j = 0; j < active; ++j) {
+        const int64_t c = passive + j;
+        W slope;
+        const W e = exp_(log_scale<Atan>(job.k, W(load(a_s[j])), slope));
+        const W scaled = W(load(x2[j])) * e;
+        const W u = scaled + job.k.shift * W(load(a_t[j]));
+        const W gv = through_limit(grad[c], u, gain[c], shift[c], limit);
+        const W g = gv * gain[c];
+        sum_scale[c] += gv * u;
+        sum_offset[c] += gv;
+        store(grad_x2 + j, g * e);
+        store(grad_a_s + j, (g * scaled + grad_s) * slope);
+        store(grad_a_t + j, g * job.k.shift);
+      }
+    }
+  }
+}
+
+// ---- one body per direction and pair of element types, compiled for several instruction sets ----
+
+#define BODY(direction, X, A)                                                           \
+  MSFLOW_CLONES void direction##_##X##_##A(int64_t begin, int64_t end, void* context) { \
+    const auto& job = *static_cast<const Job<wide_t<X>>*>(context);                     \
+    const bool atan = job.form == ClampForm::atan;                                      \
+    if (job.interleaved) {                                                              \
+      atan ? direction##_interleaved<true, X, A>(job, begin, end)                       \
+           : direction##_interleaved<false, X, A>(job, begin, end);                     \
+    } else {                                                                            \
+      atan ? direction##_planar<true, X, A>(job, begin, end)                            \
+           : direction##_planar<false, X, A>(job, begin, end);                          \
+    }                                                                                   \
+  }
+#define BODIES(direction)             \
+  BODY(direction, float, float)       \
+  BODY(direction, double, double)     \
+  BODY(direction, bfloat16, bfloat16) \
+  BODY(direction, float, bfloat16)
+
+BODIES(forward)
+BODIES(inverse)
+BODIES(backward)
+
+// Calls run(body) with the body for the element types of the stream and the subnet's output.
+#define DISPATCH(direction, x, a, run)                                                             \
+  if (x == DType::float32 && a == DType::float32) return run(float(), direction##_float_float);    \
+  if (x == DType::float64 && a == DType::float64) return run(double(), direction##_double_double); \
+  if (x == DType::bfloat16 && a == DType::bfloat16)                                                \
+    return run(float(), direction##_bfloat16_bfloat16);                                            \
+  if (x == DType::float32 && a == DType::bfloat16)                                                 \
+    return run(float(), direction##_float_bfloat16);                                               \
+  throw std::invalid_argument("coupling: no kernel for these element types");
+
+}  // namespace
+
+void coupling_forward_cpu(const Coupling& coupling, Tensor x1, Tensor x2, Tensor a, Tensor y1,
+                          Tensor y2, void* log_det) {
+  const auto run = [&](auto wide, Body body) {
+    Job<decltype(wide)> job(coupling);
+    job.x1 = x1, job.x2 = x2, job.a = a, job.y1 = y1, job.y2 = y2;
+    job.log_det_parts = scratch<double>(job.items());
+    parallel_for(job.items(), job.item_size(), body, job);
+    job.sum_log_det(log_det, 1);
+  };
+  DISPATCH(forward, x2.dtype, a.dtype, run)
+}
+
+void coupling_inverse_cpu(const Coupling& coupling, Tensor y1, Tensor y2, Tensor a, Tensor x2,
+                          void* log_det) {
+  const auto run = [&](auto wide, Body body) {
+    Job<decltype(wide)> job(coupling);
+    job.y1 = y1, job.y2 = y2, job.a = a, job.x2 = x2;
+    job.log_det_parts = scratch<double>(job.items());
+    parallel_for(job.items(), job.item_size(), body, job);
+    job.sum_log_det(log_det, -1);
+  };
+  DISPATCH(inverse, x2.dtype, a.dtype, run)
+}
+
+void coupling_backward_cpu(const Coupling& coupling, Tensor grad_y1, Tensor grad_y2,
+                           const void* grad_log_det, Tensor x1, Tensor x2, Tensor a, Tensor grad_x1,
+                           Tensor grad_x2, Tensor grad_a, void* grad_scale, void* grad_offset) {
+  const auto run = [&](auto wide, Body body) {
+    using W = decltype(wide);
+    Job<W> job(coupling);
+    job.y1 = grad_y1, job.y2 = grad_y2, job.x1 = x1, job.x2 = x2, job.a = a;
+    job.grad_x1 = grad_x1, job.grad_x2 = grad_x2, job.grad_a = grad_a;
+    job.grad_log_det = static_cast<const W*>(grad_log_det);
+    const int64_t channels = job.channels(), parts = job.interleaved ? job.items() : job.samples;
+    job.grad_parts = scratch<W>(parts * 2 * channels);
+    parallel_for(job.items(), job.item_size(), body, job);
+    double grad_constant = 0;
+    for (int64_t n = 0; n < job.samples; ++n) grad_constant += double(job.grad_log_det[n]);
+    std::vector<double> sum(2 * channels);
+    for (int64_t i = 0; i < parts; ++i)
+      for (int64_t c = 0; c < 2 * channels; ++c)
+        sum[c] += double(job.grad_parts[i * 2 * channels + c]);
+    for (int64_t c = 0; c < channels; ++c) {
+      if (grad_scale)
+        static_cast<W*>(grad_scale)[c] =
+            W(sum[c] + grad_constant * double(job.positions) / double(job.gain[c]));
+      if (grad_offset) static_cast<W*>(grad_offset)[c] = W(sum[channels + c]);
+    }
+  };
+  DISPATCH(backward, x2.dtype, a.dtype, run)
+}
+
+}  // namespace msflow

@@ -1,0 +1,280 @@
+// The channel norm on the CPU: a block of positions at a time, all of whose channels fit a near
+// cache.
+#include <cmath>
+#include <stdexcept>
+#include <vector>
+
+#include "common/half.h"
+#include "common/parallel.h"
+#include "norm/formula.h"
+#include "norm/norm.h"
+
+namespace msflow {
+namespace {
+
+constexpr int64_t planar_block = 32;  // positions side by side: two AVX-512 registers
+
+template <class W>
+struct Job : Norm {
+  Tensor x, map, y, grad_x, grad_map;  // y: result, or its gradient
+  const W* w;
+  const W* b;
+  W* statistics = nullptr;          // (N, P, 2)
+  std::unique_ptr<W[]> grad_parts;  // (items, 2, C)
+
+  explicit Job(const Norm& norm)
+      : Norm(norm), w(static_cast<const W*>(weight)), b(static_cast<const W*>(bias)) {}
+
+  int64_t block() const {
+    return interleaved ? std::min<int64_t>(64, std::max<int64_t>(1, 8192 / channels))
+                       : planar_block;
+  }
+  int64_t blocks() const { return (positions + block() - 1) / block(); }
+};
+
+// ---- planar ----
+
+template <class X, class W>
+HD void forward_planar(const Job<W>& job, int64_t begin, int64_t end) {
+  const auto buffer = scratch<W>(job.channels * planar_block);
+  W* __restrict__ h = buffer.get();
+  const W share = W(1) / W(job.channels);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / job.blocks(), first = item % job.blocks() * planar_block;
+    const int64_t size = std::min(planar_block, job.positions - first);
+    W mean[planar_block] = {}, inverse[planar_block] = {};
+    for (int64_t c = 0; c < job.channels; ++c) {
+      const X* __restrict__ x = job.x.template at<X>(n, c, first);
+      W* __restrict__ row = h + c * planar_block;
+      for (int64_t i = 0; i < size; ++i) row[i] = W(load(x[i]));
+      if (job.map.data) {
+        const W* __restrict__ map = job.map.template at<W>(0, c, first);
+        for (int64_t i = 0; i < size; ++i) row[i] += map[i];
+      }
+      for (int64_t i = 0; i < size; ++i) mean[i] += row[i];
+    }
+    for (int64_t i = 0; i < size; ++i) mean[i] *= share;
+    for (int64_t c = 0; c < job.channels; ++c) {
+      W* __restrict__ row = h + c * planar_block;
+      for (int64_t i = 0; i < size; ++i) {
+        row[i] -= mean[i];
+        inverse[i] += row[i] * row[i];
+      }
+    }
+    for (int64_t i = 0; i < size; ++i) inverse[i] = 1 / std::sqrt(inverse[i] * share + W(job.eps));
+    for (int64_t c = 0; c < job.channels; ++c) {
+      const W* __restrict__ row = h + c * planar_block;
+      X* __restrict__ y = job.y.template at<X>(n, c, first);
+      const W w = job.w[c], b = job.b[c];
+      for (int64_t i = 0; i < size; ++i)
+        store(y + i, rectified(row[i] * inverse[i] * w + b, job.relu));
+    }
+    if (job.statistics) {
+      W* to = job.statistics + (n * job.positions + first) * 2;
+      for (int64_t i = 0; i < size; ++i) to[2 * i] = mean[i], to[2 * i + 1] = inverse[i];
+    }
+  }
+}
+
+// An item is a block of positions of all samples, because grad_map sums over samples.
+template <class X, class W>
+HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
+  const auto buffer = scratch<W>(2 * job.channels * planar_block);
+  W* __restrict__ normal = buffer.get();
+  W* __restrict__ grad = normal + job.channels * planar_block;
+  const W share = W(1) / W(job.channels);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t first = item * planar_block;
+    const int64_t size = std::min(planar_block, job.positions - first);
+    W* __restrict__ grad_w = job.grad_parts.get() + item * 2 * job.channels;
+    W* __restrict__ grad_b = grad_w + job.channels;
+    std::fill(grad_w, grad_w + 2 * job.channels, W(0));
+    for (int64_t n = 0; n < job.samples; ++n) {
+      W mean[planar_block], inverse[planar_block], mean_g[planar_block] = {},
+                                                   mean_gn[planar_block] = {};
+      const W* from = job.statistics + (n * job.positions + first) * 2;
+      for (int64_t i = 0; i < size; ++i) mean[i] = from[2 * i], inverse[i] = from[2 * i + 1];
+      for (int64_t c = 0; c < job.channels; ++c) {
+        const X* __restrict__ x = job.x.template at<X>(n, c, first);
+        const X* __restrict__ grad_y = job.y.template at<X>(n, c, first);
+        W* __restrict__ nrow = normal + c * planar_block;
+        W* __restrict__ grow = grad + c * planar_block;
+        const W w = job.w[c], b = job.b[c];
+        for (int64_t i = 0; i < size; ++i) nrow[i] = W(load(x[i])) - mean[i];
+        if (job.map.data) {
+          const W* __restrict__ map = job.map.template at<W>(0, c, first);
+          for (int64_t i = 0; i < size; ++i) nrow[i] += map[i];
+        }
+        W gw[planar_block], gb[planar_block];
+        for (int64_t i = 0; i < size; ++i) {
+          nrow[i] *= inverse[i];
+          gb[i] = through_relu(W(load(grad_y[i])), nrow[i], w, b, job.relu);
+          gw[i] = gb[i] * nrow[i];
+          grow[i] = gb[i] * w;
+          mean_g[i] += grow[i];
+          mean_gn[i] += grow[i] * nrow[i];
+        }
+        grad_w[c] += W(ordered_sum(gw, size));
+        grad_b[c] += W(ordered_sum(gb, size));
+      }
+      for (int64_t i = 0; i < size; ++i) mean_g[i] *= share, mean_gn[i] *= share;
+      for (int64_t c = 0; c < job.channels; ++c) {
+        const W* __restrict__ nrow = normal + c * planar_block;
+        W* __restrict__ grow = grad + c * planar_block;
+        X* __restrict__ grad_x = job.grad_x.template at<X>(n, c, first);
+        for (int64_t i = 0; i < size; ++i) {
+          grow[i] = norm_gradient(grow[i], nrow[i], inverse[i], mean_g[i], mean_gn[i]);
+          store(grad_x + i, grow[i]);
+        }
+        if (job.grad_map.data) {
+          W* __restrict__ grad_map = job.grad_map.template at<W>(0, c, first);
+          for (int64_t i = 0; i < size; ++i) grad_map[i] = n ? grad_map[i] + grow[i] : grow[i];
+        }
+      }
+    }
+  }
+}
+
+// ---- interleaved ----
+
+template <class X, class W>
+HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
+  const auto buffer = scratch<W>(job.channels);
+  W* __restrict__ h = buffer.get();
+  const W* __restrict__ w = job.w;
+  const W* __restrict__ b = job.b;
+  const int64_t channels = job.channels;
+  const W share = W(1) / W(channels);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / job.blocks(), first = item % job.blocks() * job.block();
+    const int64_t last = std::min(first + job.block(), job.positions);
+    for (int64_t p = first; p < last; ++p) {
+      const X* __restrict__ x = job.x.template at<X>(n, 0, p);
+      X* __restrict__ y = job.y.template at<X>(n, 0, p);
+      for (int64_t c = 0; c < channels; ++c) h[c] = W(load(x[c]));
+      if (job.map.data) {
+        const W* __restrict__ map = job.map.template at<W>(0, 0, p);
+        for (int64_t c = 0; c < channels; ++c) h[c] += map[c];
+      }
+      const W mean = W(ordered_sum(h, channels)) * share;
+      W lane[lanes] = {};
+      int64_t c = 0;
+      for (; c + lanes <= channels; c += lanes)
+        for (int l = 0; l < lanes; ++l) lane[l] += (h[c + l] - mean) * (h[c + l] - mean);
+      for (int l = 0; c < channels; ++c, ++l) lane[l] += (h[c] - mean) * (h[c] - mean);
+      const W inverse = 1 / std::sqrt(W(sum_lanes(lane)) * share + W(job.eps));
+      for (c = 0; c < channels; ++c)
+        store(y + c, rectified((h[c] - mean) * inverse * w[c] + b[c], job.relu));
+      if (job.statistics) {
+        W* to = job.statistics + (n * job.positions + p) * 2;
+        to[0] = mean, to[1] = inverse;
+      }
+    }
+  }
+}
+
+template <class X, class W>
+HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
+  const int64_t channels = job.channels;
+  const auto buffer = scratch<W>(3 * channels);
+  W* __restrict__ normal = buffer.get();
+  W* __restrict__ grad = normal + channels;
+  W* __restrict__ product = grad + channels;
+  const W* __restrict__ w = job.w;
+  const W* __restrict__ b = job.b;
+  const W share = W(1) / W(channels);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t first = item * job.block(), last = std::min(first + job.block(), job.positions);
+    W* __restrict__ grad_w = job.grad_parts.get() + item * 2 * channels;
+    W* __restrict__ grad_b = grad_w + channels;
+    std::fill(grad_w, grad_w + 2 * channels, W(0));
+    for (int64_t n = 0; n < job.samples; ++n) {
+      for (int64_t p = first; p < last; ++p) {
+        const X* __restrict__ x = job.x.template at<X>(n, 0, p);
+        const X* __restrict__ grad_y = job.y.template at<X>(n, 0, p);
+        X* __restrict__ grad_x = job.grad_x.template at<X>(n, 0, p);
+        const W mean = job.statistics[(n * job.positions + p) * 2];
+        const W inverse = job.statistics[(n * job.positions + p) * 2 + 1];
+        for (int64_t c = 0; c < channels; ++c) normal[c] = W(load(x[c])) - mean;
+        if (job.map.data) {
+          const W* __restrict__ map = job.map.template at<W>(0, 0, p);
+          for (int64_t c = 0; c < channels; ++c) normal[c] += map[c];
+        }
+        for (int64_t c = 0; c < channels; ++c) {
+          normal[c] *= inverse;
+          const W g = through_relu(W(load(grad_y[c])), normal[c], w[c], b[c], job.relu);
+          grad_w[c] += g * normal[c];
+          grad_b[c] += g;
+          grad[c] = g * w[c];
+          product[c] = grad[c] * normal[c];
+        }
+        const W mean_g = W(ordered_sum(grad, channels)) * share;
+        const W mean_gn = W(ordered_sum(product, channels)) * share;
+        for (int64_t c = 0; c < channels; ++c) {
+          grad[c] = norm_gradient(grad[c], normal[c], inverse, mean_g, mean_gn);
+          store(grad_x + c, grad[c]);
+        }
+        if (job.grad_map.data) {
+          W* __restrict__ grad_map = job.grad_map.template at<W>(0, 0, p);
+          if (n == 0) std::fill(grad_map, grad_map + channels, W(0));
+          for (int64_t c = 0; c < channels; ++c) grad_map[c] += grad[c];
+        }
+      }
+    }
+  }
+}
+
+#define BODY(direction, X)                                                        \
+  MSFLOW_CLONES void direction##_##X(int64_t begin, int64_t end, void* context) { \
+    const auto& job = *static_cast<const Job<wide_t<X>>*>(context);               \
+    job.interleaved ? direction##_interleaved<X>(job, begin, end)                 \
+                    : direction##_planar<X>(job, begin, end);                     \
+  }
+BODY(forward, float)
+BODY(forward, double)
+BODY(forward, bfloat16)
+BODY(backward, float)
+BODY(backward, double)
+BODY(backward, bfloat16)
+
+#define DISPATCH(direction, x, run)                                    \
+  if (x == DType::float32) return run(float(), direction##_float);     \
+  if (x == DType::float64) return run(double(), direction##_double);   \
+  if (x == DType::bfloat16) return run(float(), direction##_bfloat16); \
+  throw std::invalid_argument("channel_norm: no kernel for this element type");
+
+}  // namespace
+
+void norm_forward_cpu(const Norm& norm, Tensor x, Tensor bias_map, Tensor y, void* statistics) {
+  const auto run = [&](auto wide, Body body) {
+    Job<decltype(wide)> job(norm);
+    job.x = x, job.map = bias_map, job.y = y;
+    job.statistics = static_cast<decltype(wide)*>(statistics);
+    parallel_for(job.samples * job.blocks(), job.block() * job.channels, body, job);
+  };
+  DISPATCH(forward, x.dtype, run)
+}
+
+void norm_backward_cpu(const Norm& norm, Tensor grad_y, Tensor x, Tensor bias_map,
+                       const void* statistics, Tensor grad_x, Tensor grad_map, void* grad_weight,
+                       void* grad_bias) {
+  const auto run = [&](auto wide, Body body) {
+    using W = decltype(wide);
+    Job<W> job(norm);
+    job.y = grad_y, job.x = x, job.map = bias_map, job.grad_x = grad_x, job.grad_map = grad_map;
+    job.statistics = const_cast<W*>(static_cast<const W*>(statistics));
+    const int64_t size = 2 * job.channels;
+    job.grad_parts = scratch<W>(job.blocks() * size);
+    parallel_for(job.blocks(), job.block() * job.channels * job.samples, body, job);
+    std::vector<double> sum(size);
+    for (int64_t i = 0; i < job.blocks(); ++i)
+      for (int64_t c = 0; c < size; ++c) sum[c] += double(job.grad_parts[i * size + c]);
+    for (int64_t c = 0; c < job.channels; ++c) {
+      static_cast<W*>(grad_weight)[c] = W(sum[c]);
+      static_cast<W*>(grad_bias)[c] = W(sum[job.channels + c]);
+    }
+  };
+  DISPATCH(backward, x.dtype, run)
+}
+
+}  // namespace msflow

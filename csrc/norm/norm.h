@@ -1,0 +1,22 @@
+// Entry points of the channel norm; msflow_ext/ops/norm.py says what they compute.
+#pragma once
+
+#include "common/tensor.h"
+
+namespace msflow {
+
+struct Norm {
+  int64_t samples, channels, positions;
+  bool interleaved, relu;
+  double eps;
+  const void* weight;  // (C,), wide
+  const void* bias;
+};
+
+// bias_map (1, C, P) and statistics (N, P, 2: mean, 1 / deviation), both wide, may be null.
+void norm_forward_cpu(const Norm&, Tensor x, Tensor bias_map, Tensor y, void* statistics);
+void norm_backward_cpu(const Norm&, Tensor grad_y, Tensor x, Tensor bias_map,
+                       const void* statistics, Tensor grad_x, Tensor grad_map, void* grad_weight,
+                       void* grad_bias);
+
+}  // namespace msflow

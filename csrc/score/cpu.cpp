@@ -1,0 +1,335 @@
+// Likelihoods and their aggregation over scales on the CPU.
+#include <cmath>
+#include <stdexcept>
+
+#include "common/elementary.h"
+#include "common/half.h"
+#include "common/parallel.h"
+#include "score/formula.h"
+#include "score/score.h"
+
+namespace msflow {
+namespace {
+
+// ---- sums of squares over channels ----
+
+constexpr int64_t block = 64;  // positions of an item
+
+template <class W>
+struct Squares {
+  int64_t samples, channels, positions;
+  bool interleaved;
+  Tensor z;
+  W* per_position;
+  std::unique_ptr<double[]> parts;  // (items,)
+
+  int64_t blocks() const { return (positions + block - 1) / block; }
+};
+
+template <class X, class W>
+HD void square_sums(const Squares<W>& job, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / job.blocks(), first = item % job.blocks() * block;
+    const int64_t size = std::min(block, job.positions - first);
+    W sum[block] = {};
+    if (job.interleaved) {
+      for (int64_t i = 0; i < size; ++i) {
+        const X* __restrict__ z = job.z.template at<X>(n, 0, first + i);
+        W lane[lanes] = {};
+        int64_t c = 0;
+        for (; c + lanes <= job.channels; c += lanes)
+          for (int l = 0; l < lanes; ++l) lane[l] += W(load(z[c + l])) * W(load(z[c + l]));
+        for (int l = 0; c < job.channels; ++c, ++l) lane[l] += W(load(z[c])) * W(load(z[c]));
+        sum[i] = W(sum_lanes(lane));
+      }
+    } else {
+      for (int64_t c = 0; c < job.channels; ++c) {
+        const X* __restrict__ z = job.z.template at<X>(n, c, first);
+        for (int64_t i = 0; i < size; ++i) sum[i] += W(load(z[i])) * W(load(z[i]));
+      }
+    }
+    job.parts[item] = ordered_sum(sum, size);
+    if (job.per_position) std::copy(sum, sum + size, job.per_position + n * job.positions + first);
+  }
+}
+
+#define BODY(X)                                                                   \
+  MSFLOW_CLONES void square_sums_##X(int64_t begin, int64_t end, void* context) { \
+    square_sums<X>(*static_cast<const Squares<wide_t<X>>*>(context), begin, end); \
+  }
+BODY(float)
+BODY(double)
+BODY(bfloat16)
+#undef BODY
+
+// ---- aggregation: upsample and sum rows, select, finish rows ----
+
+constexpr int bins = 4096;
+
+template <class W>
+struct Level {
+  const W* log_likelihood;           // (N, h, w)
+  std::unique_ptr<W[]> probability;  // exp(log_likelihood - its maximum per image)
+  int64_t height, width;
+  std::vector<int32_t> low, high;  // taps of each output column
+  std::vector<W> weight;
+};
+
+template <class W>
+struct Maps {
+  int64_t samples, height, width;
+  std::vector<Level<W>> levels;
+  W* anomaly_map;  // first the sum of probabilities
+  W* image_map;    // first the sum of log-likelihoods
+  // Of each row: the smallest and largest sum of log-likelihoods, and the largest sum of
+  // probabilities.
+  std::unique_ptr<W[]> row_low, row_high, row_probability;
+  std::vector<W> high, probability;  // the maxima of each image
+};
+
+// to[x] (+)= upsampled row y of map, both coordinates interpolated.
+template <class W>
+HD void add_row(const W* __restrict__ map, const Level<W>& level, const Tap<W>& tap,
+                W* __restrict__ row, W* __restrict__ to, int64_t width, bool first) {
+  const W* __restrict__ upper = map + tap.low * level.width;
+  const W* __restrict__ lower = map + tap.high * level.width;
+  for (int64_t x = 0; x < level.width; ++x) row[x] = upper[x] + tap.weight * (lower[x] - upper[x]);
+  const int32_t* __restrict__ low = level.low.data();
+  const int32_t* __restrict__ high = level.high.data();
+  const W* __restrict__ weight = level.weight.data();
+  if (first) {
+    for (int64_t x = 0; x < width; ++x)
+      to[x] = row[low[x]] + weight[x] * (row[high[x]] - row[low[x]]);
+  } else {
+    for (int64_t x = 0; x < width; ++x)
+      to[x] += row[low[x]] + weight[x] * (row[high[x]] - row[low[x]]);
+  }
+}
+
+template <class W>
+HD void upsample_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
+  int64_t widest = 1;
+  for (const auto& level : maps.levels) widest = std::max(widest, level.width);
+  const auto row = scratch<W>(widest);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / maps.height, y = item % maps.height;
+    W* __restrict__ log_sum = maps.image_map + item * maps.width;
+    W* __restrict__ sum = maps.anomaly_map + item * maps.width;
+    for (size_t i = 0; i < maps.levels.size(); ++i) {
+      const auto& level = maps.levels[i];
+      const int64_t image = n * level.height * level.width;
+      const auto tap = aligned_tap<W>(y, maps.height, level.height);
+      add_row(level.log_likelihood + image, level, tap, row.get(), log_sum, maps.width, i == 0);
+      add_row(level.probability.get() + image, level, tap, row.get(), sum, maps.width, i == 0);
+    }
+    W low = log_sum[0], high = log_sum[0], probability = sum[0];
+    for (int64_t x = 0; x < maps.width; ++x) {
+      low = log_sum[x] < low ? log_sum[x] : low;
+      high = log_sum[x] > high ? log_sum[x] : high;
+      probability = sum[x] > probability ? sum[x] : probability;
+    }
+    maps.row_low[item] = low;
+    maps.row_high[item] = high;
+    maps.row_probability[item] = probability;
+  }
+}
+
+template <class W>
+HD void finish_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const W high = maps.high[item / maps.height],
+            probability = maps.probability[item / maps.height];
+    W* __restrict__ image = maps.image_map + item * maps.width;
+    W* __restrict__ anomaly = maps.anomaly_map + item * maps.width;
+    for (int64_t x = 0; x < maps.width; ++x) {
+      image[x] = 1 - exp_(image[x] - high);
+      anomaly[x] = probability - anomaly[x];
+    }
+  }
+}
+
+// bin(x) grows with x, so the k smallest numbers lie in the first bins; only those are sorted out.
+template <class W>
+HD void bin_of(const W* __restrict__ x, int64_t size, W low, W rate, int32_t* __restrict__ bin) {
+  for (int64_t i = 0; i < size; ++i) {
+    const int32_t b = int32_t((x[i] - low) * rate);
+    bin[i] = b < bins ? b : bins - 1;
+  }
+}
+
+#define BODIES(W)                                                                      \
+  MSFLOW_CLONES void upsample_rows_##W(int64_t begin, int64_t end, void* context) {    \
+    upsample_rows(*static_cast<const Maps<W>*>(context), begin, end);                  \
+  }                                                                                    \
+  MSFLOW_CLONES void finish_rows_##W(int64_t begin, int64_t end, void* context) {      \
+    finish_rows(*static_cast<const Maps<W>*>(context), begin, end);                    \
+  }                                                                                    \
+  MSFLOW_CLONES void bins_##W(const W* x, int64_t size, W low, W rate, int32_t* bin) { \
+    bin_of(x, size, low, rate, bin);                                                   \
+  }
+BODIES(float)
+BODIES(double)
+
+inline void bins_of(const float* x, int64_t size, float low, float rate, int32_t* bin) {
+  bins_float(x, size, low, rate, bin);
+}
+inline void bins_of(const double* x, int64_t size, double low, double rate, int32_t* bin) {
+  bins_double(x, size, low, rate, bin);
+}
+
+// The k smallest of x in [low, high], the largest of them last.
+template <class W>
+std::vector<W> smallest(const W* x, int64_t size, int64_t k, W low, W high) {
+  constexpr int64_t chunk = 1024;
+  int32_t bin[chunk];
+  const W rate = high > low ? W(bins) / (high - low) : W(0);
+  const auto in_chunks = [&](auto use) {
+    for (int64_t start = 0; start < size; start += chunk) {
+      const int64_t length = std::min(chunk, size - start);
+      bins_of(x + start, length, low, std::isfinite(rate) ? rate : W(0), bin);
+      for (int64_t i = 0; i < length; ++i) use(x[start + i], bin[i]);
+    }
+  };
+  std::vector<int64_t> count(bins);
+  in_chunks([&](W, int32_t b) { ++count[b]; });
+  int last = 0;
+  for (int64_t sum = count[0]; sum < k; sum += count[++last]) {
+  }
+  std::vector<W> found;
+  found.reserve(k);
+  in_chunks([&](W value, int32_t b) {
+    if (b <= last) found.push_back(value);
+  });
+  std::nth_element(found.begin(), found.begin() + (k - 1), found.end());
+  found.resize(k);
+  return found;
+}
+
+template <class W>
+struct Selection {
+  const Maps<W>* maps;
+  int64_t k;
+  W *score, *log_score, *nll_score;
+};
+
+template <class W>
+void select(int64_t begin, int64_t end, void* context) {
+  const auto& job = *static_cast<const Selection<W>*>(context);
+  const auto& maps = *job.maps;
+  const int64_t size = maps.height * maps.width;
+  for (int64_t n = begin; n < end; ++n) {
+    const W* row_low = maps.row_low.get() + n * maps.height;
+    const W low = *std::min_element(row_low, row_low + maps.height);
+    const auto lowest = smallest(maps.image_map + n * size, size, job.k, low, maps.high[n]);
+    const double largest = double(lowest.back());
+    double sum = 0, exponentials = 0;
+    for (W value : lowest) {
+      sum += double(value);
+      exponentials += std::exp(double(value) - largest);
+    }
+    // -log(mean exp(L - max L)) over the k pixels; the paper's score is 1 - exp(-that).
+    const double log_score =
+        double(maps.high[n]) - largest - std::log(exponentials / double(job.k));
+    job.score[n] = W(-std::expm1(-log_score));
+    job.log_score[n] = W(log_score);
+    job.nll_score[n] = W(-sum / double(job.k));
+  }
+}
+
+template <class W>
+bool fill_probabilities(Level<W>& level, int64_t samples) {
+  const int64_t size = level.height * level.width;
+  level.probability = scratch<W>(samples * size);
+  for (int64_t n = 0; n < samples; ++n) {
+    const W* from = level.log_likelihood + n * size;
+    W* to = level.probability.get() + n * size;
+    const W high = *std::max_element(from, from + size);
+    bool finite = true;
+    for (int64_t i = 0; i < size; ++i) {
+      finite &= std::isfinite(from[i]);
+      to[i] = exp_(from[i] - high);
+    }
+    if (!finite) return false;
+  }
+  return true;
+}
+
+template <class W>
+bool aggregate(int64_t samples, int64_t height, int64_t width, int64_t k,
+               const std::vector<Scale>& scales, Body upsample, Body finish, W* score, W* log_score,
+               W* nll_score, W* anomaly_map, W* image_map) {
+  const int64_t rows = samples * height;
+  Maps<W> maps{
+      samples,          height,           width, {}, anomaly_map, image_map, scratch<W>(rows),
+      scratch<W>(rows), scratch<W>(rows), {},    {}};
+  for (const Scale& scale : scales) {
+    Level<W> level{static_cast<const W*>(scale.log_likelihood),
+                   nullptr,
+                   scale.height,
+                   scale.width,
+                   {},
+                   {},
+                   {}};
+    if (!fill_probabilities(level, samples)) return false;
+    for (int64_t x = 0; x < width; ++x) {
+      const auto tap = aligned_tap<W>(x, width, scale.width);
+      level.low.push_back(int32_t(tap.low));
+      level.high.push_back(int32_t(tap.high));
+      level.weight.push_back(tap.weight);
+    }
+    maps.levels.push_back(std::move(level));
+  }
+  parallel_for(rows, width * int64_t(2 * scales.size()), upsample, maps);
+  for (int64_t n = 0; n < samples; ++n) {
+    const auto largest = [&](const std::unique_ptr<W[]>& row) {
+      return *std::max_element(row.get() + n * height, row.get() + (n + 1) * height);
+    };
+    maps.high.push_back(largest(maps.row_high));
+    maps.probability.push_back(largest(maps.row_probability));
+    if (!std::isfinite(maps.high.back())) return false;
+  }
+  Selection<W> selection{&maps, k, score, log_score, nll_score};
+  parallel_for(samples, height * width, select<W>, selection);
+  parallel_for(rows, width, finish, maps);
+  return true;
+}
+
+}  // namespace
+
+void square_sums_cpu(int64_t samples, int64_t channels, int64_t positions, bool interleaved,
+                     Tensor z, void* per_position, void* per_sample) {
+  const auto run = [&](auto wide, Body body) {
+    using W = decltype(wide);
+    Squares<W> job{samples, channels, positions, interleaved, z, static_cast<W*>(per_position),
+                   nullptr};
+    const int64_t items = samples * job.blocks();
+    job.parts = scratch<double>(items);
+    parallel_for(items, block * channels, body, job);
+    if (!per_sample) return;
+    for (int64_t n = 0; n < samples; ++n) {
+      double sum = 0;
+      for (int64_t i = 0; i < job.blocks(); ++i) sum += job.parts[n * job.blocks() + i];
+      static_cast<W*>(per_sample)[n] = W(sum);
+    }
+  };
+  if (z.dtype == DType::float32) return run(float(), square_sums_float);
+  if (z.dtype == DType::float64) return run(double(), square_sums_double);
+  if (z.dtype == DType::bfloat16) return run(float(), square_sums_bfloat16);
+  throw std::invalid_argument("score: no kernel for this element type");
+}
+
+bool aggregate_cpu(DType dtype, int64_t samples, int64_t height, int64_t width, int64_t k,
+                   const std::vector<Scale>& scales, void* score, void* log_score, void* nll_score,
+                   void* anomaly_map, void* image_map) {
+  const auto run = [&](auto wide, Body upsample, Body finish) {
+    using W = decltype(wide);
+    return aggregate<W>(samples, height, width, k, scales, upsample, finish, static_cast<W*>(score),
+                        static_cast<W*>(log_score), static_cast<W*>(nll_score),
+                        static_cast<W*>(anomaly_map), static_cast<W*>(image_map));
+  };
+  if (dtype == DType::float32) return run(float(), upsample_rows_float, finish_rows_float);
+  if (dtype == DType::float64) return run(double(), upsample_rows_double, finish_rows_double);
+  throw std::invalid_argument("score: maps must be float32 or float64");
+}
+
+}  // namespace msflow

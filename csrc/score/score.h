@@ -1,0 +1,26 @@
+// Entry points of the scores; msflow_ext/ops/score.py says what they compute.
+#pragma once
+
+#include <vector>
+
+#include "common/tensor.h"
+
+namespace msflow {
+
+// Sums of z^2 over channels (N, P) and over everything but the sample (N,), both wide; each may be
+// null.
+void square_sums_cpu(int64_t samples, int64_t channels, int64_t positions, bool interleaved,
+                     Tensor z, void* per_position, void* per_sample);
+
+struct Scale {
+  const void* log_likelihood;  // (N, height, width), dense
+  int64_t height, width;
+};
+
+// Results are dense and of the maps' type. False if a map holds a value that is not finite: results
+// are then void.
+bool aggregate_cpu(DType dtype, int64_t samples, int64_t height, int64_t width, int64_t k,
+                   const std::vector<Scale>& scales, void* score, void* log_score, void* nll_score,
+                   void* anomaly_map, void* image_map);
+
+}  // namespace msflow

@@ -1,0 +1,56 @@
+"""Fast normalizing-flow anomaly detection: MSFlow, FastFlow and the fused kernels beneath them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+# Names are resolved on first use, so that `import msflow_ext` costs nothing beyond torch.
+_HOME = {
+    "FlowOutput": "msflow_ext.flows",
+    "MSFlow": "msflow_ext.models.msflow",
+    "MSFlowHead": "msflow_ext.models.msflow",
+    "Prediction": "msflow_ext.models.msflow",
+    "info": "msflow_ext.testing",
+    "load": "msflow_ext.inference",
+}
+_MODULES = ("compat", "data", "flows", "inference", "metrics", "models", "ops", "testing", "training")
+
+if TYPE_CHECKING:
+    from msflow_ext import compat, data, flows, inference, metrics, models, ops, testing, training
+    from msflow_ext.flows import FlowOutput
+    from msflow_ext.inference import load
+    from msflow_ext.models.msflow import MSFlow, MSFlowHead, Prediction
+    from msflow_ext.testing import info
+
+__all__ = [
+    "FlowOutput",
+    "MSFlow",
+    "MSFlowHead",
+    "Prediction",
+    "compat",
+    "data",
+    "flows",
+    "inference",
+    "info",
+    "load",
+    "metrics",
+    "models",
+    "ops",
+    "testing",
+    "training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"msflow_ext.{name}")
+    raise AttributeError(f"module 'msflow_ext' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

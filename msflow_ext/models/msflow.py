@@ -1,0 +1,462 @@
+"""MSFlow: asymmetrical parallel flows on the scales of a frozen backbone, and a fusion flow across them.
+
+Source: Zhou et al., "MSFlow: Multi-Scale Flow-based Framework for Unsupervised Anomaly Detection", TNNLS 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msflow_ext import ops
+from msflow_ext.flows import AffineCoupling, Flow, FlowOutput
+from msflow_ext.ops.coupling import accumulation_dtype
+
+#: Beyond this the fusion flow's results are cut off.
+LIMIT = 1e6
+
+#: What the paper fixes for its backbone; every other backbone keeps its own padding and has its features standardised.
+PRESETS: dict[str, dict[str, Any]] = {
+    "wide_resnet50_2": {"image_size": 512, "padding_mode": "reflect", "standardize": False}
+}
+OTHER: dict[str, Any] = {"image_size": 256, "padding_mode": "zeros", "standardize": True}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a detector says of a batch of images.
+
+    Attributes:
+        score: ``(N,)``, the larger the more anomalous; which score, the model's ``score`` option says.
+        anomaly_map: ``(N, S, S)`` for localization.
+        image_map: ``(N, S, S)``, the map behind the paper's image score.
+        log_likelihood: one ``(N, H_i, W_i)`` per scale.
+    """
+
+    score: Tensor
+    anomaly_map: Tensor
+    image_map: Tensor
+    log_likelihood: list[Tensor]
+
+
+class MSFlowHead(nn.Module):
+    """The trainable part of MSFlow: parallel flows and fusion flow over pooled feature maps.
+
+    Args:
+        channels: channels of each scale, two scales or more, even numbers.
+        blocks: flow steps of each scale; the paper's 2, 5, 8 grow with depth.
+        cond_channels: channels of the positional condition, a multiple of 4, one number or one per scale.
+        clamp: alpha of the soft clamp.
+        clamp_form: ``"0.2"`` (the authors' code, FrEIA 0.2) or ``"head"`` (FrEIA master); the fusion flow has its own.
+        seed: of permutations and initial weights; None draws from torch's global generator.
+
+    Raises:
+        ValueError: an argument does not fit; it is named.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (256, 512, 1024),
+        *,
+        blocks: Sequence[int] = (2, 5, 8),
+        cond_channels: int | Sequence[int] = 64,
+        clamp: float = 1.9,
+        clamp_form: str = "0.2",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = tuple(int(c) for c in channels)
+        self.blocks = tuple(int(b) for b in blocks)
+        conds = [cond_channels] * len(channels) if isinstance(cond_channels, int) else cond_channels
+        self.cond_channels = tuple(int(c) for c in conds)
+        self.clamp = float(clamp)
+        self.clamp_form = clamp_form
+        self._check_arguments()
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            self.flows = nn.ModuleList(
+                ConditionalFlow(c, n, d, clamp=self.clamp, clamp_form=clamp_form)
+                for c, n, d in zip(self.channels, self.blocks, self.cond_channels, strict=True)
+            )
+            self.fusion = FusionFlow(self.channels, clamp=self.clamp)
+
+    def forward(self, features: Sequence[Tensor]) -> FlowOutput:
+        """Map pooled features ``[(N, C_i, H_i, W_i)]`` to the latent space."""
+        self._check_features(features)
+        halves, total = [], []
+        for x, flow, perm in zip(features, self.flows, self.fusion.perms(), strict=True):
+            x1, x2, log_det = flow(x, then=perm, split=x.size(1) // 2)
+            halves.append((x1, x2))
+            total.append(log_det)
+        z, log_det = self.fusion.couple(halves)
+        total = sum(total, log_det)
+        _refuse_non_finite(total, features)
+        return FlowOutput(z, total)
+
+    def inverse(self, z: Sequence[Tensor]) -> FlowOutput:
+        """Map latent tensors back to pooled features; ``log_det`` is the inverse's."""
+        self._check_features(z, "z")
+        x, total = self.fusion.inverse(z)
+        features = []
+        for u, flow in zip(x, self.flows, strict=True):
+            y, log_det = flow.inverse(u)  # type: ignore[operator]
+            features.append(y)
+            total = total + log_det
+        return FlowOutput(features, total)
+
+    def log_likelihood(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Log-likelihood maps ``[(N, H_i, W_i)]``: see :func:`msflow_ext.ops.log_likelihood_map`."""
+        return [ops.log_likelihood_map(z) for z in self(features).z]
+
+    def loss(self, features: Sequence[Tensor]) -> Tensor:
+        """Mean over the batch of the negative log-likelihood in nats, without its constant."""
+        out = self(features)
+        return (sum(ops.half_square_norm(z) for z in out.z) - out.log_det).mean()
+
+    def _check_arguments(self) -> None:
+        if len(self.channels) < 2:
+            raise ValueError(f"channels must name two scales or more, got {self.channels}")
+        for name in ("blocks", "cond_channels"):
+            if len(getattr(self, name)) != len(self.channels):
+                raise ValueError(
+                    f"{name} must be one per scale ({len(self.channels)}), got {getattr(self, name)}"
+                )
+        if any(c < 2 or c % 2 for c in self.channels):
+            raise ValueError(
+                f"channels must be even, because the fusion flow halves them, got {self.channels}"
+            )
+        if sum(self.channels) // 2 < 4:
+            raise ValueError(f"channels must sum to 8 or more, got {self.channels}")
+        if any(b < 1 for b in self.blocks):
+            raise ValueError(f"blocks must be at least 1 on every scale, got {self.blocks}")
+        if any(c < 4 or c % 4 for c in self.cond_channels):
+            raise ValueError(f"cond_channels must be multiples of 4, got {self.cond_channels}")
+        if not self.clamp > 0:
+            raise ValueError(f"clamp must be positive, got {self.clamp}")
+        if self.clamp_form not in ("0.2", "head"):
+            raise ValueError(f"clamp_form must be '0.2' or 'head', got {self.clamp_form!r}")
+
+    def _check_features(self, features: Sequence[Tensor], name: str = "features") -> None:
+        got = [tuple(f.shape) for f in features]
+        if len(got) != len(self.channels) or any(len(s) != 4 for s in got):
+            raise ValueError(
+                f"{name} must be {len(self.channels)} tensors (N, C, H, W), got shapes {got}"
+            )
+        if tuple(s[1] for s in got) != self.channels or len({s[0] for s in got}) != 1:
+            raise ValueError(
+                f"{name} must have one N and channels {self.channels}, got shapes {got}"
+            )
+        if any(0 in s[1:] for s in got):
+            raise ValueError(f"{name} must have at least one position per scale, got shapes {got}")
+
+
+class ConditionalFlow(Flow):
+    """The parallel flow of one scale: coupling steps conditioned on the position in the map."""
+
+    def __init__(
+        self, channels: int, blocks: int, cond_channels: int, *, clamp: float, clamp_form: str
+    ) -> None:
+        super().__init__(
+            [
+                AffineCoupling(
+                    channels,
+                    ConditionedSubnet(channels, cond_channels),
+                    clamp=clamp,
+                    clamp_form=clamp_form,
+                )
+                for _ in range(blocks)
+            ]
+        )
+        self.cond_channels = cond_channels
+        self._encodings: dict[tuple[Any, ...], Tensor] = {}
+
+    def forward(self, x: Tensor, *cond: Tensor, **end: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return super().forward(x, self._encoding(x), **end)
+
+    def inverse(self, y: Tensor, *cond: Tensor) -> tuple[Tensor, Tensor]:
+        return super().inverse(y, self._encoding(y))
+
+    def _encoding(self, x: Tensor) -> Tensor:
+        """The condition for the size of ``x``, computed once per size, dtype and device."""
+        key = (*x.shape[2:], x.dtype, x.device)
+        if key not in self._encodings or torch.compiler.is_compiling():
+            encoding = positional_encoding(self.cond_channels, x.size(2), x.size(3))
+            if torch.compiler.is_compiling():
+                return encoding.to(x.device, x.dtype)
+            self._encodings[key] = encoding.to(x.device, x.dtype)
+        return self._encodings[key]
+
+
+class ConditionedSubnet(nn.Module):
+    """Conv3x3 - LayerNorm over channels - ReLU - Conv3x3 of the passive half and the condition.
+
+    The first convolution of ``cat(x1, cond)`` is the sum of two: ``conv_x`` of ``x1``, and ``conv_cond`` of the
+    condition, which is the same for every image and therefore computed once per step, not once per image.
+    """
+
+    def __init__(self, channels: int, cond_channels: int) -> None:
+        super().__init__()
+        active = channels // 2
+        passive = channels - active
+        hidden = passive + cond_channels
+        whole = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.conv_x = nn.Conv2d(passive, hidden, 3, padding=1, bias=False)
+        self.conv_cond = nn.Conv2d(cond_channels, hidden, 3, padding=1)
+        with torch.no_grad():
+            assert whole.bias is not None and self.conv_cond.bias is not None
+            self.conv_x.weight.copy_(whole.weight[:, :passive])
+            self.conv_cond.weight.copy_(whole.weight[:, passive:])
+            self.conv_cond.bias.copy_(whole.bias)
+        self.norm = ChannelNorm(hidden)
+        self.conv_out = nn.Conv2d(hidden, 2 * active, 3, padding=1)
+
+    def forward(self, x1: Tensor, cond: Tensor) -> Tensor:
+        return self.conv_out(self.norm(self.conv_x(x1), self.conv_cond(cond)))
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over channels at each position, then ReLU: :func:`msflow_ext.ops.channel_norm`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, bias_map: Tensor | None = None) -> Tensor:
+        wide = accumulation_dtype(x.dtype)
+        return ops.channel_norm(x, self.weight.to(wide), self.bias.to(wide), bias_map)
+
+
+class FusionFlow(nn.Module):
+    """A permutation per scale, then one two-sided coupling whose subnets see all scales."""
+
+    def __init__(self, channels: Sequence[int], *, clamp: float) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        self.clamp = clamp
+        for i, c in enumerate(channels):
+            self.register_buffer(f"perm{i}", torch.randperm(c))
+        halves = [c // 2 for c in channels]
+        self.subnet_1 = CrossScaleSubnet(halves)
+        self.subnet_2 = CrossScaleSubnet(halves)
+
+    def perms(self) -> list[Tensor]:
+        """The permutation of each scale; the step before the fusion flow applies it."""
+        return [getattr(self, f"perm{i}") for i in range(len(self.channels))]
+
+    def couple(self, halves: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
+        """Latent tensors and ``log_det`` from the halves of the permuted scales."""
+        total = []
+        y1 = []
+        for (x1, _), a in zip(halves, self.subnet_2([x2 for _, x2 in halves]), strict=True):
+            _, y, log_det = self._couple(x1[:, :0], x1, a, split=0)
+            y1.append(y)
+            total.append(log_det)
+        z = []
+        for y, (_, x2), a in zip(y1, halves, self.subnet_1(y1), strict=True):
+            whole, _, log_det = self._couple(y, x2, a, split=2 * y.size(1), limit=LIMIT)
+            z.append(whole)
+            total.append(log_det)
+        return z, sum(total[1:], total[0])
+
+    def inverse(self, z: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Inputs of the fusion flow, un-permuted, and the inverse's ``log_det``."""
+        total = []
+        halves = [t.tensor_split(2, 1) for t in z]
+        x2 = []
+        for (_, y2), a in zip(halves, self.subnet_1([y1 for y1, _ in halves]), strict=True):
+            x, log_det = self._uncouple(y2, a)
+            x2.append(x)
+            total.append(log_det)
+        x = []
+        for (y1, _), right, a, perm in zip(
+            halves, x2, self.subnet_2(x2), self.perms(), strict=True
+        ):
+            left, log_det = self._uncouple(y1, a)
+            x.append(torch.cat((left, right), 1).index_select(1, torch.argsort(perm)))
+            total.append(log_det)
+        return x, sum(total[1:], total[0])
+
+    def _couple(self, x1: Tensor, x2: Tensor, a: Tensor, **options: Any):
+        return ops.affine_coupling(x1, x2, a, clamp=self.clamp, clamp_form="atan", **options)
+
+    def _uncouple(self, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.affine_coupling_inverse(
+            y[:, :0], y, a, clamp=self.clamp, clamp_form="atan"
+        )
+
+
+class CrossScaleSubnet(nn.Module):
+    """Scales and shifts of every scale from all scales: pool, mix by convolutions, upsample, add, convolve."""
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.channels = list(channels)
+        total = sum(channels)
+        self.conv1 = nn.Conv2d(total, total // 4, 3, padding=1)
+        self.norm = ChannelNorm(total // 4)
+        self.conv2 = nn.Conv2d(total // 4, total, 3, padding=1)
+        self.conv_out = nn.ModuleList(nn.Conv2d(c, 2 * c, 3, padding=1) for c in channels)
+
+    def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
+        size = min((t.shape[2:] for t in x), key=lambda s: s[0] * s[1])
+        mixed = torch.cat([F.adaptive_avg_pool2d(t, size) for t in x], 1)
+        mixed = F.relu(self.conv2(self.norm(self.conv1(mixed))))
+        return [
+            conv(t + F.interpolate(m, t.shape[2:], mode="bilinear", align_corners=True))
+            for t, m, conv in zip(x, mixed.split(self.channels, 1), self.conv_out, strict=True)
+        ]
+
+
+class MSFlow(nn.Module):
+    """MSFlow whole: frozen backbone, pooling, flows, scores.
+
+    Args:
+        backbone: name of a timm CNN, or ``efficientnet_lite0``, whose weights a pip package ships.
+        image_size: side ``S`` of the square input and of the maps, in pixels; the preset's by default.
+        pretrained: True, a path of local weights, or False for random weights (loading a checkpoint, tests).
+        blocks, cond_channels, clamp, clamp_form, seed: see :class:`MSFlowHead`.
+        padding_mode: ``"reflect"`` or ``"zeros"`` in the backbone; the preset's by default.
+        standardize: whether features are standardised per channel by statistics of the training set
+            (:meth:`set_statistics`); off in the paper's presets, on otherwise.
+        score: ``"log"``, the paper's image score as ``-log(1 - score)``, which has the same order and cannot saturate;
+            ``"paper"``, the value itself; ``"nll"``, the mean of the largest summed negative log-likelihoods.
+        top_k: share of the pixels that make the score.
+
+    Raises:
+        ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2",
+        *,
+        image_size: int | None = None,
+        pretrained: bool | str = True,
+        blocks: Sequence[int] = (2, 5, 8),
+        cond_channels: int | Sequence[int] = 64,
+        clamp: float = 1.9,
+        clamp_form: str = "0.2",
+        padding_mode: str | None = None,
+        standardize: bool | None = None,
+        score: str = "log",
+        top_k: float = 0.03,
+        seed: int | None = None,
+    ) -> None:
+        from msflow_ext.models.backbone import Backbone
+
+        super().__init__()
+        preset = PRESETS.get(backbone, OTHER)
+        self.image_size = preset["image_size"] if image_size is None else int(image_size)
+        self.standardize = preset["standardize"] if standardize is None else bool(standardize)
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+        if score not in ("log", "paper", "nll"):
+            raise ValueError(f"score must be 'log', 'paper' or 'nll', got {score!r}")
+        if not 0 < top_k <= 1:
+            raise ValueError(f"top_k must be in (0, 1], got {top_k}")
+        self.score = score
+        self.top_k = float(top_k)
+        padding_mode = preset["padding_mode"] if padding_mode is None else padding_mode
+        self.backbone = Backbone(
+            backbone,
+            out_indices=tuple(range(1, 1 + len(blocks))),
+            pretrained=pretrained,
+            padding_mode=padding_mode,
+        )
+        self.head = MSFlowHead(
+            self.backbone.channels,
+            blocks=blocks,
+            cond_channels=cond_channels,
+            clamp=clamp,
+            clamp_form=clamp_form,
+            seed=seed,
+        )
+        for i, c in enumerate(self.backbone.channels):
+            self.register_buffer(f"feature_mean{i}", torch.zeros(c))
+            self.register_buffer(f"feature_std{i}", torch.ones(c))
+        self.config: dict[str, Any] = {
+            "backbone": backbone,
+            "image_size": self.image_size,
+            "blocks": list(self.head.blocks),
+            "cond_channels": list(self.head.cond_channels),
+            "clamp": self.head.clamp,
+            "clamp_form": clamp_form,
+            "padding_mode": padding_mode,
+            "standardize": self.standardize,
+            "score": score,
+            "top_k": self.top_k,
+        }
+
+    def forward(self, images: Tensor) -> Prediction:
+        """Score RGB ``images (N, 3, S, S)`` in 0..1; normalisation happens inside."""
+        return self.predict_features(self.features(images))
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Pooled feature maps ``[(N, C_i, H_i, W_i)]``, standardised once :meth:`set_statistics` was called."""
+        pooled = [F.avg_pool2d(f, 3, stride=2, padding=1) for f in self.backbone(images)]
+        if not self.standardize:
+            return pooled
+        return [
+            (f - _column(getattr(self, f"feature_mean{i}"))) / _column(getattr(self, f"feature_std{i}"))
+            for i, f in enumerate(pooled)
+        ]
+
+    def set_statistics(self, means: Sequence[Tensor], stds: Sequence[Tensor]) -> None:
+        """Store per-channel mean and standard deviation ``(C_i,)`` of the training set's pooled features."""
+        for i, (mean, std) in enumerate(zip(means, stds, strict=True)):
+            if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+                raise ValueError(f"set_statistics: scale {i} holds non-finite values")
+            getattr(self, f"feature_mean{i}").copy_(mean)
+            getattr(self, f"feature_std{i}").copy_(std.clamp_min(1e-6))
+
+    def loss(self, images: Tensor) -> Tensor:
+        """Training loss of a batch of images: see :meth:`MSFlowHead.loss`."""
+        return self.head.loss(self.features(images))
+
+    def predict_features(self, features: Sequence[Tensor]) -> Prediction:
+        """Score pooled features as :meth:`features` gives them."""
+        log_likelihood = self.head.log_likelihood(features)
+        maps = ops.aggregate(log_likelihood, self.image_size, top_k=self.top_k)
+        score = {"log": maps.log_score, "paper": maps.score, "nll": maps.nll_score}[self.score]
+        return Prediction(score, maps.anomaly_map, maps.image_map, log_likelihood)
+
+
+def positional_encoding(channels: int, height: int, width: int) -> Tensor:
+    r"""Sines and cosines of column, then row index, ``(1, channels, height, width)`` float32.
+
+    With :math:`d = \mathrm{channels} / 2` and :math:`\omega_k = 10^{-4k/d}` for even k: channels k and k + 1 hold
+    :math:`\sin(w\,\omega_k)` and :math:`\cos(w\,\omega_k)`, channels d + k and d + k + 1 the same of the row h.
+    """
+    d = channels // 2
+    omega = torch.exp(torch.arange(0, d, 2, dtype=torch.float32) * -(torch.log(torch.tensor(1e4)) / d))
+
+    def waves(length: int) -> Tensor:
+        angle = omega[:, None] * torch.arange(length, dtype=torch.float32)
+        return torch.stack((torch.sin(angle), torch.cos(angle)), 1).flatten(0, 1)
+
+    columns = waves(width)[:, None, :].expand(d, height, width)
+    rows = waves(height)[:, :, None].expand(d, height, width)
+    return torch.cat((columns, rows))[None]
+
+
+def _column(vector: Tensor) -> Tensor:
+    return vector.view(-1, 1, 1)
+
+
+def _refuse_non_finite(log_det: Tensor, features: Sequence[Tensor]) -> None:
+    """Non-finite features show in ``log_det``, where looking costs nothing; other causes are the caller's."""
+    if log_det.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if bool(torch.isfinite(log_det).all()):
+        return
+    for i, f in enumerate(features):
+        if not bool(torch.isfinite(f).all()):
+            raise ValueError(f"features: scale {i} holds NaN or infinite values")

@@ -1,0 +1,24 @@
+"""Fused operations on tensors; each file is one op: function, inverse, reference, autograd, compile registration."""
+
+from msflow_ext.ops._backend import backend
+from msflow_ext.ops.coupling import (
+    accumulation_dtype,
+    affine_coupling,
+    affine_coupling_inverse,
+    passive_half,
+)
+from msflow_ext.ops.norm import channel_norm
+from msflow_ext.ops.score import Aggregate, aggregate, half_square_norm, log_likelihood_map
+
+__all__ = [
+    "Aggregate",
+    "accumulation_dtype",
+    "affine_coupling",
+    "affine_coupling_inverse",
+    "aggregate",
+    "backend",
+    "channel_norm",
+    "half_square_norm",
+    "log_likelihood_map",
+    "passive_half",
+]

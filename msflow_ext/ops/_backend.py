@@ -1,0 +1,284 @@
+"""Loads the compiled kernels and decides, call by call, between them and the reference."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Element types of the kernels, in the order of ``csrc/common/tensor.h``.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+View = tuple[int, int, int, int, int] | None
+
+_forced: str | None = os.environ.get("MSFLOW_EXT_BACKEND") or None
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from msflow_ext import _C  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError as error:
+        return None, f"not compiled ({error})"
+    try:
+        parallel_for = ctypes.CDLL(torch._C.__file__).torch_parallel_for
+    except (AttributeError, OSError):
+        return _C, "compiled; one thread, because this torch has no torch_parallel_for"
+    _C.set_parallel_for(ctypes.cast(parallel_for, ctypes.c_void_p).value)
+    return _C, "compiled; threads of torch"
+
+
+C, STATUS = _load()
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the ops inside on ``"native"`` kernels or on their ``"reference"``, whatever fits best otherwise.
+
+    Raises:
+        ValueError: ``name`` is neither. RuntimeError: ``"native"`` where nothing is compiled.
+    """
+    global _forced
+    if name not in ("native", "reference"):
+        raise ValueError(f"backend: name must be 'native' or 'reference', got {name!r}")
+    if name == "native" and C is None:
+        raise RuntimeError(f"backend: the native kernels are {STATUS}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def is_native(*tensors: Tensor | None) -> bool:
+    """True if compiled kernels exist for these tensors and no transform stands in the way.
+
+    Graphs that leave PyTorch (export, ONNX, tracing), functorch transforms, forward-mode differentiation,
+    tensor subclasses, float16 and devices other than the CPU take the reference.
+    """
+    if C is None or _forced == "reference":
+        if C is None:
+            _warn_once()
+        return False
+    for tensor in tensors:
+        if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype is torch.float16):
+            return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in (Tensor, torch.nn.Parameter):
+            return False
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
+
+
+_warned = False
+
+
+def _warn_once() -> None:
+    global _warned
+    if not _warned and _forced is None and not torch.compiler.is_compiling():
+        _warned = True
+        warnings.warn(f"msflow_ext runs its slower reference: kernels {STATUS}", stacklevel=4)
+
+
+def strides(x: Tensor) -> tuple[int, int, int] | None:
+    """Steps from sample to sample, channel to channel, position to position; None if positions have no one step."""
+    step = following = 0
+    for d in range(x.dim() - 1, 1, -1):
+        if x.size(d) == 1:
+            continue
+        if not step:
+            step = x.stride(d)
+        elif x.stride(d) != following:
+            return None
+        following = x.stride(d) * x.size(d)
+    return x.stride(0), x.stride(1) if x.size(1) > 1 else 1, step or 1
+
+
+def is_interleaved(x: Tensor) -> bool:
+    """True if the channels of a position lie side by side: channels_last, a slice of it, or vectors (N, C)."""
+    s = strides(x)
+    return s is not None and s[1] == 1 and (s[2] != 1 or math.prod(x.shape[2:]) == 1)
+
+
+def views(interleaved: bool, *tensors: Tensor | None) -> tuple[list[Tensor | None], list[View]]:
+    """Tensors that a kernel can walk in this order, copies where it could not, and what it takes of them.
+
+    A view is (address, element type, stride of sample, of channel, of position); whoever uses the views keeps the
+    tensors alive.
+    """
+    kept: list[Tensor | None] = []
+    out: list[View] = []
+    for x in tensors:
+        s = None if x is None else strides(x)
+        if x is not None and (s is None or (s[1] if interleaved else s[2]) != 1):
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1) if interleaved else x.contiguous()
+            s = strides(x)
+        kept.append(x)
+        out.append(None if x is None or s is None else (x.data_ptr(), DTYPES[x.dtype], *s))
+    return kept, out
+
+
+def addresses(*vectors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
+    """Dense vectors and their addresses, 0 for None; whoever uses the addresses keeps the vectors alive."""
+    kept = [None if v is None else v.contiguous() for v in vectors]
+    return kept, [0 if v is None else v.data_ptr() for v in kept]
+
+
+def empty(
+    like: Tensor, channels: int, interleaved: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """New tensor shaped as ``like`` but with ``channels`` channels, in the given order."""
+    n, _, *positions = like.shape
+    if interleaved:
+        return like.new_empty((n, *positions, channels), dtype=dtype).movedim(-1, 1)
+    return like.new_empty((n, channels, *positions), dtype=dtype)
+
+
+class NativeOp:
+    """One compiled op as PyTorch sees it: eager with autograd, and registered for ``torch.compile``.
+
+    Args:
+        name: of the op in the library ``msflow_ext``.
+        schema: its arguments, tensors first, and its results.
+        allocate: ``(*args)`` -> results, empty; also the op's shape function.
+        run: ``(results, *args)`` fills them.
+        allocate_grads: ``(*args)`` -> gradients of the tensor arguments, empty, None for an argument without one.
+        run_backward: ``(grads_of_results, grads, extra, *args)`` fills them. Without these two, the reference gives
+            the gradients, and ``torch.compile`` compiles the reference.
+        reference: ``(*args)`` -> results, in plain PyTorch, for derivatives of the derivative.
+        tensors: how many of the arguments are tensors.
+        extra: how many of the results, the last ones, only serve the backward pass.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        allocate: Callable[..., tuple[Tensor, ...]],
+        run: Callable[..., None],
+        reference: Callable[..., Any],
+        tensors: int,
+        extra: int = 0,
+        allocate_grads: Callable[..., tuple[Tensor | None, ...]] | None = None,
+        run_backward: Callable[..., None] | None = None,
+    ) -> None:
+        self.allocate, self.run = allocate, run
+        self.allocate_grads, self.run_backward = allocate_grads, run_backward
+        self.reference, self.tensors, self.extra = reference, tensors, extra
+        self.library = None if run_backward is None else self._register(name, schema)
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling():
+            if self.library is None:
+                return self.reference(*args)
+            results = self.library(*args)
+        elif torch.is_grad_enabled() and any(
+            a is not None and a.requires_grad for a in args[: self.tensors]
+        ):
+            return _Eager.apply(self, *args)  # type: ignore[return-value]
+        else:
+            results = self.forward(*args)
+        return results[: len(results) - self.extra]
+
+    def forward(self, *args: Any) -> tuple[Tensor, ...]:
+        results = self.allocate(*args)
+        self.run(results, *args)
+        return results
+
+    def backward(self, grads: Any, extra: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        if self.allocate_grads is None or self.run_backward is None or torch.is_grad_enabled():
+            return self._differentiate_reference(grads, *args)
+        results = self.allocate_grads(*args)
+        self.run_backward(grads, results, extra, *args)
+        return results
+
+    def _differentiate_reference(self, grads: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        """Gradients of the reference; themselves differentiable where somebody wants the next derivative."""
+        create_graph = torch.is_grad_enabled()
+        tensors, rest = args[: self.tensors], args[self.tensors :]
+        with torch.enable_grad():
+            results = self.reference(*tensors, *rest)
+            results = results if isinstance(results, tuple) else (results,)
+            wanted = [t for t in tensors if t is not None and t.requires_grad]
+            found = iter(
+                torch.autograd.grad(
+                    results, wanted, grads, create_graph=create_graph, allow_unused=True
+                )
+            )
+        return tuple(next(found) if t is not None and t.requires_grad else None for t in tensors)
+
+    def _register(self, name: str, schema: str) -> Any:
+        arguments = schema[1 : schema.index(")")]
+        results = schema.count("Tensor", schema.index("->"))
+        grads = ", ".join(f"Tensor grad{i}" for i in range(results - self.extra))
+        extra = ", ".join(f"Tensor extra{i}" for i in range(self.extra))
+        many = ", ".join(["Tensor"] * self.tensors)
+        split = results - self.extra
+
+        # A registered op returns tensors only: an empty one stands for a gradient that does not exist.
+        def backward(*flat: Any) -> tuple[Tensor, ...]:
+            out = self.backward(flat[:split], flat[split:results], *flat[results:])
+            return tuple(flat[0].new_empty(0) if g is None else g for g in out)
+
+        def allocate_grads(*flat: Any) -> tuple[Tensor, ...]:
+            assert self.allocate_grads is not None
+            out = self.allocate_grads(*flat[results:])
+            return tuple(flat[0].new_empty(0) if g is None else g for g in out)
+
+        forward_op = torch.library.custom_op(
+            f"msflow_ext::{name}", self.forward, mutates_args=(), schema=schema
+        )
+        forward_op.register_fake(self.allocate)
+        backward_op = torch.library.custom_op(
+            f"msflow_ext::{name}_backward",
+            backward,
+            mutates_args=(),
+            schema=f"({', '.join(filter(None, (grads, extra, arguments)))}) -> ({many})",
+        )
+        backward_op.register_fake(allocate_grads)
+
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.rest = inputs[self.tensors :]
+            ctx.save_for_backward(*inputs[: self.tensors], *output[split:])
+
+        def differentiate(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+            saved = ctx.saved_tensors
+            args = (*saved[: self.tensors], *ctx.rest)
+            out = backward_op(*upstream[:split], *saved[self.tensors :], *args)
+            needed = ctx.needs_input_grad[: self.tensors]
+            return (*(g if n else None for g, n in zip(out, needed, strict=True)), *[None] * len(ctx.rest))
+
+        forward_op.register_autograd(differentiate, setup_context=setup_context)
+        return forward_op
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: NativeOp, *args: Any) -> Any:
+        results = op.forward(*args)
+        split = len(results) - op.extra
+        ctx.op, ctx.rest = op, args[op.tensors :]
+        ctx.save_for_backward(*args[: op.tensors], *results[split:])
+        return results[:split]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        op: NativeOp = ctx.op
+        tensors, extra = ctx.saved_tensors[: op.tensors], ctx.saved_tensors[op.tensors :]
+        out = op.backward(grads, extra, *tensors, *ctx.rest)
+        needed = ctx.needs_input_grad[1 : 1 + op.tensors]
+        out = (g if n else None for g, n in zip(out, needed, strict=True))
+        return (None, *out, *[None] * len(ctx.rest))

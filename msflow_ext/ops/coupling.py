@@ -1,0 +1,367 @@
+"""The affine coupling of a flow's block with its permutation, global affine and log-determinant in one pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from msflow_ext.ops import _backend
+
+#: Clamp forms, in the order of ``csrc/coupling/formula.h``.
+CLAMP_FORMS = ("0.2", "head", "atan")
+
+
+def affine_coupling(
+    x1: Tensor,
+    x2: Tensor,
+    a: Tensor,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    perm: Tensor | None = None,
+    *,
+    clamp: float = 2.0,
+    clamp_form: str = "0.2",
+    limit: float = math.inf,
+    split: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Scale and shift ``x2`` as a subnet of ``x1`` asked in ``a``, then scale, shift and permute all channels.
+
+    .. math::
+        s = \alpha \tanh(0.1\, a_s), \quad u = [x_1,\; x_2 e^{s} + 0.1\, a_t], \quad
+        v = u \cdot \mathrm{scale} + \mathrm{offset}, \quad y_k = v_{\mathrm{perm}[k]}
+
+    .. math:: \log|\det J| = \textstyle\sum s + P \sum_c \log \mathrm{scale}_c
+
+    Args:
+        x1: passive half, ``(N, C1, *)``; ``C1`` may be 0.
+        x2: active half, ``(N, C2, *)``, float32, float64 or bfloat16 (float16: reference).
+        a: ``(N, 2 * C2, *)``, first :math:`a_s`, then :math:`a_t`; bfloat16 may go with a float32 ``x2``.
+        scale, offset: ``(C1 + C2,)`` in the dtype of the accumulation (float64 for float64, else float32).
+        perm: ``(C1 + C2,)`` int64, a permutation.
+        clamp: :math:`\alpha > 0`.
+        clamp_form: ``"0.2"`` as above; ``"head"``: :math:`\alpha \tanh(0.1 a_s / \alpha)`;
+            ``"atan"``: :math:`0.636\, \alpha \arctan(a_s / \alpha)` and a shift by :math:`a_t` itself.
+        limit: the results are clamped to ``[-limit, limit]``; no term of ``log_det``.
+        split: channels of the first result, ``C1`` by default.
+
+    Returns:
+        ``y1 (N, split, *)``, ``y2 (N, C1 + C2 - split, *)`` in the memory format and dtype of ``x2``, and
+        ``log_det (N,)`` in nats, float64 for float64 and float32 else.
+
+    Raises:
+        ValueError: shapes, devices or values do not fit. TypeError: dtypes do not.
+
+    Source: FrEIA 0.2 ``AllInOneBlock`` ("0.2"), FrEIA master ("head"), MSFlow's fusion flow ("atan").
+    """
+    split = x1.size(1) if split is None and x1.dim() > 1 else split
+    _check(x1, x2, a, scale, offset, perm, clamp, clamp_form, split)
+    assert split is not None
+    arguments = (x1, x2, a, scale, offset, perm, float(clamp), clamp_form, float(limit), split)
+    if not _backend.is_native(x1, x2, a, scale, offset, perm):
+        return affine_coupling_reference(*arguments)
+    return _coupling(*arguments)
+
+
+def affine_coupling_inverse(
+    y1: Tensor,
+    y2: Tensor,
+    a: Tensor,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    perm: Tensor | None = None,
+    *,
+    clamp: float = 2.0,
+    clamp_form: str = "0.2",
+) -> tuple[Tensor, Tensor]:
+    """The active half and the log-determinant of :func:`affine_coupling`'s inverse.
+
+    The passive half comes first, from :func:`passive_half`, because the subnet needs it to give ``a``. Arguments
+    as for :func:`affine_coupling`; ``a (N, 2 * C2, *)`` tells how many channels are active.
+
+    Returns:
+        ``x2 (N, C2, *)`` and ``log_det (N,)`` of the inverse, that is minus the forward's.
+    """
+    _check_inverse(y1, y2, a, scale, offset, perm, clamp, clamp_form)
+    arguments = (y1, y2, a, scale, offset, perm, float(clamp), clamp_form)
+    if not _backend.is_native(y1, y2, a, scale, offset, perm):
+        return affine_coupling_inverse_reference(*arguments)
+    return _inverse(*arguments)
+
+
+def passive_half(
+    y1: Tensor,
+    y2: Tensor,
+    channels: int,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    perm: Tensor | None = None,
+) -> Tensor:
+    """``x1 (N, channels, *)`` from the results of :func:`affine_coupling`: what its inverse begins with."""
+    v = torch.cat((y1, y2), 1)
+    return _undo_affine(v, scale, offset, perm)[:, :channels]
+
+
+def affine_coupling_reference(
+    x1: Tensor,
+    x2: Tensor,
+    a: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    perm: Tensor | None,
+    clamp: float,
+    clamp_form: str,
+    limit: float,
+    split: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`affine_coupling` in plain PyTorch, in the dtype of the accumulation until the last rounding."""
+    wide = accumulation_dtype(x2.dtype)
+    s, t = log_scale_and_shift(a.to(wide), clamp, clamp_form)
+    v = torch.cat((x1.to(wide), x2.to(wide) * torch.exp(s) + t), 1)
+    log_det = s.flatten(1).sum(1)
+    if scale is not None:
+        log_det = log_det + positions(x2) * torch.log(scale).sum()
+        v = v * per_channel(scale, v)
+    if offset is not None:
+        v = v + per_channel(offset, v)
+    if perm is not None:
+        v = v.index_select(1, perm)
+    if limit != math.inf:
+        v = v.clamp(-limit, limit)
+    v = v.to(x2.dtype)
+    return v[:, :split], v[:, split:], log_det
+
+
+def affine_coupling_inverse_reference(
+    y1: Tensor,
+    y2: Tensor,
+    a: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    perm: Tensor | None,
+    clamp: float,
+    clamp_form: str,
+) -> tuple[Tensor, Tensor]:
+    """:func:`affine_coupling_inverse` in plain PyTorch."""
+    wide = accumulation_dtype(y2.dtype)
+    s, t = log_scale_and_shift(a.to(wide), clamp, clamp_form)
+    u = _undo_affine(torch.cat((y1, y2), 1).to(wide), scale, offset, perm)
+    x2 = (u[:, u.size(1) - s.size(1) :] - t) * torch.exp(-s)
+    log_det = -s.flatten(1).sum(1)
+    if scale is not None:
+        log_det = log_det - positions(y2) * torch.log(scale).sum()
+    return x2.to(y2.dtype), log_det
+
+
+def log_scale_and_shift(a: Tensor, clamp: float, clamp_form: str) -> tuple[Tensor, Tensor]:
+    """``s`` and ``t`` of a subnet's output ``a``, as the docstring of :func:`affine_coupling` defines them."""
+    a_s, a_t = a.chunk(2, 1)
+    if clamp_form == "0.2":
+        return clamp * torch.tanh(0.1 * a_s), 0.1 * a_t
+    if clamp_form == "head":
+        return clamp * torch.tanh(0.1 * a_s / clamp), 0.1 * a_t
+    return 0.636 * clamp * torch.atan(a_s / clamp), a_t
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    """``vector (C,)`` so that it broadcasts over ``like (N, C, *)``."""
+    return vector.view(-1, *[1] * (like.dim() - 2))
+
+
+def positions(x: Tensor) -> int:
+    """How many positions a channel of ``x (N, C, *)`` has."""
+    return math.prod(x.shape[2:])
+
+
+def _undo_affine(
+    y: Tensor, scale: Tensor | None, offset: Tensor | None, perm: Tensor | None
+) -> Tensor:
+    if perm is not None:
+        y = y.index_select(1, torch.argsort(perm))
+    if offset is not None:
+        y = y - per_channel(offset, y)
+    return y if scale is None else y / per_channel(scale, y)
+
+
+def _check(
+    x1: Tensor,
+    x2: Tensor,
+    a: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    perm: Tensor | None,
+    clamp: float,
+    clamp_form: str,
+    split: int | None,
+) -> None:
+    n, c1, c2 = *x1.shape[:2], x2.size(1) if x2.dim() > 1 else -1
+    if x2.dim() < 2 or x1.shape != (n, c1, *x2.shape[2:]) or x1.size(0) != x2.size(0):
+        raise ValueError(
+            "coupling: x1 and x2 must be (N, C1, *) and (N, C2, *) of one N and *, got "
+            f"{tuple(x1.shape)} and {tuple(x2.shape)}"
+        )
+    if a.shape != (n, 2 * c2, *x2.shape[2:]):
+        raise ValueError(
+            f"coupling: a must be (N, 2 * C2, *) for x2 {tuple(x2.shape)}, got {tuple(a.shape)}"
+        )
+    if split is None or not 0 <= split <= c1 + c2:
+        raise ValueError(f"coupling: split must be in 0..{c1 + c2}, got {split}")
+    _check_types(x1, x2, a)
+    _check_vectors(x2, c1 + c2, scale, offset, perm, clamp, clamp_form)
+
+
+def _check_inverse(
+    y1: Tensor,
+    y2: Tensor,
+    a: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    perm: Tensor | None,
+    clamp: float,
+    clamp_form: str,
+) -> None:
+    if min(y1.dim(), y2.dim()) < 2 or (y1.size(0), *y1.shape[2:]) != (y2.size(0), *y2.shape[2:]):
+        raise ValueError(
+            "coupling: y1 and y2 must be (N, C1, *) and (N, C2, *) of one N and *, got "
+            f"{tuple(y1.shape)} and {tuple(y2.shape)}"
+        )
+    channels = y1.size(1) + y2.size(1)
+    if (
+        a.dim() != y2.dim()
+        or (a.size(0), *a.shape[2:]) != (y2.size(0), *y2.shape[2:])
+        or a.size(1) % 2
+        or a.size(1) // 2 > channels
+    ):
+        raise ValueError(
+            f"coupling: a must be (N, 2 * C2, *) with C2 of {channels} channels active, got {tuple(a.shape)} for "
+            f"y2 {tuple(y2.shape)}"
+        )
+    _check_types(y1, y2, a)
+    _check_vectors(y2, channels, scale, offset, perm, clamp, clamp_form)
+
+
+def _check_types(first: Tensor, second: Tensor, a: Tensor) -> None:
+    if not second.is_floating_point() or first.dtype is not second.dtype:
+        raise TypeError(
+            f"coupling: both halves must have one floating dtype, got {first.dtype} and {second.dtype}"
+        )
+    narrower = (torch.bfloat16, torch.float16) if second.dtype is torch.float32 else ()
+    if a.dtype is not second.dtype and a.dtype not in narrower:
+        raise TypeError(
+            f"coupling: a must be {second.dtype}, or half precision beside float32, got {a.dtype}"
+        )
+    if not first.device == second.device == a.device:
+        raise ValueError(
+            f"coupling: halves and a must be on one device, got {first.device}, {second.device}, {a.device}"
+        )
+
+
+def _check_vectors(
+    x: Tensor,
+    channels: int,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    perm: Tensor | None,
+    clamp: float,
+    clamp_form: str,
+) -> None:
+    wide = accumulation_dtype(x.dtype)
+    for name, vector, dtype in (
+        ("scale", scale, wide),
+        ("offset", offset, wide),
+        ("perm", perm, torch.int64),
+    ):
+        if vector is None:
+            continue
+        if vector.shape != (channels,):
+            raise ValueError(
+                f"coupling: {name} must be ({channels},), one per channel, got {tuple(vector.shape)}"
+            )
+        if vector.dtype is not dtype:
+            raise TypeError(f"coupling: {name} must be {dtype} for {x.dtype} data, got {vector.dtype}")
+        if vector.device != x.device:
+            raise ValueError(f"coupling: {name} must be on {x.device}, got {vector.device}")
+    if not 0 < clamp < math.inf:
+        raise ValueError(f"coupling: clamp must be positive and finite, got {clamp}")
+    if clamp_form not in CLAMP_FORMS:
+        raise ValueError(f"coupling: clamp_form must be one of {CLAMP_FORMS}, got {clamp_form!r}")
+
+
+def _allocate(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split):
+    inter = _backend.is_interleaved(x2)
+    y1 = _backend.empty(x2, split, inter)
+    y2 = _backend.empty(x2, x1.size(1) + x2.size(1) - split, inter)
+    return y1, y2, x2.new_empty(x2.size(0), dtype=accumulation_dtype(x2.dtype))
+
+
+def _run(results, x1, x2, a, scale, offset, perm, *options):
+    y1, y2, log_det = results
+    inter = _backend.is_interleaved(x2)
+    _keep, v = _backend.views(inter, x1, x2, a, y1, y2)
+    job, _dense = _job(x1.size(1), x2, inter, scale, offset, perm, *options)
+    _backend.C.coupling_forward_cpu(job, *v, log_det.data_ptr())
+
+
+def _allocate_grads(x1, x2, a, scale, offset, *_):
+    inter = _backend.is_interleaved(x2)
+    halves = (_backend.empty(t, t.size(1), inter) for t in (x1, x2, a))
+    return *halves, *(None if t is None else t.new_empty(t.shape) for t in (scale, offset)), None
+
+
+def _run_backward(upstream, grads, _extra, x1, x2, a, scale, offset, perm, *options):
+    inter = _backend.is_interleaved(x2)
+    _keep, v = _backend.views(inter, *upstream[:2], x1, x2, a, *grads[:3])
+    _keep2, (grad_log_det, *grad_vectors) = _backend.addresses(upstream[2], *grads[3:5])
+    job, _dense = _job(x1.size(1), x2, inter, scale, offset, perm, *options)
+    _backend.C.coupling_backward_cpu(job, *v[:2], grad_log_det, *v[2:], *grad_vectors)
+
+
+def _allocate_inverse(y1, y2, a, *_):
+    inter = _backend.is_interleaved(y2)
+    x2 = _backend.empty(a, a.size(1) // 2, inter, y2.dtype)
+    return x2, y2.new_empty(y2.size(0), dtype=accumulation_dtype(y2.dtype))
+
+
+def _run_inverse(results, y1, y2, a, scale, offset, perm, clamp, clamp_form):
+    x2, log_det = results
+    inter = _backend.is_interleaved(y2)
+    _keep, v = _backend.views(inter, y1, y2, a, x2)
+    passive = y1.size(1) + y2.size(1) - x2.size(1)
+    options = (clamp, clamp_form, math.inf, y1.size(1))
+    job, _dense = _job(passive, x2, inter, scale, offset, perm, *options)
+    _backend.C.coupling_inverse_cpu(job, *v, log_det.data_ptr())
+
+
+def _job(passive, x2, interleaved, scale, offset, perm, clamp, clamp_form, limit, split):
+    """The kernels' description of a call, and the vectors that it points to."""
+    dense, vectors = _backend.addresses(scale, offset, perm)
+    form = CLAMP_FORMS.index(clamp_form)
+    sizes = (x2.size(0), passive, x2.size(1), positions(x2), split)
+    return _backend.C.Coupling(sizes, interleaved, form, clamp, limit, *vectors), dense
+
+
+_VECTORS = "Tensor? scale, Tensor? offset, Tensor? perm, float clamp, str clamp_form"
+_coupling = _backend.NativeOp(
+    "coupling",
+    f"(Tensor x1, Tensor x2, Tensor a, {_VECTORS}, float limit, int split) -> (Tensor, Tensor, Tensor)",
+    allocate=_allocate,
+    run=_run,
+    allocate_grads=_allocate_grads,
+    run_backward=_run_backward,
+    reference=affine_coupling_reference,
+    tensors=6,
+)
+_inverse = _backend.NativeOp(
+    "coupling_inverse",
+    f"(Tensor y1, Tensor y2, Tensor a, {_VECTORS}) -> (Tensor, Tensor)",
+    allocate=_allocate_inverse,
+    run=_run_inverse,
+    reference=affine_coupling_inverse_reference,
+    tensors=6,
+)

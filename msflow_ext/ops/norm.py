@@ -1,0 +1,140 @@
+"""LayerNorm over the channels of every position, with an optional map added before it and a ReLU after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msflow_ext.ops import _backend
+from msflow_ext.ops.coupling import accumulation_dtype, per_channel, positions
+
+
+def channel_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    bias_map: Tensor | None = None,
+    *,
+    relu: bool = True,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Normalise ``x + bias_map`` over its channels at each position, then apply an affine map and a ReLU.
+
+    .. math:: y = \max\!\Big(0,\; \frac{h - \bar h}{\sqrt{\mathrm{var}(h) + \epsilon}}\, w + b\Big), \quad h = x + m
+
+    Args:
+        x: ``(N, C, *)``, float32, float64 or bfloat16 (float16: reference).
+        weight, bias: ``(C,)`` in the dtype of the accumulation (float64 for float64, else float32).
+        bias_map: ``(1, C, *)`` in the dtype of ``x`` or of the accumulation; added to every sample. In MSFlow it is
+            the condition's share of the convolution before.
+        relu: whether negative results become 0.
+        eps: added to the biased variance.
+
+    Returns:
+        ``(N, C, *)`` in the memory format and dtype of ``x``.
+
+    Raises:
+        ValueError: shapes, devices or values do not fit. TypeError: dtypes do not.
+
+    Source: the norm of MSFlow's ``subnet_conv_ln`` (``torch.nn.LayerNorm`` over channels).
+    """
+    _check(x, weight, bias, bias_map, eps)
+    if bias_map is not None:
+        bias_map = bias_map.to(accumulation_dtype(x.dtype))
+    arguments = (x, weight, bias, bias_map, bool(relu), float(eps))
+    if not _backend.is_native(x, weight, bias, bias_map):
+        return channel_norm_reference(*arguments)
+    return _norm(*arguments)[0]
+
+
+def channel_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, bias_map: Tensor | None, relu: bool, eps: float
+) -> Tensor:
+    """:func:`channel_norm` in plain PyTorch, in the dtype of the accumulation until the last rounding."""
+    h = x.to(accumulation_dtype(x.dtype))
+    if bias_map is not None:
+        h = h + bias_map
+    h = h - h.mean(1, keepdim=True)
+    h = h * torch.rsqrt(h.square().mean(1, keepdim=True) + eps)
+    y = h * per_channel(weight, h) + per_channel(bias, h)
+    return (torch.relu(y) if relu else y).to(x.dtype)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, bias_map: Tensor | None, eps: float) -> None:
+    if x.dim() < 2 or x.size(1) == 0:
+        raise ValueError(f"channel_norm: x must be (N, C, *) with C >= 1, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"channel_norm: x must be floating, got {x.dtype}")
+    wide = accumulation_dtype(x.dtype)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector.shape != (x.size(1),):
+            raise ValueError(
+                f"channel_norm: {name} must be ({x.size(1)},) for x {tuple(x.shape)}, got {tuple(vector.shape)}"
+            )
+        if vector.dtype is not wide:
+            raise TypeError(f"channel_norm: {name} must be {wide} for {x.dtype} data, got {vector.dtype}")
+    if bias_map is not None:
+        if bias_map.shape != (1, *x.shape[1:]):
+            raise ValueError(
+                f"channel_norm: bias_map must be {(1, *x.shape[1:])} for x {tuple(x.shape)}, got "
+                f"{tuple(bias_map.shape)}"
+            )
+        if bias_map.dtype not in (x.dtype, wide):
+            raise TypeError(f"channel_norm: bias_map must be {x.dtype} or {wide}, got {bias_map.dtype}")
+    for name, other in (("weight", weight), ("bias", bias), ("bias_map", bias_map)):
+        if other is not None and other.device != x.device:
+            raise ValueError(f"channel_norm: {name} must be on {x.device}, got {other.device}")
+    if not eps >= 0:
+        raise ValueError(f"channel_norm: eps must not be negative, got {eps}")
+
+
+def _allocate(x, *_):
+    y = _backend.empty(x, x.size(1), _backend.is_interleaved(x))
+    statistics = x.new_empty((x.size(0), positions(x), 2), dtype=accumulation_dtype(x.dtype))
+    return y, statistics
+
+
+def _run(results, x, weight, bias, bias_map, relu, eps):
+    y, statistics = results
+    inter = _backend.is_interleaved(x)
+    _keep, v = _backend.views(inter, x, bias_map, y)
+    job, _dense = _job(x, inter, weight, bias, relu, eps)
+    _backend.C.norm_forward_cpu(job, *v, statistics.data_ptr())
+
+
+def _allocate_grads(x, weight, bias, bias_map, *_):
+    inter = _backend.is_interleaved(x)
+    grad_map = None if bias_map is None else _backend.empty(bias_map, x.size(1), inter)
+    grads = (t.new_empty(t.shape) for t in (weight, bias))
+    return _backend.empty(x, x.size(1), inter), *grads, grad_map
+
+
+def _run_backward(upstream, grads, extra, x, weight, bias, bias_map, relu, eps):
+    grad_x, grad_weight, grad_bias, grad_map = grads
+    if x.numel() == 0 and grad_map is not None:
+        grad_map.zero_()
+    inter = _backend.is_interleaved(x)
+    _keep, v = _backend.views(inter, upstream[0], x, bias_map, grad_x, grad_map)
+    job, _dense = _job(x, inter, weight, bias, relu, eps)
+    vectors = (grad_weight.data_ptr(), grad_bias.data_ptr())
+    _backend.C.norm_backward_cpu(job, *v[:3], extra[0].data_ptr(), *v[3:], *vectors)
+
+
+def _job(x, interleaved, weight, bias, relu, eps):
+    """The kernels' description of a call, and the vectors that it points to."""
+    dense, vectors = _backend.addresses(weight, bias)
+    sizes = (x.size(0), x.size(1), positions(x))
+    return _backend.C.Norm(sizes, interleaved, relu, eps, *vectors), dense
+
+
+_norm = _backend.NativeOp(
+    "channel_norm",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? bias_map, bool relu, float eps) -> (Tensor, Tensor)",
+    allocate=_allocate,
+    run=_run,
+    reference=channel_norm_reference,
+    tensors=4,
+    extra=1,
+    allocate_grads=_allocate_grads,
+    run_backward=_run_backward,
+)

@@ -1,0 +1,218 @@
+"""From latent maps to likelihoods, and from likelihoods of several scales to anomaly maps and scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msflow_ext.ops import _backend
+from msflow_ext.ops.coupling import accumulation_dtype, positions
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Maps and scores of a batch: see :func:`aggregate`.
+
+    Attributes:
+        score: ``(N,)`` in [0, 1], the paper's image score: mean of the largest ``top_k`` share of ``image_map``.
+        log_score: ``(N,)`` in nats, ``-log(1 - score)`` computed without the exponentials' underflow: the same order
+            as the paper's score, and it cannot saturate.
+        nll_score: ``(N,)`` in nats, the mean of the largest ``top_k`` share of the summed negative log-likelihood.
+        anomaly_map: ``(N, H, W)``, additive over scales, for localization.
+        image_map: ``(N, H, W)`` in [0, 1], multiplicative over scales.
+    """
+
+    score: Tensor
+    log_score: Tensor
+    nll_score: Tensor
+    anomaly_map: Tensor
+    image_map: Tensor
+
+
+def log_likelihood_map(z: Tensor) -> Tensor:
+    r"""Log-likelihood of a standard normal at each position, per channel and without its constant.
+
+    .. math:: \log p_{n,h,w} = -\tfrac{1}{2C} \textstyle\sum_c z_{n,c,h,w}^2
+
+    Args:
+        z: ``(N, C, *)``, float32, float64 or bfloat16; ``C`` at least 1.
+
+    Returns:
+        ``(N, *)``, float64 for float64 and float32 else.
+    """
+    _check_latent("log_likelihood_map", z)
+    if not _backend.is_native(z):
+        return log_likelihood_map_reference(z)
+    return _square_sums(z)[0] * (-0.5 / z.size(1))
+
+
+def half_square_norm(z: Tensor) -> Tensor:
+    r"""Negative log-likelihood of each sample in nats, without its constant: :math:`\tfrac12 \lVert z_n \rVert^2`.
+
+    Args:
+        z: ``(N, C, *)``, float32, float64 or bfloat16.
+
+    Returns:
+        ``(N,)``, float64 for float64 and float32 else.
+    """
+    _check_latent("half_square_norm", z)
+    if not _backend.is_native(z):
+        return half_square_norm_reference(z)
+    return 0.5 * _square_sums(z)[1]
+
+
+def aggregate(
+    log_likelihood: Sequence[Tensor], size: int | tuple[int, int], *, top_k: float = 0.03
+) -> Aggregate:
+    r"""Anomaly maps and image scores from the log-likelihood maps of one or more scales.
+
+    With :math:`M_i` the maps upsampled to ``size`` (bilinear, ``align_corners=True``), :math:`P_i` the upsampled
+    :math:`\exp(\log p_i - \max_{h,w} \log p_i)` and all maxima per image:
+
+    .. math::
+        L = \textstyle\sum_i M_i, \quad Q = e^{L - \max L}, \quad \text{image\_map} = \max Q - Q, \quad
+        \text{anomaly\_map} = \max \textstyle\sum_i P_i - \sum_i P_i
+
+    and ``score`` the mean of the ``floor(top_k * H * W)`` largest values of ``image_map`` (at least one).
+
+    Args:
+        log_likelihood: maps ``(N, H_i, W_i)``, float32 or float64, from :func:`log_likelihood_map`.
+        size: ``S`` or ``(H, W)`` of the result, in pixels.
+        top_k: share of the pixels that make the score, in (0, 1].
+
+    Raises:
+        ValueError: no map, shapes do not fit, a size below 1, ``top_k`` outside (0, 1]. TypeError: dtypes.
+
+    Source: MSFlow, section III-D.
+    """
+    size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    _check_aggregate(log_likelihood, size, top_k)
+    k = max(1, int(top_k * (size[0] * size[1])))
+    differentiable = torch.is_grad_enabled() and any(m.requires_grad for m in log_likelihood)
+    compiling = torch.compiler.is_compiling()
+    if not differentiable and not compiling and _backend.is_native(*log_likelihood):
+        native = _aggregate(log_likelihood, size, k)
+        if native is not None:
+            return native
+    return aggregate_reference(log_likelihood, size, k)
+
+
+def log_likelihood_map_reference(z: Tensor) -> Tensor:
+    """:func:`log_likelihood_map` in plain PyTorch."""
+    return -0.5 * z.to(accumulation_dtype(z.dtype)).square().mean(1)
+
+
+def half_square_norm_reference(z: Tensor) -> Tensor:
+    """:func:`half_square_norm` in plain PyTorch."""
+    return 0.5 * z.to(accumulation_dtype(z.dtype)).square().flatten(1).sum(1)
+
+
+def aggregate_reference(
+    log_likelihood: Sequence[Tensor], size: tuple[int, int], k: int
+) -> Aggregate:
+    """:func:`aggregate` in plain PyTorch; ``k`` pixels make the score."""
+    log_q = sum(_upsample(m, size) for m in log_likelihood)
+    p = sum(_upsample(torch.exp(m - m.amax((1, 2), keepdim=True)), size) for m in log_likelihood)
+    assert isinstance(log_q, Tensor) and isinstance(p, Tensor)
+    lowest = torch.topk(log_q.flatten(1), k, largest=False).values
+    highest = log_q.amax((1, 2), keepdim=True)
+    image_map = 1 - torch.exp(log_q - highest)
+    distance = lowest - highest[:, 0]
+    return Aggregate(
+        score=(1 - torch.exp(distance)).mean(1),
+        log_score=math.log(k) - torch.logsumexp(distance, 1),
+        nll_score=-lowest.mean(1),
+        anomaly_map=p.amax((1, 2), keepdim=True) - p,
+        image_map=image_map,
+    )
+
+
+def _upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x[:, None], size, mode="bilinear", align_corners=True)[:, 0]
+
+
+def _check_aggregate(maps: Sequence[Tensor], size: tuple[int, int], top_k: float) -> None:
+    if len(maps) == 0:
+        raise ValueError("aggregate: log_likelihood holds no map")
+    if min(size) < 1:
+        raise ValueError(f"aggregate: size must be at least 1 pixel, got {size}")
+    if not 0 < top_k <= 1:
+        raise ValueError(f"aggregate: top_k must be in (0, 1], got {top_k}")
+    for m in maps:
+        if m.dtype not in (torch.float32, torch.float64) or m.dtype is not maps[0].dtype:
+            raise TypeError(
+                f"aggregate: log_likelihood must be all float32 or all float64, got {[m.dtype for m in maps]}"
+            )
+        if m.dim() != 3 or m.size(0) != maps[0].size(0) or 0 in m.shape[1:]:
+            raise ValueError(
+                "aggregate: log_likelihood must be maps (N, H, W) of one N and at least one position, got "
+                f"{[tuple(m.shape) for m in maps]}"
+            )
+
+
+def _check_latent(name: str, z: Tensor) -> None:
+    if z.dim() < 2 or z.size(1) == 0:
+        raise ValueError(f"{name}: z must be (N, C, *) with C >= 1, got {tuple(z.shape)}")
+    if not z.is_floating_point():
+        raise TypeError(f"{name}: z must be floating, got {z.dtype}")
+
+
+def _aggregate(maps: Sequence[Tensor], size: tuple[int, int], k: int) -> Aggregate | None:
+    """The native result, or None where a map is not finite, which the reference treats as torch does."""
+    maps = [m.contiguous() for m in maps]
+    n, like = maps[0].size(0), maps[0]
+    score, log_score, nll_score = (like.new_empty(n) for _ in range(3))
+    anomaly_map, image_map = (like.new_empty((n, *size)) for _ in range(2))
+    finite = _backend.C.aggregate_cpu(
+        _backend.DTYPES[like.dtype],
+        n,
+        *size,
+        k,
+        [(m.data_ptr(), m.size(1), m.size(2)) for m in maps],
+        *(t.data_ptr() for t in (score, log_score, nll_score, anomaly_map, image_map)),
+    )
+    return Aggregate(score, log_score, nll_score, anomaly_map, image_map) if finite else None
+
+
+def _square_sums_reference(z):
+    squares = z.to(accumulation_dtype(z.dtype)).square().sum(1)
+    return squares, squares.flatten(1).sum(1)
+
+
+def _allocate(z):
+    wide = accumulation_dtype(z.dtype)
+    return z.new_empty((z.size(0), *z.shape[2:]), dtype=wide), z.new_empty(z.size(0), dtype=wide)
+
+
+def _run(results, z):
+    inter = _backend.is_interleaved(z)
+    _keep, v = _backend.views(inter, z)
+    pointers = (r.data_ptr() for r in results)
+    _backend.C.square_sums_cpu(z.size(0), z.size(1), positions(z), inter, *v, *pointers)
+
+
+def _allocate_grads(z):
+    return (_backend.empty(z, z.size(1), _backend.is_interleaved(z)),)
+
+
+def _run_backward(upstream, grads, _extra, z):
+    per_position, per_sample = upstream
+    weight = 2 * (per_position + per_sample.view(-1, *[1] * (z.dim() - 2)))
+    torch.mul(z, weight[:, None], out=grads[0])
+
+
+_square_sums = _backend.NativeOp(
+    "square_sums",
+    "(Tensor z) -> (Tensor, Tensor)",
+    allocate=_allocate,
+    run=_run,
+    reference=_square_sums_reference,
+    tensors=1,
+    allocate_grads=_allocate_grads,
+    run_backward=_run_backward,
+)
