@@ -27,11 +27,15 @@ HD double atan_(double x) { return atan(x); }
 
 namespace detail {
 
-template <int N, class T>
+// c[I] + c[I + 1] x + ...: recursive, because a loop in here keeps the loop around it from being
+// vectorised.
+template <int I = 0, int N, class T>
 HD T polynomial(const T (&c)[N], T x) {
-  T y = c[N - 1];
-  for (int i = N - 2; i >= 0; --i) y = y * x + c[i];
-  return y;
+  if constexpr (I + 1 == N) {
+    return c[I];
+  } else {
+    return polynomial<I + 1>(c, x) * x + c[I];
+  }
 }
 
 template <class T>

@@ -14,3 +14,15 @@
 #ifndef MSFLOW_CLONES
 #define MSFLOW_CLONES
 #endif
+
+// Before a loop whose iterations touch nothing of each other's: without it, the compiler checks
+// every pair of pointers for overlap, and gives up on vectorising where there are many.
+#if defined(__CUDACC__)
+#define INDEPENDENT
+#elif defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define INDEPENDENT
+#endif

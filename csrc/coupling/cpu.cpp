@@ -80,27 +80,30 @@ struct Job : Coupling {
 
 template <bool Atan, class X, class A, class W>
 HD void forward_planar(const Job<W>& job, int64_t begin, int64_t end) {
+  const Clamp<W> k = job.k;
   const W limit = W(job.limit);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / job.channels(), result = item % job.channels();
     const int64_t c = job.source[result], j = c - job.passive;
-    X* __restrict__ y = job.template result<X>(n, result);
+    X* y = job.template result<X>(n, result);
     const W gain = job.gain[c], shift = job.shift[c];
     double sum = 0;
     if (j < 0) {
-      const X* __restrict__ x = job.x1.template at<X>(n, c);
+      const X* x = job.x1.template at<X>(n, c);
+      INDEPENDENT
       for (int64_t i = 0; i < job.positions; ++i)
         store(y + i, affine(W(load(x[i])), gain, shift, limit));
     } else {
-      const X* __restrict__ x = job.x2.template at<X>(n, j);
-      const A* __restrict__ a_s = job.a.template at<A>(n, j);
-      const A* __restrict__ a_t = job.a.template at<A>(n, j + job.active);
+      const X* x = job.x2.template at<X>(n, j);
+      const A* a_s = job.a.template at<A>(n, j);
+      const A* a_t = job.a.template at<A>(n, j + job.active);
       W s[chunk];
       for (int64_t start = 0; start < job.positions; start += chunk) {
         const int64_t size = std::min(chunk, job.positions - start);
+        INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
-          s[i] = log_scale<Atan>(job.k, W(load(a_s[start + i])));
-          const W u = W(load(x[start + i])) * exp_(s[i]) + job.k.shift * W(load(a_t[start + i]));
+          s[i] = log_scale<Atan>(k, W(load(a_s[start + i])));
+          const W u = W(load(x[start + i])) * exp_(s[i]) + k.shift * W(load(a_t[start + i]));
           store(y + start + i, affine(u, gain, shift, limit));
         }
         sum += ordered_sum(s, size);
@@ -112,23 +115,25 @@ HD void forward_planar(const Job<W>& job, int64_t begin, int64_t end) {
 
 template <bool Atan, class X, class A, class W>
 HD void inverse_planar(const Job<W>& job, int64_t begin, int64_t end) {
+  const Clamp<W> k = job.k;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / job.channels(), result = item % job.channels();
     const int64_t c = job.source[result], j = c - job.passive;
     double sum = 0;
     if (j >= 0) {
-      const X* __restrict__ y = job.template result<X>(n, result);
-      X* __restrict__ x = job.x2.template at<X>(n, j);
-      const A* __restrict__ a_s = job.a.template at<A>(n, j);
-      const A* __restrict__ a_t = job.a.template at<A>(n, j + job.active);
+      const X* y = job.template result<X>(n, result);
+      X* x = job.x2.template at<X>(n, j);
+      const A* a_s = job.a.template at<A>(n, j);
+      const A* a_t = job.a.template at<A>(n, j + job.active);
       const W gain = job.gain[c], shift = job.shift[c];
       W s[chunk];
       for (int64_t start = 0; start < job.positions; start += chunk) {
         const int64_t size = std::min(chunk, job.positions - start);
+        INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
-          s[i] = log_scale<Atan>(job.k, W(load(a_s[start + i])));
+          s[i] = log_scale<Atan>(k, W(load(a_s[start + i])));
           const W u = (W(load(y[start + i])) - shift) / gain;
-          store(x + start + i, (u - job.k.shift * W(load(a_t[start + i]))) * exp_(-s[i]));
+          store(x + start + i, (u - k.shift * W(load(a_t[start + i]))) * exp_(-s[i]));
         }
         sum += ordered_sum(s, size);
       }
@@ -139,19 +144,21 @@ HD void inverse_planar(const Job<W>& job, int64_t begin, int64_t end) {
 
 template <bool Atan, class X, class A, class W>
 HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
+  const Clamp<W> k = job.k;
   const W limit = W(job.limit);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / job.channels(), result = item % job.channels();
     const int64_t c = job.source[result], j = c - job.passive;
-    const X* __restrict__ grad_y = job.template result<X>(n, result);
+    const X* grad_y = job.template result<X>(n, result);
     const W gain = job.gain[c], shift = job.shift[c], grad_s = job.grad_log_det[n];
     double sum_scale = 0, sum_offset = 0;
     W gu[chunk], gv[chunk];
     for (int64_t start = 0; start < job.positions; start += chunk) {
       const int64_t size = std::min(chunk, job.positions - start);
       if (j < 0) {
-        const X* __restrict__ x = job.x1.template at<X>(n, c, start);
-        X* __restrict__ grad_x = job.grad_x1.template at<X>(n, c, start);
+        const X* x = job.x1.template at<X>(n, c, start);
+        X* grad_x = job.grad_x1.template at<X>(n, c, start);
+        INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
           const W u = W(load(x[i]));
           gv[i] = through_limit(W(load(grad_y[start + i])), u, gain, shift, limit);
@@ -159,23 +166,24 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
           store(grad_x + i, gv[i] * gain);
         }
       } else {
-        const X* __restrict__ x = job.x2.template at<X>(n, j, start);
-        const A* __restrict__ a_s = job.a.template at<A>(n, j, start);
-        const A* __restrict__ a_t = job.a.template at<A>(n, j + job.active, start);
-        X* __restrict__ grad_x = job.grad_x2.template at<X>(n, j, start);
-        A* __restrict__ grad_s_row = job.grad_a.template at<A>(n, j, start);
-        A* __restrict__ grad_t_row = job.grad_a.template at<A>(n, j + job.active, start);
+        const X* x = job.x2.template at<X>(n, j, start);
+        const A* a_s = job.a.template at<A>(n, j, start);
+        const A* a_t = job.a.template at<A>(n, j + job.active, start);
+        X* grad_x = job.grad_x2.template at<X>(n, j, start);
+        A* grad_s_row = job.grad_a.template at<A>(n, j, start);
+        A* grad_t_row = job.grad_a.template at<A>(n, j + job.active, start);
+        INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
           W slope;
-          const W e = exp_(log_scale<Atan>(job.k, W(load(a_s[i])), slope));
+          const W e = exp_(log_scale<Atan>(k, W(load(a_s[i])), slope));
           const W scaled = W(load(x[i])) * e;
-          const W u = scaled + job.k.shift * W(load(a_t[i]));
+          const W u = scaled + k.shift * W(load(a_t[i]));
           gv[i] = through_limit(W(load(grad_y[start + i])), u, gain, shift, limit);
           gu[i] = gv[i] * u;
           const W g = gv[i] * gain;
           store(grad_x + i, g * e);
           store(grad_s_row + i, (g * scaled + grad_s) * slope);
-          store(grad_t_row + i, g * job.k.shift);
+          store(grad_t_row + i, g * k.shift);
         }
       }
       sum_scale += ordered_sum(gu, size);
@@ -191,38 +199,45 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
 
 template <bool Atan, class X, class A, class W>
 HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
+  const Clamp<W> k = job.k;
   const W limit = W(job.limit);
   const int64_t channels = job.channels(), passive = job.passive, active = job.active;
+  const int64_t split = job.split, rest = channels - split;
   const auto buffer = scratch<W>(channels + active);
-  W* __restrict__ v = buffer.get();
-  W* __restrict__ s = v + channels;
-  const W* __restrict__ gain = job.gain.data();
-  const W* __restrict__ shift = job.shift.data();
-  const int32_t* __restrict__ source = job.source.data();
+  W* v = buffer.get();
+  W* s = v + channels;
+  const W* gain = job.gain.data();
+  const W* shift = job.shift.data();
+  const int32_t* source = job.source.data();
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / job.blocks(), first = item % job.blocks() * job.block();
     const int64_t last = std::min(first + job.block(), job.positions);
     W lane[lanes] = {};
     for (int64_t p = first; p < last; ++p) {
-      const X* __restrict__ x1 = job.x1.template at<X>(n, 0, p);
-      const X* __restrict__ x2 = job.x2.template at<X>(n, 0, p);
-      const A* __restrict__ a_s = job.a.template at<A>(n, 0, p);
-      const A* __restrict__ a_t = a_s + active;
+      const X* x1 = job.x1.template at<X>(n, 0, p);
+      const X* x2 = job.x2.template at<X>(n, 0, p);
+      const A* a_s = job.a.template at<A>(n, 0, p);
+      const A* a_t = a_s + active;
       for (int64_t c = 0; c < passive; ++c) v[c] = affine(W(load(x1[c])), gain[c], shift[c], limit);
+      INDEPENDENT
       for (int64_t j = 0; j < active; ++j) {
-        s[j] = log_scale<Atan>(job.k, W(load(a_s[j])));
-        const W u = W(load(x2[j])) * exp_(s[j]) + job.k.shift * W(load(a_t[j]));
+        s[j] = log_scale<Atan>(k, W(load(a_s[j])));
+        const W u = W(load(x2[j])) * exp_(s[j]) + k.shift * W(load(a_t[j]));
         v[passive + j] = affine(u, gain[passive + j], shift[passive + j], limit);
       }
       add_to_lanes(s, active, lane);
-      X* __restrict__ y1 = job.y1.template at<X>(n, 0, p);
-      X* __restrict__ y2 = job.y2.template at<X>(n, 0, p);
+      X* y1 = job.y1.template at<X>(n, 0, p);
+      X* y2 = job.y2.template at<X>(n, 0, p);
       if (job.perm) {
-        for (int64_t i = 0; i < job.split; ++i) store(y1 + i, v[source[i]]);
-        for (int64_t i = job.split; i < channels; ++i) store(y2 + i - job.split, v[source[i]]);
+        INDEPENDENT
+        for (int64_t i = 0; i < split; ++i) store(y1 + i, v[source[i]]);
+        INDEPENDENT
+        for (int64_t i = 0; i < rest; ++i) store(y2 + i, v[source[split + i]]);
       } else {
-        for (int64_t i = 0; i < job.split; ++i) store(y1 + i, v[i]);
-        for (int64_t i = job.split; i < channels; ++i) store(y2 + i - job.split, v[i]);
+        INDEPENDENT
+        for (int64_t i = 0; i < split; ++i) store(y1 + i, v[i]);
+        INDEPENDENT
+        for (int64_t i = 0; i < rest; ++i) store(y2 + i, v[split + i]);
       }
     }
     job.log_det_parts[item] = sum_lanes(lane);
@@ -231,35 +246,38 @@ HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
 
 // v[source[k]] = y[k] over both results at one position.
 template <class X, class W>
-HD void unpermute(const Job<W>& job, int64_t n, int64_t p, W* __restrict__ v) {
-  const int32_t* __restrict__ source = job.source.data();
-  const X* __restrict__ y1 = job.y1.template at<X>(n, 0, p);
-  const X* __restrict__ y2 = job.y2.template at<X>(n, 0, p);
-  for (int64_t i = 0; i < job.split; ++i) v[source[i]] = W(load(y1[i]));
-  for (int64_t i = job.split; i < job.channels(); ++i) v[source[i]] = W(load(y2[i - job.split]));
+HD void unpermute(const Job<W>& job, int64_t n, int64_t p, W* v) {
+  const int32_t* source = job.source.data();
+  const X* y1 = job.y1.template at<X>(n, 0, p);
+  const X* y2 = job.y2.template at<X>(n, 0, p);
+  const int64_t split = job.split, rest = job.channels() - split;
+  for (int64_t i = 0; i < split; ++i) v[source[i]] = W(load(y1[i]));
+  for (int64_t i = 0; i < rest; ++i) v[source[split + i]] = W(load(y2[i]));
 }
 
 template <bool Atan, class X, class A, class W>
 HD void inverse_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
+  const Clamp<W> k = job.k;
   const int64_t channels = job.channels(), passive = job.passive, active = job.active;
   const auto buffer = scratch<W>(channels + active);
-  W* __restrict__ v = buffer.get();
-  W* __restrict__ s = v + channels;
-  const W* __restrict__ gain = job.gain.data() + passive;
-  const W* __restrict__ shift = job.shift.data() + passive;
+  W* v = buffer.get();
+  W* s = v + channels;
+  const W* gain = job.gain.data() + passive;
+  const W* shift = job.shift.data() + passive;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / job.blocks(), first = item % job.blocks() * job.block();
     const int64_t last = std::min(first + job.block(), job.positions);
     W lane[lanes] = {};
     for (int64_t p = first; p < last; ++p) {
       unpermute<X>(job, n, p, v);
-      const W* __restrict__ u = v + passive;
-      const A* __restrict__ a_s = job.a.template at<A>(n, 0, p);
-      const A* __restrict__ a_t = a_s + active;
-      X* __restrict__ x2 = job.x2.template at<X>(n, 0, p);
+      const W* u = v + passive;
+      const A* a_s = job.a.template at<A>(n, 0, p);
+      const A* a_t = a_s + active;
+      X* x2 = job.x2.template at<X>(n, 0, p);
+      INDEPENDENT
       for (int64_t j = 0; j < active; ++j) {
-        s[j] = log_scale<Atan>(job.k, W(load(a_s[j])));
-        const W value = (u[j] - shift[j]) / gain[j] - job.k.shift * W(load(a_t[j]));
+        s[j] = log_scale<Atan>(k, W(load(a_s[j])));
+        const W value = (u[j] - shift[j]) / gain[j] - k.shift * W(load(a_t[j]));
         store(x2 + j, value * exp_(-s[j]));
       }
       add_to_lanes(s, active, lane);
@@ -270,29 +288,31 @@ HD void inverse_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
 
 template <bool Atan, class X, class A, class W>
 HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
+  const Clamp<W> k = job.k;
   const W limit = W(job.limit);
   const int64_t channels = job.channels(), passive = job.passive, active = job.active;
   const auto buffer = scratch<W>(channels);
-  W* __restrict__ grad = buffer.get();
-  const W* __restrict__ gain = job.gain.data();
-  const W* __restrict__ shift = job.shift.data();
+  W* grad = buffer.get();
+  const W* gain = job.gain.data();
+  const W* shift = job.shift.data();
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / job.blocks(), first = item % job.blocks() * job.block();
     const int64_t last = std::min(first + job.block(), job.positions);
-    W* __restrict__ sum_scale = job.grad_parts.get() + item * 2 * channels;
-    W* __restrict__ sum_offset = sum_scale + channels;
+    W* sum_scale = job.grad_parts.get() + item * 2 * channels;
+    W* sum_offset = sum_scale + channels;
     std::fill(sum_scale, sum_scale + 2 * channels, W(0));
     const W grad_s = job.grad_log_det[n];
     for (int64_t p = first; p < last; ++p) {
       unpermute<X>(job, n, p, grad);
-      const X* __restrict__ x1 = job.x1.template at<X>(n, 0, p);
-      const X* __restrict__ x2 = job.x2.template at<X>(n, 0, p);
-      const A* __restrict__ a_s = job.a.template at<A>(n, 0, p);
-      const A* __restrict__ a_t = a_s + active;
-      X* __restrict__ grad_x1 = job.grad_x1.template at<X>(n, 0, p);
-      X* __restrict__ grad_x2 = job.grad_x2.template at<X>(n, 0, p);
-      A* __restrict__ grad_a_s = job.grad_a.template at<A>(n, 0, p);
-      A* __restrict__ grad_a_t = grad_a_s + active;
+      const X* x1 = job.x1.template at<X>(n, 0, p);
+      const X* x2 = job.x2.template at<X>(n, 0, p);
+      const A* a_s = job.a.template at<A>(n, 0, p);
+      const A* a_t = a_s + active;
+      X* grad_x1 = job.grad_x1.template at<X>(n, 0, p);
+      X* grad_x2 = job.grad_x2.template at<X>(n, 0, p);
+      A* grad_a_s = job.grad_a.template at<A>(n, 0, p);
+      A* grad_a_t = grad_a_s + active;
+      INDEPENDENT
       for (int64_t c = 0; c < passive; ++c) {
         const W u = W(load(x1[c]));
         const W g = through_limit(grad[c], u, gain[c], shift[c], limit);
@@ -300,19 +320,20 @@ HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
         sum_offset[c] += g;
         store(grad_x1 + c, g * gain[c]);
       }
+      INDEPENDENT
       for (int64_t j = 0; j < active; ++j) {
         const int64_t c = passive + j;
         W slope;
-        const W e = exp_(log_scale<Atan>(job.k, W(load(a_s[j])), slope));
+        const W e = exp_(log_scale<Atan>(k, W(load(a_s[j])), slope));
         const W scaled = W(load(x2[j])) * e;
-        const W u = scaled + job.k.shift * W(load(a_t[j]));
+        const W u = scaled + k.shift * W(load(a_t[j]));
         const W gv = through_limit(grad[c], u, gain[c], shift[c], limit);
         const W g = gv * gain[c];
         sum_scale[c] += gv * u;
         sum_offset[c] += gv;
         store(grad_x2 + j, g * e);
         store(grad_a_s + j, (g * scaled + grad_s) * slope);
-        store(grad_a_t + j, g * job.k.shift);
+        store(grad_a_t + j, g * k.shift);
       }
     }
   }

@@ -1,6 +1,7 @@
 // The channel norm on the CPU: a block of positions at a time, all of whose channels fit a near
 // cache.
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -19,11 +20,15 @@ struct Job : Norm {
   Tensor x, map, y, grad_x, grad_map;  // y: result, or its gradient
   const W* w;
   const W* b;
+  W floor;                          // of the ReLU, if there is one
   W* statistics = nullptr;          // (N, P, 2)
   std::unique_ptr<W[]> grad_parts;  // (items, 2, C)
 
   explicit Job(const Norm& norm)
-      : Norm(norm), w(static_cast<const W*>(weight)), b(static_cast<const W*>(bias)) {}
+      : Norm(norm),
+        w(static_cast<const W*>(weight)),
+        b(static_cast<const W*>(bias)),
+        floor(relu ? W(0) : -std::numeric_limits<W>::infinity()) {}
 
   int64_t block() const {
     return interleaved ? std::min<int64_t>(64, std::max<int64_t>(1, 8192 / channels))
@@ -36,26 +41,31 @@ struct Job : Norm {
 
 template <class X, class W>
 HD void forward_planar(const Job<W>& job, int64_t begin, int64_t end) {
+  const W floor = job.floor;
   const auto buffer = scratch<W>(job.channels * planar_block);
-  W* __restrict__ h = buffer.get();
+  W* h = buffer.get();
   const W share = W(1) / W(job.channels);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / job.blocks(), first = item % job.blocks() * planar_block;
     const int64_t size = std::min(planar_block, job.positions - first);
     W mean[planar_block] = {}, inverse[planar_block] = {};
     for (int64_t c = 0; c < job.channels; ++c) {
-      const X* __restrict__ x = job.x.template at<X>(n, c, first);
-      W* __restrict__ row = h + c * planar_block;
+      const X* x = job.x.template at<X>(n, c, first);
+      W* row = h + c * planar_block;
+      INDEPENDENT
       for (int64_t i = 0; i < size; ++i) row[i] = W(load(x[i]));
       if (job.map.data) {
-        const W* __restrict__ map = job.map.template at<W>(0, c, first);
+        const W* map = job.map.template at<W>(0, c, first);
+        INDEPENDENT
         for (int64_t i = 0; i < size; ++i) row[i] += map[i];
       }
+      INDEPENDENT
       for (int64_t i = 0; i < size; ++i) mean[i] += row[i];
     }
     for (int64_t i = 0; i < size; ++i) mean[i] *= share;
     for (int64_t c = 0; c < job.channels; ++c) {
-      W* __restrict__ row = h + c * planar_block;
+      W* row = h + c * planar_block;
+      INDEPENDENT
       for (int64_t i = 0; i < size; ++i) {
         row[i] -= mean[i];
         inverse[i] += row[i] * row[i];
@@ -63,14 +73,16 @@ HD void forward_planar(const Job<W>& job, int64_t begin, int64_t end) {
     }
     for (int64_t i = 0; i < size; ++i) inverse[i] = 1 / std::sqrt(inverse[i] * share + W(job.eps));
     for (int64_t c = 0; c < job.channels; ++c) {
-      const W* __restrict__ row = h + c * planar_block;
-      X* __restrict__ y = job.y.template at<X>(n, c, first);
+      const W* row = h + c * planar_block;
+      X* y = job.y.template at<X>(n, c, first);
       const W w = job.w[c], b = job.b[c];
+      INDEPENDENT
       for (int64_t i = 0; i < size; ++i)
-        store(y + i, rectified(row[i] * inverse[i] * w + b, job.relu));
+        store(y + i, rectified(row[i] * inverse[i] * w + b, floor));
     }
     if (job.statistics) {
       W* to = job.statistics + (n * job.positions + first) * 2;
+      INDEPENDENT
       for (int64_t i = 0; i < size; ++i) to[2 * i] = mean[i], to[2 * i + 1] = inverse[i];
     }
   }
@@ -79,15 +91,16 @@ HD void forward_planar(const Job<W>& job, int64_t begin, int64_t end) {
 // An item is a block of positions of all samples, because grad_map sums over samples.
 template <class X, class W>
 HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
+  const W floor = job.floor;
   const auto buffer = scratch<W>(2 * job.channels * planar_block);
-  W* __restrict__ normal = buffer.get();
-  W* __restrict__ grad = normal + job.channels * planar_block;
+  W* normal = buffer.get();
+  W* grad = normal + job.channels * planar_block;
   const W share = W(1) / W(job.channels);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item * planar_block;
     const int64_t size = std::min(planar_block, job.positions - first);
-    W* __restrict__ grad_w = job.grad_parts.get() + item * 2 * job.channels;
-    W* __restrict__ grad_b = grad_w + job.channels;
+    W* grad_w = job.grad_parts.get() + item * 2 * job.channels;
+    W* grad_b = grad_w + job.channels;
     std::fill(grad_w, grad_w + 2 * job.channels, W(0));
     for (int64_t n = 0; n < job.samples; ++n) {
       W mean[planar_block], inverse[planar_block], mean_g[planar_block] = {},
@@ -95,20 +108,23 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
       const W* from = job.statistics + (n * job.positions + first) * 2;
       for (int64_t i = 0; i < size; ++i) mean[i] = from[2 * i], inverse[i] = from[2 * i + 1];
       for (int64_t c = 0; c < job.channels; ++c) {
-        const X* __restrict__ x = job.x.template at<X>(n, c, first);
-        const X* __restrict__ grad_y = job.y.template at<X>(n, c, first);
-        W* __restrict__ nrow = normal + c * planar_block;
-        W* __restrict__ grow = grad + c * planar_block;
+        const X* x = job.x.template at<X>(n, c, first);
+        const X* grad_y = job.y.template at<X>(n, c, first);
+        W* nrow = normal + c * planar_block;
+        W* grow = grad + c * planar_block;
         const W w = job.w[c], b = job.b[c];
+        INDEPENDENT
         for (int64_t i = 0; i < size; ++i) nrow[i] = W(load(x[i])) - mean[i];
         if (job.map.data) {
-          const W* __restrict__ map = job.map.template at<W>(0, c, first);
+          const W* map = job.map.template at<W>(0, c, first);
+          INDEPENDENT
           for (int64_t i = 0; i < size; ++i) nrow[i] += map[i];
         }
         W gw[planar_block], gb[planar_block];
+        INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
           nrow[i] *= inverse[i];
-          gb[i] = through_relu(W(load(grad_y[i])), nrow[i], w, b, job.relu);
+          gb[i] = through_relu(W(load(grad_y[i])), nrow[i], w, b, floor);
           gw[i] = gb[i] * nrow[i];
           grow[i] = gb[i] * w;
           mean_g[i] += grow[i];
@@ -119,15 +135,17 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
       }
       for (int64_t i = 0; i < size; ++i) mean_g[i] *= share, mean_gn[i] *= share;
       for (int64_t c = 0; c < job.channels; ++c) {
-        const W* __restrict__ nrow = normal + c * planar_block;
-        W* __restrict__ grow = grad + c * planar_block;
-        X* __restrict__ grad_x = job.grad_x.template at<X>(n, c, first);
+        const W* nrow = normal + c * planar_block;
+        W* grow = grad + c * planar_block;
+        X* grad_x = job.grad_x.template at<X>(n, c, first);
+        INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
           grow[i] = norm_gradient(grow[i], nrow[i], inverse[i], mean_g[i], mean_gn[i]);
           store(grad_x + i, grow[i]);
         }
         if (job.grad_map.data) {
-          W* __restrict__ grad_map = job.grad_map.template at<W>(0, c, first);
+          W* grad_map = job.grad_map.template at<W>(0, c, first);
+          INDEPENDENT
           for (int64_t i = 0; i < size; ++i) grad_map[i] = n ? grad_map[i] + grow[i] : grow[i];
         }
       }
@@ -139,21 +157,24 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
 
 template <class X, class W>
 HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
+  const W floor = job.floor;
   const auto buffer = scratch<W>(job.channels);
-  W* __restrict__ h = buffer.get();
-  const W* __restrict__ w = job.w;
-  const W* __restrict__ b = job.b;
+  W* h = buffer.get();
+  const W* w = job.w;
+  const W* b = job.b;
   const int64_t channels = job.channels;
   const W share = W(1) / W(channels);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / job.blocks(), first = item % job.blocks() * job.block();
     const int64_t last = std::min(first + job.block(), job.positions);
     for (int64_t p = first; p < last; ++p) {
-      const X* __restrict__ x = job.x.template at<X>(n, 0, p);
-      X* __restrict__ y = job.y.template at<X>(n, 0, p);
+      const X* x = job.x.template at<X>(n, 0, p);
+      X* y = job.y.template at<X>(n, 0, p);
+      INDEPENDENT
       for (int64_t c = 0; c < channels; ++c) h[c] = W(load(x[c]));
       if (job.map.data) {
-        const W* __restrict__ map = job.map.template at<W>(0, 0, p);
+        const W* map = job.map.template at<W>(0, 0, p);
+        INDEPENDENT
         for (int64_t c = 0; c < channels; ++c) h[c] += map[c];
       }
       const W mean = W(ordered_sum(h, channels)) * share;
@@ -163,8 +184,9 @@ HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
         for (int l = 0; l < lanes; ++l) lane[l] += (h[c + l] - mean) * (h[c + l] - mean);
       for (int l = 0; c < channels; ++c, ++l) lane[l] += (h[c] - mean) * (h[c] - mean);
       const W inverse = 1 / std::sqrt(W(sum_lanes(lane)) * share + W(job.eps));
+      INDEPENDENT
       for (c = 0; c < channels; ++c)
-        store(y + c, rectified((h[c] - mean) * inverse * w[c] + b[c], job.relu));
+        store(y + c, rectified((h[c] - mean) * inverse * w[c] + b[c], floor));
       if (job.statistics) {
         W* to = job.statistics + (n * job.positions + p) * 2;
         to[0] = mean, to[1] = inverse;
@@ -175,34 +197,38 @@ HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
 
 template <class X, class W>
 HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
+  const W floor = job.floor;
   const int64_t channels = job.channels;
   const auto buffer = scratch<W>(3 * channels);
-  W* __restrict__ normal = buffer.get();
-  W* __restrict__ grad = normal + channels;
-  W* __restrict__ product = grad + channels;
-  const W* __restrict__ w = job.w;
-  const W* __restrict__ b = job.b;
+  W* normal = buffer.get();
+  W* grad = normal + channels;
+  W* product = grad + channels;
+  const W* w = job.w;
+  const W* b = job.b;
   const W share = W(1) / W(channels);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item * job.block(), last = std::min(first + job.block(), job.positions);
-    W* __restrict__ grad_w = job.grad_parts.get() + item * 2 * channels;
-    W* __restrict__ grad_b = grad_w + channels;
+    W* grad_w = job.grad_parts.get() + item * 2 * channels;
+    W* grad_b = grad_w + channels;
     std::fill(grad_w, grad_w + 2 * channels, W(0));
     for (int64_t n = 0; n < job.samples; ++n) {
       for (int64_t p = first; p < last; ++p) {
-        const X* __restrict__ x = job.x.template at<X>(n, 0, p);
-        const X* __restrict__ grad_y = job.y.template at<X>(n, 0, p);
-        X* __restrict__ grad_x = job.grad_x.template at<X>(n, 0, p);
+        const X* x = job.x.template at<X>(n, 0, p);
+        const X* grad_y = job.y.template at<X>(n, 0, p);
+        X* grad_x = job.grad_x.template at<X>(n, 0, p);
         const W mean = job.statistics[(n * job.positions + p) * 2];
         const W inverse = job.statistics[(n * job.positions + p) * 2 + 1];
+        INDEPENDENT
         for (int64_t c = 0; c < channels; ++c) normal[c] = W(load(x[c])) - mean;
         if (job.map.data) {
-          const W* __restrict__ map = job.map.template at<W>(0, 0, p);
+          const W* map = job.map.template at<W>(0, 0, p);
+          INDEPENDENT
           for (int64_t c = 0; c < channels; ++c) normal[c] += map[c];
         }
+        INDEPENDENT
         for (int64_t c = 0; c < channels; ++c) {
           normal[c] *= inverse;
-          const W g = through_relu(W(load(grad_y[c])), normal[c], w[c], b[c], job.relu);
+          const W g = through_relu(W(load(grad_y[c])), normal[c], w[c], b[c], floor);
           grad_w[c] += g * normal[c];
           grad_b[c] += g;
           grad[c] = g * w[c];
@@ -210,13 +236,15 @@ HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
         }
         const W mean_g = W(ordered_sum(grad, channels)) * share;
         const W mean_gn = W(ordered_sum(product, channels)) * share;
+        INDEPENDENT
         for (int64_t c = 0; c < channels; ++c) {
           grad[c] = norm_gradient(grad[c], normal[c], inverse, mean_g, mean_gn);
           store(grad_x + c, grad[c]);
         }
         if (job.grad_map.data) {
-          W* __restrict__ grad_map = job.grad_map.template at<W>(0, 0, p);
+          W* grad_map = job.grad_map.template at<W>(0, 0, p);
           if (n == 0) std::fill(grad_map, grad_map + channels, W(0));
+          INDEPENDENT
           for (int64_t c = 0; c < channels; ++c) grad_map[c] += grad[c];
         }
       }

@@ -5,16 +5,16 @@
 
 namespace msflow {
 
-// NaN stays NaN, as in torch.
+// floor is 0 for a ReLU and -infinity for none; NaN stays NaN, as in torch.
 template <class W>
-HD W rectified(W y, bool relu) {
-  return relu && y < 0 ? W(0) : y;
+HD W rectified(W y, W floor) {
+  return y < floor ? floor : y;
 }
 
 // The gradient that reaches y = normal * weight + bias from behind the ReLU.
 template <class W>
-HD W through_relu(W grad, W normal, W weight, W bias, bool relu) {
-  return relu && !(normal * weight + bias > 0) ? W(0) : grad;
+HD W through_relu(W grad, W normal, W weight, W bias, W floor) {
+  return normal * weight + bias > floor ? grad : W(0);
 }
 
 // mean_g and mean_gn are the means over channels of g = grad * weight and of g * normal.

@@ -34,7 +34,7 @@ HD void square_sums(const Squares<W>& job, int64_t begin, int64_t end) {
     W sum[block] = {};
     if (job.interleaved) {
       for (int64_t i = 0; i < size; ++i) {
-        const X* __restrict__ z = job.z.template at<X>(n, 0, first + i);
+        const X* z = job.z.template at<X>(n, 0, first + i);
         W lane[lanes] = {};
         int64_t c = 0;
         for (; c + lanes <= job.channels; c += lanes)
@@ -44,7 +44,8 @@ HD void square_sums(const Squares<W>& job, int64_t begin, int64_t end) {
       }
     } else {
       for (int64_t c = 0; c < job.channels; ++c) {
-        const X* __restrict__ z = job.z.template at<X>(n, c, first);
+        const X* z = job.z.template at<X>(n, c, first);
+        INDEPENDENT
         for (int64_t i = 0; i < size; ++i) sum[i] += W(load(z[i])) * W(load(z[i]));
       }
     }
@@ -89,18 +90,20 @@ struct Maps {
 
 // to[x] (+)= upsampled row y of map, both coordinates interpolated.
 template <class W>
-HD void add_row(const W* __restrict__ map, const Level<W>& level, const Tap<W>& tap,
-                W* __restrict__ row, W* __restrict__ to, int64_t width, bool first) {
-  const W* __restrict__ upper = map + tap.low * level.width;
-  const W* __restrict__ lower = map + tap.high * level.width;
+HD void add_row(const W* map, const Level<W>& level, const Tap<W>& tap, W* row, W* to,
+                int64_t width, bool first) {
+  const W* upper = map + tap.low * level.width;
+  const W* lower = map + tap.high * level.width;
   for (int64_t x = 0; x < level.width; ++x) row[x] = upper[x] + tap.weight * (lower[x] - upper[x]);
-  const int32_t* __restrict__ low = level.low.data();
-  const int32_t* __restrict__ high = level.high.data();
-  const W* __restrict__ weight = level.weight.data();
+  const int32_t* low = level.low.data();
+  const int32_t* high = level.high.data();
+  const W* weight = level.weight.data();
   if (first) {
+    INDEPENDENT
     for (int64_t x = 0; x < width; ++x)
       to[x] = row[low[x]] + weight[x] * (row[high[x]] - row[low[x]]);
   } else {
+    INDEPENDENT
     for (int64_t x = 0; x < width; ++x)
       to[x] += row[low[x]] + weight[x] * (row[high[x]] - row[low[x]]);
   }
@@ -113,8 +116,8 @@ HD void upsample_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
   const auto row = scratch<W>(widest);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / maps.height, y = item % maps.height;
-    W* __restrict__ log_sum = maps.image_map + item * maps.width;
-    W* __restrict__ sum = maps.anomaly_map + item * maps.width;
+    W* log_sum = maps.image_map + item * maps.width;
+    W* sum = maps.anomaly_map + item * maps.width;
     for (size_t i = 0; i < maps.levels.size(); ++i) {
       const auto& level = maps.levels[i];
       const int64_t image = n * level.height * level.width;
@@ -123,6 +126,7 @@ HD void upsample_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
       add_row(level.probability.get() + image, level, tap, row.get(), sum, maps.width, i == 0);
     }
     W low = log_sum[0], high = log_sum[0], probability = sum[0];
+    INDEPENDENT
     for (int64_t x = 0; x < maps.width; ++x) {
       low = log_sum[x] < low ? log_sum[x] : low;
       high = log_sum[x] > high ? log_sum[x] : high;
@@ -139,8 +143,9 @@ HD void finish_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const W high = maps.high[item / maps.height],
             probability = maps.probability[item / maps.height];
-    W* __restrict__ image = maps.image_map + item * maps.width;
-    W* __restrict__ anomaly = maps.anomaly_map + item * maps.width;
+    W* image = maps.image_map + item * maps.width;
+    W* anomaly = maps.anomaly_map + item * maps.width;
+    INDEPENDENT
     for (int64_t x = 0; x < maps.width; ++x) {
       image[x] = 1 - exp_(image[x] - high);
       anomaly[x] = probability - anomaly[x];
@@ -150,7 +155,8 @@ HD void finish_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
 
 // bin(x) grows with x, so the k smallest numbers lie in the first bins; only those are sorted out.
 template <class W>
-HD void bin_of(const W* __restrict__ x, int64_t size, W low, W rate, int32_t* __restrict__ bin) {
+HD void bin_of(const W* x, int64_t size, W low, W rate, int32_t* bin) {
+  INDEPENDENT
   for (int64_t i = 0; i < size; ++i) {
     const int32_t b = int32_t((x[i] - low) * rate);
     bin[i] = b < bins ? b : bins - 1;
