@@ -1,0 +1,67 @@
+"""`open_dataset` refuses what it does not know, and says what it does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from msflow_ext.data import open_dataset
+
+
+def test_an_unknown_layout_lists_those_that_exist(tmp_path):
+    with pytest.raises(ValueError, match=r"one of mvtec, folder, got 'mvtek'"):
+        open_dataset(tmp_path, "mvtek")
+
+
+def test_an_unknown_packaged_set_lists_those_that_exist():
+    with pytest.raises(ValueError, match=r"data 'elvp' .* data must be one of elpv, textures"):
+        open_dataset("elvp", category="mono")
+
+
+def test_a_packaged_set_has_no_layout():
+    with pytest.raises(ValueError, match="data 'elpv' is a package and has no layout, got 'mvtec'"):
+        open_dataset("elpv", "mvtec", "mono")
+
+
+def test_a_folder_that_is_called_like_a_packaged_set_is_still_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elpv/normal").mkdir(parents=True)
+    Image.new("L", (4, 4)).save(tmp_path / "elpv/normal/a.png")
+    assert open_dataset("./elpv", "folder") == open_dataset(Path("elpv"), "folder")
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data .*nowhere is not a folder"):
+        open_dataset(tmp_path / "nowhere", "mvtec", "bottle")
+
+
+def test_no_data_at_all_is_refused():
+    with pytest.raises(ValueError, match="data must be a folder, got None"):
+        open_dataset(None, "folder")
+
+
+@pytest.mark.parametrize("layout", ["mvtec", None])
+def test_folder_options_belong_to_layout_folder(tmp_path, layout):
+    with pytest.raises(ValueError, match="normal, masks can only be given with layout 'folder'"):
+        open_dataset(tmp_path, layout, normal="a", masks="b")
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5])
+def test_a_split_seed_that_is_no_whole_number_is_refused(seed):
+    with pytest.raises(
+        ValueError, match=f"split_seed must be a whole number from 0 up, got {seed}"
+    ):
+        open_dataset("textures", category="brick", split_seed=seed)
+
+
+def test_importing_the_data_imports_no_image_library():
+    code = (
+        "import sys, msflow_ext.data; "
+        "print([m for m in ('PIL', 'skimage', 'elpv_dataset', 'scipy') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,85 @@
+"""Seeded defects change exactly the pixels of their masks, and can be seen."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from msflow_ext.data import synthetic
+
+PHOTO = np.random.default_rng(7).integers(60, 200, (96, 120), dtype=np.uint8)
+FOREIGN = np.random.default_rng(8).integers(0, 256, PHOTO.shape, dtype=np.uint8)
+DEFECTS = {
+    "scar": synthetic.scar,
+    "patch": synthetic.patch,
+    "blur": synthetic.blur,
+    "blob": synthetic.blob,
+    "perlin": functools.partial(synthetic.perlin, foreign=FOREIGN),
+}
+
+
+@pytest.fixture(params=DEFECTS)
+def defect(request):
+    return DEFECTS[request.param]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_mask_is_exactly_the_changed_pixels(defect, seed):
+    before = PHOTO.copy()
+    changed, mask = defect(PHOTO, np.random.default_rng(seed))
+    assert (changed.dtype, mask.dtype) == (np.uint8, bool)
+    np.testing.assert_array_equal(changed != PHOTO, mask)
+    np.testing.assert_array_equal(PHOTO, before)
+
+
+@pytest.mark.parametrize("level", [0, 128, 255])
+def test_the_mask_is_exact_where_the_new_level_is_the_old_one(level):
+    flat = np.full((64, 64), level, np.uint8)
+    for make in (synthetic.scar, synthetic.blob):
+        changed, mask = make(flat, np.random.default_rng(0))
+        assert mask.any()
+        np.testing.assert_array_equal(changed != flat, mask)
+
+
+def test_a_drawn_defect_is_large_and_strong_enough_to_be_seen(defect):
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        changed, mask = synthetic.draw(defect, PHOTO, rng)
+        assert mask.sum() >= 30
+        assert np.abs(changed.astype(int) - PHOTO)[mask].mean() >= 8
+
+
+def test_the_seed_decides_the_defect(defect):
+    first, again, other = (
+        synthetic.draw(defect, PHOTO, np.random.default_rng(seed))[0] for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_faint_draws_are_drawn_again():
+    sizes = iter([5, 6, 20])
+
+    def square(image, rng):
+        mask = np.zeros(image.shape, bool)
+        side = next(sizes)
+        mask[:side, :side] = True
+        shift = 1 if side == 6 else 50  # too small, too faint, good
+        return np.where(mask, image + np.uint8(shift), image), mask
+
+    _, mask = synthetic.draw(square, PHOTO, np.random.default_rng(0))
+    assert mask.sum() == 400
+
+
+def test_an_image_with_nothing_to_blur_is_refused():
+    flat = np.full((64, 64), 90, np.uint8)
+    with pytest.raises(ValueError, match=r"no visible defect: the image \(64, 64\) is too small"):
+        synthetic.draw(synthetic.blur, flat, np.random.default_rng(0))
+
+
+def test_only_gray_uint8_images_are_drawn_on():
+    rng = np.random.default_rng(0)
+    with pytest.raises(TypeError, match="image must be uint8, got float64"):
+        synthetic.draw(synthetic.scar, PHOTO / 255, rng)
+    with pytest.raises(ValueError, match=r"image must be \(H, W\), got \(96, 120, 1\)"):
+        synthetic.draw(synthetic.scar, PHOTO[..., None], rng)
