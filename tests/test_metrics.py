@@ -1,0 +1,225 @@
+"""The metrics equal scikit-learn, the golden numbers and sweeps over every threshold."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from scipy import ndimage
+from sklearn import metrics as sklearn_metrics
+
+from msflow_ext import metrics
+
+GOLDEN = Path(__file__).parent / "golden"
+IMAGE_METRICS = (metrics.auroc, metrics.average_precision, metrics.f1_max)
+ALL_METRICS = (*IMAGE_METRICS, metrics.aupro, metrics.pro_800)
+seeds = st.integers(0, 2**32 - 1)
+limits = st.sampled_from((0.01, 0.05, 0.3, 0.7, 1.0))
+
+
+def by_name(metric) -> str:
+    return metric.__name__
+
+
+def tied_scores(seed: int, size: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of both classes and float32 scores, most of them equal to others."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(size) < rng.integers(1, size))
+    return labels, (rng.integers(-4, 5, size) / 2 + labels).astype(np.float32)
+
+
+def tied_maps(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    masks = rng.random((3, 7, 6)) < 0.2
+    masks[0, 0, :2] = True, False
+    return masks, (rng.integers(-4, 5, masks.shape) / 2 + masks).astype(np.float32)
+
+
+def swept_aupro(masks: np.ndarray, maps: np.ndarray, max_fpr: float) -> float:
+    regions = []
+    for i, mask in enumerate(masks):
+        numbered = ndimage.label(mask, np.ones((3, 3)))[0]  # pyright: ignore[reportIndexIssue]
+        regions += [(i, numbered == k) for k in range(1, numbered.max() + 1)]
+    x, y = [0.0], [0.0]
+    for threshold in np.unique(maps)[::-1]:
+        found = maps >= threshold
+        x.append(found[~masks].mean())
+        y.append(float(np.mean([found[i][region].mean() for i, region in regions])))
+    area = 0.0
+    for x0, x1, y0, y1 in zip(x, x[1:], y, y[1:], strict=False):
+        if x1 > max_fpr:
+            y1 = y0 + (y1 - y0) * (max_fpr - x0) / (x1 - x0)
+            x1 = max_fpr
+        area += (x1 - x0) * (y0 + y1) / 2
+        if x1 == max_fpr:
+            break
+    return area / max_fpr
+
+
+def swept_f1_max(labels: np.ndarray, scores: np.ndarray) -> float:
+    return max(sklearn_metrics.f1_score(labels, scores >= t) for t in np.unique(scores))
+
+
+@pytest.mark.parametrize("case", [0, 1], ids=("smooth", "ties"))
+def test_the_golden_numbers_are_reproduced(case):
+    expected = json.loads((GOLDEN / "metrics.json").read_text())["cases"][case]
+    arrays = load_file(GOLDEN / "metrics.safetensors")
+    label, score, mask, maps = (arrays[f"m{case}.{k}"] for k in ("label", "score", "mask", "maps"))
+    ours = {
+        "det_auroc": metrics.auroc(label, score),
+        "loc_auroc": metrics.auroc(mask, maps),
+        "aupro30_exact": metrics.aupro(mask, maps),
+        "pro_official": metrics.pro_800(mask, maps),
+    }
+    assert ours == pytest.approx({key: expected[key] / 100 for key in ours}, abs=1e-9)
+
+
+@given(seeds)
+@settings(max_examples=50, deadline=None)
+def test_image_metrics_equal_scikit_learn_on_ties(seed):
+    labels, scores = tied_scores(seed)
+    auroc = sklearn_metrics.roc_auc_score(labels, scores)
+    assert metrics.auroc(labels, scores) == pytest.approx(auroc, abs=1e-12)
+    precision = sklearn_metrics.average_precision_score(labels, scores)
+    assert metrics.average_precision(labels, scores) == pytest.approx(precision, abs=1e-12)
+    assert metrics.f1_max(labels, scores) == pytest.approx(swept_f1_max(labels, scores), abs=1e-12)
+
+
+@given(seeds, limits)
+@settings(max_examples=50, deadline=None)
+def test_aupro_equals_a_sweep_over_every_threshold(seed, max_fpr):
+    masks, maps = tied_maps(seed)
+    assert metrics.aupro(masks, maps, max_fpr) == pytest.approx(
+        swept_aupro(masks, maps, max_fpr), abs=1e-12
+    )
+
+
+@given(seeds)
+@settings(max_examples=20, deadline=None)
+def test_order_of_the_images_does_not_matter(seed):
+    masks, maps = tied_maps(seed)
+    order = np.random.default_rng(seed).permutation(len(masks))
+    for metric in ALL_METRICS:
+        assert metric(masks[order], maps[order]) == pytest.approx(metric(masks, maps), abs=1e-12)
+
+
+@given(seeds)
+@settings(max_examples=20, deadline=None)
+def test_a_rising_transform_of_the_scores_does_not_matter(seed):
+    masks, maps = tied_maps(seed)
+    for metric in (*IMAGE_METRICS, metrics.aupro):
+        assert metric(masks, np.exp(maps) - 50) == metric(masks, maps)
+
+
+@pytest.mark.parametrize("metric", ALL_METRICS, ids=by_name)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int64],
+    ids=str,
+)
+def test_every_dtype_of_array_or_tensor_gives_one_value(metric, dtype):
+    masks, maps = tied_maps(0)
+    expected = metric(masks, 2 * maps)
+    scores = torch.from_numpy(2 * maps).to(dtype)
+    assert metric(torch.from_numpy(masks), scores) == pytest.approx(expected, abs=1e-12)
+    assert metric(masks.astype(np.int64), scores.tolist()) == pytest.approx(expected, abs=1e-12)
+    with_gradient = scores.double().requires_grad_()
+    assert metric(masks.astype(np.float32), with_gradient) == pytest.approx(expected, abs=1e-12)
+
+
+def test_constant_scores_are_chance():
+    labels = np.arange(10) < 3
+    assert metrics.auroc(labels, np.zeros(10)) == 0.5
+    assert metrics.average_precision(labels, np.zeros(10)) == 0.3
+    assert metrics.aupro(labels.reshape(1, 2, 5), np.zeros((1, 2, 5))) == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_both_zeros_tie_and_infinities_are_extremes(dtype):
+    labels = [0, 1, 0, 1, 0, 1]
+    scores = np.array([-np.inf, -0.0, 0.0, np.inf, np.inf, 1e-30], dtype)
+    assert metrics.auroc(labels, scores) == (1.5 + 2.5 + 2) / 9
+
+
+def test_perfect_maps_score_one_and_inverted_maps_zero():
+    masks, _ = tied_maps(1)
+    for metric in IMAGE_METRICS:
+        assert metric(masks, masks) == 1
+    assert metrics.aupro(masks, masks) == pytest.approx(1)
+    assert metrics.auroc(masks, ~masks) == metrics.aupro(masks, ~masks) == 0
+
+
+def test_regions_touch_at_corners_but_not_across_images():
+    masks = np.zeros((2, 3, 3), bool)
+    masks[0, (0, 1), (0, 1)] = True  # one region of two pixels
+    masks[1, 0, 0] = True  # another, though the pixel above it in the stack is also defective
+    assert metrics.aupro(masks, masks * [[[0.0]], [[1.0]]]) == pytest.approx(
+        swept_aupro(masks, masks * [[[0.0]], [[1.0]]], 0.3)
+    )
+    assert metrics.aupro(masks, np.arange(18).reshape(2, 3, 3) == 9) == pytest.approx(
+        0.5 + 0.5 * 0.3 / 2
+    )
+
+
+def test_counts_pass_the_range_of_32_bits():
+    labels = np.arange(200_000) % 2 == 1
+    assert metrics.auroc(labels, labels.astype(np.float32)) == 1
+    assert metrics.auroc(labels, np.ones(labels.size, np.float32)) == 0.5
+
+
+REFUSED = {
+    "shapes": (
+        [0, 1],
+        [1.0],
+        ValueError,
+        "labels and scores must have one shape, got (2,) and (1,)",
+    ),
+    "empty": ([], [], ValueError, "labels and scores are empty, shape (0,)"),
+    "label 2": ([0, 1, 2], [1, 2, 3], ValueError, "labels must hold only 0 and 1, got 2"),
+    "label 0.5": ([0.5, 1.0], [1, 2], ValueError, "labels must hold only 0 and 1, got 0.5"),
+    "nan": ([0, 1], [np.nan, 1], ValueError, "scores hold NaN"),
+    "all good": ([0, 0], [1, 2], ValueError, "is undefined: labels hold only class 0 (normal)"),
+    "all bad": ([1, 1], [1, 2], ValueError, "is undefined: labels hold only class 1 (defective)"),
+    "no label": ([0, None], [1, 2], TypeError, "labels must hold real numbers, got object"),
+    "complex": ([0, 1], [1j, 2], TypeError, "scores must hold real numbers, got complex128"),
+}
+
+
+@pytest.mark.parametrize("metric", ALL_METRICS, ids=by_name)
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_input_is_named(metric, case):
+    labels, scores, error, message = REFUSED[case]
+    if metric not in IMAGE_METRICS:
+        message = message.replace("labels", "masks").replace("scores", "maps")
+    with pytest.raises(error, match=f"^{metric.__name__}.*{re.escape(message)}$"):
+        metric(labels, scores)
+
+
+@pytest.mark.parametrize("metric", [metrics.aupro, metrics.pro_800], ids=by_name)
+def test_maps_of_another_rank_are_refused(metric):
+    with pytest.raises(ValueError, match=r"masks and maps must be \(N, H, W\), got \(2, 2\)"):
+        metric(np.eye(2), np.eye(2))
+
+
+@pytest.mark.parametrize("max_fpr", [0, -0.1, 1.1, float("nan")])
+def test_aupro_refuses_a_limit_outside_0_to_1(max_fpr):
+    masks, maps = tied_maps(0)
+    with pytest.raises(ValueError, match=rf"aupro: max_fpr must be in \(0, 1\], got {max_fpr}"):
+        metrics.aupro(masks, maps, max_fpr)
+
+
+def test_pro_800_refuses_maps_without_uniform_thresholds():
+    masks, maps = tied_maps(0)
+    with pytest.raises(ValueError, match=r"finite and vary, got values from 0.0 to inf"):
+        metrics.pro_800(masks, np.where(masks, np.inf, 0))
+    with pytest.raises(ValueError, match=r"finite and vary, got values from 1.0 to 1.0"):
+        metrics.pro_800(masks, np.ones_like(maps))
+    with pytest.raises(ValueError, match=r"no two false-positive rates of maps are below 0.3"):
+        metrics.pro_800(masks, masks.astype(float))
