@@ -1,0 +1,103 @@
+"""The line charts of the report, as coordinates that its template draws in SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+LEFT, TOP, RIGHT, BOTTOM = 36.0, 24.0, 330.0, 200.0  # the plot area in a 340 x 236 picture
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over one pair of axes; without curves, ``note`` says why there are none."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x: tuple[float, float] = (0.0, 1.0)
+    y: tuple[float, float] = (0.0, 1.0)
+    curves: tuple[tuple[str, str, np.ndarray, np.ndarray], ...] = ()  # legend, class, xs, ys
+    note: str = ""
+
+    def points(self, xs: np.ndarray, ys: np.ndarray) -> str:
+        """The curve as the ``points`` of an SVG polyline."""
+        across = LEFT + (RIGHT - LEFT) * (xs - self.x[0]) / (self.x[1] - self.x[0])
+        down = BOTTOM - (BOTTOM - TOP) * (ys - self.y[0]) / (self.y[1] - self.y[0])
+        return " ".join(f"{a:.1f},{d:.1f}" for a, d in zip(across, down, strict=True))
+
+    def x_ticks(self) -> list[tuple[float, str]]:
+        scale = (RIGHT - LEFT) / (self.x[1] - self.x[0])
+        return [(LEFT + scale * (v - self.x[0]), text) for v, text in _ticks(*self.x)]
+
+    def y_ticks(self) -> list[tuple[float, str]]:
+        scale = (BOTTOM - TOP) / (self.y[1] - self.y[0])
+        return [(BOTTOM - scale * (v - self.y[0]), text) for v, text in _ticks(*self.y)]
+
+
+def histogram(good: np.ndarray, defective: np.ndarray, scores: Sequence[float]) -> Chart:
+    """Percent of each class per score bin, so that unequal numbers stay comparable."""
+    chart = Chart("Scores", "anomaly score", "% of each class")
+    if not len(good) and not len(defective):
+        return replace(chart, note="no test image has a label")
+    edges = np.linspace(*_span(scores), 31)
+    curves = []
+    for name, values in (("good", good), ("defective", defective)):
+        if len(values):
+            share = 100.0 * np.histogram(values, edges)[0] / len(values)
+            xs, ys = np.repeat(edges, 2), np.pad(np.repeat(share, 2), 1)
+            curves.append((f"{name} ({len(values)})", name, xs, ys))
+    top = max(float(ys.max()) for *_, ys in curves)
+    return replace(chart, x=(edges[0], edges[-1]), y=(0.0, 1.05 * top), curves=tuple(curves))
+
+
+def roc(good: np.ndarray, defective: np.ndarray) -> Chart:
+    """Percent of defects found against percent of false alarms, over all thresholds."""
+    chart = Chart("ROC curve", "% of good images flagged", "% of defects found")
+    if not len(good) or not len(defective):
+        return replace(chart, note="needs good and defective test images")
+    thresholds = np.unique(np.concatenate([good, defective]))
+    caught = [np.searchsorted(np.sort(v), thresholds) / len(v) for v in (good, defective)]
+    xs, ys = (100.0 * np.append(1.0 - c, 0.0) for c in caught)
+    few = np.unique(np.linspace(0, len(xs) - 1, 1000).round().astype(int))
+    whole = np.array([0.0, 100.0])
+    curves = (("chance", "chance", whole, whole), ("", "line", xs[few], ys[few]))
+    return replace(chart, x=(0.0, 100.0), y=(0.0, 100.0), curves=curves)
+
+
+def loss(losses: Sequence[float]) -> Chart:
+    """The training loss of every epoch, in nats per dimension."""
+    chart = Chart("Training loss", "epoch", "nats per dimension")
+    values = np.asarray(losses, float)
+    known = np.flatnonzero(np.isfinite(values))
+    if len(known) < 2:
+        return replace(chart, note="needs two epochs or more")
+    few = known[np.unique(np.linspace(0, len(known) - 1, 1000).round().astype(int))]
+    curve = ("", "line", few + 1.0, values[few])
+    return replace(chart, x=(1.0, float(known[-1] + 1)), y=_span(values[few]), curves=(curve,))
+
+
+def strip(values: Sequence[float], scores: Sequence[float]) -> str:
+    """One tick per value on the common axis of all ``scores``, 100 wide, as an SVG path."""
+    low, high = _span(scores)
+    places = np.unique(np.round(100.0 * (np.asarray(values) - low) / (high - low) * 5) / 5)
+    return "".join(f"M{place:.1f} 0v10" for place in places)
+
+
+def _span(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The range of ``values`` with a small margin, never empty."""
+    low, high = float(np.min(values)), float(np.max(values))
+    margin = 0.02 * (high - low) or 0.5 * max(abs(low), 1e-9)
+    return low - margin, high + margin
+
+
+def _ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Round numbers, four to six or so of them, from ``low`` to ``high``."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 5.0))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 5.0)
+    values = np.arange(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1) * step
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [(float(v), f"{v:.{digits}f}" if 1e-4 <= step < 1e5 else f"{v:.2g}") for v in values]

@@ -1,0 +1,136 @@
+"""Files that are complete or absent: atomic writes, and checkpoints of models and optimisers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHECKPOINT = "model.safetensors"  # its name in a run folder
+_HEADER = "msflow_ext"  # the key of our JSON in the metadata of a safetensors file
+_OPTIMIZER = "optimizer."  # begins the names of the tensors that only training needs
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Lend a temporary path that takes the place of ``path`` when the block ends without an error.
+
+    A reader, or a process killed at any moment, sees the old file or the new one, never a part.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if hasattr(
+        os, "O_DIRECTORY"
+    ):  # the new name itself must reach the disk, where that can be asked for
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it holds something else, or is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def save_checkpoint(
+    path: Path,
+    header: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Write a model, perhaps its optimiser's state, and plain JSON values into one safetensors file."""
+    from safetensors.torch import save_file
+
+    tensors = model.state_dict()
+    for i, moments in (optimizer.state_dict()["state"] if optimizer else {}).items():
+        tensors |= {f"{_OPTIMIZER}{i}.{name}": value for name, value in moments.items()}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata={_HEADER: json.dumps(header)})
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors that :func:`save_checkpoint` wrote; no code in the file is ever run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or is not a checkpoint of this package.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[_HEADER])
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except KeyError:
+        raise ValueError(f"{path} is a safetensors file, but no checkpoint of msflow_ext") from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged, or is not a checkpoint: {error}") from None
+
+
+def restore(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Fill a model, and an optimiser if given, with the tensors of the checkpoint ``path``.
+
+    Raises:
+        ValueError: a tensor is missing, is not wanted, or has another shape; it is named.
+    """
+    moments: dict[int, dict[str, Tensor]] = {}
+    weights: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(_OPTIMIZER):
+            _, i, moment = name.split(".")
+            moments.setdefault(int(i), {})[moment] = tensor
+        else:
+            weights[name] = tensor
+    kind, wanted = type(model).__name__, model.state_dict()
+    for name, own in wanted.items():
+        if name not in weights:
+            raise ValueError(f"{path} lacks {name}, which {kind} needs")
+        if weights[name].shape != own.shape:
+            came, want = tuple(weights[name].shape), tuple(own.shape)
+            raise ValueError(f"{path}: {name} is {came}, {kind} needs {want}")
+    if surplus := sorted(weights.keys() - wanted.keys()):
+        raise ValueError(f"{path} has {surplus[0]}, which {kind} does not know")
+    model.load_state_dict(weights)
+    if optimizer is not None:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})

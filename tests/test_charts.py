@@ -1,0 +1,82 @@
+"""The charts of the report show the numbers they are given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from msflow_ext import _charts
+from msflow_ext.metrics import auroc
+
+RNG = np.random.default_rng(0)
+GOOD, DEFECTIVE = RNG.integers(0, 8, 40) / 4, RNG.integers(3, 12, 25) / 4  # many ties
+
+
+def test_the_area_under_the_roc_curve_is_the_auroc():
+    (_, (_, _, alarms, found)) = _charts.roc(GOOD, DEFECTIVE).curves
+    area = -np.sum(np.diff(alarms) * (found[1:] + found[:-1]) / 2) / 1e4
+    assert area == pytest.approx(auroc([0] * 40 + [1] * 25, [*GOOD, *DEFECTIVE]), rel=1e-12)
+
+
+def test_a_roc_curve_of_very_many_images_is_thinned_and_keeps_its_ends():
+    (_, (_, _, alarms, found)) = _charts.roc(RNG.random(5000), 0.2 + RNG.random(5000)).curves
+    assert len(alarms) == 1000
+    assert (alarms[0], found[0], alarms[-1], found[-1]) == (100.0, 100.0, 0.0, 0.0)
+
+
+def test_the_bins_of_each_class_add_up_to_all_its_images():
+    chart = _charts.histogram(GOOD, DEFECTIVE, [*GOOD, *DEFECTIVE])
+    assert [legend for legend, *_ in chart.curves] == ["good (40)", "defective (25)"]
+    for *_, edges, shares in chart.curves:
+        assert shares[1:-1:2].sum() == pytest.approx(100.0)
+        assert (edges[0], edges[-1]) == chart.x
+        assert shares.max() <= chart.y[1]
+
+
+def test_the_loss_curve_skips_what_is_not_finite_and_keeps_the_epoch_numbers():
+    (curve,) = _charts.loss([3.0, float("nan"), 1.0, float("inf")]).curves
+    assert curve[2].tolist() == [1.0, 3.0]
+    assert curve[3].tolist() == [3.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("chart", "note"),
+    [
+        (_charts.roc(GOOD, DEFECTIVE[:0]), "needs good and defective test images"),
+        (_charts.roc(GOOD[:0], DEFECTIVE), "needs good and defective test images"),
+        (_charts.histogram(GOOD[:0], GOOD[:0], [1.0]), "no test image has a label"),
+        (_charts.loss([1.0]), "needs two epochs or more"),
+    ],
+    ids=["all-good", "all-defective", "unlabelled", "one-epoch"],
+)
+def test_a_chart_that_cannot_be_drawn_says_why(chart, note):
+    assert (chart.curves, chart.note) == ((), note)
+
+
+def test_points_span_the_plot_area_with_large_values_on_top():
+    chart = _charts.Chart("", "", "", x=(-1.0, 3.0), y=(0.0, 10.0))
+    drawn = chart.points(np.array([-1.0, 1.0, 3.0]), np.array([0.0, 5.0, 10.0]))
+    assert drawn == "36.0,200.0 183.0,112.0 330.0,24.0"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0.0, 1.0, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        (-1.3, 0.1, ["-1.0", "-0.5", "0.0"]),
+        (1.0, 40.0, ["10", "20", "30", "40"]),
+        (1000.001, 1000.0042, ["1000.001", "1000.002", "1000.003", "1000.004"]),
+        (0.0, 3e7, ["0", "1e+07", "2e+07", "3e+07"]),
+    ],
+    ids=str,
+)
+def test_ticks_are_round_numbers_with_the_digits_they_need(low, high, labels):
+    ticks = _charts.Chart("", "", "", x=(low, high)).x_ticks()
+    assert [text for _, text in ticks] == labels
+    assert all(36.0 - 1e-6 <= place <= 330.0 + 1e-6 for place, _ in ticks)
+
+
+def test_a_strip_has_one_tick_per_distinct_place_on_the_axis_of_all_scores():
+    path = _charts.strip([0.0, 0.0, 5.0], scores=[0.0, 5.0, 10.0])
+    places = [float(tick.split()[0]) for tick in path.split("M")[1:]]
+    assert places == pytest.approx([100 * 0.2 / 10.4, 50.0], abs=0.2)
