@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msflow_ext import ops
-from msflow_ext.flows import AffineCoupling, Flow, FlowOutput
-from msflow_ext.ops.coupling import accumulation_dtype
+from msflow_ext.flows import FlowOutput
+from msflow_ext.models.msflow_flows import ConditionalFlow, FusionFlow
 
-#: Beyond this the fusion flow's results are cut off.
-LIMIT = 1e6
+if TYPE_CHECKING:
+    from msflow_ext.models.msflow_inference import OptimizedHead
 
 #: What the paper fixes for its backbone; every other backbone keeps its own padding and has its features standardised.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -119,6 +119,12 @@ class MSFlowHead(nn.Module):
         out = self(features)
         return (sum(ops.half_square_norm(z) for z in out.z) - out.log_det).mean()
 
+    def optimize(self, dtype: torch.dtype | None = None) -> OptimizedHead:
+        """The inference form: a snapshot with prepacked weights, channels_last, in ``dtype`` (None: as it is)."""
+        from msflow_ext.models.msflow_inference import OptimizedHead
+
+        return OptimizedHead(self, dtype)
+
     def _check_arguments(self) -> None:
         if len(self.channels) < 2:
             raise ValueError(f"channels must name two scales or more, got {self.channels}")
@@ -154,164 +160,6 @@ class MSFlowHead(nn.Module):
             )
         if any(0 in s[1:] for s in got):
             raise ValueError(f"{name} must have at least one position per scale, got shapes {got}")
-
-
-class ConditionalFlow(Flow):
-    """The parallel flow of one scale: coupling steps conditioned on the position in the map."""
-
-    def __init__(
-        self, channels: int, blocks: int, cond_channels: int, *, clamp: float, clamp_form: str
-    ) -> None:
-        super().__init__(
-            [
-                AffineCoupling(
-                    channels,
-                    ConditionedSubnet(channels, cond_channels),
-                    clamp=clamp,
-                    clamp_form=clamp_form,
-                )
-                for _ in range(blocks)
-            ]
-        )
-        self.cond_channels = cond_channels
-        self._encodings: dict[tuple[Any, ...], Tensor] = {}
-
-    def forward(self, x: Tensor, *cond: Tensor, **end: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return super().forward(x, self._encoding(x), **end)
-
-    def inverse(self, y: Tensor, *cond: Tensor) -> tuple[Tensor, Tensor]:
-        return super().inverse(y, self._encoding(y))
-
-    def _encoding(self, x: Tensor) -> Tensor:
-        """The condition for the size of ``x``, computed once per size, dtype and device."""
-        key = (*x.shape[2:], x.dtype, x.device)
-        if key not in self._encodings or torch.compiler.is_compiling():
-            encoding = positional_encoding(self.cond_channels, x.size(2), x.size(3))
-            if torch.compiler.is_compiling():
-                return encoding.to(x.device, x.dtype)
-            self._encodings[key] = encoding.to(x.device, x.dtype)
-        return self._encodings[key]
-
-
-class ConditionedSubnet(nn.Module):
-    """Conv3x3 - LayerNorm over channels - ReLU - Conv3x3 of the passive half and the condition.
-
-    The first convolution of ``cat(x1, cond)`` is the sum of two: ``conv_x`` of ``x1``, and ``conv_cond`` of the
-    condition, which is the same for every image and therefore computed once per step, not once per image.
-    """
-
-    def __init__(self, channels: int, cond_channels: int) -> None:
-        super().__init__()
-        active = channels // 2
-        passive = channels - active
-        hidden = passive + cond_channels
-        whole = nn.Conv2d(hidden, hidden, 3, padding=1)
-        self.conv_x = nn.Conv2d(passive, hidden, 3, padding=1, bias=False)
-        self.conv_cond = nn.Conv2d(cond_channels, hidden, 3, padding=1)
-        with torch.no_grad():
-            assert whole.bias is not None and self.conv_cond.bias is not None
-            self.conv_x.weight.copy_(whole.weight[:, :passive])
-            self.conv_cond.weight.copy_(whole.weight[:, passive:])
-            self.conv_cond.bias.copy_(whole.bias)
-        self.norm = ChannelNorm(hidden)
-        self.conv_out = nn.Conv2d(hidden, 2 * active, 3, padding=1)
-
-    def forward(self, x1: Tensor, cond: Tensor) -> Tensor:
-        return self.conv_out(self.norm(self.conv_x(x1), self.conv_cond(cond)))
-
-
-class ChannelNorm(nn.Module):
-    """LayerNorm over channels at each position, then ReLU: :func:`msflow_ext.ops.channel_norm`."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor, bias_map: Tensor | None = None) -> Tensor:
-        wide = accumulation_dtype(x.dtype)
-        return ops.channel_norm(x, self.weight.to(wide), self.bias.to(wide), bias_map)
-
-
-class FusionFlow(nn.Module):
-    """A permutation per scale, then one two-sided coupling whose subnets see all scales."""
-
-    def __init__(self, channels: Sequence[int], *, clamp: float) -> None:
-        super().__init__()
-        self.channels = tuple(channels)
-        self.clamp = clamp
-        for i, c in enumerate(channels):
-            self.register_buffer(f"perm{i}", torch.randperm(c))
-        halves = [c // 2 for c in channels]
-        self.subnet_1 = CrossScaleSubnet(halves)
-        self.subnet_2 = CrossScaleSubnet(halves)
-
-    def perms(self) -> list[Tensor]:
-        """The permutation of each scale; the step before the fusion flow applies it."""
-        return [getattr(self, f"perm{i}") for i in range(len(self.channels))]
-
-    def couple(self, halves: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
-        """Latent tensors and ``log_det`` from the halves of the permuted scales."""
-        total = []
-        y1 = []
-        for (x1, _), a in zip(halves, self.subnet_2([x2 for _, x2 in halves]), strict=True):
-            _, y, log_det = self._couple(x1[:, :0], x1, a, split=0)
-            y1.append(y)
-            total.append(log_det)
-        z = []
-        for y, (_, x2), a in zip(y1, halves, self.subnet_1(y1), strict=True):
-            whole, _, log_det = self._couple(y, x2, a, split=2 * y.size(1), limit=LIMIT)
-            z.append(whole)
-            total.append(log_det)
-        return z, sum(total[1:], total[0])
-
-    def inverse(self, z: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Inputs of the fusion flow, un-permuted, and the inverse's ``log_det``."""
-        total = []
-        halves = [t.tensor_split(2, 1) for t in z]
-        x2 = []
-        for (_, y2), a in zip(halves, self.subnet_1([y1 for y1, _ in halves]), strict=True):
-            x, log_det = self._uncouple(y2, a)
-            x2.append(x)
-            total.append(log_det)
-        x = []
-        for (y1, _), right, a, perm in zip(
-            halves, x2, self.subnet_2(x2), self.perms(), strict=True
-        ):
-            left, log_det = self._uncouple(y1, a)
-            x.append(torch.cat((left, right), 1).index_select(1, torch.argsort(perm)))
-            total.append(log_det)
-        return x, sum(total[1:], total[0])
-
-    def _couple(self, x1: Tensor, x2: Tensor, a: Tensor, **options: Any):
-        return ops.affine_coupling(x1, x2, a, clamp=self.clamp, clamp_form="atan", **options)
-
-    def _uncouple(self, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.affine_coupling_inverse(
-            y[:, :0], y, a, clamp=self.clamp, clamp_form="atan"
-        )
-
-
-class CrossScaleSubnet(nn.Module):
-    """Scales and shifts of every scale from all scales: pool, mix by convolutions, upsample, add, convolve."""
-
-    def __init__(self, channels: Sequence[int]) -> None:
-        super().__init__()
-        self.channels = list(channels)
-        total = sum(channels)
-        self.conv1 = nn.Conv2d(total, total // 4, 3, padding=1)
-        self.norm = ChannelNorm(total // 4)
-        self.conv2 = nn.Conv2d(total // 4, total, 3, padding=1)
-        self.conv_out = nn.ModuleList(nn.Conv2d(c, 2 * c, 3, padding=1) for c in channels)
-
-    def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
-        size = min((t.shape[2:] for t in x), key=lambda s: s[0] * s[1])
-        mixed = torch.cat([F.adaptive_avg_pool2d(t, size) for t in x], 1)
-        mixed = F.relu(self.conv2(self.norm(self.conv1(mixed))))
-        return [
-            conv(t + F.interpolate(m, t.shape[2:], mode="bilinear", align_corners=True))
-            for t, m, conv in zip(x, mixed.split(self.channels, 1), self.conv_out, strict=True)
-        ]
 
 
 class MSFlow(nn.Module):
@@ -427,24 +275,6 @@ class MSFlow(nn.Module):
         maps = ops.aggregate(log_likelihood, self.image_size, top_k=self.top_k)
         score = {"log": maps.log_score, "paper": maps.score, "nll": maps.nll_score}[self.score]
         return Prediction(score, maps.anomaly_map, maps.image_map, log_likelihood)
-
-
-def positional_encoding(channels: int, height: int, width: int) -> Tensor:
-    r"""Sines and cosines of column, then row index, ``(1, channels, height, width)`` float32.
-
-    With :math:`d = \mathrm{channels} / 2` and :math:`\omega_k = 10^{-4k/d}` for even k: channels k and k + 1 hold
-    :math:`\sin(w\,\omega_k)` and :math:`\cos(w\,\omega_k)`, channels d + k and d + k + 1 the same of the row h.
-    """
-    d = channels // 2
-    omega = torch.exp(torch.arange(0, d, 2, dtype=torch.float32) * -(torch.log(torch.tensor(1e4)) / d))
-
-    def waves(length: int) -> Tensor:
-        angle = omega[:, None] * torch.arange(length, dtype=torch.float32)
-        return torch.stack((torch.sin(angle), torch.cos(angle)), 1).flatten(0, 1)
-
-    columns = waves(width)[:, None, :].expand(d, height, width)
-    rows = waves(height)[:, :, None].expand(d, height, width)
-    return torch.cat((columns, rows))[None]
 
 
 def _column(vector: Tensor) -> Tensor:
