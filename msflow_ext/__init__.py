@@ -16,7 +16,17 @@ _HOME = {
     "info": "msflow_ext.testing",
     "load": "msflow_ext.inference",
 }
-_MODULES = ("compat", "data", "flows", "inference", "metrics", "models", "ops", "testing", "training")
+_MODULES = (
+    "compat",
+    "data",
+    "flows",
+    "inference",
+    "metrics",
+    "models",
+    "ops",
+    "testing",
+    "training",
+)
 
 if TYPE_CHECKING:
     from msflow_ext import compat, data, flows, inference, metrics, models, ops, testing, training

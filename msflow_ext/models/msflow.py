@@ -5,6 +5,7 @@ Source: Zhou et al., "MSFlow: Multi-Scale Flow-based Framework for Unsupervised 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ class MSFlowHead(nn.Module):
         return (sum(ops.half_square_norm(z) for z in out.z) - out.log_det).mean()
 
     def optimize(self, dtype: torch.dtype | None = None) -> OptimizedHead:
-        """The inference form: a snapshot with prepacked weights, channels_last, in ``dtype`` (None: as it is)."""
+        """The inference form: a snapshot, channels_last, with prepacked weights in ``dtype`` (None: as they are)."""
         from msflow_ext.models.msflow_inference import OptimizedHead
 
         return OptimizedHead(self, dtype)
@@ -211,12 +212,12 @@ class MSFlow(nn.Module):
             raise ValueError(f"top_k must be in (0, 1], got {top_k}")
         self.score = score
         self.top_k = float(top_k)
-        padding_mode = preset["padding_mode"] if padding_mode is None else padding_mode
+        padding: str = preset["padding_mode"] if padding_mode is None else padding_mode
         self.backbone = Backbone(
             backbone,
             out_indices=tuple(range(1, 1 + len(blocks))),
             pretrained=pretrained,
-            padding_mode=padding_mode,
+            padding_mode=padding,
         )
         self.head = MSFlowHead(
             self.backbone.channels,
@@ -236,7 +237,7 @@ class MSFlow(nn.Module):
             "cond_channels": list(self.head.cond_channels),
             "clamp": self.head.clamp,
             "clamp_form": clamp_form,
-            "padding_mode": padding_mode,
+            "padding_mode": padding,
             "standardize": self.standardize,
             "score": score,
             "top_k": self.top_k,
@@ -253,7 +254,8 @@ class MSFlow(nn.Module):
         if not self.standardize:
             return pooled
         return [
-            (f - _column(getattr(self, f"feature_mean{i}"))) / _column(getattr(self, f"feature_std{i}"))
+            (f - _column(getattr(self, f"feature_mean{i}")))
+            / _column(getattr(self, f"feature_std{i}"))
             for i, f in enumerate(pooled)
         ]
 
@@ -269,6 +271,18 @@ class MSFlow(nn.Module):
         """Training loss of a batch of images: see :meth:`MSFlowHead.loss`."""
         return self.head.loss(self.features(images))
 
+    def optimize(self, dtype: torch.dtype | None = None) -> MSFlow:
+        """The inference form of the whole pipeline; this model stays as it is.
+
+        Batch norms of the backbone are folded, all convolutions prepacked, everything runs channels_last in ``dtype``:
+        float32 (None) or bfloat16. Statistics and weights are those of this moment.
+        """
+        form = copy.copy(self)
+        form._modules = dict(self._modules)
+        form.backbone = self.backbone.optimize(self.image_size, dtype)
+        form.head = self.head.optimize(dtype)  # type: ignore[assignment]
+        return form.eval()
+
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
         """Score pooled features as :meth:`features` gives them."""
         log_likelihood = self.head.log_likelihood(features)
@@ -283,7 +297,11 @@ def _column(vector: Tensor) -> Tensor:
 
 def _refuse_non_finite(log_det: Tensor, features: Sequence[Tensor]) -> None:
     """Non-finite features show in ``log_det``, where looking costs nothing; other causes are the caller's."""
-    if log_det.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if (
+        log_det.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+    ):
         return
     if bool(torch.isfinite(log_det).all()):
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,9 +149,7 @@ class FusionFlow(nn.Module):
         return ops.affine_coupling(x1, x2, a, clamp=self.clamp, clamp_form="atan", **options)
 
     def _uncouple(self, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.affine_coupling_inverse(
-            y[:, :0], y, a, clamp=self.clamp, clamp_form="atan"
-        )
+        return ops.affine_coupling_inverse(y[:, :0], y, a, clamp=self.clamp, clamp_form="atan")
 
 
 class CrossScaleSubnet(nn.Module):
@@ -166,7 +165,7 @@ class CrossScaleSubnet(nn.Module):
         self.conv_out = nn.ModuleList(nn.Conv2d(c, 2 * c, 3, padding=1) for c in channels)
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
-        size = min((t.shape[2:] for t in x), key=lambda s: s[0] * s[1])
+        size = min(((t.size(2), t.size(3)) for t in x), key=math.prod)
         mixed = torch.cat([F.adaptive_avg_pool2d(t, size) for t in x], 1)
         mixed = F.relu(self.conv2(self.norm(self.conv1(mixed))))
         return [
@@ -182,7 +181,9 @@ def positional_encoding(channels: int, height: int, width: int) -> Tensor:
     :math:`\sin(w\,\omega_k)` and :math:`\cos(w\,\omega_k)`, channels d + k and d + k + 1 the same of the row h.
     """
     d = channels // 2
-    omega = torch.exp(torch.arange(0, d, 2, dtype=torch.float32) * -(torch.log(torch.tensor(1e4)) / d))
+    omega = torch.exp(
+        torch.arange(0, d, 2, dtype=torch.float32) * -(torch.log(torch.tensor(1e4)) / d)
+    )
 
     def waves(length: int) -> Tensor:
         angle = omega[:, None] * torch.arange(length, dtype=torch.float32)

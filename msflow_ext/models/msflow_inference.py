@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from msflow_ext.models.msflow_flows import (
     CrossScaleSubnet,
     positional_encoding,
 )
+from msflow_ext.models.packed import PackedConv2d
 from msflow_ext.ops import accumulation_dtype
 
 
@@ -53,7 +55,10 @@ class OptimizedHead(nn.Module):
         """Latent tensors, in the dtype and memory format of the features, and ``log_det``."""
         z, log_det = self._latent(features)
         z = [
-            t.to(f.dtype, memory_format=torch.channels_last if _is_last(f) else torch.contiguous_format)
+            t.to(
+                f.dtype,
+                memory_format=torch.channels_last if _is_last(f) else torch.contiguous_format,
+            )
             for t, f in zip(z, features, strict=True)
         ]
         return FlowOutput(z, log_det)
@@ -112,9 +117,9 @@ class _FrozenStep:
         subnet: Any = step.subnet
         self.conv_cond = subnet.conv_cond
         self.maps: dict[tuple[int, int], Tensor] = {}
-        self.conv_x = _Conv(subnet.conv_x, dtype)
+        self.conv_x = PackedConv2d(subnet.conv_x, dtype)
         self.norm = _vectors(subnet.norm, dtype)
-        self.conv_out = _Conv(subnet.conv_out, dtype)
+        self.conv_out = PackedConv2d(subnet.conv_out, dtype)
         scale, offset, self.perm = step.affine(dtype)
         self.affine = (scale.clone(), offset.clone())
         self.options = {"clamp": step.clamp, "clamp_form": step.clamp_form}
@@ -138,55 +143,21 @@ class _FrozenStep:
 class _FrozenCrossScale:
     def __init__(self, subnet: CrossScaleSubnet, dtype: torch.dtype) -> None:
         self.channels = subnet.channels
-        self.conv1, self.conv2 = _Conv(subnet.conv1, dtype), _Conv(subnet.conv2, dtype, relu=True)
+        self.conv1, self.conv2 = (
+            PackedConv2d(subnet.conv1, dtype),
+            PackedConv2d(subnet.conv2, dtype, relu=True),
+        )
         self.norm = _vectors(subnet.norm, dtype)
-        self.conv_out = [_Conv(conv, dtype) for conv in subnet.conv_out]
+        self.conv_out = [PackedConv2d(conv, dtype) for conv in subnet.conv_out]
 
     def __call__(self, x: Sequence[Tensor]) -> list[Tensor]:
-        size = min((t.shape[2:] for t in x), key=lambda s: s[0] * s[1])
+        size = min(((t.size(2), t.size(3)) for t in x), key=math.prod)
         mixed = torch.cat([F.adaptive_avg_pool2d(t, size) for t in x], 1)
         mixed = self.conv2(ops.channel_norm(self.conv1(mixed), *self.norm))
         return [
             conv(t + F.interpolate(m, t.shape[2:], mode="bilinear", align_corners=True))
             for t, m, conv in zip(x, mixed.split(self.channels, 1), self.conv_out, strict=True)
         ]
-
-
-class _Conv:
-    """A 3x3 convolution whose weight waits in the layout that the library would otherwise make at every call.
-
-    The layout comes from what torch's own freezing emits, which is private: where it is missing or refuses, plain
-    ``conv2d`` on a channels_last weight is the same convolution.
-    """
-
-    def __init__(self, conv: Any, dtype: torch.dtype, relu: bool = False) -> None:
-        weight = conv.weight.detach().to(dtype)
-        self.weight = weight.contiguous(memory_format=torch.channels_last)
-        self.bias = None if conv.bias is None else conv.bias.detach().to(dtype).clone()
-        self.relu = relu
-        self.packed: Tensor | None = None
-        self.packable = dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.packable and self.packed is None:
-            self._pack(x)
-        if self.packed is None:
-            y = F.conv2d(x, self.weight, self.bias, padding=1)
-            return F.relu_(y) if self.relu else y
-        attribute = "relu" if self.relu else "none"
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, self.packed, self.bias, (1, 1), (1, 1), (1, 1), 1, attribute, [], ""
-        )
-
-    def _pack(self, x: Tensor) -> None:
-        try:
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, (1, 1), (1, 1), (1, 1), 1, list(x.shape)
-            )
-        except (AttributeError, RuntimeError):
-            self.packable = False
-        else:
-            del self.weight
 
 
 def _vectors(norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

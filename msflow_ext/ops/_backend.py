@@ -17,9 +17,10 @@ from torch import Tensor
 #: Element types of the kernels, in the order of ``csrc/common/tensor.h``.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-View = tuple[int, int, int, int, int] | None
+# Of these, what kernels on the CPU take; int64 are permutations.
+_NATIVE = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
 
-_forced: str | None = os.environ.get("MSFLOW_EXT_BACKEND") or None
+View = tuple[int, int, int, int, int] | None
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -35,6 +36,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return _C, "compiled; threads of torch"
 
 
+C: Any
 C, STATUS = _load()
 
 
@@ -46,15 +48,24 @@ def backend(name: str) -> Iterator[None]:
         ValueError: ``name`` is neither. RuntimeError: ``"native"`` where nothing is compiled.
     """
     global _forced
-    if name not in ("native", "reference"):
-        raise ValueError(f"backend: name must be 'native' or 'reference', got {name!r}")
-    if name == "native" and C is None:
-        raise RuntimeError(f"backend: the native kernels are {STATUS}")
-    before, _forced = _forced, name
+    before, _forced = _forced, _checked(name, "backend: name")
     try:
         yield
     finally:
         _forced = before
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in ("native", "reference"):
+        raise ValueError(f"{source} must be 'native' or 'reference', got {name!r}")
+    if name == "native" and C is None:
+        raise RuntimeError(f"{source} is 'native', but the kernels are {STATUS}")
+    return name
+
+
+_forced: str | None = os.environ.get("MSFLOW_EXT_BACKEND") or None
+if _forced is not None:
+    _checked(_forced, "MSFLOW_EXT_BACKEND")
 
 
 def is_native(*tensors: Tensor | None) -> bool:
@@ -68,7 +79,7 @@ def is_native(*tensors: Tensor | None) -> bool:
             _warn_once()
         return False
     for tensor in tensors:
-        if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype is torch.float16):
+        if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype not in _NATIVE):
             return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
@@ -78,7 +89,7 @@ def is_native(*tensors: Tensor | None) -> bool:
     return not (
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -94,16 +105,17 @@ def _warn_once() -> None:
 
 def strides(x: Tensor) -> tuple[int, int, int] | None:
     """Steps from sample to sample, channel to channel, position to position; None if positions have no one step."""
-    step = following = 0
+    step: int | None = None
+    following = 0
     for d in range(x.dim() - 1, 1, -1):
         if x.size(d) == 1:
             continue
-        if not step:
+        if step is None:
             step = x.stride(d)
         elif x.stride(d) != following:
             return None
         following = x.stride(d) * x.size(d)
-    return x.stride(0), x.stride(1) if x.size(1) > 1 else 1, step or 1
+    return x.stride(0), x.stride(1) if x.size(1) > 1 else 1, 1 if step is None else step
 
 
 def is_interleaved(x: Tensor) -> bool:
@@ -180,7 +192,7 @@ class NativeOp:
         self.reference, self.tensors, self.extra = reference, tensors, extra
         self.library = None if run_backward is None else self._register(name, schema)
 
-    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+    def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             if self.library is None:
                 return self.reference(*args)
@@ -188,7 +200,7 @@ class NativeOp:
         elif torch.is_grad_enabled() and any(
             a is not None and a.requires_grad for a in args[: self.tensors]
         ):
-            return _Eager.apply(self, *args)  # type: ignore[return-value]
+            return _Eager.apply(self, *args)
         else:
             results = self.forward(*args)
         return results[: len(results) - self.extra]
@@ -210,6 +222,8 @@ class NativeOp:
         create_graph = torch.is_grad_enabled()
         tensors, rest = args[: self.tensors], args[self.tensors :]
         with torch.enable_grad():
+            # Views, because one argument may have been computed from another: partial derivatives are wanted.
+            tensors = [None if t is None else t.view_as(t) for t in tensors]
             results = self.reference(*tensors, *rest)
             results = results if isinstance(results, tuple) else (results,)
             wanted = [t for t in tensors if t is not None and t.requires_grad]
@@ -259,7 +273,10 @@ class NativeOp:
             args = (*saved[: self.tensors], *ctx.rest)
             out = backward_op(*upstream[:split], *saved[self.tensors :], *args)
             needed = ctx.needs_input_grad[: self.tensors]
-            return (*(g if n else None for g, n in zip(out, needed, strict=True)), *[None] * len(ctx.rest))
+            return (
+                *(g if n else None for g, n in zip(out, needed, strict=True)),
+                *[None] * len(ctx.rest),
+            )
 
         forward_op.register_autograd(differentiate, setup_context=setup_context)
         return forward_op

@@ -39,11 +39,11 @@ def affine_coupling(
         x2: active half, ``(N, C2, *)``, float32, float64 or bfloat16 (float16: reference).
         a: ``(N, 2 * C2, *)``, first :math:`a_s`, then :math:`a_t`; bfloat16 may go with a float32 ``x2``.
         scale, offset: ``(C1 + C2,)`` in the dtype of the accumulation (float64 for float64, else float32).
-        perm: ``(C1 + C2,)`` int64, a permutation.
+        perm: ``(C1 + C2,)`` int64, a permutation; the kernels check that it is one, the reference takes it on trust.
         clamp: :math:`\alpha > 0`.
         clamp_form: ``"0.2"`` as above; ``"head"``: :math:`\alpha \tanh(0.1 a_s / \alpha)`;
             ``"atan"``: :math:`0.636\, \alpha \arctan(a_s / \alpha)` and a shift by :math:`a_t` itself.
-        limit: the results are clamped to ``[-limit, limit]``; no term of ``log_det``.
+        limit: the results are clamped to ``[-limit, limit]``, ``limit > 0``; no term of ``log_det``.
         split: channels of the first result, ``C1`` by default.
 
     Returns:
@@ -56,7 +56,7 @@ def affine_coupling(
     Source: FrEIA 0.2 ``AllInOneBlock`` ("0.2"), FrEIA master ("head"), MSFlow's fusion flow ("atan").
     """
     split = x1.size(1) if split is None and x1.dim() > 1 else split
-    _check(x1, x2, a, scale, offset, perm, clamp, clamp_form, split)
+    _check(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split)
     assert split is not None
     arguments = (x1, x2, a, scale, offset, perm, float(clamp), clamp_form, float(limit), split)
     if not _backend.is_native(x1, x2, a, scale, offset, perm):
@@ -99,8 +99,13 @@ def passive_half(
     perm: Tensor | None = None,
 ) -> Tensor:
     """``x1 (N, channels, *)`` from the results of :func:`affine_coupling`: what its inverse begins with."""
-    v = torch.cat((y1, y2), 1)
-    return _undo_affine(v, scale, offset, perm)[:, :channels]
+    _check_halves("y1", y1, "y2", y2)
+    whole = torch.cat((y1, y2), 1)
+    if not 0 <= channels <= whole.size(1):
+        raise ValueError(f"coupling: channels must be in 0..{whole.size(1)}, got {channels}")
+    _check_vectors(y2, whole.size(1), scale, offset, perm)
+    u = _undo_affine(whole.to(accumulation_dtype(y2.dtype)), scale, offset, perm)
+    return u[:, :channels].to(y2.dtype)
 
 
 def affine_coupling_reference(
@@ -198,22 +203,21 @@ def _check(
     perm: Tensor | None,
     clamp: float,
     clamp_form: str,
+    limit: float,
     split: int | None,
 ) -> None:
-    n, c1, c2 = *x1.shape[:2], x2.size(1) if x2.dim() > 1 else -1
-    if x2.dim() < 2 or x1.shape != (n, c1, *x2.shape[2:]) or x1.size(0) != x2.size(0):
-        raise ValueError(
-            "coupling: x1 and x2 must be (N, C1, *) and (N, C2, *) of one N and *, got "
-            f"{tuple(x1.shape)} and {tuple(x2.shape)}"
-        )
+    _check_halves("x1", x1, "x2", x2)
+    n, c1, c2 = x1.size(0), x1.size(1), x2.size(1)
     if a.shape != (n, 2 * c2, *x2.shape[2:]):
         raise ValueError(
             f"coupling: a must be (N, 2 * C2, *) for x2 {tuple(x2.shape)}, got {tuple(a.shape)}"
         )
     if split is None or not 0 <= split <= c1 + c2:
         raise ValueError(f"coupling: split must be in 0..{c1 + c2}, got {split}")
-    _check_types(x1, x2, a)
-    _check_vectors(x2, c1 + c2, scale, offset, perm, clamp, clamp_form)
+    if not limit > 0:
+        raise ValueError(f"coupling: limit must be positive, got {limit}")
+    _check_subnet(x2, a, clamp, clamp_form)
+    _check_vectors(x2, c1 + c2, scale, offset, perm)
 
 
 def _check_inverse(
@@ -226,11 +230,7 @@ def _check_inverse(
     clamp: float,
     clamp_form: str,
 ) -> None:
-    if min(y1.dim(), y2.dim()) < 2 or (y1.size(0), *y1.shape[2:]) != (y2.size(0), *y2.shape[2:]):
-        raise ValueError(
-            "coupling: y1 and y2 must be (N, C1, *) and (N, C2, *) of one N and *, got "
-            f"{tuple(y1.shape)} and {tuple(y2.shape)}"
-        )
+    _check_halves("y1", y1, "y2", y2)
     channels = y1.size(1) + y2.size(1)
     if (
         a.dim() != y2.dim()
@@ -242,24 +242,40 @@ def _check_inverse(
             f"coupling: a must be (N, 2 * C2, *) with C2 of {channels} channels active, got {tuple(a.shape)} for "
             f"y2 {tuple(y2.shape)}"
         )
-    _check_types(y1, y2, a)
-    _check_vectors(y2, channels, scale, offset, perm, clamp, clamp_form)
+    _check_subnet(y2, a, clamp, clamp_form)
+    _check_vectors(y2, channels, scale, offset, perm)
 
 
-def _check_types(first: Tensor, second: Tensor, a: Tensor) -> None:
+def _check_halves(name1: str, first: Tensor, name2: str, second: Tensor) -> None:
+    if min(first.dim(), second.dim()) < 2 or (
+        (first.size(0), *first.shape[2:]) != (second.size(0), *second.shape[2:])
+    ):
+        raise ValueError(
+            f"coupling: {name1} and {name2} must be (N, C1, *) and (N, C2, *) of one N and *, got "
+            f"{tuple(first.shape)} and {tuple(second.shape)}"
+        )
     if not second.is_floating_point() or first.dtype is not second.dtype:
         raise TypeError(
-            f"coupling: both halves must have one floating dtype, got {first.dtype} and {second.dtype}"
+            f"coupling: {name1} and {name2} must have one floating dtype, got {first.dtype} and {second.dtype}"
         )
-    narrower = (torch.bfloat16, torch.float16) if second.dtype is torch.float32 else ()
-    if a.dtype is not second.dtype and a.dtype not in narrower:
-        raise TypeError(
-            f"coupling: a must be {second.dtype}, or half precision beside float32, got {a.dtype}"
-        )
-    if not first.device == second.device == a.device:
+    if first.device != second.device:
         raise ValueError(
-            f"coupling: halves and a must be on one device, got {first.device}, {second.device}, {a.device}"
+            f"coupling: {name1} and {name2} must be on one device, got {first.device} and {second.device}"
         )
+
+
+def _check_subnet(x: Tensor, a: Tensor, clamp: float, clamp_form: str) -> None:
+    narrower = (torch.bfloat16, torch.float16) if x.dtype is torch.float32 else ()
+    if a.dtype is not x.dtype and a.dtype not in narrower:
+        raise TypeError(
+            f"coupling: a must be {x.dtype}, or half precision beside float32, got {a.dtype}"
+        )
+    if a.device != x.device:
+        raise ValueError(f"coupling: a must be on {x.device}, got {a.device}")
+    if not 0 < clamp < math.inf:
+        raise ValueError(f"coupling: clamp must be positive and finite, got {clamp}")
+    if clamp_form not in CLAMP_FORMS:
+        raise ValueError(f"coupling: clamp_form must be one of {CLAMP_FORMS}, got {clamp_form!r}")
 
 
 def _check_vectors(
@@ -268,8 +284,6 @@ def _check_vectors(
     scale: Tensor | None,
     offset: Tensor | None,
     perm: Tensor | None,
-    clamp: float,
-    clamp_form: str,
 ) -> None:
     wide = accumulation_dtype(x.dtype)
     for name, vector, dtype in (
@@ -284,13 +298,11 @@ def _check_vectors(
                 f"coupling: {name} must be ({channels},), one per channel, got {tuple(vector.shape)}"
             )
         if vector.dtype is not dtype:
-            raise TypeError(f"coupling: {name} must be {dtype} for {x.dtype} data, got {vector.dtype}")
+            raise TypeError(
+                f"coupling: {name} must be {dtype} for {x.dtype} data, got {vector.dtype}"
+            )
         if vector.device != x.device:
             raise ValueError(f"coupling: {name} must be on {x.device}, got {vector.device}")
-    if not 0 < clamp < math.inf:
-        raise ValueError(f"coupling: clamp must be positive and finite, got {clamp}")
-    if clamp_form not in CLAMP_FORMS:
-        raise ValueError(f"coupling: clamp_form must be one of {CLAMP_FORMS}, got {clamp_form!r}")
 
 
 def _allocate(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split):

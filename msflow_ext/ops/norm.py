@@ -72,7 +72,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, bias_map: Tensor | None, eps
                 f"channel_norm: {name} must be ({x.size(1)},) for x {tuple(x.shape)}, got {tuple(vector.shape)}"
             )
         if vector.dtype is not wide:
-            raise TypeError(f"channel_norm: {name} must be {wide} for {x.dtype} data, got {vector.dtype}")
+            raise TypeError(
+                f"channel_norm: {name} must be {wide} for {x.dtype} data, got {vector.dtype}"
+            )
     if bias_map is not None:
         if bias_map.shape != (1, *x.shape[1:]):
             raise ValueError(
@@ -80,7 +82,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, bias_map: Tensor | None, eps
                 f"{tuple(bias_map.shape)}"
             )
         if bias_map.dtype not in (x.dtype, wide):
-            raise TypeError(f"channel_norm: bias_map must be {x.dtype} or {wide}, got {bias_map.dtype}")
+            raise TypeError(
+                f"channel_norm: bias_map must be {x.dtype} or {wide}, got {bias_map.dtype}"
+            )
     for name, other in (("weight", weight), ("bias", bias), ("bias_map", bias_map)):
         if other is not None and other.device != x.device:
             raise ValueError(f"channel_norm: {name} must be on {x.device}, got {other.device}")
