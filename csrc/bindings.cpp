@@ -6,6 +6,7 @@
 #include "common/parallel.h"
 #include "coupling/coupling.h"
 #include "norm/norm.h"
+#include "ranking/ranking.h"
 #include "score/score.h"
 
 namespace py = pybind11;
@@ -112,6 +113,16 @@ PYBIND11_MODULE(_C, m) {
         return aggregate_cpu(DType(dtype), samples, height, width, k, scales, pointer(score),
                              pointer(log_score), pointer(nll_score), pointer(anomaly_map),
                              pointer(image_map));
+      },
+      nogil);
+  m.def(
+      "ranking_cpu",
+      [](int dtype, Address scores, Address ignored, int64_t size, Address thresholds,
+         int64_t count, int64_t threads, Address above, Address reached) {
+        ranking_cpu(DType(dtype), pointer(scores), static_cast<const uint8_t*>(pointer(ignored)),
+                    size, pointer(thresholds), count, threads,
+                    static_cast<int64_t*>(pointer(above)),
+                    static_cast<int64_t*>(pointer(reached)));
       },
       nogil);
 }

@@ -146,4 +146,5 @@ class Flow(nn.Module):
 
 def inverse_softplus_scale(scale: float) -> float:
     """The ``global_scale`` whose softplus scale is ``scale``: FrEIA's initial value for ``global_affine_init``."""
-    return 2 * math.log(math.expm1(0.5 * 10 * scale))
+    v = 0.5 * 10 * scale
+    return 2 * (v + math.log(-math.expm1(-v)))

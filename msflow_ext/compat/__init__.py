@@ -1,5 +1,6 @@
 """Models and checkpoints of other packages."""
 
+from msflow_ext.compat.freia import AllInOneBlock
 from msflow_ext.compat.msflow import load_msflow_checkpoint
 
-__all__ = ["load_msflow_checkpoint"]
+__all__ = ["AllInOneBlock", "load_msflow_checkpoint"]
