@@ -121,8 +121,7 @@ PYBIND11_MODULE(_C, m) {
          int64_t count, int64_t threads, Address above, Address reached) {
         ranking_cpu(DType(dtype), pointer(scores), static_cast<const uint8_t*>(pointer(ignored)),
                     size, pointer(thresholds), count, threads,
-                    static_cast<int64_t*>(pointer(above)),
-                    static_cast<int64_t*>(pointer(reached)));
+                    static_cast<int64_t*>(pointer(above)), static_cast<int64_t*>(pointer(reached)));
       },
       nogil);
 }

@@ -13,7 +13,7 @@
 namespace msflow {
 namespace {
 
-constexpr int64_t planar_block = 64;  // positions side by side: whole cache lines of every channel
+constexpr int64_t planar_block = 128;  // positions side by side: whole cache lines of every channel
 
 template <class W>
 struct Job : Norm {
@@ -114,7 +114,7 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
         W* grow = grad + c * planar_block;
         const W w = job.w[c], b = job.b[c];
         INDEPENDENT
-        for (int64_t i = 0; i < size; ++i) nrow[i] = W(load(x[i])) - mean[i];
+        for (int64_t i = 0; i < size; ++i) nrow[i] = W(load(x[i]));
         if (job.map.data) {
           const W* map = job.map.template at<W>(0, c, first);
           INDEPENDENT
@@ -123,7 +123,7 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
         W gw[planar_block], gb[planar_block];
         INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
-          nrow[i] *= inverse[i];
+          nrow[i] = (nrow[i] - mean[i]) * inverse[i];
           gb[i] = through_relu(W(load(grad_y[i])), nrow[i], w, b, floor);
           gw[i] = gb[i] * nrow[i];
           grow[i] = gb[i] * w;
@@ -219,7 +219,7 @@ HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
         const W mean = job.statistics[(n * job.positions + p) * 2];
         const W inverse = job.statistics[(n * job.positions + p) * 2 + 1];
         INDEPENDENT
-        for (int64_t c = 0; c < channels; ++c) normal[c] = W(load(x[c])) - mean;
+        for (int64_t c = 0; c < channels; ++c) normal[c] = W(load(x[c]));
         if (job.map.data) {
           const W* map = job.map.template at<W>(0, 0, p);
           INDEPENDENT
@@ -227,7 +227,7 @@ HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
         }
         INDEPENDENT
         for (int64_t c = 0; c < channels; ++c) {
-          normal[c] *= inverse;
+          normal[c] = (normal[c] - mean) * inverse;
           const W g = through_relu(W(load(grad_y[c])), normal[c], w[c], b[c], floor);
           grad_w[c] += g * normal[c];
           grad_b[c] += g;

@@ -13,58 +13,51 @@ namespace {
 template <class T>
 using Key = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
 
-// Keys rise where scores fall, and both zeros have the same one.
+// Keys rise where scores fall, and both zeros have one.
 template <class T>
 HD Key<T> key_of(T score) {
   using K = Key<T>;
-  K bits;
-  score += T(0);
-  memcpy(&bits, &score, sizeof bits);
   constexpr K sign = K(1) << (8 * sizeof(K) - 1);
+  K bits;
+  score += T(0);  // -0 becomes 0
+  memcpy(&bits, &score, sizeof bits);
   return bits & sign ? bits : bits ^ (sign - 1);
 }
 
-// The thresholds' keys, in buckets of one width: the first lies before them, the last behind them.
+// The thresholds' keys, and where those of a bucket start: buckets are equally wide, the first lies
+// before all keys and the last behind them.
 template <class T>
 struct Table {
   using K = Key<T>;
-  static constexpr int64_t most_buckets = 1 << 20;
+  static constexpr int64_t most_buckets = 1 << 20;  // 4 MB: what a second-level cache nearly holds
 
-  std::unique_ptr<K[]> keys;  // (count + 1,), rising; one more, so that every index may be read
-  std::unique_ptr<uint32_t[]> start;  // of each bucket, and behind the last
+  std::unique_ptr<K[]> keys;  // (count + window,), rising; the largest possible one at the end
+  std::unique_ptr<uint32_t[]> start;
   K low, high;
   int shift = 0;
+  uint32_t window = 1;  // a power of two above the number of keys in any bucket
 
-  Table(const T* thresholds, int64_t count) : keys(scratch<K>(count + 1)) {
-    for (int64_t i = 0; i < count; ++i) keys[i] = key_of(thresholds[i]);
-    keys[count] = std::numeric_limits<K>::max();
-    low = keys[0], high = keys[count - 1];
-    while (int64_t((high - low) >> shift) >= std::min(4 * count, most_buckets)) ++shift;
+  Table(const T* thresholds, int64_t count)
+      : low(key_of(thresholds[0])), high(key_of(thresholds[count - 1])) {
+    const K most = K(std::min(4 * count, most_buckets));
+    while ((high - low) >> shift >= most) ++shift;
     const uint32_t last = bucket_of(high) + 1;
-    start = scratch<uint32_t>(last + 2);
+    start = scratch<uint32_t>(last + 1);
     uint32_t filled = 0;
-    for (int64_t i = 0; i < count; ++i)
-      for (const uint32_t bucket = bucket_of(keys[i]); filled <= bucket; ++filled)
-        start[filled] = uint32_t(i);
-    start[last] = start[last + 1] = uint32_t(count);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bucket = bucket_of(key_of(thresholds[i]));
+      while (filled <= bucket) start[filled++] = uint32_t(i);
+      while (i - start[bucket] + 1 >= window) window *= 2;
+    }
+    start[last] = uint32_t(count);
+    keys = scratch<K>(count + window);
+    for (int64_t i = 0; i < count; ++i) keys[i] = key_of(thresholds[i]);
+    std::fill_n(keys.get() + count, window, std::numeric_limits<K>::max());
   }
 
   HD uint32_t bucket_of(K key) const {
-    const uint32_t inside = 1 + uint32_t((std::min(key, high) - low) >> shift);
+    const uint32_t inside = 1 + uint32_t((std::min(std::max(key, low), high) - low) >> shift);
     return key < low ? 0 : inside + (key > high);
-  }
-
-  // Twice the number of keys below, and one more if the key itself is there.
-  HD uint32_t bin_of(K key, uint32_t bucket) const {
-    uint32_t first = start[bucket];
-    for (uint32_t last = start[bucket + 1]; first < last;) {
-      const uint32_t middle = first + (last - first) / 2;
-      if (keys[middle] < key)
-        first = middle + 1;
-      else
-        last = middle;
-    }
-    return 2 * first + (keys[first] == key);
   }
 };
 
@@ -72,20 +65,24 @@ template <class T>
 struct Counting {
   const T* scores;
   const uint8_t* ignored;
-  int64_t size, tasks, bins;
+  int64_t size, tasks;
+  int64_t gaps;  // before, between and behind the thresholds
   Table<T> table;
-  std::unique_ptr<uint32_t[]> counts;  // (tasks, bins)
+  // (tasks, 2, gaps): scores inside each gap, and scores at the threshold behind it.
+  std::unique_ptr<uint32_t[]> counts;
 };
 
 template <class T>
 HD void count(const Counting<T>& job, int64_t begin, int64_t end) {
   constexpr int64_t block = 256;
   Key<T> key[block];
-  uint32_t bucket[block];
+  uint32_t gap[block];
   const Table<T>& table = job.table;
+  const Key<T>* keys = table.keys.get();
+  const uint32_t* start = table.start.get();
   for (int64_t task = begin; task < end; ++task) {
-    uint32_t* counts = job.counts.get() + task * job.bins;
-    std::fill(counts, counts + job.bins, 0);
+    uint32_t* counts = job.counts.get() + task * 2 * job.gaps;
+    std::fill_n(counts, 2 * job.gaps, 0);
     const int64_t stop = job.size * (task + 1) / job.tasks;
     for (int64_t first = job.size * task / job.tasks; first < stop; first += block) {
       const T* scores = job.scores + first;
@@ -94,10 +91,15 @@ HD void count(const Counting<T>& job, int64_t begin, int64_t end) {
       INDEPENDENT
       for (int64_t i = 0; i < size; ++i) {
         key[i] = key_of(scores[i]);
-        bucket[i] = table.bucket_of(key[i]);
+        gap[i] = table.bucket_of(key[i]);
       }
+      for (int64_t i = 0; i < size; ++i) gap[i] = start[gap[i]];
+      // All scores take the same steps: branches on them would be mispredicted (265 -> 97 ms, 22
+      // million scores, 0.5 million thresholds).
+      for (uint32_t step = table.window / 2; step > 0; step /= 2)
+        for (int64_t i = 0; i < size; ++i) gap[i] += keys[gap[i] + step - 1] < key[i] ? step : 0;
       for (int64_t i = 0; i < size; ++i)
-        if (!ignored[i]) ++counts[table.bin_of(key[i], bucket[i])];
+        counts[gap[i] + (keys[gap[i]] == key[i] ? job.gaps : 0)] += !ignored[i];
     }
   }
 }
@@ -114,22 +116,22 @@ template <class T>
 void rank(Body body, const T* scores, const uint8_t* ignored, int64_t size, const T* thresholds,
           int64_t count, int64_t threads, int64_t* above, int64_t* reached) {
   if (count == 0) return;
-  const int64_t bins = 2 * (count + 1);
-  // Every task has its own counts: all of them together take no more memory than the scores.
-  const int64_t tasks = std::max<int64_t>(1, std::min(threads, size / bins));
+  const int64_t gaps = count + 1;
+  // Each task counts for itself; where there are many, they take at most 4 bytes per score.
+  const int64_t tasks = std::max<int64_t>(1, std::min(threads, size / (2 * gaps)));
   Counting<T> job{scores,
                   ignored,
                   size,
                   tasks,
-                  bins,
+                  gaps,
                   Table<T>(thresholds, count),
-                  scratch<uint32_t>(tasks * bins)};
+                  scratch<uint32_t>(tasks * 2 * gaps)};
   parallel_for(tasks, size / tasks, body, job);
   int64_t sum = 0;
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t task = 0; task < tasks; ++task) sum += job.counts[task * bins + 2 * i];
+    for (int64_t task = 0; task < tasks; ++task) sum += job.counts[2 * task * gaps + i];
     above[i] = sum;
-    for (int64_t task = 0; task < tasks; ++task) sum += job.counts[task * bins + 2 * i + 1];
+    for (int64_t task = 0; task < tasks; ++task) sum += job.counts[(2 * task + 1) * gaps + i];
     reached[i] = sum;
   }
 }
