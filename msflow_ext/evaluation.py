@@ -1,0 +1,100 @@
+"""Test a model on labelled images: scores, maps and exact metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msflow_ext import metrics
+from msflow_ext.data import Images
+from msflow_ext.features import Features
+
+RESULTS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro": "AUPRO"}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is known of a test set: ``labels (N,)`` and ``masks (N, S, S)``, bool.
+
+    Each is None where one of them is unknown, or all are of one class: then nothing can be measured.
+    """
+
+    labels: np.ndarray | None
+    masks: np.ndarray | None
+
+    @classmethod
+    def of(cls, images: Images) -> Truth:
+        """Read all masks; ValueError if one does not fit its image."""
+        labels = [item.label for item in images.items]
+        return cls(_known(labels), _known([images.mask(i) for i in range(len(images))]))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores ``(N,)``, maps ``(N, S, S)`` float32 and metrics of a test set, in the order of its images."""
+
+    scores: np.ndarray
+    maps: np.ndarray
+    metrics: dict[str, float | None]
+
+
+@torch.no_grad()
+def evaluate(
+    predict: Callable[[Sequence[Tensor]], Any],
+    features: Features,
+    truth: Truth,
+    batch_size: int = 8,
+) -> Evaluation:
+    """Score every image of ``features`` and compare with the truth.
+
+    Args:
+        predict: from features to something with ``score (N,)`` and ``anomaly_map (N, S, S)``,
+            such as the ``predict_features`` of a model.
+
+    The metrics are fractions: ``image_auroc``, ``image_average_precision``, ``image_f1_max``, the
+    same three for ``pixel``, and ``aupro`` (up to a false-positive rate of 0.3); None where the
+    truth is.
+
+    Raises:
+        FloatingPointError: a score or a map is not finite; its image is named.
+    """
+    size = features.images.size
+    scores, maps = np.empty(len(features)), np.empty((len(features), size, size), np.float32)
+    done = 0
+    for batch in features.batches(batch_size):
+        found = predict(batch)
+        here = slice(done, done := done + len(batch[0]))
+        scores[here], maps[here] = found.score.cpu(), found.anomaly_map.cpu()
+    for item, score, each in zip(features.images.items, scores, maps, strict=True):
+        if not np.isfinite(each.sum() + score):
+            raise FloatingPointError(f"score or map of image {item.name} is not finite")
+    return Evaluation(scores, maps, measure(truth, scores, maps))
+
+
+def measure(truth: Truth, scores: np.ndarray, maps: np.ndarray) -> dict[str, float | None]:
+    """The metrics of :func:`evaluate` from scores and maps."""
+    return {
+        **_compare("image", truth.labels, scores),
+        **_compare("pixel", truth.masks, maps),
+        "aupro": None if truth.masks is None else metrics.aupro(truth.masks, maps),
+    }
+
+
+def _compare(level: str, truth: np.ndarray | None, found: np.ndarray) -> dict[str, float | None]:
+    judges = (metrics.auroc, metrics.average_precision, metrics.f1_max)
+    return {
+        f"{level}_{judge.__name__}": None if truth is None else judge(truth, found)
+        for judge in judges
+    }
+
+
+def _known(values: Sequence[int | np.ndarray | None]) -> np.ndarray | None:
+    if not values or any(value is None for value in values):
+        return None
+    truth = np.array(values, dtype=bool)
+    return truth if truth.any() and not truth.all() else None

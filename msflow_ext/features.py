@@ -1,0 +1,163 @@
+"""Pooled features of a frozen backbone, by image: computed once and kept, or anew on every use."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msflow_ext.data import Images
+
+CACHES = ("memory", "disk", "off")
+
+
+class Features:
+    """``features[indices]`` are the pooled maps ``[(N, C_i, H_i, W_i)]`` of those images, float32.
+
+    The backbone is frozen and nothing is augmented: an image's features are the same every epoch.
+
+    Args:
+        model: has ``features(images)``.
+        images: what the features are of.
+        cache: ``"memory"`` keeps the features there; ``"disk"`` in the mapped ``file``, which
+            :meth:`close` removes; ``"off"`` computes them on every use.
+        dtype: of the cache: float32, or bfloat16 for half the space.
+        batch_size: images per call of the backbone.
+        workers: threads that decode images.
+        progress: title of the progress bar (stderr, terminals only); None for none.
+
+    Raises:
+        ValueError: an argument does not fit, or an image cannot be decoded.
+        OSError: the disk is too small for the cache.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        images: Images,
+        *,
+        cache: str = "memory",
+        dtype: torch.dtype = torch.float32,
+        file: Path | None = None,
+        batch_size: int = 8,
+        workers: int = 2,
+        progress: str | None = None,
+    ) -> None:
+        if cache not in CACHES:
+            raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
+        if cache == "disk" and file is None:
+            raise ValueError("cache 'disk' needs file, the path of the mapped file")
+        self.images = images
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._workers = workers
+        self._maps: list[Tensor] = []
+        self._file = file if cache == "disk" else None
+        if cache != "off" and len(images):
+            try:
+                self._fill(dtype, batch_size, progress)
+            except BaseException:
+                self.close()
+                raise
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: Tensor) -> list[Tensor]:
+        """Features of the images at ``indices (N,)``, int64, on the model's device."""
+        if self._maps:
+            return [maps[indices].to(self._device, torch.float32) for maps in self._maps]
+        (pixels,) = decoded(self.images.__getitem__, [indices.tolist()], self._workers)
+        return self._pooled(indices, pixels)
+
+    def close(self) -> None:
+        """Let go of the cache, and remove its file."""
+        self._maps = []
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the cache in bytes."""
+        return sum(maps.nbytes for maps in self._maps)
+
+    def batches(self, batch_size: int) -> Iterator[list[Tensor]]:
+        """The features of all images, in their order."""
+        chunks = torch.arange(len(self)).split(batch_size) if len(self) else ()
+        return (self[indices] for indices in chunks)
+
+    def standardize(self, batch_size: int = 8) -> None:
+        """Give the model the statistics of these features, and bring what is cached in line.
+
+        Mean and standard deviation of every channel, summed in float64 over images and positions.
+        """
+        sums: list[Tensor] = []
+        for batch in self.batches(batch_size):
+            wide = [x.double() for x in batch]
+            moments = [torch.stack([(x**k).sum((0, 2, 3)) for k in (0, 1, 2)]) for x in wide]
+            sums = [a + b for a, b in zip(sums, moments, strict=True)] if sums else moments
+        means = [first / count for count, first, _ in sums]
+        stds = [
+            (second / count - mean.square()).clamp_min(0).sqrt().clamp_min(1e-6)
+            for (count, _, second), mean in zip(sums, means, strict=True)
+        ]
+        self._model.set_statistics(means, stds)
+        for i, maps in enumerate(self._maps):
+            mean, std = (v[i].to("cpu", torch.float32).view(-1, 1, 1) for v in (means, stds))
+            for one in maps:
+                one.copy_((one - mean) / std)
+
+    def _fill(self, dtype: torch.dtype, batch_size: int, progress: str | None) -> None:
+        from tqdm import tqdm
+
+        chunks = list(torch.arange(len(self)).split(batch_size))
+        batches = decoded(self.images.__getitem__, (c.tolist() for c in chunks), self._workers)
+        bar = tqdm(total=len(self), desc=progress, unit="image", disable=None if progress else True)
+        with bar:
+            for indices, pixels in zip(chunks, batches, strict=True):
+                pooled = self._pooled(indices, pixels)
+                if not self._maps:
+                    self._maps = self._allocate([tuple(x.shape[1:]) for x in pooled], dtype)
+                for maps, new in zip(self._maps, pooled, strict=True):
+                    maps[indices[0] : indices[-1] + 1].copy_(new)
+                bar.update(len(indices))
+
+    def _pooled(self, indices: Tensor, pixels: Tensor) -> list[Tensor]:
+        pooled = self._model.features(pixels.to(self._device))
+        finite = torch.stack([x.isfinite().flatten(1).all(1) for x in pooled]).all(0)
+        if not finite.all():
+            name = self.images.items[int(indices[int(finite.int().argmin())])].name
+            raise ValueError(f"the backbone's features of image {name} hold NaN or infinite values")
+        return pooled
+
+    def _allocate(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
+        shapes = [(len(self), *shape) for shape in shapes]
+        sizes = [math.prod(shape) for shape in shapes]
+        if self._file is None:
+            return [torch.empty(shape, dtype=dtype) for shape in shapes]
+        wanted, free = sum(sizes) * dtype.itemsize, shutil.disk_usage(self._file.parent).free
+        if wanted > free:
+            raise OSError(f"{self._file} needs {wanted:,} bytes, the disk has {free:,} left")
+        whole = torch.from_file(str(self._file), shared=True, size=sum(sizes), dtype=dtype)
+        return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
+
+
+def decoded(
+    decode: Callable[[Any], Tensor], chunks: Iterable[list[Any]], workers: int
+) -> Iterator[Tensor]:
+    """Stack ``decode(source)`` of each chunk of sources, on threads, one chunk ahead of the caller."""
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[list[Future[Tensor]]] = deque()
+        for chunk in chunks:
+            ahead.append([pool.submit(decode, source) for source in chunk])
+            if len(ahead) > 1:
+                yield torch.stack([future.result() for future in ahead.popleft()])
+        while ahead:
+            yield torch.stack([future.result() for future in ahead.popleft()])

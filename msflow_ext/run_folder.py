@@ -1,0 +1,182 @@
+"""The folder of a run: what it must not lose, how a run goes on, and what a finished one leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from msflow_ext.checkpoint import CHECKPOINT, read_checkpoint
+from msflow_ext.data import DataSet, Images
+from msflow_ext.evaluation import Evaluation
+from msflow_ext.inference import to_pixels
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from msflow_ext.recipe import Recipe
+
+METRICS = "metrics.json"  # written last: a run with it is finished
+BEST = "best epoch of each metric, chosen on the test set: not a result"
+
+
+def initial_state(model: Any, dataset: DataSet, recipe: Recipe) -> dict[str, Any]:
+    """The header of a run's checkpoints before its first epoch, in JSON's types."""
+    items = hashlib.sha256()
+    for item in (*dataset.train, *dataset.test):
+        items.update(f"{item.name} {item.label}\n".encode())
+        items.update(item.image.tobytes() if isinstance(item.image, np.ndarray) else b"")
+    state = {
+        "model": type(model).__name__,
+        "config": model.config,
+        "recipe": asdict(recipe),
+        "data": {
+            "name": dataset.name,
+            "category": dataset.category,
+            "train": len(dataset.train),
+            "test": len(dataset.test),
+            "sha256": items.hexdigest(),
+        },
+        "epoch": 0,
+        "losses": [],
+        "evaluations": [],
+        "seconds": 0.0,
+    }
+    return json.loads(json.dumps(state))
+
+
+def open_run(
+    run: Path, state: dict[str, Any], *, resume: bool, overwrite: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """State and tensors to start from: ``state`` and none, or those of the folder's checkpoint.
+
+    Raises:
+        ValueError: the folder holds a run that is neither to be resumed nor overwritten, or that is
+            to be resumed but differs from ``state`` in model, recipe or data, or is damaged.
+    """
+    old = [run / name for name in (METRICS, CHECKPOINT) if (run / name).exists()]
+    if old and not (resume or overwrite):
+        raise ValueError(f"{run} holds a run: --resume continues it, --overwrite starts it again")
+    if overwrite:
+        others = (run / name for name in ("scores.csv", "report.html"))
+        for path in (*old, *others, *run.glob("maps/*.png")):
+            path.unlink(missing_ok=True)
+    if overwrite or not old:
+        return state, {}
+    saved, tensors = read_checkpoint(run / CHECKPOINT)
+    for part in ("model", "config", "recipe", "data"):
+        if saved.get(part) != state[part]:
+            there, here = _first_difference(saved.get(part), state[part])
+            raise ValueError(
+                f"{run / CHECKPOINT} cannot be resumed: its {part} has {there}, this one {here}"
+            )
+    return saved, tensors
+
+
+def _first_difference(there: Any, here: Any) -> tuple[str, str]:
+    if not (isinstance(there, dict) and isinstance(here, dict)):
+        return str(there), str(here)
+    key = next(key for key in (*here, *there) if here.get(key) != there.get(key))
+    return f"{key} {there.get(key)}", f"{key} {here.get(key)}"
+
+
+def summary(state: Mapping[str, Any], result: Mapping[str, float | None]) -> dict[str, Any]:
+    """What ``metrics.json`` says of a finished run, but for its duration and its baseline."""
+    evaluations = state["evaluations"]
+    best: dict[str, Any] = {"chosen": BEST}
+    epochs = {}
+    for name, value in result.items():
+        top = max(evaluations, key=lambda each: each[name]) if value is not None else None
+        best[name] = top and top[name]
+        epochs[name] = top and top["epoch"]
+    return {
+        **result,
+        "best": {**best, "epochs": epochs},
+        "epochs": state["epoch"],
+        "losses": state["losses"],
+        "evaluations": evaluations,
+        "recipe": state["recipe"],
+        "model": {"name": state["model"], **state["config"]},
+        "data": state["data"],
+        "versions": _versions(),
+    }
+
+
+def write_results(
+    folder: Path, images: Images, found: Evaluation, metrics: Mapping[str, Any]
+) -> tuple[float, float] | None:
+    """Write ``scores.csv``, ``maps/*.png`` and ``report.html``; return the colour range of the maps."""
+    from msflow_ext import report
+
+    items = images.items
+    names = [item.name for item in items]
+    defects, labels = [item.defect for item in items], [item.label for item in items]
+    scores = found.scores.tolist()
+    report.write_scores(folder / "scores.csv", zip(names, defects, labels, scores, strict=True))
+    colours = report.colour_range(found.maps) if items else None
+    if colours:
+        pictures = (to_pixels(images[i]) for i in range(len(items)))
+        masks = (images.mask(i) for i in range(len(items)))
+        low, high = colours
+        report.save_maps(folder, names, pictures, found.maps, masks, low=low, high=high)
+    baseline = metrics.get("baseline")
+    run = report.Run(
+        title=f"{metrics['data']['name']} {metrics['data']['category']}",
+        metrics={name: metrics[name] for name in found.metrics},
+        best={name: metrics["best"][name] for name in found.metrics},
+        baseline=baseline and {name: baseline[name] for name in found.metrics},
+        baseline_name=baseline["name"] if baseline else "",
+        epochs=metrics["epochs"],
+        seconds=metrics["seconds"],
+        names=names,
+        defects=defects,
+        labels=labels,
+        scores=scores,
+        losses=metrics["losses"],
+        thumbnails=_Thumbnails(images, found.maps, colours) if colours else (),
+        colours=colours,
+        recipe=metrics["recipe"],
+        versions=metrics["versions"],
+    )
+    report.write_report(folder / "report.html", run)
+    return colours
+
+
+class _Thumbnails(Sequence["tuple[Image, ...]"]):
+    """Image, heat map and, where the mask is known, its outline; drawn when asked for."""
+
+    def __init__(self, images: Images, maps: np.ndarray, colours: tuple[float, float]) -> None:
+        self._images, self._maps, self._colours = images, maps, colours
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, i: Any) -> Any:
+        from PIL import Image
+
+        from msflow_ext import report
+
+        pixels, mask = to_pixels(self._images[i]), self._images.mask(i)
+        low, high = self._colours
+        layers = (
+            Image.fromarray(pixels),
+            report.heat_map(pixels, self._maps[i], low=low, high=high),
+        )
+        return layers if mask is None else (*layers, report.mask_contour(pixels, mask))
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("msflow-ext", "torch", "timm", "numpy", "lightning-fabric"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions

@@ -1,0 +1,157 @@
+"""What the tests share: random tensors, memory layouts, backends, the law of equality, golden vectors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from msflow_ext import ops
+from msflow_ext.ops import _backend
+from msflow_ext.testing import relative_error, tolerance
+
+Normal = Callable[..., Tensor]
+Layout = Callable[[Tensor], Tensor]
+Operands = Sequence[Tensor | None]
+Golden = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+@pytest.fixture
+def normal() -> Normal:
+    """``normal(*shape, dtype=float32)``: standard normal numbers, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return draw
+
+
+@pytest.fixture
+def native() -> Iterator[None]:
+    """Runs the test on the compiled kernels, skips it where there are none."""
+    if _backend.C is None:
+        pytest.skip(f"kernels {_backend.STATUS}")
+    with ops.backend("native"):
+        yield
+
+
+@pytest.fixture(params=["native", "reference"])
+def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on the kernels and on their reference."""
+    if request.param == "native" and _backend.C is None:
+        pytest.skip(f"kernels {_backend.STATUS}")
+    with ops.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def equals_reference(native: None, normal: Normal) -> Callable[..., None]:
+    """``check(function, operands, terms)``: the law that kernels compute what the float64 reference does.
+
+    Compares results and the gradients of all floating operands, in this order, on the same rounded operands and
+    upstream gradients; ``terms`` says how many numbers each of them sums.
+    """
+
+    def check(
+        function: Callable[..., Sequence[Tensor]],
+        operands: Operands,
+        terms: Sequence[int],
+        layout: Layout = Tensor.contiguous,
+    ) -> None:
+        got = list(function(*(leaves := _leaves(operands))))
+        upstream = [normal(*r.shape, dtype=r.dtype) for r in got]
+        upstream = [layout(u) if u.dim() > 1 else u for u in upstream]
+        got += torch.autograd.grad(got, _floating(leaves), upstream)
+        with ops.backend("reference"):
+            wanted = list(function(*(leaves := _leaves(operands, torch.float64))))
+            upstream = [u.double() for u in upstream]
+            wanted += torch.autograd.grad(wanted, _floating(leaves), upstream)
+        for i, (g, w, n) in enumerate(zip(got, wanted, terms, strict=True)):
+            error, granted = relative_error(g, w), tolerance(g.dtype, n)
+            assert error <= granted, f"tensor {i} of {len(got)}: {error:.2e} over {granted:.2e}"
+
+    return check
+
+
+def _leaves(operands: Operands, dtype: torch.dtype | None = None) -> list[Tensor | None]:
+    """Copies of the operands that gradients end at."""
+    return [
+        t if t is None or not t.is_floating_point() else t.detach().to(dtype).requires_grad_()
+        for t in operands
+    ]
+
+
+def _floating(operands: Operands) -> list[Tensor]:
+    return [t for t in operands if t is not None and t.is_floating_point()]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same numbers with the channels of a position side by side, for any number of dimensions."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def cut_out(x: Tensor) -> Tensor:
+    """The same numbers as channels 1 to C of a tensor with C + 2."""
+    return _with_margins(x).contiguous()[:, 1:-1]
+
+
+def cut_out_channels_last(x: Tensor) -> Tensor:
+    """The same of a channels_last tensor."""
+    return channels_last(_with_margins(x))[:, 1:-1]
+
+
+def _with_margins(x: Tensor) -> Tensor:
+    margin = x.new_full((x.size(0), 1, *x.shape[2:]), 9.0)
+    return torch.cat((margin, x, margin), 1)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same numbers with all dimensions stored in reverse order: positions have no one step."""
+    order = tuple(reversed(range(x.dim())))
+    return x.permute(order).contiguous().permute(order)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "contiguous": Tensor.contiguous,
+    "channels-last": channels_last,
+    "cut-out": cut_out,
+    "cut-out-channels-last": cut_out_channels_last,
+    "transposed": transposed,
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> Layout:
+    """Stores a tensor (N, C, *) in one of the layouts that a kernel meets."""
+    return LAYOUTS[request.param]
+
+
+@pytest.fixture(params=["contiguous", "channels-last"])
+def memory_format(request: pytest.FixtureRequest) -> Layout:
+    """Stores a tensor (N, C, *) in one of the two memory formats of PyTorch."""
+    return LAYOUTS[request.param]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Golden]:
+    """``golden(name)`` -> tensors and description of a file in ``tests/golden``."""
+    folder = Path(__file__).parent / "golden"
+
+    @cache
+    def read(name: str) -> Golden:
+        meta = json.loads((folder / f"{name}.json").read_text())
+        return load_file(folder / f"{name}.safetensors"), meta
+
+    def copy(name: str) -> Golden:
+        tensors, meta = read(name)
+        return {key: t.clone() for key, t in tensors.items()}, meta
+
+    return copy

@@ -1,0 +1,257 @@
+"""A detector takes images however they come, and says the same of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import msflow_ext as mx
+from msflow_ext.checkpoint import read_checkpoint, save_checkpoint
+from msflow_ext.data import Images, Item
+from msflow_ext.evaluation import Truth, evaluate, measure
+from msflow_ext.features import Features
+from msflow_ext.inference import Detector, load
+
+
+def _model() -> mx.MSFlow:
+    options = {"image_size": 64, "pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return mx.MSFlow("test_efficientnet", seed=1, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A folder with the checkpoint of an untrained model; tests must not write to it."""
+    folder = tmp_path_factory.mktemp("run")
+    model = _model()
+    header = {"model": "MSFlow", "config": model.config, "colours": [0.5, 2.0]}
+    save_checkpoint(folder / "model.safetensors", header, model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detector(run) -> Detector:
+    return load(run, device="cpu")
+
+
+@pytest.fixture
+def items() -> list[Item]:
+    """Three good images of noise and three with a white square."""
+    rng = np.random.default_rng(0)
+    found = []
+    for label, kind in enumerate(("good", "square")):
+        for i in range(3):
+            image, mask = rng.integers(90, 110, (64, 64), dtype=np.uint8), np.zeros((64, 64), bool)
+            mask[16:40, 8:32] = label == 1
+            image[mask] = 255
+            found.append(Item(f"{kind}/{i}", label, kind, image, mask))
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path, items) -> Path:
+    for item in items:
+        path = tmp_path / "images" / f"{item.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(item.image).save(path)
+    return tmp_path / "images"
+
+
+def test_every_kind_of_source_gives_the_same_result(detector, folder):
+    path = folder / "square" / "0.png"
+    (wanted,) = detector.predict(path)
+    image, pixels = Image.open(path), np.asarray(Image.open(path))
+    (tensor,) = Images((Item("0", None, "", path),), 64)
+    sources = [
+        str(path),
+        image,
+        pixels,
+        np.dstack([pixels] * 3),
+        tensor,
+        tensor[None],
+        [path],
+        iter([image]),
+    ]
+    for source in sources:
+        (result,) = detector.predict(source)
+        assert result.score == pytest.approx(wanted.score, rel=1e-6)
+        np.testing.assert_allclose(result.map, wanted.map, rtol=1e-5, atol=1e-6)
+        assert np.array_equal(result.image, np.dstack([pixels] * 3))
+
+
+def test_a_folder_is_searched_with_its_folders_and_named_relative_to_it(detector, folder):
+    (folder / "notes.txt").write_text("no image")
+    results = detector.predict(folder, batch_size=4)
+    names = [f"{kind}/{i}.png" for kind in ("good", "square") for i in range(3)]
+    assert [r.name for r in results] == names
+    assert [
+        r.name for r in detector.predict([folder / "good" / "0.png", np.zeros((9, 9), bool)])
+    ] == [
+        str(folder / "good" / "0.png"),
+        "image 0",
+    ]
+    single = [detector.predict(folder / r.name)[0].score for r in results]
+    assert [r.score for r in results] == pytest.approx(single, rel=1e-5)
+
+
+def test_a_stream_reads_no_further_than_two_batches(detector):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield np.zeros((8, 8), np.uint8)
+
+    stream = detector.stream(endless(), batch_size=2)
+    assert [next(stream).name for _ in range(3)] == ["image 0", "image 1", "image 2"]
+    assert len(taken) <= 6
+    stream.close()
+
+
+def test_labels_and_masks_need_thresholds(detector, folder):
+    plain = detector.predict(folder)
+    assert {(r.label, r.mask) for r in plain} == {(None, None)}
+    middle = float(np.median([r.score for r in plain]))
+    level = float(np.median([r.map for r in plain]))
+    judging = Detector(detector.model, threshold=middle, pixel_threshold=level)
+    for result in judging.predict(folder):
+        assert result.label == int(result.score > middle)
+        assert result.mask is not None
+        assert result.mask.dtype == bool
+        assert np.array_equal(result.mask, result.map > level)
+
+
+def test_results_have_the_documented_types(detector, folder):
+    (result,) = detector.predict(folder / "good" / "0.png")
+    assert isinstance(result.score, float)
+    assert result.map.shape == (64, 64)
+    assert result.map.dtype == np.float32
+    assert result.image.shape == (64, 64, 3)
+    assert result.image.dtype == np.uint8
+
+
+def test_a_palette_16_bit_and_rotated_image_look_alike_from_file_and_from_pillow(
+    detector, tmp_path
+):
+    rng = np.random.default_rng(0)
+    gray = Image.fromarray(rng.integers(0, 255, (64, 48), dtype=np.uint8))
+    turned = gray.getexif()
+    turned[0x0112] = 6
+    deep = Image.fromarray(rng.integers(0, 65535, (64, 64), dtype=np.uint16))
+    for name, image, exif in (
+        ("palette.png", gray.convert("P"), None),
+        ("alpha.png", gray.convert("LA"), None),
+        ("deep.png", deep, None),
+        ("turned.png", gray, turned),
+    ):
+        image.save(tmp_path / name, exif=exif or b"")
+        from_file, from_pillow = detector.predict([tmp_path / name, Image.open(tmp_path / name)])
+        assert np.array_equal(from_file.image, from_pillow.image), name
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "sentence"),
+    [
+        ("missing.png", FileNotFoundError, "missing.png is not a file"),
+        (torch.zeros(3, 32, 32), ValueError, r"image 0: a tensor must be \(3, 64, 64\)"),
+        (torch.zeros(3, 64, 64, dtype=torch.uint8), ValueError, "of torch.uint8"),
+        (np.zeros((4, 4)), TypeError, "must be bool, uint8 or uint16, got float64"),
+        (7, TypeError, "source must be a path, .* got int"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named(detector, source, error, sentence):
+    with pytest.raises(error, match=sentence):
+        detector.predict(source)
+
+
+def test_an_empty_folder_and_a_broken_image_are_named(detector, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no images"):
+        detector.predict(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        detector.predict(tmp_path)
+
+
+def test_a_checkpoint_file_loads_like_its_folder(run, detector):
+    alone = load(run / "model.safetensors", device="cpu")
+    image = np.zeros((64, 64), np.uint8)
+    assert alone.predict(image)[0].score == detector.predict(image)[0].score
+    assert alone.colours == detector.colours == [0.5, 2.0]
+
+
+def _damaged(run: Path, folder: Path, edit) -> Path:
+    header, tensors = read_checkpoint(run / "model.safetensors")
+    edit(header, tensors)
+    save_file(tensors, folder / "model.safetensors", {"msflow_ext": json.dumps(header)})
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (lambda h, t: t.pop("head.fusion.perm0"), "lacks head.fusion.perm0, which MSFlow needs"),
+        (lambda h, t: t.update(extra=torch.zeros(1)), "has extra, which MSFlow does not know"),
+        (
+            lambda h, t: t.update({"head.fusion.perm0": torch.zeros(3)}),
+            r"head.fusion.perm0 is \(3,\), MSFlow needs",
+        ),
+        (lambda h, t: h.update(model="Oracle"), "holds a model 'Oracle', unknown to this version"),
+        (
+            lambda h, t: h["config"].update(colour="red"),
+            "its configuration builds no MSFlow: .*colour",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_names_itself_and_the_reason(run, tmp_path, edit, sentence):
+    path = _damaged(run, tmp_path, edit)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load(path, device="cpu")
+    assert str(path) in str(caught.value)
+
+
+def test_a_truncated_or_foreign_checkpoint_is_refused_by_name(run, tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such checkpoint"):
+        load(tmp_path)
+    whole = (run / "model.safetensors").read_bytes()
+    for size in (0, 5, 1000, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+            load(tmp_path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="but no checkpoint of msflow_ext"):
+        load(tmp_path)
+
+
+def test_a_device_that_is_not_here_is_named(run):
+    with pytest.raises(ValueError, match="device 'abacus' is not available"):
+        load(run, device="abacus")
+
+
+def test_the_metrics_of_a_perfect_detector_are_1_and_unknown_ones_none(items):
+    images = Images(items, 64)
+    truth = Truth.of(images)
+    assert truth.labels is not None
+    assert truth.masks is not None
+    perfect = measure(truth, truth.labels.astype(float), truth.masks.astype(np.float32))
+    assert list(perfect.values()) == pytest.approx([1.0] * 7)
+    assert set(measure(Truth(None, None), np.zeros(6), np.zeros((6, 64, 64))).values()) == {None}
+    good = Truth.of(Images(items[:3], 64))
+    assert good.labels is None
+    assert good.masks is None
+
+
+def test_evaluation_keeps_the_order_of_the_images(detector, items):
+    images = Images(items, 64)
+    features = Features(detector.model, images, cache="off")
+    found = evaluate(detector.model.predict_features, features, Truth.of(images), batch_size=4)
+    wanted = detector.predict(images[i] for i in range(len(images)))
+    assert found.scores == pytest.approx([r.score for r in wanted], rel=1e-5)
+    np.testing.assert_allclose(found.maps, [r.map for r in wanted], rtol=1e-4, atol=1e-5)
