@@ -239,18 +239,17 @@ class NativeOp:
         results = schema.count("Tensor", schema.index("->"))
         grads = ", ".join(f"Tensor grad{i}" for i in range(results - self.extra))
         extra = ", ".join(f"Tensor extra{i}" for i in range(self.extra))
-        many = ", ".join(["Tensor"] * self.tensors)
         split = results - self.extra
 
         # A registered op returns tensors only: an empty one stands for a gradient that does not exist.
-        def backward(*flat: Any) -> tuple[Tensor, ...]:
+        def backward(*flat: Any) -> list[Tensor]:
             out = self.backward(flat[:split], flat[split:results], *flat[results:])
-            return tuple(flat[0].new_empty(0) if g is None else g for g in out)
+            return [flat[0].new_empty(0) if g is None else g for g in out]
 
-        def allocate_grads(*flat: Any) -> tuple[Tensor, ...]:
+        def allocate_grads(*flat: Any) -> list[Tensor]:
             assert self.allocate_grads is not None
             out = self.allocate_grads(*flat[results:])
-            return tuple(flat[0].new_empty(0) if g is None else g for g in out)
+            return [flat[0].new_empty(0) if g is None else g for g in out]
 
         forward_op = torch.library.custom_op(
             f"msflow_ext::{name}", self.forward, mutates_args=(), schema=schema
@@ -260,7 +259,7 @@ class NativeOp:
             f"msflow_ext::{name}_backward",
             backward,
             mutates_args=(),
-            schema=f"({', '.join(filter(None, (grads, extra, arguments)))}) -> ({many})",
+            schema=f"({', '.join(filter(None, (grads, extra, arguments)))}) -> Tensor[]",
         )
         backward_op.register_fake(allocate_grads)
 

@@ -1,0 +1,157 @@
+"""Edges of the coupling: accuracy over the whole range of its numbers, non-finite numbers, what it refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from msflow_ext import ops
+
+Normal = Callable[..., Tensor]
+Layout = Callable[[Tensor], Tensor]
+
+FORMS = ("0.2", "head", "atan")
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+
+@pytest.mark.parametrize("clamp", [1.0, 1.9])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_log_scales_are_accurate_from_denormal_to_saturated_input(
+    native: None, dtype: torch.dtype, form: str, clamp: float
+) -> None:
+    tiny = torch.finfo(dtype).tiny
+    size = torch.logspace(math.log10(tiny) - 5, 4, 4001, dtype=F64).to(dtype)
+    a_s = torch.cat((size, -size, torch.linspace(-50, 50, 4001, dtype=dtype)))
+    a = torch.stack((a_s, torch.zeros_like(a_s)), 1)
+    x2 = torch.ones(len(a_s), 1, dtype=dtype)
+    _, y, s = ops.affine_coupling(x2[:, :0], x2, a, clamp=clamp, clamp_form=form)
+    wide = a_s.double()
+    wanted = {
+        "0.2": clamp * torch.tanh(0.1 * wide),
+        "head": clamp * torch.tanh(0.1 * wide / clamp),
+        "atan": 0.636 * clamp * torch.atan(wide / clamp),
+    }[form]
+    eps = torch.finfo(dtype).eps
+    assert bool(((s - wanted).abs() <= 4 * eps * wanted.abs() + 2 * tiny * eps).all())
+    assert bool(((y[:, 0] / wanted.exp() - 1).abs() <= 8 * eps).all())
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_scales_are_accurate_from_zero_over_denormal_to_infinite(
+    native: None, dtype: torch.dtype
+) -> None:
+    # A saturated tanh makes the log-scale exactly +-clamp.
+    edges = {F32: (87.0, 88.7, 88.8, 103.0, 104.0, 200.0), F64: (708.0, 709.7, 709.8, 744.0, 800.0)}
+    x2 = torch.ones(2, 1, dtype=dtype)
+    a = torch.tensor([[1e4, 0.0], [-1e4, 0.0]], dtype=dtype)
+    finfo = torch.finfo(dtype)
+    for clamp in (*torch.linspace(0.1, 86, 60, dtype=dtype).tolist(), *edges[dtype]):
+        y = ops.affine_coupling(x2[:, :0], x2, a, clamp=clamp)[1][:, 0]
+        s = torch.tensor([clamp, -clamp], dtype=dtype)
+        wanted = s.double().exp().to(dtype)
+        same = torch.isclose(y, wanted, rtol=2 * finfo.eps, atol=2 * finfo.tiny * finfo.eps)
+        assert bool(same.all()), f"exp({s.tolist()}) gave {y.tolist()}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("limit", [math.inf, 1e6])
+@pytest.mark.parametrize("where", ["x1", "x2", "a_s", "a_t"])
+def test_nan_infinite_huge_and_denormal_input_does_what_it_does_in_the_reference(
+    native: None, normal: Normal, form: str, limit: float, where: str, memory_format: Layout
+) -> None:
+    finite = [0.0, -0.0, 1e-45, -1e-45, 1e4, -1e4]
+    values = torch.tensor([*finite, 3e38, -3e38, math.inf, -math.inf, math.nan])
+    x1, x2, a = (normal(len(values), c, 3, 6) for c in (1, 2, 4))
+    {"x1": x1, "x2": x2, "a_s": a[:, :2], "a_t": a[:, 2:]}[where][:, 0, 1, 3] = values
+    operands = [*map(memory_format, (x1, x2, a)), normal(3).exp(), normal(3)]
+    upstream = [normal(11, 1, 3, 6), normal(11, 2, 3, 6), normal(11)]
+
+    def run() -> tuple[list[Tensor], list[Tensor]]:
+        leaves = [t.detach().requires_grad_() for t in operands]
+        results = ops.affine_coupling(*leaves, clamp_form=form, limit=limit)
+        return list(results), list(torch.autograd.grad(results, leaves[:3], upstream))
+
+    results, grads = run()
+    with ops.backend("reference"):
+        wanted, wanted_grads = run()
+    torch.testing.assert_close(results, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+    for g, w in zip(grads, wanted_grads, strict=True):
+        torch.testing.assert_close(g[: len(finite)], w[: len(finite)], rtol=1e-5, atol=1e-5)
+
+
+X = torch.zeros
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "one dimension": ({"x1": X(2)}, ValueError, r"x1 and x2 must be \(N, C1, \*\) and"),
+    "no dimension": ({"x2": X(())}, ValueError, r"x1 and x2 must be .* got \(2, 3, 4\) and \(\)"),
+    "batches differ": ({"x1": X(1, 3, 4)}, ValueError, r"got \(1, 3, 4\) and \(2, 2, 4\)"),
+    "positions differ": ({"x1": X(2, 3, 5)}, ValueError, "of one N and *"),
+    "ranks differ": ({"x1": X(2, 3)}, ValueError, "of one N and *"),
+    "subnet of another half": ({"a": X(2, 6, 4)}, ValueError, r"a must be \(N, 2 \* C2, \*\)"),
+    "subnet of another size": ({"a": X(2, 4, 3)}, ValueError, r"got \(2, 4, 3\)"),
+    "halves of two dtypes": ({"x1": X(2, 3, 4, dtype=F64)}, TypeError, "one floating dtype"),
+    "whole numbers": (
+        {"x1": X(2, 3, 4, dtype=torch.int32), "x2": X(2, 2, 4, dtype=torch.int32)},
+        TypeError,
+        "one floating dtype, got torch.int32",
+    ),
+    "wider subnet": ({"a": X(2, 4, 4, dtype=F64)}, TypeError, "a must be torch.float32, or half"),
+    "another device": ({"a": X(2, 4, 4, device="meta")}, ValueError, "a must be on cpu, got meta"),
+    "halves on two devices": ({"x1": X(2, 3, 4, device="meta")}, ValueError, "on one device"),
+    "short scale": ({"scale": X(4)}, ValueError, r"scale must be \(5,\), one per channel"),
+    "narrow offset": ({"offset": X(5, dtype=BF16)}, TypeError, "offset must be torch.float32"),
+    "small perm": ({"perm": X(5, dtype=torch.int32)}, TypeError, "perm must be torch.int64"),
+    "scale elsewhere": ({"scale": X(5, device="meta")}, ValueError, "scale must be on cpu"),
+    "clamp zero": ({"clamp": 0.0}, ValueError, "clamp must be positive and finite, got 0.0"),
+    "clamp nan": ({"clamp": math.nan}, ValueError, "clamp must be positive and finite"),
+    "clamp infinite": ({"clamp": math.inf}, ValueError, "clamp must be positive and finite"),
+    "clamp form": ({"clamp_form": "tanh"}, ValueError, "clamp_form must be one of .* got 'tanh'"),
+    "limit zero": ({"limit": 0.0}, ValueError, "limit must be positive, got 0.0"),
+    "limit nan": ({"limit": math.nan}, ValueError, "limit must be positive"),
+    "split too large": ({"split": 6}, ValueError, r"split must be in 0\.\.5, got 6"),
+    "split negative": ({"split": -1}, ValueError, r"split must be in 0\.\.5, got -1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_coupling_refuses(each_backend: str, case: str) -> None:
+    bad, error, message = REFUSED[case]
+    good: dict[str, Any] = {"x1": X(2, 3, 4), "x2": X(2, 2, 4), "a": X(2, 4, 4)}
+    with pytest.raises(error, match=f"^coupling: .*{message}"):
+        ops.affine_coupling(**(good | bad))
+
+
+@pytest.mark.parametrize("case", [c for c in REFUSED if not c.startswith(("limit", "split"))])
+def test_the_inverse_refuses(each_backend: str, case: str) -> None:
+    bad, error, message = REFUSED[case]
+    good: dict[str, Any] = {"y1": X(2, 3, 4), "y2": X(2, 2, 4), "a": X(2, 4, 4)}
+    bad = {name.replace("x", "y"): value for name, value in bad.items()}
+    if case == "subnet of another half":
+        bad["a"] = X(2, 12, 4)  # an inverse has at most as many active channels as channels
+    with pytest.raises(error, match=f"^coupling: .*{message.replace('x', 'y')}"):
+        ops.affine_coupling_inverse(**(good | bad))
+
+
+def test_the_inverse_refuses_a_subnet_that_does_not_halve(each_backend: str) -> None:
+    with pytest.raises(ValueError, match=r"with C2 of 5 channels active, got \(2, 3, 4\)"):
+        ops.affine_coupling_inverse(X(2, 3, 4), X(2, 2, 4), X(2, 3, 4))
+
+
+def test_the_passive_half_refuses_more_channels_than_there_are() -> None:
+    with pytest.raises(ValueError, match=r"channels must be in 0\.\.5, got 6"):
+        ops.passive_half(X(2, 3, 4), X(2, 2, 4), 6)
+    with pytest.raises(ValueError, match=r"offset must be \(5,\)"):
+        ops.passive_half(X(2, 3, 4), X(2, 2, 4), 3, offset=X(4))
+
+
+@pytest.mark.parametrize("perm", [[0, 1, 2, 3, 3], [0, 1, 2, 3, 5], [0, 1, 2, 3, -1]], ids=str)
+def test_kernels_refuse_a_perm_that_is_not_a_permutation(native: None, perm: list[int]) -> None:
+    operands = (X(2, 3, 4), X(2, 2, 4), X(2, 4, 4), None, None, torch.tensor(perm))
+    for function in (ops.affine_coupling, ops.affine_coupling_inverse):
+        with pytest.raises(ValueError, match="perm must hold every channel once"):
+            function(*operands)

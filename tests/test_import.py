@@ -1,0 +1,70 @@
+"""Importing the package costs nothing: no heavy dependency, hardly any time, no work at import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import msflow_ext
+
+HEAVY = ("timm", "sklearn", "scipy", "skimage", "matplotlib", "PIL", "pandas", "torchvision")
+
+
+# One after the other in one interpreter: what each may load must not have been loaded by one before it.
+STEPS = (
+    "import msflow_ext",
+    "import msflow_ext.ops, msflow_ext.flows, msflow_ext.metrics, msflow_ext.testing",
+    "msflow_ext.MSFlowHead",
+    "msflow_ext.compat.load_msflow_checkpoint",
+    "msflow_ext.data.open_dataset",
+)
+SCRIPT = """
+import json, sys, time
+import torch
+for step in sys.argv[1:]:
+    before, start = set(sys.modules), time.process_time()
+    exec(step)
+    seconds = time.process_time() - start
+    print(json.dumps([sorted(set(sys.modules) - before), seconds]))
+"""
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, tuple[list[str], float]]:
+    """Modules that each step loads beyond torch, and the seconds of processor time that it takes."""
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, *STEPS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(STEPS, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_an_import_is_quick_and_loads_nothing_heavy(
+    steps: dict[str, tuple[list[str], float]], step: str
+) -> None:
+    loaded, seconds = steps[step]
+    assert any(name.startswith("msflow_ext") for name in loaded)
+    assert not {name.split(".")[0] for name in loaded} & set(HEAVY)
+    assert seconds < 2
+
+
+def test_the_package_alone_loads_no_submodule(
+    steps: dict[str, tuple[list[str], float]],
+) -> None:
+    loaded, _ = steps[STEPS[0]]
+    assert [name for name in loaded if name.startswith("msflow_ext")] == ["msflow_ext"]
+
+
+def test_every_public_name_is_there_and_listed() -> None:
+    for name in msflow_ext.__all__:
+        assert getattr(msflow_ext, name) is not None
+    assert set(msflow_ext.__all__) <= set(dir(msflow_ext))
+    assert set(msflow_ext._HOME) | set(msflow_ext._MODULES) == set(msflow_ext.__all__)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'msflow_ext' has no attribute 'Msflow'"):
+        msflow_ext.Msflow  # noqa: B018
