@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
-from msflow_ext import metrics
+from msflow_ext import metrics, ops
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGE_METRICS = (metrics.auroc, metrics.average_precision, metrics.f1_max)
@@ -99,6 +99,32 @@ def test_aupro_equals_a_sweep_over_every_threshold(seed, max_fpr):
     assert metrics.aupro(masks, maps, max_fpr) == pytest.approx(
         swept_aupro(masks, maps, max_fpr), abs=1e-12
     )
+
+
+def test_a_million_pixels_equal_scikit_learn_and_the_sweep(each_backend):
+    rng = np.random.default_rng(0)
+    masks = np.zeros((4, 500, 500), bool)
+    for image, row, column in rng.integers(0, (3, 450, 450), (9, 3)):
+        masks[image, row : row + 50, column : column + 30] = True
+    maps = (rng.standard_normal(masks.shape) + masks).astype(np.float32)
+    labels, scores = masks.ravel(), maps.ravel()
+    auroc = sklearn_metrics.roc_auc_score(labels, scores)
+    assert metrics.auroc(masks, maps) == pytest.approx(auroc, abs=1e-12)
+    precision = sklearn_metrics.average_precision_score(labels, scores)
+    assert metrics.average_precision(masks, maps) == pytest.approx(precision, abs=1e-12)
+    precision, recall, _ = sklearn_metrics.precision_recall_curve(labels, scores)
+    f1 = np.max(2 * precision * recall / (precision + recall + 1e-300))
+    assert metrics.f1_max(masks, maps) == pytest.approx(f1, abs=1e-12)
+    coarse = np.round(4 * maps)
+    assert metrics.aupro(masks, coarse) == pytest.approx(swept_aupro(masks, coarse, 0.3), abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", ALL_METRICS, ids=by_name)
+def test_kernel_and_reference_give_the_same_bits(native, metric):
+    masks, maps = tied_maps(2)
+    value = metric(masks, maps)
+    with ops.backend("reference"):
+        assert metric(masks, maps) == value
 
 
 @given(seeds)

@@ -19,13 +19,12 @@ HD Key<T> key_of(T score) {
   using K = Key<T>;
   constexpr K sign = K(1) << (8 * sizeof(K) - 1);
   K bits;
-  score += T(0);  // -0 becomes 0
   memcpy(&bits, &score, sizeof bits);
-  return bits & sign ? bits : bits ^ (sign - 1);
+  return bits & sign ? bits - (bits == sign) : bits ^ (sign - 1);
 }
 
-// The thresholds' keys, and where those of a bucket start: buckets are equally wide, the first lies
-// before all keys and the last behind them.
+// The thresholds' keys, and where each bucket of them starts: buckets are equally wide, and the
+// first and the last take all keys outside.
 template <class T>
 struct Table {
   using K = Key<T>;
@@ -41,23 +40,20 @@ struct Table {
       : low(key_of(thresholds[0])), high(key_of(thresholds[count - 1])) {
     const K most = K(std::min(4 * count, most_buckets));
     while ((high - low) >> shift >= most) ++shift;
-    const uint32_t last = bucket_of(high) + 1;
-    start = scratch<uint32_t>(last + 1);
+    start = scratch<uint32_t>(bucket_of(high) + 1);
     uint32_t filled = 0;
     for (int64_t i = 0; i < count; ++i) {
       const uint32_t bucket = bucket_of(key_of(thresholds[i]));
       while (filled <= bucket) start[filled++] = uint32_t(i);
       while (i - start[bucket] + 1 >= window) window *= 2;
     }
-    start[last] = uint32_t(count);
     keys = scratch<K>(count + window);
     for (int64_t i = 0; i < count; ++i) keys[i] = key_of(thresholds[i]);
     std::fill_n(keys.get() + count, window, std::numeric_limits<K>::max());
   }
 
   HD uint32_t bucket_of(K key) const {
-    const uint32_t inside = 1 + uint32_t((std::min(std::max(key, low), high) - low) >> shift);
-    return key < low ? 0 : inside + (key > high);
+    return uint32_t((std::min(std::max(key, low), high) - low) >> shift);
   }
 };
 
@@ -66,23 +62,23 @@ struct Counting {
   const T* scores;
   const uint8_t* ignored;
   int64_t size, tasks;
-  int64_t gaps;  // before, between and behind the thresholds
+  int64_t cells;  // two per threshold: scores between the one before and it, scores equal; and two
+                  // behind the last
   Table<T> table;
-  // (tasks, 2, gaps): scores inside each gap, and scores at the threshold behind it.
-  std::unique_ptr<uint32_t[]> counts;
+  std::unique_ptr<uint32_t[]> counts;  // (tasks, cells)
 };
 
 template <class T>
 HD void count(const Counting<T>& job, int64_t begin, int64_t end) {
   constexpr int64_t block = 256;
   Key<T> key[block];
-  uint32_t gap[block];
+  uint32_t at[block];  // a bucket, then a position among the keys, then a cell
   const Table<T>& table = job.table;
   const Key<T>* keys = table.keys.get();
   const uint32_t* start = table.start.get();
   for (int64_t task = begin; task < end; ++task) {
-    uint32_t* counts = job.counts.get() + task * 2 * job.gaps;
-    std::fill_n(counts, 2 * job.gaps, 0);
+    uint32_t* counts = job.counts.get() + task * job.cells;
+    std::fill_n(counts, job.cells, 0);
     const int64_t stop = job.size * (task + 1) / job.tasks;
     for (int64_t first = job.size * task / job.tasks; first < stop; first += block) {
       const T* scores = job.scores + first;
@@ -91,15 +87,19 @@ HD void count(const Counting<T>& job, int64_t begin, int64_t end) {
       INDEPENDENT
       for (int64_t i = 0; i < size; ++i) {
         key[i] = key_of(scores[i]);
-        gap[i] = table.bucket_of(key[i]);
+        at[i] = table.bucket_of(key[i]);
       }
-      for (int64_t i = 0; i < size; ++i) gap[i] = start[gap[i]];
-      // All scores take the same steps: branches on them would be mispredicted (265 -> 97 ms, 22
-      // million scores, 0.5 million thresholds).
-      for (uint32_t step = table.window / 2; step > 0; step /= 2)
-        for (int64_t i = 0; i < size; ++i) gap[i] += keys[gap[i] + step - 1] < key[i] ? step : 0;
-      for (int64_t i = 0; i < size; ++i)
-        counts[gap[i] + (keys[gap[i]] == key[i] ? job.gaps : 0)] += !ignored[i];
+      INDEPENDENT
+      for (int64_t i = 0; i < size; ++i) at[i] = start[at[i]];
+      // All scores take the same steps. Branches that end a search in its bucket are mispredicted:
+      // 290 instead of 105 ms for 22 million scores and 0.5 million thresholds, one Zen 5 core.
+      for (uint32_t step = table.window / 2; step > 0; step /= 2) {
+        INDEPENDENT
+        for (int64_t i = 0; i < size; ++i) at[i] += keys[at[i] + step - 1] < key[i] ? step : 0;
+      }
+      INDEPENDENT
+      for (int64_t i = 0; i < size; ++i) at[i] = 2 * at[i] + (keys[at[i]] == key[i]);
+      for (int64_t i = 0; i < size; ++i) counts[at[i]] += !ignored[i];
     }
   }
 }
@@ -116,23 +116,25 @@ template <class T>
 void rank(Body body, const T* scores, const uint8_t* ignored, int64_t size, const T* thresholds,
           int64_t count, int64_t threads, int64_t* above, int64_t* reached) {
   if (count == 0) return;
-  const int64_t gaps = count + 1;
+  const int64_t cells = 2 * (count + 1);
   // Each task counts for itself; where there are many, they take at most 4 bytes per score.
-  const int64_t tasks = std::max<int64_t>(1, std::min(threads, size / (2 * gaps)));
+  const int64_t tasks = std::max<int64_t>(1, std::min(threads, size / cells));
   Counting<T> job{scores,
                   ignored,
                   size,
                   tasks,
-                  gaps,
+                  cells,
                   Table<T>(thresholds, count),
-                  scratch<uint32_t>(tasks * 2 * gaps)};
+                  scratch<uint32_t>(tasks * cells)};
   parallel_for(tasks, size / tasks, body, job);
   int64_t sum = 0;
+  const auto add = [&](int64_t cell) {
+    for (int64_t task = 0; task < tasks; ++task) sum += job.counts[task * cells + cell];
+    return sum;
+  };
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t task = 0; task < tasks; ++task) sum += job.counts[2 * task * gaps + i];
-    above[i] = sum;
-    for (int64_t task = 0; task < tasks; ++task) sum += job.counts[(2 * task + 1) * gaps + i];
-    reached[i] = sum;
+    above[i] = add(2 * i);
+    reached[i] = add(2 * i + 1);
   }
 }
 

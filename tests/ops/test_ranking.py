@@ -1,0 +1,154 @@
+"""Counts above thresholds equal a comparison with every score, on any range, ties and threads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msflow_ext import ops
+from msflow_ext.ops import _backend
+from msflow_ext.ops.ranking import ranking, ranking_reference
+
+FLOATS = (np.float32, np.float64)
+BACKENDS = ("native", "reference")[_backend.C is None :]
+numbers = st.one_of(st.floats(allow_nan=False, width=32), st.integers(-3, 3).map(float))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def falling(scores: np.ndarray) -> np.ndarray:
+    return np.unique(scores)[::-1]
+
+
+def noise(size: int, dtype: type) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(size).astype(dtype)
+
+
+def cluster(size: int, dtype: type) -> np.ndarray:
+    """Scores close to 1 and three far away, so that most thresholds fall into few buckets."""
+    scores = 1 + noise(size, dtype) / 2**10
+    scores[[0, size // 2, size - 1]] = -np.inf, 0, np.inf
+    return scores
+
+
+def ties(size: int, dtype: type) -> np.ndarray:
+    scores = np.round(noise(size, dtype) * 2) / 2
+    scores[::7] *= -1  # makes negative zeros
+    return scores
+
+
+def equal(size: int, dtype: type) -> np.ndarray:
+    return np.full(size, -0.5, dtype)
+
+
+def tiny(size: int, dtype: type) -> np.ndarray:
+    """Neighbours of zero on both sides, subnormal."""
+    return (np.arange(size) - size // 2).astype(dtype) * np.finfo(dtype).smallest_subnormal
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(
+    thresholds=st.lists(numbers, max_size=12),
+    scores=st.lists(st.tuples(numbers, st.booleans()), max_size=40),
+)
+@settings(max_examples=100, deadline=None)
+def test_counts_equal_a_comparison_with_every_score(backend, dtype, thresholds, scores):
+    limits = falling(np.array(thresholds, dtype))
+    values = np.array([s for s, _ in scores], dtype)
+    ignored = np.array([i for _, i in scores], bool)
+    with ops.backend(backend):
+        above, reached = ranking(limits, values, ignored)
+    assert above.dtype == reached.dtype == np.int64
+    kept = values[~ignored]
+    assert above.tolist() == [np.count_nonzero(kept > t) for t in limits]
+    assert reached.tolist() == [np.count_nonzero(kept >= t) for t in limits]
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.02, 0.5])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("draw", [noise, cluster, ties, equal, tiny], ids=lambda d: d.__name__)
+def test_the_kernel_equals_the_reference_on_a_million_scores(native, draw, dtype, share):
+    scores = draw(1_000_000, dtype)
+    marked = np.random.default_rng(1).random(scores.size) < share
+    limits = falling(scores[marked])
+    wanted = ranking_reference(limits, scores, marked)
+    for got, want in zip(ranking(limits, scores, marked), wanted, strict=True):
+        assert np.array_equal(got, want)
+
+
+def test_any_number_of_threads_counts_the_same(native, threads):
+    scores = noise(300_000, np.float32)
+    marked = np.arange(scores.size) % 50 == 0
+    limits = falling(scores[marked])
+    wanted = ranking_reference(limits, scores, marked)
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        for got, want in zip(ranking(limits, scores, marked), wanted, strict=True):
+            assert np.array_equal(got, want)
+
+
+def test_arrays_of_any_layout_are_read(each_backend):
+    scores = noise(600, np.float32).reshape(10, 20, 3)[:, ::2].transpose(2, 0, 1)
+    ignored = np.broadcast_to(np.arange(10) < 3, scores.shape)
+    limits = falling(scores[ignored])
+    above, reached = ranking(limits, scores, ignored)
+    kept = scores[~ignored]
+    assert np.array_equal(above, (kept > limits[:, None]).sum(1))
+    assert np.array_equal(reached, (kept >= limits[:, None]).sum(1))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ">f4", np.longdouble], ids=str)
+def test_other_floating_dtypes_are_counted_too(dtype):
+    scores = np.array([3, 2, 2, 1], dtype)
+    above, reached = ranking(scores[[0, 1, 3]], scores, np.array([False, False, False, True]))
+    assert above.tolist() == [0, 1, 3]
+    assert reached.tolist() == [1, 3, 3]
+
+
+REFUSED = {
+    "integers": ([1], [1], [False], TypeError, "one floating dtype and ignored be bool, got int64"),
+    "two dtypes": (
+        np.ones(1, np.float32),
+        [1.0],
+        [False],
+        TypeError,
+        "got float32, float64 and bool",
+    ),
+    "mask of integers": ([1.0], [1.0], [0], TypeError, "got float64, float64 and int64"),
+    "two shapes": (
+        [1.0],
+        [1.0, 2.0],
+        [False],
+        ValueError,
+        "have one shape, got (1,), (2,) and (1,)",
+    ),
+    "matrix of thresholds": ([[1.0]], [1.0], [False], ValueError, "thresholds must be (D,)"),
+    "rising": ([1.0, 2.0], [1.0], [False], ValueError, "thresholds must fall strictly"),
+    "equal": ([1.0, 1.0], [1.0], [False], ValueError, "thresholds must fall strictly"),
+    "nan": ([1.0, np.nan], [1.0], [False], ValueError, "thresholds must fall strictly"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_input_is_named(case):
+    thresholds, scores, ignored, error, message = REFUSED[case]
+    with pytest.raises(error, match=f"^ranking: .*{re.escape(message)}"):
+        ranking(np.array(thresholds), np.array(scores), np.array(ignored))
+
+
+def test_more_scores_than_the_counters_hold_are_refused():
+    many = np.broadcast_to(np.float32(0), 2**31)
+    with pytest.raises(ValueError, match="fewer than 2\\*\\*31 scores are counted, got 2147483648"):
+        ranking(np.zeros(1, np.float32), many, np.broadcast_to(False, many.shape))
