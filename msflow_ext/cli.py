@@ -1,4 +1,4 @@
-"""The command ``msflow``: info, demo, train, evaluate, predict."""
+"""The command ``msflow``: info, demo, data, train, evaluate, predict."""
 
 from __future__ import annotations
 
@@ -84,6 +84,21 @@ def demo(options: Any) -> int:
     return 0
 
 
+def data(options: Any) -> int:
+    """Look at a data set before training on it: data check."""
+    from msflow_ext.data import check_dataset, list_categories
+
+    chosen, faults = vars(options[options.action]), 0
+    names = [chosen["category"]]
+    if chosen["data"] and names == [None]:
+        names = list_categories(chosen["data"], chosen["layout"]) or names
+    for name in names:
+        report = check_dataset(_open_dataset({**chosen, "category": name}, strict=False))
+        print(report)
+        faults += len(report.faults)
+    return 2 if faults else 0
+
+
 def train(options: Any) -> int:
     """Train a model on good images, test it, and write a run folder."""
     _print_table(_train(options))
@@ -147,7 +162,7 @@ def predict(options: Any) -> int:
 
 
 COMMANDS: dict[str, Callable[[Any], int]] = {
-    command.__name__: command for command in (info, demo, train, evaluate, predict)
+    command.__name__: command for command in (info, demo, data, train, evaluate, predict)
 }
 
 
@@ -161,10 +176,10 @@ def _train(options: Any) -> list[tuple[str, str, Mapping[str, Any]]]:
     if options.threads:
         torch.set_num_threads(options.threads)
     dataset = _open_dataset(vars(options))
-    small = options.image_size is None and dataset.category == "transistor"  # as in the paper
+    paper = 256 if dataset.category == "transistor" or dataset.name == "mstc" else None
     model = msflow_ext.MSFlow(
         options.backbone,
-        image_size=256 if small else options.image_size,
+        image_size=paper if options.image_size is None else options.image_size,
         pretrained=options.weights or True,
         seed=options.seed,
     )
@@ -189,10 +204,11 @@ def _train(options: Any) -> list[tuple[str, str, Mapping[str, Any]]]:
     return rows
 
 
-def _open_dataset(options: Mapping[str, Any]) -> DataSet:
+def _open_dataset(options: Mapping[str, Any], *, strict: bool = True) -> DataSet:
     from msflow_ext.data import open_dataset
 
-    return open_dataset(**{name: options[name] for name in DATA if name in options})
+    given = {name: options[name] for name in DATA if name in options}
+    return open_dataset(**given, strict=strict)
 
 
 def _settings(run: Path) -> dict[str, Any]:

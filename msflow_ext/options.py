@@ -12,9 +12,10 @@ from msflow_ext.recipe import PRECISIONS, Recipe
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-DATA = ("data", "layout", "category", "split_seed", "normal", "abnormal", "masks")
+DATA = ("data", "layout", "category", "split_seed", "normal", "abnormal", "masks", "csv")
 RECIPE = ("epochs", "batch_size", "lr", "seed", "precision", "cache", "eval_every", "workers")
 SETTINGS = (*DATA, *RECIPE, "model", "backbone", "image_size", "weights", "baseline")
+_DATA = f"{' or '.join(PACKAGED)} (packages), or a folder"
 
 
 def parser(commands: Mapping[str, Callable[[Any], int]]) -> ArgumentParser:
@@ -29,8 +30,8 @@ def parser(commands: Mapping[str, Callable[[Any], int]]) -> ArgumentParser:
     subcommands = whole.add_subcommands(dest="command")
     for name, command in commands.items():
         part = jsonargparse.ArgumentParser(exit_on_error=False, description=command.__doc__)
-        _FLAGS[name](part)
         subcommands.add_subcommand(name, part, help=command.__doc__)
+        _FLAGS[name](part)
     return whole
 
 
@@ -103,10 +104,22 @@ def _predict(part: ArgumentParser) -> None:
     _add_device(part)
 
 
+def _data(part: ArgumentParser) -> None:
+    import jsonargparse
+
+    text = "report what a data set holds and what is wrong with it"
+    check = jsonargparse.ArgumentParser(exit_on_error=False, description=text)
+    check.add_argument("data", type=str | None, nargs="?", help=_DATA)
+    _add_layout(check)
+    part.add_subcommands(dest="action").add_subcommand("check", check, help=text)
+
+
 def _add_data(part: ArgumentParser) -> None:
-    part.add_argument(
-        "--data", type=str | None, help=f"{' or '.join(PACKAGED)} (packages), or a folder"
-    )
+    part.add_argument("--data", type=str | None, help=_DATA)
+    _add_layout(part)
+
+
+def _add_layout(part: ArgumentParser) -> None:
     part.add_argument("--layout", type=str | None, help=f"of a folder: {' or '.join(LAYOUTS)}")
     part.add_argument("--category", type=str | None, help="mono, brick, bottle, ...")
     part.add_argument("--split-seed", type=int, default=0, help="where the set has no fixed split")
@@ -114,6 +127,9 @@ def _add_data(part: ArgumentParser) -> None:
         part.add_argument(
             f"--{name}", type=str | None, help=f"folder of {name}, with layout folder"
         )
+    part.add_argument(
+        "--csv", type=str | None, help="list of path, label, mask, split, with layout folder"
+    )
 
 
 def _add_run(part: ArgumentParser) -> None:
@@ -141,6 +157,7 @@ def _add_again(part: ArgumentParser) -> None:
 
 _FLAGS: dict[str, Callable[[ArgumentParser], None]] = {
     "info": _info,
+    "data": _data,
     "demo": _demo,
     "train": _train,
     "evaluate": _evaluate,

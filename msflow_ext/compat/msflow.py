@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +41,7 @@ def load_msflow_checkpoint(
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a readable torch checkpoint: {reason}") from error
     try:
@@ -66,12 +65,16 @@ def flatten_official(checkpoint: Any) -> dict[str, Tensor]:
             f"{sorted(map(str, checkpoint))}"
         )
     parts |= {f"parallel_flows.{i}": flow for i, flow in enumerate(flows)}
-    return {
+    state = {
         f"{prefix}.{key}": value
         for prefix, part in parts.items()
         if isinstance(part, Mapping)
         for key, value in part.items()
     }
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key} is no tensor but {type(value).__name__}")
+    return state
 
 
 def head_from_state_dict(
@@ -105,7 +108,11 @@ def head_from_state_dict(
     ]
     if problems:
         raise ValueError("the state dict does not fit: " + "; ".join(problems))
-    head.to(state[f"{_FUSION}.{len(channels)}.subnet_1.cross_convs.conv1.weight"].dtype)
+    first = f"{_FUSION}.{len(channels)}.subnet_1.cross_convs.conv1.weight"
+    dtype = state[first].dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"{first} must be floating-point numbers, got {dtype}")
+    head.to(dtype)
     head.load_state_dict(_from_official(state, head, order))
     return head
 
@@ -240,12 +247,13 @@ def _fusion_order(
 
 
 def _count(keys: Iterable[str], pattern: str) -> list[int]:
-    blocks: dict[int, int] = {}
-    for key in keys:
-        if match := re.match(pattern, key):
-            scale, block = map(int, match.groups())
-            blocks[scale] = max(blocks.get(scale, 0), block + 1)
-    return [blocks.get(i, 0) for i in range(max(blocks, default=-1) + 1)]
+    """How many blocks each scale has, counting up from 0 without a gap; keys beyond a gap are not expected."""
+    found = {tuple(map(int, match.groups())) for key in keys if (match := re.match(pattern, key))}
+    blocks = []
+    while (len(blocks), 0) in found:
+        scale = len(blocks)
+        blocks.append(next(k for k in range(len(found) + 1) if (scale, k) not in found))
+    return blocks
 
 
 def _size(state: Mapping[str, Tensor], key: str, dim: int) -> int:

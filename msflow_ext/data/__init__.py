@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
-from . import elpv, folder, mvtec, textures
-from .images import Images, load_image, load_mask
-from .items import DataSet, Item
+from . import btad, elpv, folder, mstc, mtd, mvtec, textures, visa
+from .check import Report, check_dataset
+from .decoding import load_image
+from .images import FITS, Images, load_mask
+from .items import DataSet, Frame, Item
 
-__all__ = ["DataSet", "Images", "Item", "load_image", "load_mask", "open_dataset"]
+__all__ = [
+    "FITS",
+    "LAYOUTS",
+    "PACKAGED",
+    "DataSet",
+    "Frame",
+    "Images",
+    "Item",
+    "Report",
+    "check_dataset",
+    "list_categories",
+    "load_image",
+    "load_mask",
+    "open_dataset",
+]
 
-PACKAGED: dict[str, Callable[..., DataSet]] = {"elpv": elpv.read, "textures": textures.read}
-LAYOUTS: dict[str, Callable[..., DataSet]] = {"mvtec": mvtec.read, "folder": folder.read}
+PACKAGED: dict[str, ModuleType] = {"elpv": elpv, "textures": textures}
+LAYOUTS: dict[str, ModuleType] = {
+    "mvtec": mvtec,
+    "visa": visa,
+    "btad": btad,
+    "mtd": mtd,
+    "mstc": mstc,
+    "folder": folder,
+}
 
 
 def open_dataset(
@@ -24,41 +47,74 @@ def open_dataset(
     normal: str | Path | None = None,
     abnormal: str | Path | None = None,
     masks: str | Path | None = None,
+    csv: str | Path | None = None,
+    strict: bool = True,
 ) -> DataSet:
     """Find the images of a data set, their labels and masks; nothing is decoded yet.
 
     Args:
         data: ``"elpv"`` or ``"textures"``, which are packages, or a folder. (A folder of such a
             name is ``"./elpv"``.) None if ``normal`` says all.
-        layout: how a folder is laid out: ``"mvtec"`` or ``"folder"``.
-        category: which part of the set; see `elpv`, `textures`, `mvtec`.
+        layout: how a folder is laid out: ``"mvtec"``, ``"visa"``, ``"btad"``, ``"mtd"``, ``"mstc"``
+            or ``"folder"``, each a module of this package that says what it reads.
+        category: which part of the set; see there.
         split_seed: seeds the split of good images where the set has no fixed one.
         normal, abnormal, masks: folders, for layout ``"folder"`` only; see there.
+        csv: a list of the images, for layout ``"folder"`` only; see there.
+        strict: raise the first fault of the folders. Else all of them are in ``DataSet.faults``,
+            and `check_dataset` reports them.
 
     Raises:
-        ValueError: an unknown layout or category, a folder without images, a defect without mask.
-        FileNotFoundError: a folder is missing.
-        ModuleNotFoundError: the package that holds the data is not installed.
+        ValueError: an unknown layout or category, a folder without images, a defect without mask,
+            a mask without image, two files of one name, a path that leaves the folder.
+        FileNotFoundError: a folder or a file is missing.
+        ModuleNotFoundError: the package that holds the data, or decodes it, is not installed.
     """
     if not isinstance(split_seed, int) or split_seed < 0:
         raise ValueError(f"split_seed must be a whole number from 0 up, got {split_seed!r}")
-    folders = {"normal": normal, "abnormal": abnormal, "masks": masks}
-    folders = {name: path for name, path in folders.items() if path is not None}
-    if folders and layout != "folder":
-        raise ValueError(f"{', '.join(folders)} can only be given with layout 'folder'")
+    given = {"normal": normal, "abnormal": abnormal, "masks": masks, "csv": csv}
+    given = {name: path for name, path in given.items() if path is not None}
+    if given and layout != "folder":
+        raise ValueError(f"{', '.join(given)} can only be given with layout 'folder'")
+    reader, root = _reader(data, layout, folders=bool(given))
+    dataset = reader.read(*root, category, split_seed, **given)
+    if strict and dataset.faults:
+        first, more = dataset.faults[0], len(dataset.faults) - 1
+        raise type(first)(f"{first} ({more} more: msflow data check)") if more else first
+    return dataset
 
+
+def list_categories(data: str | Path, layout: str | None = None) -> list[str]:
+    """The categories that `open_dataset` can read; none where the set has no parts.
+
+    Raises:
+        ValueError: an unknown layout.
+        FileNotFoundError: a folder is missing.
+    """
+    reader, root = _reader(data, layout)
+    return list(reader.categories(*root))
+
+
+def _reader(
+    data: str | Path | None, layout: str | None, *, folders: bool = False
+) -> tuple[ModuleType, list[Path | None]]:
+    """The module that reads ``data``, and the folder that it wants, if it wants one.
+
+    ``folders`` may stand for ``data``.
+    """
     if isinstance(data, str) and data in PACKAGED:
         if layout is not None:
             raise ValueError(f"data {data!r} is a package and has no layout, got {layout!r}")
-        return PACKAGED[data](category, split_seed)
+        return PACKAGED[data], []
     if layout not in LAYOUTS:
         raise ValueError(
             f"layout of data {str(data)!r} must be one of {', '.join(LAYOUTS)}, got {layout!r}; "
             f"without a layout, data must be one of {', '.join(PACKAGED)}"
         )
-    if data is None and not folders:
+    if data is None and folders:
+        return LAYOUTS[layout], [None]
+    if data is None:
         raise ValueError("data must be a folder, got None")
-    root = None if data is None else Path(data)
-    if root is not None and not root.is_dir():
-        raise FileNotFoundError(f"data {root} is not a folder")
-    return LAYOUTS[layout](root, category, split_seed, **folders)
+    if not Path(data).is_dir():
+        raise FileNotFoundError(f"data {data} is not a folder")
+    return LAYOUTS[layout], [Path(data)]

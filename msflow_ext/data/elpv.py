@@ -49,6 +49,11 @@ def read(category: str | None, split_seed: int = 0) -> DataSet:
     return DataSet("elpv", category, tuple(train), tuple(test))
 
 
+def categories() -> list[str]:
+    """What `read` knows."""
+    return list(CATEGORIES)
+
+
 def _folder() -> Path:
     try:
         import elpv_dataset

@@ -67,6 +67,11 @@ def read(
     return DataSet("textures", category, tuple(trained), tuple(tested))
 
 
+def categories() -> list[str]:
+    """What `read` knows."""
+    return list(CATEGORIES)
+
+
 def _cut(photo: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     row, column = (rng.integers(0, extent - size + 1) for extent in photo.shape)
     crop = photo[row : row + size, column : column + size]

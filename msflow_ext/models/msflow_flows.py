@@ -46,12 +46,14 @@ class ConditionalFlow(Flow):
 
     def _encoding(self, x: Tensor) -> Tensor:
         """The condition for the size of ``x``, computed once per size, dtype and device."""
-        key = (*x.shape[2:], x.dtype, x.device)
-        if key not in self._encodings or torch.compiler.is_compiling():
-            encoding = positional_encoding(self.cond_channels, x.size(2), x.size(3))
-            if torch.compiler.is_compiling():
-                return encoding.to(x.device, x.dtype)
-            self._encodings[key] = encoding.to(x.device, x.dtype)
+        height, width = x.shape[2:]
+        if torch.compiler.is_compiling():
+            return positional_encoding(self.cond_channels, height, width).to(x.device, x.dtype)
+        key = (height, width, x.dtype, x.device)
+        if key not in self._encodings:
+            with torch.inference_mode(False):  # what is kept must also serve training
+                encoding = positional_encoding(self.cond_channels, height, width)
+                self._encodings[key] = encoding.to(x.device, x.dtype)
         return self._encodings[key]
 
 

@@ -108,3 +108,9 @@ def test_one_normal_image_cannot_be_split(tmp_path):
 def test_options_that_do_not_fit_are_refused(root, options, message):
     with pytest.raises(ValueError, match=message):
         open_dataset(root, "folder", **options)
+
+
+def test_a_mask_without_its_image_is_named(root):
+    (root / "abnormal/02.png").unlink()
+    with pytest.raises(ValueError, match=r"mask .*masks.02\.png has no image of its name"):
+        open_dataset(root, "folder")

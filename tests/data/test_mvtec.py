@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msflow_ext.data import Images, open_dataset
+from msflow_ext.data import Images, list_categories, open_dataset
 
 
 def save(path, value=100, size=(8, 8)):
@@ -113,3 +113,28 @@ def test_two_images_of_one_stem_are_refused(root):
     save(root / "bottle/train/good/001.bmp")
     with pytest.raises(ValueError, match=r"both 001\.bmp and 001\.jpg"):
         open_dataset(root, "mvtec", "bottle")
+
+
+def test_a_mask_without_its_image_is_named(root):
+    save(root / "bottle/ground_truth/crack/007_mask.png", 255)
+    with pytest.raises(ValueError, match=r"mask .*crack.007_mask\.png has no image of its name"):
+        open_dataset(root, "mvtec", "bottle")
+
+
+def test_masks_of_an_unknown_kind_of_defect_are_named(root):
+    save(root / "bottle/ground_truth/hole/000_mask.png", 255)
+    with pytest.raises(
+        ValueError, match=r"masks .*hole have no images: .*test.hole is not a folder"
+    ):
+        open_dataset(root, "mvtec", "bottle")
+
+
+def test_masks_of_good_images_are_passed_over(root):
+    save(root / "bottle/ground_truth/good/000_mask.png", 0)
+    assert open_dataset(root, "mvtec", "bottle").test[2].name == "good/000"
+
+
+def test_the_categories_are_the_folders_with_training_images(root):
+    (root / "licences").mkdir()
+    assert list_categories(root, "mvtec") == ["bottle", "cable"]
+    assert list_categories(root / "bottle", "mvtec") == []

@@ -11,7 +11,9 @@ from msflow_ext.data import open_dataset
 
 
 def test_an_unknown_layout_lists_those_that_exist(tmp_path):
-    with pytest.raises(ValueError, match=r"one of mvtec, folder, got 'mvtek'"):
+    with pytest.raises(
+        ValueError, match=r"one of mvtec, visa, btad, mtd, mstc, folder, got 'mvtek'"
+    ):
         open_dataset(tmp_path, "mvtek")
 
 
@@ -65,3 +67,23 @@ def test_importing_the_data_imports_no_image_library():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_the_first_fault_is_raised_and_the_others_are_counted(tmp_path, save):
+    for name in ("train/good/0.png", "train/good/0.bmp", "test/scar/1.png", "test/scar/2.png"):
+        save(tmp_path / name)
+    (tmp_path / "ground_truth/scar").mkdir(parents=True)
+    sentence = r"both 0\.bmp and 0\.png; .* renamed \(2 more: msflow data check\)$"
+    with pytest.raises(ValueError, match=sentence):
+        open_dataset(tmp_path, "mvtec")
+
+
+def test_a_lenient_reader_keeps_what_is_sound_and_all_faults(tmp_path, save):
+    for name in ("train/good/0.png", "test/scar/1.png", "test/scar/2.png"):
+        save(tmp_path / name)
+    mask = save(tmp_path / "ground_truth/scar/2_mask.png", 255)
+    save(tmp_path / "ground_truth/scar/3_mask.png", 255)
+    data = open_dataset(tmp_path, "mvtec", strict=False)
+    assert [type(fault) for fault in data.faults] == [ValueError, ValueError]
+    assert [item.mask for item in data.test] == [None, mask]
+    assert len(data.train) == 1

@@ -1,0 +1,150 @@
+"""Look at every image and mask of a data set before a minute of training is spent on it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from .decoding import decode, read_mask, source_name, to_rgb
+from .items import DataSet, Item
+
+SHOWN = 5  # names or sizes in one line
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a data set holds and what is wrong with it; ``str`` gives a table.
+
+    Attributes:
+        name, category, split: of the data set; see :class:`DataSet`.
+        counts: images by kind of defect, ``{"train": {"good": 209}, "test": {"good": 20, ...}}``.
+        sizes: images by ``(width, height)`` in pixels.
+        modes: images by Pillow's name of how their pixels are stored, such as ``L`` or ``RGB``.
+        faults: what keeps a model from being trained and tested, a sentence each.
+        warnings: what can be trained with, but may spoil the results.
+    """
+
+    name: str
+    category: str
+    split: str
+    counts: dict[str, dict[str, int]]
+    sizes: dict[tuple[int, int], int]
+    modes: dict[str, int]
+    faults: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        kinds = list(dict.fromkeys(kind for part in self.counts.values() for kind in part))
+        lines = [f"{self.name} {self.category}, split {self.split}"]
+        lines.append(" " * 8 + "".join(f"  {kind:>5}" for kind in kinds))
+        for name, part in self.counts.items():
+            cells = (f"  {part.get(kind, 0):>{max(5, len(kind))}}" for kind in kinds)
+            lines.append(f"{name:8}" + "".join(cells))
+        sizes = {f"{width}x{height}": n for (width, height), n in self.sizes.items()}
+        for title, found in (("sizes", sizes), ("modes", self.modes)):
+            lines.append(f"{title:10}" + _few([f"{k} ({n})" for k, n in found.items()]))
+        lines += [f"fault: {sentence}" for sentence in self.faults]
+        lines += [f"warning: {sentence}" for sentence in self.warnings]
+        lines.append(f"faults: {len(self.faults)}, warnings: {len(self.warnings)}")
+        return "\n".join(lines)
+
+
+def check_dataset(dataset: DataSet, workers: int = 2) -> Report:
+    """Decode every image and mask of a data set that was opened with ``strict=False``.
+
+    Faults: those of the reader; no image to train on; an image or a mask that cannot be decoded; a
+    mask of another size than its image. Warnings: images of the same pixels; a mask that marks
+    nothing on a defect, or something on a good image; test images of one class only; defects
+    without masks.
+
+    Args:
+        workers: threads that decode.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        seen = list(pool.map(_look, (*dataset.train, *dataset.test)))
+    faults = [str(fault) for fault in dataset.faults]
+    faults += [] if dataset.train else ["there are no images to train on"]
+    warnings = list(_one_sided(dataset.test))
+    for each in seen:
+        faults += each.faults
+        warnings += each.warnings
+    warnings += _duplicates(dataset, (each.digest for each in seen))
+    parts = {"train": dataset.train, "test": dataset.test}
+    return Report(
+        dataset.name,
+        dataset.category,
+        dataset.split,
+        {name: dict(Counter(item.defect for item in part)) for name, part in parts.items()},
+        dict(Counter(each.size for each in seen if each.size).most_common()),
+        dict(Counter(each.mode for each in seen if each.mode).most_common()),
+        tuple(faults),
+        tuple(warnings),
+    )
+
+
+@dataclass
+class _Seen:
+    size: tuple[int, int] | None = None
+    mode: str = ""
+    digest: bytes | None = None
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def _look(item: Item) -> _Seen:
+    seen = _Seen()
+    try:
+        image = decode(item.image)
+        pixels = to_rgb(image, source_name(item.image))
+    except (OSError, TypeError, ValueError) as error:
+        seen.faults.append(str(error))
+    else:
+        seen.size, seen.mode = image.size, image.mode
+        seen.digest = hashlib.sha256(repr(image.size).encode() + pixels.tobytes()).digest()
+    if item.mask is None:
+        return seen
+    try:
+        marked = bool(read_mask(item.mask, item.image if seen.digest else None).any())
+    except (OSError, TypeError, ValueError) as error:
+        seen.faults.append(str(error))
+    else:
+        if item.label == 1 and not marked:
+            seen.warnings.append(f"the mask of the defect {item.name} marks nothing")
+        if item.label == 0 and marked:
+            seen.warnings.append(f"the mask of the good image {item.name} marks something")
+    return seen
+
+
+def _one_sided(test: Sequence[Item]) -> Iterator[str]:
+    labels = {item.label for item in test}
+    if not test:
+        yield "there are no images to test on, so nothing will be measured"
+    elif len(labels) == 1:
+        kind = "defective" if labels == {1} else "good"
+        yield f"all test images are {kind}, so nothing will be measured"
+    defects = [item for item in test if item.label == 1]
+    bare = [item.name for item in defects if item.mask is None]
+    if bare:
+        few = f" ({_few(bare)})" if len(bare) < len(defects) else ""
+        part = f"{len(bare)} of {len(defects)}"
+        yield f"{part} defects have no mask{few}, so no pixels will be measured"
+
+
+def _duplicates(dataset: DataSet, digests: Iterable[bytes | None]) -> Iterator[str]:
+    items = [("train", item) for item in dataset.train] + [("test", item) for item in dataset.test]
+    groups: dict[bytes, list[tuple[str, Item]]] = defaultdict(list)
+    for each, digest in zip(items, digests, strict=True):
+        if digest:
+            groups[digest].append(each)
+    for same in (group for group in groups.values() if len(group) > 1):
+        parts = " and ".join(dict.fromkeys(part for part, _ in same))
+        names = _few([item.name for _, item in same])
+        yield f"{len(same)} images of the same pixels in {parts}: {names}"
+
+
+def _few(words: Sequence[str]) -> str:
+    more = len(words) - SHOWN
+    return ", ".join(words[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,117 @@
+"""Images of every usual encoding decode to the RGB that models see."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from msflow_ext.data import load_image, load_mask
+
+RNG = np.random.default_rng(0)
+GRAY = RNG.integers(0, 256, (6, 9), dtype=np.uint8)
+RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+ALPHA = RNG.integers(0, 256, (6, 9), dtype=np.uint8)
+SIXTEEN = RNG.integers(0, 65536, (6, 9), dtype=np.uint16)
+BITS = RNG.random((6, 9)) < 0.4
+
+
+def repeated(gray):
+    return np.repeat(gray[..., None], 3, axis=2)
+
+
+def palette_image():
+    image = Image.fromarray(GRAY % 4)
+    image.putpalette([0, 0, 0, 250, 10, 20, 30, 240, 50, 60, 70, 230])
+    return image
+
+
+PALETTE = np.array([[0, 0, 0], [250, 10, 20], [30, 240, 50], [60, 70, 230]], np.uint8)[GRAY % 4]
+
+LOSSLESS = {
+    "RGB.png": (Image.fromarray(RGB), RGB),
+    "RGB.bmp": (Image.fromarray(RGB), RGB),
+    "RGB.tiff": (Image.fromarray(RGB), RGB),
+    "gray.png": (Image.fromarray(GRAY), repeated(GRAY)),
+    "one-bit.png": (Image.fromarray(BITS), repeated(BITS * np.uint8(255))),
+    "palette.png": (palette_image(), PALETTE),
+    "palette.bmp": (palette_image(), PALETTE),
+    "RGBA.png": (Image.fromarray(np.dstack([RGB, ALPHA])), RGB),
+    "LA.png": (Image.fromarray(np.dstack([GRAY, ALPHA])), repeated(GRAY)),
+    "16-bit.png": (Image.fromarray(SIXTEEN), repeated(np.rint(SIXTEEN / 257))),
+    "16-bit.tif": (Image.fromarray(SIXTEEN), repeated(np.rint(SIXTEEN / 257))),
+    "black-CMYK.tif": (Image.new("CMYK", (9, 6), (0, 0, 0, 255)), np.zeros((6, 9, 3))),
+}
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_a_lossless_file_of_this_mode_decodes_to_its_colours(tmp_path, name):
+    image, expected = LOSSLESS[name]
+    image.save(tmp_path / name)
+    decoded = load_image(tmp_path / name)
+    assert decoded.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(decoded), expected)
+
+
+def test_a_palette_with_transparent_entries_keeps_its_colours(tmp_path):
+    palette_image().save(tmp_path / "p.png", transparency=b"\x00\x80\xff\x10")
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "p.png")), PALETTE)
+    nearest = Image.fromarray(GRAY % 4).resize((9, 9), Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(load_mask(tmp_path / "p.png", 9), np.asarray(nearest) > 0)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_a_lossy_file_decodes_to_about_its_colours(tmp_path, suffix):
+    Image.new("RGB", (16, 12), (200, 100, 50)).save(tmp_path / f"i.{suffix}")
+    decoded = np.asarray(load_image(tmp_path / f"i.{suffix}")).astype(int)
+    assert decoded.shape == (12, 16, 3)
+    assert np.abs(decoded - (200, 100, 50)).max() <= 6
+
+
+@pytest.mark.parametrize(("orientation", "turns"), [(3, 2), (6, 3), (8, 1)])
+def test_the_exif_orientation_is_applied(tmp_path, orientation, turns):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(RGB).save(tmp_path / "i.png", exif=exif)
+    expected = np.rot90(RGB, turns)
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "i.png")), expected)
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (GRAY, repeated(GRAY)),
+        (RGB, RGB),
+        (np.dstack([RGB, ALPHA]), RGB),
+        (BITS, repeated(BITS * 255)),
+        (SIXTEEN, repeated(np.rint(SIXTEEN / 257))),
+        (RGB[:, ::-1], RGB[:, ::-1]),
+    ],
+    ids=["gray", "rgb", "rgba", "bool", "uint16", "mirrored"],
+)
+def test_an_array_is_shown_as_a_file_would_be(array, expected):
+    np.testing.assert_array_equal(np.asarray(load_image(array)), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_32_bits_a_pixel_are_refused_because_white_is_unknown(tmp_path, dtype):
+    Image.fromarray(GRAY.astype(dtype)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match=r"deep\.tif has 32 bits a pixel"):
+        load_image(tmp_path / "deep.tif")
+
+
+def test_a_missing_file_is_not_found(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png is not a file"):
+        load_image(tmp_path / "nowhere.png")
+
+
+@pytest.mark.parametrize(
+    ("array", "error", "message"),
+    [
+        (np.zeros((4, 4), np.float32), TypeError, "bool, uint8 or uint16, got float32"),
+        (np.zeros((4, 4, 2), np.uint8), ValueError, r"\(4, 4, 2\)"),
+        (np.zeros((4, 4, 3), np.uint16), ValueError, r"\(4, 4, 3\) of uint16"),
+        (np.zeros((0, 4), np.uint8), ValueError, r"\(0, 4\)"),
+    ],
+)
+def test_an_array_that_is_no_image_is_refused(array, error, message):
+    with pytest.raises(error, match=message):
+        load_image(array)

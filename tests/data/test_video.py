@@ -1,0 +1,52 @@
+"""Videos are decoded through imageio, and what keeps them from it is named."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from msflow_ext.data import Frame, Images, load_image, open_dataset
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """The folder of training videos of a set."""
+    folder = tmp_path / "training/videos"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_a_video_gives_the_items_that_a_folder_of_its_frames_gives(tmp_path, videos, save):
+    pytest.importorskip("imageio.v3")
+    frames = [Image.new("L", (8, 6), 16 * i) for i in range(12)]
+    frames[0].save(videos / "01_001.gif", save_all=True, append_images=frames[1:], duration=40)
+    for i in range(12):
+        save(tmp_path / f"training/frames/02_001/{i:03}.png", 16 * i)
+    video, folder = (open_dataset(tmp_path, "mstc", scene).train for scene in ("01", "02"))
+    assert [item.name.replace("01_", "02_") for item in video] == [item.name for item in folder]
+    assert [item.image for item in video] == [Frame(videos / "01_001.gif", i) for i in (0, 5, 10)]
+    seen, wanted = (Images(items, 4) for items in (video, folder))
+    assert all(torch.equal(seen[i], wanted[i]) for i in range(3))
+
+
+def test_a_video_that_cannot_be_decoded_is_named(tmp_path, videos):
+    pytest.importorskip("imageio.v3")
+    (videos / "03_001.gif").write_bytes(b"GIF89a, but no more")
+    with pytest.raises(ValueError, match=r"video .*03_001\.gif cannot be decoded: "):
+        open_dataset(tmp_path, "mstc", "03")
+    with pytest.raises(FileNotFoundError, match=r"gone\.avi is not a file"):
+        load_image(Frame(videos / "gone.avi", 0))
+
+
+@pytest.mark.parametrize(("name", "missing"), [("03_001.gif", "imageio"), ("03_001.avi", "av")])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    tmp_path, videos, monkeypatch, name, missing
+):
+    (videos / name).write_bytes(b"RIFF")
+    for module in list(sys.modules):
+        if module.split(".")[0] == "imageio":
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"{name} needs .* pip install imageio av"):
+        open_dataset(tmp_path, "mstc", "03")
