@@ -1,0 +1,20 @@
+"""The flows alone, at inference: targets 1 to 3, and how they scale with the size of the image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.harness import run_in_pytest, without_slow
+from msflow_ext.bench import TINY, Case
+from msflow_ext.bench.cases import flows
+
+
+def test_flow(benchmark: Any, case: Case, provider: str) -> None:
+    run_in_pytest(benchmark, case, provider)
+
+
+def cases(quick: bool) -> list[Case]:
+    if quick:
+        return [flows(batch=batch, **TINY) for batch in (1, 2)]
+    batches = [flows(512, 1), flows(512, 4, rows=[3]), flows(512, 8, rows=[])]
+    return [*batches, *(without_slow(flows(size, rows=[])) for size in (256, 384))]

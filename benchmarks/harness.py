@@ -1,0 +1,84 @@
+"""What the benchmark files share: sizes, layouts, derivatives, and the way into pytest-benchmark."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from msflow_ext.bench import Case, machine
+from msflow_ext.bench.harness import prepare
+
+MODULES = ("coupling", "norm", "score", "flow", "pipeline", "training", "metrics")
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def all_cases(quick: bool, modules: Sequence[str] = MODULES) -> Iterator[Case]:
+    """The cases of ``bench_<module>.py``, one file after the other."""
+    for module in modules:
+        yield from importlib.import_module(f"benchmarks.bench_{module}").cases(quick)
+
+
+def scales(quick: bool) -> list[tuple[int, int]]:
+    """Channels and side of wide_resnet50_2's pooled features at 512 px, or of toys."""
+    return [(16, 8), (32, 4)] if quick else [(256, 64), (512, 32), (1024, 16)]
+
+
+def without_slow(case: Case) -> Case:
+    """The case without what takes a minute or more to build."""
+    return replace(case, providers={n: p for n, p in case.providers.items() if not p.slow})
+
+
+def run_in_pytest(benchmark: Any, case: Case, provider: str) -> None:
+    """Time one provider through pytest-benchmark, after its results were compared."""
+    ready = prepare(case, [provider], slow=True)
+    if provider not in ready.runs:
+        pytest.fail(f"refused: {ready.found[provider]['refused']}")
+    arguments = ready.arguments()
+    benchmark.group = case.name
+    benchmark.extra_info |= {**machine.facts(), **ready.found[provider], "case": case.name}
+    with torch.set_grad_enabled(case.grad):
+        benchmark.pedantic(
+            ready.runs[provider],
+            setup=lambda: (tuple(next(arguments)), {}),
+            rounds=max(case.rounds, len(ready.sets)),
+            warmup_rounds=0 if case.rounds == 1 else len(ready.sets),
+        )
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "nchw") -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(*shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+
+
+def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Float64 copies that ask for gradients where the originals do; whole numbers as they are."""
+    return [
+        t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+        for t in tensors
+    ]
+
+
+def backward_of(function: Callable[..., Any], results: int) -> Callable[..., Any]:
+    """Gradients alone: the last ``results`` arguments are those of the function's results.
+
+    The forward pass of each set of inputs runs once, in its first call.
+    """
+    graphs: dict[int, tuple[Any, list[Tensor]]] = {}
+
+    def run(*inputs: Tensor) -> Any:
+        arguments, upstream = inputs[:-results], inputs[-results:]
+        key = id(inputs[0])
+        if key not in graphs:
+            found = function(*arguments)
+            graphs[key] = (found, [t for t in arguments if t.requires_grad])
+        found, leaves = graphs[key]
+        return torch.autograd.grad(found, leaves, upstream, retain_graph=True)
+
+    return run

@@ -1,0 +1,41 @@
+"""The files of results: one JSON document per machine and day, a row per case and number of threads."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def file_for(facts: dict[str, Any]) -> Path:
+    """Where rows of this machine and day belong."""
+    name = f"{facts['cpu']} {facts['cores']}c {facts['date'][:10]}"
+    return FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+
+
+def newest() -> Path:
+    """The results that were written last, by the date inside."""
+    files = sorted(FOLDER.glob("*.json"), key=lambda path: read(path)["machine"]["date"])
+    if not files:
+        raise SystemExit(f"no results in {FOLDER}: run python -m benchmarks first")
+    return files[-1]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def add(path: Path, facts: dict[str, Any], row: dict[str, Any]) -> None:
+    """Append a row, in place of an older one of the same case and threads; each says its commit and date."""
+    document = read(path) if path.exists() else {"rows": []}
+    key = (row["case"], row["threads"])
+    rows = [old for old in document["rows"] if (old["case"], old["threads"]) != key]
+    rows.append({**row, "commit": facts["commit"], "date": facts["date"]})
+    lines = ",\n  ".join(json.dumps(each) for each in rows)
+    part = path.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(f'{{"machine": {json.dumps(facts)},\n "rows": [\n  {lines}\n ]}}\n')
+    part.replace(path)

@@ -1,0 +1,77 @@
+"""Measure msflow_ext against what else computes the same, on this machine; needs the extra ``bench``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from msflow_ext.bench import machine
+from msflow_ext.bench.harness import Case, Provider, measure, threads
+from msflow_ext.bench.summary import difference, quantiles, ratio
+
+__all__ = [
+    "Case",
+    "Provider",
+    "compare",
+    "difference",
+    "machine",
+    "measure",
+    "quantiles",
+    "ratio",
+    "table",
+    "threads",
+]
+
+DEMO = {"channels": (24, 40, 112), "size": 192}  # what `msflow demo` trains
+TINY = {"channels": (8, 16), "blocks": (1, 1), "size": 32}
+
+
+def compare(
+    thread_count: int | None = None, *, seconds: float = 20.0, tiny: bool = False
+) -> Iterator[str]:
+    """Compare flows, pipeline and training step with the alternatives in about three minutes: lines to print.
+
+    Every provider must give the same numbers before it is timed; the providers take turns round by round.
+
+    Args:
+        thread_count: of PyTorch and our kernels; as they are by default.
+        seconds: how long each of the three may be timed.
+        tiny: a toy size, to see that it works.
+
+    Raises:
+        ModuleNotFoundError: lightning-fabric, which training needs, is not installed.
+    """
+    from msflow_ext.bench import cases
+
+    if tiny:
+        chosen = [
+            cases.flows(**TINY),
+            cases.pipeline(64, backbone="resnet18", blocks=(1, 1)),
+            cases.training_step(**TINY, batch=2),
+        ]
+    else:
+        chosen = [cases.flows(), cases.pipeline(), cases.training_step(**DEMO)]
+    with threads(thread_count):
+        facts = machine.facts()
+        yield f"{facts['cpu']}, {facts['capability']}, threads: {thread_count or 'default'}"
+        if cases.OFFICIAL != "official":
+            yield "FrEIA is not installed: 'eager' stands for the authors' code (extra 'bench')"
+        for case in chosen:
+            row = measure(case, seconds=seconds)
+            yield ""
+            yield from table(row, f"{cases.OFFICIAL} fp32")
+            if (row["others"] or 0) > 0.1:
+                yield f"other programs took {row['others']:.0%} of the machine: do not trust this"
+
+
+def table(row: dict[str, Any], baseline: str) -> Iterator[str]:
+    """A row of results as text: milliseconds and how many times faster than ``baseline``."""
+    yield f"{row['case']}, {row['threads']} thread(s)"
+    base = row["providers"].get(baseline, {}).get("ms")
+    for name, found in row["providers"].items():
+        if "ms" not in found:
+            yield f"  {name:28} not timed: {found.get('refused', 'it was not run')}"
+            continue
+        mid, low, high = quantiles(found["ms"])
+        times = f"{ratio(base, found['ms']):6.2f}x" if base else ""
+        yield f"  {name:28}{mid:10.2f} ms  ({low:.2f} - {high:.2f}){times}"

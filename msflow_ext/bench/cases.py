@@ -1,0 +1,270 @@
+"""What is compared end to end: the flows, the whole pipeline and a training step, against what users would run."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from msflow_ext import MSFlow, MSFlowHead
+from msflow_ext.bench.harness import Case, Provider
+from msflow_ext.bench.modes import autocast, compiled, freezing
+from msflow_ext.bench.official import OfficialMSFlow, predict
+
+#: The authors' way needs FrEIA; without it, the same in plain PyTorch stands in.
+OFFICIAL = "official" if importlib.util.find_spec("FrEIA") else "eager"
+FP32, BF16 = 1e-4, 5e-2  # granted at the end of a network; see Provider.tolerance
+CHANNELS, BLOCKS = (256, 512, 1024), (2, 5, 8)  # wide_resnet50_2 and the paper
+
+
+def flows(
+    size: int = 512,
+    batch: int = 1,
+    *,
+    channels: Sequence[int] = CHANNELS,
+    blocks: Sequence[int] = BLOCKS,
+    rows: Sequence[int] = (1, 2, 3),
+) -> Case:
+    """Latent tensors and log-determinant from the pooled features of images of side ``size``."""
+    maps = _map_sizes(size, len(channels))
+    head = (tuple(channels), tuple(blocks))
+
+    def theirs(permutation: str, layout: torch.memory_format) -> Callable[..., Any]:
+        flows = _official(*head, maps, permutation)
+        if layout is torch.channels_last:
+            flows = copy.deepcopy(flows).to(memory_format=layout)  # type: ignore[call-overload]
+        return lambda features: flows([f.contiguous(memory_format=layout) for f in features])
+
+    return Case(
+        name=f"flows {size} px b{batch}",
+        rows=rows,
+        inputs=lambda: [_features(channels, maps, batch)],
+        providers={**_theirs(theirs), **_ours(lambda: _head(*head))},
+        wanted="eager fp32",
+        memory=True,
+    )
+
+
+def pipeline(
+    size: int = 512,
+    batch: int = 1,
+    *,
+    backbone: str = "wide_resnet50_2",
+    blocks: Sequence[int] = BLOCKS,
+    rows: Sequence[int] = (4,),
+) -> Case:
+    """From images to scores and maps, with random weights in a backbone that pads by reflection."""
+    key = (backbone, size, tuple(blocks))
+
+    def theirs(permutation: str, layout: torch.memory_format) -> Callable[..., Any]:
+        return _official_pipeline(_model(*key), permutation, layout)
+
+    return Case(
+        name=f"pipeline {backbone} {size} px b{batch}",
+        rows=rows,
+        inputs=lambda: [torch.rand(batch, 3, size, size)],
+        providers={**_theirs(theirs), **_ours(lambda: _model(*key))},
+        wanted="eager fp32",
+        memory=True,
+    )
+
+
+def training_step(
+    size: int = 512,
+    batch: int = 8,
+    *,
+    channels: Sequence[int] = CHANNELS,
+    blocks: Sequence[int] = BLOCKS,
+    rows: Sequence[int] = (5,),
+) -> Case:
+    """Loss, gradients, clipping and Adam on a batch of pooled features; loss and gradient norm are compared."""
+    maps = _map_sizes(size, len(channels))
+    head = (tuple(channels), tuple(blocks))
+
+    def theirs(permutation: str, *, bf16: bool = False, slow: bool = False, **options: Any):
+        def make() -> Callable[..., Any]:
+            new = OfficialMSFlow(_new_head(*head), maps, permutation)
+            return _their_step(new, bf16=bf16, compile=slow, **options)
+
+        return Provider(make, BF16 if bf16 else FP32, slow)
+
+    def ours(precision: str, tolerance: float) -> Provider:
+        return Provider(lambda: _our_step(_new_head(*head), precision), tolerance)
+
+    authors = "dense" if OFFICIAL == "official" else "index"
+    return Case(
+        name=f"training step {'-'.join(map(str, channels))} {size} px b{batch}",
+        rows=rows,
+        inputs=lambda: [_features(channels, maps, batch)],
+        providers={
+            f"{OFFICIAL} fp32": theirs(authors),
+            f"{OFFICIAL} bf16": theirs(authors, bf16=True),
+            "eager bf16 tuned": theirs("index", bf16=True, tuned=True),
+            "compile fp32": theirs("index", slow=True),
+            "compile bf16": theirs("index", bf16=True, slow=True),
+            "ours fp32": ours("32-true", FP32),
+            "ours bf16": ours("bf16-mixed", BF16),
+        },
+        wanted=f"{OFFICIAL} fp32",
+        hot=True,
+        grad=True,
+        calls=3,
+        rounds=3,
+        memory=True,
+    )
+
+
+def _theirs(make: Callable[[str, torch.memory_format], Callable[..., Any]]) -> dict[str, Provider]:
+    """The authors' way, with either permutation, in the modes of PyTorch that users would choose."""
+
+    def provider(
+        permutation: str, *modes: Callable[..., Any], last: bool = False, **options: Any
+    ) -> Provider:
+        def build() -> Callable[..., Any]:
+            run = make(permutation, torch.channels_last if last else torch.contiguous_format)
+            for mode in modes:
+                run = mode(run)
+            return run
+
+        return Provider(build, BF16 if autocast in modes else FP32, **options)
+
+    official = {
+        "official fp32": provider("dense"),
+        "official bf16": provider("dense", autocast),
+    }
+    return {
+        "eager fp32": provider("index"),
+        "eager bf16": provider("index", autocast),
+        "eager bf16 channels_last": provider("index", autocast, last=True),
+        **(official if OFFICIAL == "official" else {}),
+        "compile fp32": provider("index", compiled, slow=True),
+        "compile bf16": provider("index", autocast, compiled, slow=True),
+        "compile+freezing fp32": provider("index", freezing, slow=True),
+        "compile+freezing bf16": provider("index", autocast, freezing, slow=True),
+    }
+
+
+def _ours(module: Callable[[], Any]) -> dict[str, Provider]:
+    return {
+        "ours eager fp32": Provider(module, FP32),
+        "ours optimized fp32": Provider(lambda: module().optimize(), FP32),
+        "ours optimized bf16": Provider(lambda: module().optimize(torch.bfloat16), BF16),
+    }
+
+
+def _map_sizes(size: int, scales: int) -> tuple[tuple[int, int], ...]:
+    """Of pooled features: strides 8, 16, 32 and so on."""
+    return tuple((size // 2 ** (3 + i),) * 2 for i in range(scales))
+
+
+def _features(channels: Sequence[int], maps: Sequence[tuple[int, int]], batch: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(batch, c, *hw, generator=generator)
+        for c, hw in zip(channels, maps, strict=True)
+    ]
+
+
+def _new_head(channels: Sequence[int], blocks: Sequence[int]) -> MSFlowHead:
+    return MSFlowHead(channels, blocks=blocks, seed=0)
+
+
+@lru_cache(maxsize=1)
+def _head(channels: Sequence[int], blocks: Sequence[int]) -> MSFlowHead:
+    return _new_head(channels, blocks).eval().requires_grad_(False)
+
+
+@lru_cache(maxsize=2)
+def _official(
+    channels: Sequence[int],
+    blocks: Sequence[int],
+    maps: Sequence[tuple[int, int]],
+    permutation: str,
+) -> OfficialMSFlow:
+    official = OfficialMSFlow(_head(channels, blocks), maps, permutation)
+    return official.eval().requires_grad_(False)
+
+
+@lru_cache(maxsize=1)
+def _model(backbone: str, size: int, blocks: Sequence[int]) -> MSFlow:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MSFlow(
+            backbone,
+            image_size=size,
+            pretrained=False,
+            blocks=blocks,
+            padding_mode="reflect",
+            standardize=False,
+            score="paper",
+            seed=0,
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _official_pipeline(
+    model: MSFlow, permutation: str, layout: torch.memory_format
+) -> Callable[[Tensor], Any]:
+    """timm's backbone, pooling, the authors' flows and scores."""
+    size = model.image_size
+    maps = [f.shape[2:] for f in model.features(torch.zeros(1, 3, size, size))]
+    flows = OfficialMSFlow(model.head, maps, permutation).eval().requires_grad_(False)
+    if layout is torch.channels_last:
+        flows = flows.to(memory_format=layout)  # type: ignore[call-overload]
+        model = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
+
+    def run(images: Tensor) -> Any:
+        features = model.features(images.contiguous(memory_format=layout))
+        return predict(flows.log_likelihood(features), size)
+
+    return run
+
+
+def _their_step(
+    flows: OfficialMSFlow, *, bf16: bool, compile: bool = False, tuned: bool = False
+) -> Callable[[Sequence[Tensor]], tuple[float, float]]:
+    """A step as the authors take it; ``tuned``: channels_last and PyTorch's fused Adam besides."""
+    layout = torch.channels_last if tuned else torch.contiguous_format
+    flows = flows.train().to(memory_format=layout)  # type: ignore[call-overload]
+    parameters = [p for p in flows.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=tuned)
+    loss_of = compiled(flows.loss) if compile else flows.loss
+
+    def run(features: Sequence[Tensor]) -> tuple[float, float]:
+        features = [f.contiguous(memory_format=layout) for f in features]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = loss_of(features)
+        loss.backward()
+        norm = clip_grad_norm_(parameters, 2.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item(), norm.item()
+
+    return run
+
+
+def _our_step(
+    head: MSFlowHead, precision: Any
+) -> Callable[[Sequence[Tensor]], tuple[float, float]]:
+    """A step as :func:`msflow_ext.training.train` takes it."""
+    from lightning_fabric import Fabric
+
+    from msflow_ext.training import make_optimizer, train_epoch
+
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    adam = make_optimizer(head)
+    adam.param_groups[0]["lr"] = 1e-4
+    wrapped, optimizer = fabric.setup(head, adam)
+    wrapped.mark_forward_method("loss")
+
+    def run(features: Sequence[Tensor]) -> tuple[float, float]:
+        (step,) = train_epoch(fabric, wrapped, optimizer, [list(features)], clip=2.0)
+        return step
+
+    return run

@@ -1,0 +1,283 @@
+"""Times several ways to compute the same thing, fairly: equality first, then round by round, side by side."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msflow_ext.bench import machine
+from msflow_ext.bench.summary import difference, tensors_of
+
+MOST_ROUNDS = 40
+SAMPLE_SECONDS = 2e-3  # shorter calls are repeated until a sample takes this long
+WARM_UP_SECONDS = 1.0
+MOST_SETS = 64
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute what a case asks for.
+
+    Attributes:
+        make: builds the callable that takes the case's inputs; what it builds once is not timed.
+        tolerance: largest deviation from the wanted results, in units of their largest magnitude.
+        slow: takes a minute or more to build; run on request only.
+        wanted: results of its own to be equal to, where it computes another quantity than the others.
+    """
+
+    make: Callable[[], Callable[..., Any]]
+    tolerance: float = 1e-4
+    slow: bool = False
+    wanted: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One task on given data, and everybody who does it.
+
+    Attributes:
+        name: what, with sizes and dtype; unique.
+        rows: of the table of targets that it serves.
+        inputs: draws the arguments of a call.
+        providers: by name.
+        wanted: the name of the provider whose results are right, or a function of the inputs that gives them.
+        bytes: that must cross memory in one call, for GB/s; 0 if not known.
+        hot: the same inputs in every call, which caches may hold; else they rotate past the last-level cache.
+        grad: whether gradients are recorded.
+        calls: how many first calls are compared; more than one where a call changes the provider.
+        rounds: at least so many.
+        memory: also measure the peak memory of a call, and with ``grad`` what it saves for the backward pass.
+    """
+
+    name: str
+    rows: Sequence[int]
+    inputs: Callable[[], Sequence[Any]]
+    providers: Mapping[str, Provider]
+    wanted: str | Callable[..., Any]
+    bytes: int = 0
+    hot: bool = False
+    grad: bool = False
+    calls: int = 1
+    rounds: int = 5
+    memory: bool = False
+
+
+@dataclass
+class Ready:
+    """The providers of a case that gave the wanted results, and the inputs to call them with."""
+
+    case: Case
+    runs: dict[str, Callable[..., Any]]
+    sets: list[Sequence[Any]]
+    found: dict[str, dict[str, Any]]  # error and tolerance of each provider, and why it was refused
+
+    def arguments(self) -> Iterator[Sequence[Any]]:
+        return itertools.cycle(self.sets)
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let PyTorch, and with it our kernels, use ``count`` threads inside; None leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def prepare(case: Case, names: Sequence[str] | None = None, *, slow: bool = False) -> Ready:
+    """Build the providers of a case and compare their results with the wanted ones.
+
+    Args:
+        names: only these; all by default.
+        slow: also those that take a minute or more to build.
+    """
+    if slow:
+        torch.compiler.reset()  # or calls would first be tried on what other cases compiled
+    chosen = [n for n, p in case.providers.items() if slow or not p.slow]
+    chosen = [n for n in chosen if names is None or n in names]
+    inputs = case.inputs()
+    ready = Ready(case, {}, _copies(case, inputs), {})
+    with torch.set_grad_enabled(case.grad):
+        common: list[Any] = []
+        if isinstance(case.wanted, str):
+            ready.runs[case.wanted] = case.providers[case.wanted].make()
+            common = _results(ready.runs[case.wanted], inputs, case.calls)
+        elif any(case.providers[n].wanted is None for n in chosen):
+            common = _results(case.wanted, inputs, case.calls)
+        for name in chosen:
+            provider = case.providers[name]
+            wanted = common if provider.wanted is None else [provider.wanted(*inputs)]
+            if name == case.wanted:
+                ready.found[name] = {"error": 0.0, "tolerance": provider.tolerance}
+                continue
+            try:
+                run = provider.make()
+                error = max(map(difference, _results(run, inputs, case.calls), wanted))
+            except (
+                Exception
+            ) as failure:  # whatever others' code raises: the rest can still be timed
+                reason = " ".join(str(failure).split())[:300]
+                ready.found[name] = {"refused": f"{type(failure).__name__}: {reason}"}
+                continue
+            ready.found[name] = {"error": _rounded(error), "tolerance": provider.tolerance}
+            if error <= provider.tolerance:
+                ready.runs[name] = run
+            else:
+                ready.found[name]["refused"] = (
+                    f"results deviate by {error:.1e}, {provider.tolerance:.1e} is granted"
+                )
+    if case.wanted in ready.runs and case.wanted not in chosen:
+        del ready.runs[str(case.wanted)]
+    return ready
+
+
+def measure(case: Case, *, slow: bool = False, seconds: float = 20.0) -> dict[str, Any]:
+    """Time a case: one row of results, plain values for JSON.
+
+    Args:
+        slow: also providers that take a minute or more to build.
+        seconds: how long the rounds may take once there are enough of them.
+
+    Returns:
+        Name, sizes and conditions of the case, and by provider the ``error`` found, ``ms`` of every round or why
+        it was ``refused``, ``peak_mb`` and ``saved_mb`` where measured; with ``bytes`` also ``copy``, which moves as
+        many bytes in the same rounds. ``others`` is the share of the machine that other processes took meanwhile.
+    """
+    others, load = machine.Others(), machine.load_average()
+    ready = prepare(case, slow=slow)
+    found = ready.found
+    with torch.set_grad_enabled(case.grad):
+        if case.memory:
+            for name, run in ready.runs.items():
+                if not case.providers[name].slow:
+                    found[name] |= _memory(run, ready.sets[0], case.grad)
+        calls = {name: (run, ready.arguments()) for name, run in ready.runs.items()}
+        if case.bytes:
+            calls["copy"] = (_copy, itertools.cycle(_copy_buffers(case, len(ready.sets))))
+            found["copy"] = {}
+        for name, samples in _rounds(calls, len(ready.sets), case.rounds, seconds).items():
+            found[name]["ms"] = samples
+    return {
+        "case": case.name,
+        "rows": list(case.rows),
+        "threads": torch.get_num_threads(),
+        "hot": case.hot,
+        "bytes": case.bytes,
+        "others": others.share(),
+        "load_average": [load, machine.load_average()],
+        "providers": found,
+    }
+
+
+def _results(run: Callable[..., Any], inputs: Sequence[Any], calls: int) -> list[Any]:
+    """What the first calls return, as copies: a provider may reuse its memory."""
+    return [[t.clone() for t in tensors_of(run(*inputs))] for _ in range(calls)]
+
+
+def _copies(case: Case, inputs: Sequence[Any]) -> list[Sequence[Any]]:
+    """Enough copies of the inputs that, when their turn comes again, no cache holds them."""
+    nbytes = sum(t.nbytes for t in _leaves(inputs))
+    if case.hot or not nbytes:
+        return [inputs]
+    count = min(MOST_SETS, 1 + math.ceil(2 * machine.cache_bytes() / nbytes))
+    return [inputs, *(_clone(inputs) for _ in range(count - 1))]
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _leaves(each)
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, (list, tuple)):
+        return [_clone(each) for each in value]
+    return value
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    target.copy_(source)
+
+
+def _copy_buffers(case: Case, sets: int) -> list[tuple[Tensor, Tensor]]:
+    count = max(1, case.bytes // 8)  # float32: half of the bytes are read, half are written
+    return [(torch.ones(count), torch.zeros(count)) for _ in range(sets)]
+
+
+def _memory(run: Callable[..., Any], inputs: Sequence[Any], grad: bool) -> dict[str, Any]:
+    """Megabytes at the peak of a call, and of what it saves for the backward pass, parameters apart."""
+    peak = machine.peak_memory(lambda: run(*inputs))
+    found: dict[str, Any] = {} if peak is None else {"peak_mb": _rounded(peak / 1e6)}
+    if grad:
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, torch.nn.Parameter):
+                storage = tensor.untyped_storage()
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            run(*inputs)
+        found["saved_mb"] = _rounded(sum(saved.values()) / 1e6)
+    return found
+
+
+def _rounds(
+    calls: Mapping[str, tuple[Callable[..., Any], Iterator[Sequence[Any]]]],
+    sets: int,
+    least: int,
+    seconds: float,
+) -> dict[str, list[float]]:
+    """Milliseconds per call of each, one sample per round; who comes first changes from round to round."""
+    repeats = {
+        name: 1 if least == 1 else max(1, math.ceil(SAMPLE_SECONDS / _warm_up(*call, sets)))
+        for name, call in calls.items()
+    }
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    began = time.perf_counter()
+    for done in range(MOST_ROUNDS):
+        if done >= least and time.perf_counter() - began > seconds:
+            break
+        first = done % len(names)
+        for name in names[first:] + names[:first]:
+            run, arguments = calls[name]
+            samples[name].append(_rounded(1e3 * _time(run, arguments, repeats[name])))
+    return samples
+
+
+def _warm_up(run: Callable[..., Any], arguments: Iterator[Sequence[Any]], sets: int) -> float:
+    """Call with every set of inputs, for a second at most; the seconds of the fastest call."""
+    began, fastest = time.perf_counter(), math.inf
+    for _ in range(max(2, sets)):
+        fastest = min(fastest, _time(run, arguments, 1))
+        if time.perf_counter() - began > WARM_UP_SECONDS:
+            break
+    return fastest
+
+
+def _time(run: Callable[..., Any], arguments: Iterator[Sequence[Any]], repeats: int) -> float:
+    """Seconds per call."""
+    began = time.perf_counter()
+    for _ in range(repeats):
+        run(*next(arguments))
+    return (time.perf_counter() - began) / repeats
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")

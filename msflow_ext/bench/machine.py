@@ -1,0 +1,159 @@
+"""The machine that a measurement ran on: what it is, what is installed, and how busy others keep it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msflow_ext.ops import _backend
+
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "neon", "sve")
+PACKAGES = ("msflow-ext", "torch", "timm", "FrEIA", "scikit-learn", "numpy")
+
+
+def facts() -> dict[str, Any]:
+    """CPU, memory, versions, commit and date, as plain values for JSON; None where unknown."""
+    return {
+        "cpu": _cpu_model(),
+        "flags": [flag for flag in FLAGS if flag in _cpu_flags()],
+        "cores": cores(),
+        "cache_mib": cache_bytes() / 2**20,
+        "memory_gib": _memory_gib(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "kernels": _backend.STATUS,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    affinity: Any = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def cache_bytes() -> int:
+    """Size of the last-level cache, 32 MiB where the system does not tell."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(path.read_text().strip().removesuffix("K")) * 1024)
+    return max(sizes) or 32 * 2**20
+
+
+def load_average() -> float | None:
+    """Processes that wanted to run over the last minute, on average."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+class Others:
+    """How much of the machine's processor time other processes take, measured from construction on."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def share(self) -> float | None:
+        """In 0..1 of all processors; None where the system does not tell (it does on Linux)."""
+        now = self._now()
+        if now is None or self._start is None or now[0] == self._start[0]:
+            return None
+        total, busy, own = (a - b for a, b in zip(now, self._start, strict=True))
+        return round(max(0.0, busy - own) / total, 3)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds of all processors together, those in use, and our own."""
+        try:
+            ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        idle, per_second = ticks[3] + ticks[4], os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        used = own.user + own.system + own.children_user + own.children_system
+        return sum(ticks) / per_second, (sum(ticks) - idle) / per_second, used
+
+
+def others_now(seconds: float = 1.0) -> float | None:
+    """Share of the machine that others take while we sleep."""
+    others = Others()
+    time.sleep(seconds)
+    return others.share()
+
+
+def peak_memory(run: Callable[[], Any]) -> int | None:
+    """Bytes by which a call lifts the process's resident memory at its highest; None unless on Linux."""
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # or memory freed earlier would hide what the call takes
+        clear.write_text("5")  # resets the high-water mark
+    except (AttributeError, OSError):
+        run()
+        return None
+    before = _kilobytes(status, "VmRSS")
+    run()
+    return 1024 * max(0, _kilobytes(status, "VmHWM") - before)
+
+
+def _kilobytes(status: Path, name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+)", status.read_text())
+    return int(found.group(1)) if found else 0
+
+
+def _cpu_info() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def _cpu_model() -> str:
+    found = re.search(r"model name\s*:\s*(.+)", _cpu_info())
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> set[str]:
+    found = re.search(r"(?:flags|Features)\s*:\s*(.+)", _cpu_info())
+    names = set(found.group(1).split()) if found else set()
+    return names | {"neon"} if "asimd" in names else names
+
+
+def _memory_gib() -> float | None:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    return round(total / 2**30, 1)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the source tree that this file lies in, marked where files differ from it; None when installed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,41 @@
+"""The modes in which PyTorch can run the same function: autocast, compiled, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Convolutions in bfloat16, as PyTorch's autocast has them."""
+
+    def under_autocast(*inputs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(*inputs)
+
+    return under_autocast
+
+
+def compiled(run: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """By ``torch.compile`` with its defaults, for fixed shapes; ``settings`` are inductor's."""
+    import torch._dynamo
+    import torch._inductor.config
+
+    # A recompilation beyond the limit would silently time eager PyTorch instead.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.recompile_limit = 64
+    # As options, or what was compiled without them would be taken; patched, as tracing looks there.
+    fast = torch.compile(run, dynamic=False, options=settings or None)
+
+    def under_settings(*inputs: Any) -> Any:
+        with torch._inductor.config.patch(**settings):
+            return fast(*inputs)
+
+    return under_settings if settings else fast
+
+
+def freezing(run: Callable[..., Any]) -> Callable[..., Any]:
+    """By ``torch.compile`` with weights as constants: folded, cast and laid out once."""
+    return compiled(run, freezing=True)

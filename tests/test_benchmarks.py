@@ -1,0 +1,180 @@
+"""The harness of the benchmarks: who is wrong is not timed, and the summaries tell the worst."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from msflow_ext.bench import TINY, Case, Provider, difference, machine, measure, ratio, table
+from msflow_ext.bench.cases import flows
+
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Imports a module of the folder ``benchmarks``, which is not part of the package."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+def doubling(wrong: Callable[[Tensor], Tensor], **options: Any) -> Case:
+    return Case(
+        name="double",
+        rows=[],
+        inputs=lambda: [torch.arange(100.0)],
+        providers={"right": Provider(lambda: lambda x: 2 * x), "wrong": Provider(lambda: wrong)},
+        wanted=lambda x: 2 * x.double(),
+        rounds=2,
+        **options,
+    )
+
+
+def one_element_off(x: Tensor) -> Tensor:
+    return torch.where(x == 50, 2 * x + 1, 2 * x)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [one_element_off, lambda x: torch.where(x == 50, math.nan, 2 * x), lambda x: 2 * x[:-1]],
+    ids=["one-element", "nan", "shape"],
+)
+def test_a_provider_with_wrong_results_is_refused_and_not_timed(
+    wrong: Callable[[Tensor], Tensor],
+) -> None:
+    row = measure(doubling(wrong), seconds=0)
+    assert "deviate" in row["providers"]["wrong"]["refused"]
+    assert "ms" not in row["providers"]["wrong"]
+    assert len(row["providers"]["right"]["ms"]) == 2
+    assert any("not timed" in line for line in table(row, "right"))
+
+
+def test_a_provider_that_drifts_is_refused_when_more_calls_are_compared() -> None:
+    state = [0.0]
+
+    def drifting(x: Tensor) -> Tensor:
+        state[0] += 1
+        return 2 * x * state[0]
+
+    row = measure(doubling(drifting, calls=2), seconds=0)
+    assert "refused" in row["providers"]["wrong"]
+
+
+def test_a_provider_that_fails_does_not_keep_the_others_from_being_timed() -> None:
+    def failing(x: Tensor) -> Tensor:
+        raise RuntimeError("no compiler")
+
+    found = measure(doubling(failing), seconds=0)["providers"]
+    assert found["wrong"] == {"refused": "RuntimeError: no compiler"}
+    assert found["right"]["ms"]
+
+
+def test_a_copy_of_as_many_bytes_is_timed_beside() -> None:
+    row = measure(doubling(lambda x: x + x, bytes=800), seconds=0)
+    assert set(row["providers"]) == {"right", "wrong", "copy"}
+    assert all(len(found["ms"]) == 2 for found in row["providers"].values())
+
+
+def test_inputs_rotate_past_the_cache_unless_hot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cache_bytes", lambda: 1000)
+    seen: dict[bool, set[int]] = {True: set(), False: set()}
+    for hot, addresses in seen.items():
+
+        def watched(x: Tensor, addresses: set[int] = addresses) -> Tensor:
+            addresses.add(x.data_ptr())
+            return 2 * x
+
+        measure(doubling(watched, hot=hot), seconds=0)
+    assert len(seen[True]) == 1
+    assert len(seen[False]) * 400 > 2 * 1000
+
+
+def test_all_flows_agree_with_eager_pytorch_and_are_timed() -> None:
+    row = measure(flows(**TINY), seconds=0)
+    for name, found in row["providers"].items():
+        assert found["error"] <= (0.05 if "bf16" in name else 1e-4), name
+        assert found["ms"], name
+
+
+def test_saved_activations_leave_out_parameters() -> None:
+    layer = torch.nn.Linear(10, 10)
+    case = Case(
+        name="square of a layer",
+        rows=[],
+        inputs=lambda: [torch.ones(2, 10)],
+        providers={"torch": Provider(lambda: lambda x: layer(x).square().sum())},
+        wanted="torch",
+        grad=True,
+        memory=True,
+    )
+    found = measure(case, seconds=0)["providers"]["torch"]
+    assert found["saved_mb"] == pytest.approx(
+        (2 + 2) * 10 * 4 / 1e6
+    )  # the input and what is squared
+
+
+def test_difference_is_in_units_of_the_largest_magnitude() -> None:
+    assert difference([torch.tensor([1.0, 4.0]), 2.0], [torch.tensor([2.0, 4.0]), 2.0]) == 0.25
+
+
+def test_ratio_is_taken_within_each_round() -> None:
+    assert ratio([10.0, 100.0, 1000.0], [5.0, 50.0, 500.0]) == 2
+
+
+def test_kernels_agree_with_float64_in_the_suite(load: Load) -> None:
+    load("harness")
+    for module in ("bench_norm", "bench_score", "bench_metrics"):
+        case = load(module).cases(quick=True)[-1]
+        found = measure(case, seconds=0)["providers"]
+        assert "ms" in found["ours"], (case.name, found)
+
+
+def test_a_target_is_judged_by_its_worst_case_and_the_best_of_ours(load: Load) -> None:
+    targets = load("targets")
+    target = targets.Target(0, "", "run *", "base", "ours*", 3, 5)
+    providers = {"base": {"ms": [12.0]}, "ours a": {"ms": [2.0]}, "ours b": {"ms": [4.0]}}
+    slower = {**providers, "ours a": {"ms": [3.0]}}
+    rows = [{"case": "run 1", "providers": providers}, {"case": "run 2", "providers": slower}]
+    assert targets.measured(target, rows) == 4
+    assert targets.measured(target, rows[:1]) == 6
+    assert targets.measured(target, [{"case": "other", "providers": providers}]) is None
+    found = {value: targets.verdict(target, [value, 9.0]) for value in (2.0, 4.0, 6.0, None)}
+    assert found == {2.0: "no", 4.0: "yes", 6.0: "moonshot", None: "moonshot"}
+
+
+def test_less_saved_memory_is_better(load: Load) -> None:
+    targets = load("targets")
+    target = targets.Target(0, "", "*", "base", "ours", 0.5, 0.4, saved=True)
+    rows = [
+        {"case": "a", "providers": {"base": {"saved_mb": 10.0}, "ours": {"saved_mb": saved}}}
+        for saved in (3.0, 4.5)
+    ]
+    assert targets.measured(target, rows) == 0.45
+    assert [targets.verdict(target, [v]) for v in (0.3, 0.45, 0.6)] == ["moonshot", "yes", "no"]
+
+
+def test_a_repeated_row_replaces_the_older_one(load: Load, tmp_path: Path) -> None:
+    results, file = load("results"), tmp_path / "machine.json"
+    facts = {"commit": "c", "date": "2026-01-01"}
+    for case, threads, value in (("a", 1, 1), ("a", 2, 2), ("a", 1, 3)):
+        results.add(file, facts, {"case": case, "threads": threads, "value": value})
+    found = {(row["threads"], row["value"]) for row in results.read(file)["rows"]}
+    assert found == {(1, 3), (2, 2)}
+
+
+def test_a_report_stands_between_the_markers_and_nowhere_else(load: Load, tmp_path: Path) -> None:
+    report, page = load("report"), tmp_path / "README.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.update(page, "new")
+    assert page.read_text() == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="must hold"):
+        report.update(page, "new")
