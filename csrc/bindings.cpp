@@ -51,6 +51,16 @@ Norm norm(const std::tuple<int64_t, int64_t, int64_t>& sizes, bool interleaved, 
   return {samples, channels, positions, interleaved, relu, eps, pointer(weight), pointer(bias)};
 }
 
+// Dense maps (N, height, width): address, height, width of each.
+using Maps = std::vector<std::tuple<Address, int64_t, int64_t>>;
+
+std::vector<Scale> scales(const Maps& maps) {
+  std::vector<Scale> all;
+  for (const auto& [address, height, width] : maps)
+    all.push_back({pointer(address), height, width});
+  return all;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -105,14 +115,20 @@ PYBIND11_MODULE(_C, m) {
       nogil);
   m.def(
       "aggregate_cpu",
-      [](int dtype, int64_t samples, int64_t height, int64_t width, int64_t k,
-         const std::vector<std::tuple<Address, int64_t, int64_t>>& maps, Address score,
-         Address log_score, Address nll_score, Address anomaly_map, Address image_map) {
-        std::vector<Scale> scales;
-        for (const auto& [address, h, w] : maps) scales.push_back({pointer(address), h, w});
-        return aggregate_cpu(DType(dtype), samples, height, width, k, scales, pointer(score),
+      [](int dtype, int64_t samples, int64_t height, int64_t width, int64_t k, const Maps& maps,
+         Address score, Address log_score, Address nll_score, Address anomaly_map,
+         Address image_map) {
+        return aggregate_cpu(DType(dtype), samples, height, width, k, scales(maps), pointer(score),
                              pointer(log_score), pointer(nll_score), pointer(anomaly_map),
                              pointer(image_map));
+      },
+      nogil);
+  m.def(
+      "mean_aggregate_cpu",
+      [](int dtype, int64_t samples, int64_t height, int64_t width, const Maps& maps, Address score,
+         Address anomaly_map) {
+        return mean_aggregate_cpu(DType(dtype), samples, height, width, scales(maps),
+                                  pointer(score), pointer(anomaly_map));
       },
       nogil);
   m.def(

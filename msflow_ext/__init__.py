@@ -9,12 +9,16 @@ __version__ = "0.1.0.dev0"
 
 # Names are resolved on first use, so that `import msflow_ext` costs nothing beyond torch.
 _HOME = {
+    "FastFlow": "msflow_ext.models.fastflow",
+    "FastFlowHead": "msflow_ext.models.fastflow",
     "FlowOutput": "msflow_ext.flows",
     "MSFlow": "msflow_ext.models.msflow",
     "MSFlowHead": "msflow_ext.models.msflow",
-    "Prediction": "msflow_ext.models.msflow",
+    "Prediction": "msflow_ext.models.detector",
+    "accelerate": "msflow_ext.compat.accelerate",
     "info": "msflow_ext.testing",
     "load": "msflow_ext.inference",
+    "restore": "msflow_ext.compat.accelerate",
 }
 _MODULES = (
     "compat",
@@ -30,16 +34,22 @@ _MODULES = (
 
 if TYPE_CHECKING:
     from msflow_ext import compat, data, flows, inference, metrics, models, ops, testing, training
+    from msflow_ext.compat.accelerate import accelerate, restore
     from msflow_ext.flows import FlowOutput
     from msflow_ext.inference import load
-    from msflow_ext.models.msflow import MSFlow, MSFlowHead, Prediction
+    from msflow_ext.models.detector import Prediction
+    from msflow_ext.models.fastflow import FastFlow, FastFlowHead
+    from msflow_ext.models.msflow import MSFlow, MSFlowHead
     from msflow_ext.testing import info
 
 __all__ = [
+    "FastFlow",
+    "FastFlowHead",
     "FlowOutput",
     "MSFlow",
     "MSFlowHead",
     "Prediction",
+    "accelerate",
     "compat",
     "data",
     "flows",
@@ -49,6 +59,7 @@ __all__ = [
     "metrics",
     "models",
     "ops",
+    "restore",
     "testing",
     "training",
 ]

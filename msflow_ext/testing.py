@@ -130,6 +130,7 @@ def _cases() -> Iterator[tuple[str, Any, list[Tensor]]]:
         if dtype is not torch.bfloat16:
             maps = [-normal(2, s, s).square().to(dtype) for s in (8, 4, 3)]
             yield f"aggregate {dtype}", _aggregate, maps
+            yield f"mean aggregate {dtype}", _mean_aggregate, maps
 
 
 def _aggregate(*maps: Tensor) -> tuple[Tensor, ...]:
@@ -141,6 +142,11 @@ def _aggregate(*maps: Tensor) -> tuple[Tensor, ...]:
         result.anomaly_map,
         result.image_map,
     )
+
+
+def _mean_aggregate(*maps: Tensor) -> tuple[Tensor, ...]:
+    result = ops.mean_aggregate(maps, 33)
+    return result.score, result.anomaly_map
 
 
 def _gradients(function: Any) -> Any:

@@ -23,6 +23,11 @@ Operands = Sequence[Tensor | None]
 Golden = tuple[dict[str, Tensor], dict[str, Any]]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Where nothing is compiled the tests run on the reference, which says so once.
+    config.addinivalue_line("filterwarnings", "ignore:msflow_ext runs its slower reference")
+
+
 @pytest.fixture
 def normal() -> Normal:
     """``normal(*shape, dtype=float32)``: standard normal numbers, the same in every run."""

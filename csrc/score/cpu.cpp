@@ -5,8 +5,8 @@
 #include "common/elementary.h"
 #include "common/half.h"
 #include "common/parallel.h"
-#include "score/formula.h"
 #include "score/score.h"
+#include "score/upsample.h"
 
 namespace msflow {
 namespace {
@@ -70,10 +70,8 @@ constexpr int bins = 4096;
 template <class W>
 struct Level {
   const W* log_likelihood;           // (N, h, w)
-  std::unique_ptr<W[]> probability;  // exp(log_likelihood - its maximum per image)
-  int64_t height, width;
-  std::vector<int32_t> low, high;  // taps of each output column
-  std::vector<W> weight;
+  std::unique_ptr<W[]> probability;  // exp(log_likelihood), for a start relative to its maximum
+  Upsampling<W> up;
 };
 
 template <class W>
@@ -86,44 +84,27 @@ struct Maps {
   // probabilities.
   std::unique_ptr<W[]> row_low, row_high, row_probability;
   std::vector<W> high, probability;  // the maxima of each image
-};
 
-// to[x] (+)= upsampled row y of map, both coordinates interpolated.
-template <class W>
-HD void add_row(const W* map, const Level<W>& level, const Tap<W>& tap, W* row, W* to,
-                int64_t width, bool first) {
-  const W* upper = map + tap.low * level.width;
-  const W* lower = map + tap.high * level.width;
-  for (int64_t x = 0; x < level.width; ++x) row[x] = upper[x] + tap.weight * (lower[x] - upper[x]);
-  const int32_t* low = level.low.data();
-  const int32_t* high = level.high.data();
-  const W* weight = level.weight.data();
-  if (first) {
-    INDEPENDENT
-    for (int64_t x = 0; x < width; ++x)
-      to[x] = row[low[x]] + weight[x] * (row[high[x]] - row[low[x]]);
-  } else {
-    INDEPENDENT
-    for (int64_t x = 0; x < width; ++x)
-      to[x] += row[low[x]] + weight[x] * (row[high[x]] - row[low[x]]);
+  int64_t widest() const {
+    int64_t width = 1;
+    for (const auto& level : levels) width = std::max(width, level.up.width);
+    return width;
   }
-}
+};
 
 template <class W>
 HD void upsample_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
-  int64_t widest = 1;
-  for (const auto& level : maps.levels) widest = std::max(widest, level.width);
-  const auto row = scratch<W>(widest);
+  const auto row = scratch<W>(maps.widest());
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / maps.height, y = item % maps.height;
     W* log_sum = maps.image_map + item * maps.width;
     W* sum = maps.anomaly_map + item * maps.width;
     for (size_t i = 0; i < maps.levels.size(); ++i) {
       const auto& level = maps.levels[i];
-      const int64_t image = n * level.height * level.width;
-      const auto tap = aligned_tap<W>(y, maps.height, level.height);
-      add_row(level.log_likelihood + image, level, tap, row.get(), log_sum, maps.width, i == 0);
-      add_row(level.probability.get() + image, level, tap, row.get(), sum, maps.width, i == 0);
+      const int64_t image = n * level.up.size();
+      const W *log_map = level.log_likelihood + image, *map = level.probability.get() + image;
+      add_row(log_map, level.up, y, row.get(), log_sum, maps.width, i == 0);
+      add_row(map, level.up, y, row.get(), sum, maps.width, i == 0);
     }
     W low = log_sum[0], high = log_sum[0], probability = sum[0];
     INDEPENDENT
@@ -153,6 +134,29 @@ HD void finish_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
   }
 }
 
+// The map of FastFlow: minus the mean of the probabilities.
+template <class W>
+HD void mean_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
+  const auto row = scratch<W>(maps.widest());
+  const W share = W(-1) / W(maps.levels.size());
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / maps.height, y = item % maps.height;
+    W* to = maps.anomaly_map + item * maps.width;
+    for (size_t i = 0; i < maps.levels.size(); ++i) {
+      const auto& level = maps.levels[i];
+      const W* map = level.probability.get() + n * level.up.size();
+      add_row(map, level.up, y, row.get(), to, maps.width, i == 0);
+    }
+    W high = share * to[0];
+    INDEPENDENT
+    for (int64_t x = 0; x < maps.width; ++x) {
+      to[x] *= share;
+      high = to[x] > high ? to[x] : high;
+    }
+    maps.row_probability[item] = high;
+  }
+}
+
 // bin(x) grows with x, so the k smallest numbers lie in the first bins; only those are sorted out.
 template <class W>
 HD void bin_of(const W* x, int64_t size, W low, W rate, int32_t* bin) {
@@ -169,6 +173,9 @@ HD void bin_of(const W* x, int64_t size, W low, W rate, int32_t* bin) {
   }                                                                                    \
   MSFLOW_CLONES void finish_rows_##W(int64_t begin, int64_t end, void* context) {      \
     finish_rows(*static_cast<const Maps<W>*>(context), begin, end);                    \
+  }                                                                                    \
+  MSFLOW_CLONES void mean_rows_##W(int64_t begin, int64_t end, void* context) {        \
+    mean_rows(*static_cast<const Maps<W>*>(context), begin, end);                      \
   }                                                                                    \
   MSFLOW_CLONES void bins_##W(const W* x, int64_t size, W low, W rate, int32_t* bin) { \
     bin_of(x, size, low, rate, bin);                                                   \
@@ -243,21 +250,40 @@ void select(int64_t begin, int64_t end, void* context) {
 }
 
 template <class W>
-bool fill_probabilities(Level<W>& level, int64_t samples) {
-  const int64_t size = level.height * level.width;
-  level.probability = scratch<W>(samples * size);
-  for (int64_t n = 0; n < samples; ++n) {
-    const W* from = level.log_likelihood + n * size;
-    W* to = level.probability.get() + n * size;
-    const W high = *std::max_element(from, from + size);
-    bool finite = true;
-    for (int64_t i = 0; i < size; ++i) {
-      finite &= std::isfinite(from[i]);
-      to[i] = exp_(from[i] - high);
+bool all_finite(const W* x, int64_t size) {
+  return std::all_of(x, x + size, [](W value) { return std::isfinite(value); });
+}
+
+// False if a map or its probabilities are not finite.
+template <class W>
+bool add_levels(Maps<W>& maps, const std::vector<Scale>& scales, bool align_corners,
+                bool relative) {
+  for (const Scale& scale : scales) {
+    const auto* log_likelihood = static_cast<const W*>(scale.log_likelihood);
+    const Upsampling<W> up(scale.height, scale.width, maps.height, maps.width, align_corners);
+    auto probability = scratch<W>(maps.samples * up.size());
+    for (int64_t n = 0; n < maps.samples; ++n) {
+      const W* from = log_likelihood + n * up.size();
+      W* to = probability.get() + n * up.size();
+      if (!all_finite(from, up.size())) return false;
+      const W high = relative ? *std::max_element(from, from + up.size()) : W(0);
+      for (int64_t i = 0; i < up.size(); ++i) to[i] = exp_(from[i] - high);
+      if (!all_finite(to, up.size())) return false;
     }
-    if (!finite) return false;
+    maps.levels.push_back({log_likelihood, std::move(probability), up});
   }
   return true;
+}
+
+// The maximum of each image, of those of its rows.
+template <class W>
+std::vector<W> largest(const Maps<W>& maps, const std::unique_ptr<W[]>& rows) {
+  std::vector<W> found;
+  for (int64_t n = 0; n < maps.samples; ++n) {
+    const W* row = rows.get() + n * maps.height;
+    found.push_back(*std::max_element(row, row + maps.height));
+  }
+  return found;
 }
 
 template <class W>
@@ -268,35 +294,29 @@ bool aggregate(int64_t samples, int64_t height, int64_t width, int64_t k,
   Maps<W> maps{
       samples,          height,           width, {}, anomaly_map, image_map, scratch<W>(rows),
       scratch<W>(rows), scratch<W>(rows), {},    {}};
-  for (const Scale& scale : scales) {
-    Level<W> level{static_cast<const W*>(scale.log_likelihood),
-                   nullptr,
-                   scale.height,
-                   scale.width,
-                   {},
-                   {},
-                   {}};
-    if (!fill_probabilities(level, samples)) return false;
-    for (int64_t x = 0; x < width; ++x) {
-      const auto tap = aligned_tap<W>(x, width, scale.width);
-      level.low.push_back(int32_t(tap.low));
-      level.high.push_back(int32_t(tap.high));
-      level.weight.push_back(tap.weight);
-    }
-    maps.levels.push_back(std::move(level));
-  }
+  if (!add_levels(maps, scales, true, true)) return false;
   parallel_for(rows, width * int64_t(2 * scales.size()), upsample, maps);
-  for (int64_t n = 0; n < samples; ++n) {
-    const auto largest = [&](const std::unique_ptr<W[]>& row) {
-      return *std::max_element(row.get() + n * height, row.get() + (n + 1) * height);
-    };
-    maps.high.push_back(largest(maps.row_high));
-    maps.probability.push_back(largest(maps.row_probability));
-    if (!std::isfinite(maps.high.back())) return false;
-  }
+  maps.high = largest(maps, maps.row_high);
+  maps.probability = largest(maps, maps.row_probability);
+  for (int64_t row = 0; row < rows; ++row)  // sums and differences may overflow
+    if (!std::isfinite(maps.high[row / height] - maps.row_low[row])) return false;
   Selection<W> selection{&maps, k, score, log_score, nll_score};
   parallel_for(samples, height * width, select<W>, selection);
   parallel_for(rows, width, finish, maps);
+  return true;
+}
+
+template <class W>
+bool mean_aggregate(int64_t samples, int64_t height, int64_t width,
+                    const std::vector<Scale>& scales, Body body, W* score, W* anomaly_map) {
+  Maps<W> maps{samples, height,      width,
+               {},      anomaly_map, nullptr,
+               nullptr, nullptr,     scratch<W>(samples * height),
+               {},      {}};
+  if (!add_levels(maps, scales, false, false)) return false;
+  parallel_for(samples * height, width * int64_t(scales.size()), body, maps);
+  const auto scores = largest(maps, maps.row_probability);
+  std::copy(scores.begin(), scores.end(), score);
   return true;
 }
 
@@ -335,6 +355,18 @@ bool aggregate_cpu(DType dtype, int64_t samples, int64_t height, int64_t width, 
   };
   if (dtype == DType::float32) return run(float(), upsample_rows_float, finish_rows_float);
   if (dtype == DType::float64) return run(double(), upsample_rows_double, finish_rows_double);
+  throw std::invalid_argument("score: maps must be float32 or float64");
+}
+
+bool mean_aggregate_cpu(DType dtype, int64_t samples, int64_t height, int64_t width,
+                        const std::vector<Scale>& scales, void* score, void* anomaly_map) {
+  const auto run = [&](auto wide, Body body) {
+    using W = decltype(wide);
+    return mean_aggregate<W>(samples, height, width, scales, body, static_cast<W*>(score),
+                             static_cast<W*>(anomaly_map));
+  };
+  if (dtype == DType::float32) return run(float(), mean_rows_float);
+  if (dtype == DType::float64) return run(double(), mean_rows_double);
   throw std::invalid_argument("score: maps must be float32 or float64");
 }
 

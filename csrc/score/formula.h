@@ -1,4 +1,4 @@
-// Where bilinear upsampling (align_corners=True) reads for one output coordinate.
+// Where bilinear upsampling reads for one output coordinate.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,19 @@
 
 namespace msflow {
 
+// Output coordinate i reads the input at step * i + shift.
+struct Resampling {
+  double step, shift;
+};
+
+// Of torch's bilinear interpolation: the outermost pixels' centres stay in place (align_corners),
+// or their outer edges do.
+HD Resampling resampling(int64_t input_size, int64_t output_size, bool align_corners) {
+  const double step = double(input_size) / double(output_size);
+  if (!align_corners) return {step, (step - 1) / 2};
+  return {output_size > 1 ? double(input_size - 1) / double(output_size - 1) : 0., 0.};
+}
+
 template <class W>
 struct Tap {
   int64_t low, high;  // input coordinates
@@ -14,12 +27,12 @@ struct Tap {
 };
 
 template <class W>
-HD Tap<W> aligned_tap(int64_t output, int64_t output_size, int64_t input_size) {
-  const W step = output_size > 1 ? W(input_size - 1) / W(output_size - 1) : W(0);
-  const W where = step * W(output);
+HD Tap<W> tap(const Resampling& resampling, int64_t output, int64_t input_size) {
+  double where = resampling.step * double(output) + resampling.shift;
+  where = where > 0 ? where : 0;
   int64_t low = int64_t(where);
   if (low > input_size - 1) low = input_size - 1;
-  return {low, low + 1 < input_size ? low + 1 : low, where - W(low)};
+  return {low, low + 1 < input_size ? low + 1 : low, W(where - double(low))};
 }
 
 }  // namespace msflow

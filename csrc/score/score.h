@@ -17,10 +17,13 @@ struct Scale {
   int64_t height, width;
 };
 
-// Results are dense and of the maps' type. False if a map holds a value that is not finite: results
-// are then void.
+// Both aggregations: results are dense and of the maps' type. False if a map holds a value that is
+// not finite: results are then void.
 bool aggregate_cpu(DType dtype, int64_t samples, int64_t height, int64_t width, int64_t k,
                    const std::vector<Scale>& scales, void* score, void* log_score, void* nll_score,
                    void* anomaly_map, void* image_map);
+
+bool mean_aggregate_cpu(DType dtype, int64_t samples, int64_t height, int64_t width,
+                        const std::vector<Scale>& scales, void* score, void* anomaly_map);
 
 }  // namespace msflow

@@ -5,9 +5,7 @@ Source: Zhou et al., "MSFlow: Multi-Scale Flow-based Framework for Unsupervised 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,36 +14,24 @@ from torch import Tensor, nn
 
 from msflow_ext import ops
 from msflow_ext.flows import FlowOutput
+from msflow_ext.models.backbone import Backbone
+from msflow_ext.models.detector import Detector, FlowHead, Prediction, refuse_non_finite, seeded
 from msflow_ext.models.msflow_flows import ConditionalFlow, FusionFlow
 
 if TYPE_CHECKING:
     from msflow_ext.models.msflow_inference import OptimizedHead
 
+__all__ = ["MSFlow", "MSFlowHead", "Prediction"]
+
 #: What the paper fixes for its backbone; every other backbone keeps its own padding and has its features standardised.
 PRESETS: dict[str, dict[str, Any]] = {
-    "wide_resnet50_2": {"image_size": 512, "padding_mode": "reflect", "standardize": False}
+    "wide_resnet50_2": {"image_size": 512, "padding_mode": "reflect", "standardize": False},
+    "efficientnet_lite0": {"image_size": 192, "padding_mode": "zeros", "standardize": True},
 }
-OTHER: dict[str, Any] = {"image_size": 256, "padding_mode": "zeros", "standardize": True}
+OTHER: dict[str, Any] = {"image_size": None, "padding_mode": "zeros", "standardize": True}
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What a detector says of a batch of images.
-
-    Attributes:
-        score: ``(N,)``, the larger the more anomalous; which score, the model's ``score`` option says.
-        anomaly_map: ``(N, S, S)`` for localization.
-        image_map: ``(N, S, S)``, the map behind the paper's image score.
-        log_likelihood: one ``(N, H_i, W_i)`` per scale.
-    """
-
-    score: Tensor
-    anomaly_map: Tensor
-    image_map: Tensor
-    log_likelihood: list[Tensor]
-
-
-class MSFlowHead(nn.Module):
+class MSFlowHead(FlowHead):
     """The trainable part of MSFlow: parallel flows and fusion flow over pooled feature maps.
 
     Args:
@@ -70,17 +56,12 @@ class MSFlowHead(nn.Module):
         clamp_form: str = "0.2",
         seed: int | None = None,
     ) -> None:
-        super().__init__()
-        self.channels = tuple(int(c) for c in channels)
+        super().__init__(channels, clamp=clamp, clamp_form=clamp_form)
         self.blocks = tuple(int(b) for b in blocks)
         conds = [cond_channels] * len(channels) if isinstance(cond_channels, int) else cond_channels
         self.cond_channels = tuple(int(c) for c in conds)
-        self.clamp = float(clamp)
-        self.clamp_form = clamp_form
         self._check_arguments()
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with seeded(seed):
             self.flows = nn.ModuleList(
                 ConditionalFlow(c, n, d, clamp=self.clamp, clamp_form=clamp_form)
                 for c, n, d in zip(self.channels, self.blocks, self.cond_channels, strict=True)
@@ -97,7 +78,7 @@ class MSFlowHead(nn.Module):
             total.append(log_det)
         z, log_det = self.fusion.couple(halves)
         total = sum(total, log_det)
-        _refuse_non_finite(total, features)
+        refuse_non_finite(total, features)
         return FlowOutput(z, total)
 
     def inverse(self, z: Sequence[Tensor]) -> FlowOutput:
@@ -110,15 +91,6 @@ class MSFlowHead(nn.Module):
             features.append(y)
             total = total + log_det
         return FlowOutput(features, total)
-
-    def log_likelihood(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Log-likelihood maps ``[(N, H_i, W_i)]``: see :func:`msflow_ext.ops.log_likelihood_map`."""
-        return [ops.log_likelihood_map(z) for z in self(features).z]
-
-    def loss(self, features: Sequence[Tensor]) -> Tensor:
-        """Mean over the batch of the negative log-likelihood in nats, without its constant."""
-        out = self(features)
-        return (sum(ops.half_square_norm(z) for z in out.z) - out.log_det).mean()
 
     def optimize(self, dtype: torch.dtype | None = None) -> OptimizedHead:
         """The inference form: a snapshot, channels_last, with prepacked weights in ``dtype`` (None: as they are)."""
@@ -144,33 +116,22 @@ class MSFlowHead(nn.Module):
             raise ValueError(f"blocks must be at least 1 on every scale, got {self.blocks}")
         if any(c < 4 or c % 4 for c in self.cond_channels):
             raise ValueError(f"cond_channels must be multiples of 4, got {self.cond_channels}")
-        if not self.clamp > 0:
-            raise ValueError(f"clamp must be positive, got {self.clamp}")
-        if self.clamp_form not in ("0.2", "head"):
-            raise ValueError(f"clamp_form must be '0.2' or 'head', got {self.clamp_form!r}")
-
-    def _check_features(self, features: Sequence[Tensor], name: str = "features") -> None:
-        got = [tuple(f.shape) for f in features]
-        if len(got) != len(self.channels) or any(len(s) != 4 for s in got):
-            raise ValueError(
-                f"{name} must be {len(self.channels)} tensors (N, C, H, W), got shapes {got}"
-            )
-        if tuple(s[1] for s in got) != self.channels or len({s[0] for s in got}) != 1:
-            raise ValueError(
-                f"{name} must have one N and channels {self.channels}, got shapes {got}"
-            )
-        if any(0 in s[1:] for s in got):
-            raise ValueError(f"{name} must have at least one position per scale, got shapes {got}")
 
 
-class MSFlow(nn.Module):
+class MSFlow(Detector):
     """MSFlow whole: frozen backbone, pooling, flows, scores.
 
+    The maps of a pyramid are pooled (3x3, stride 2), as in the paper. Where all maps of a transformer have one grid,
+    they are not: its patches are as coarse as the paper's coarsest pooled map, and attention has mixed neighbours.
+
     Args:
-        backbone: name of a timm CNN, or ``efficientnet_lite0``, whose weights a pip package ships.
-        image_size: side ``S`` of the square input and of the maps, in pixels; the preset's by default.
+        backbone: name of a timm network, or ``efficientnet_lite0``, whose weights a pip package ships.
+        image_size: side ``S`` of the square input and of the maps, in pixels; by default the preset's, else the one
+            that a transformer was trained with, else 256.
         pretrained: True, a path of local weights, or False for random weights (loading a checkpoint, tests).
         blocks, cond_channels, clamp, clamp_form, seed: see :class:`MSFlowHead`.
+        out_indices: which maps, one per entry of ``blocks``; by default the backbone chooses: see
+            :class:`~msflow_ext.models.backbone.Backbone`.
         padding_mode: ``"reflect"`` or ``"zeros"`` in the backbone; the preset's by default.
         standardize: whether features are standardised per channel by statistics of the training set
             (:meth:`set_statistics`); off in the paper's presets, on otherwise.
@@ -192,96 +153,50 @@ class MSFlow(nn.Module):
         cond_channels: int | Sequence[int] = 64,
         clamp: float = 1.9,
         clamp_form: str = "0.2",
+        out_indices: Sequence[int] | None = None,
         padding_mode: str | None = None,
         standardize: bool | None = None,
         score: str = "log",
         top_k: float = 0.03,
         seed: int | None = None,
     ) -> None:
-        from msflow_ext.models.backbone import Backbone
-
-        super().__init__()
-        preset = PRESETS.get(backbone, OTHER)
-        self.image_size = preset["image_size"] if image_size is None else int(image_size)
-        self.standardize = preset["standardize"] if standardize is None else bool(standardize)
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
         if score not in ("log", "paper", "nll"):
             raise ValueError(f"score must be 'log', 'paper' or 'nll', got {score!r}")
         if not 0 < top_k <= 1:
             raise ValueError(f"top_k must be in (0, 1], got {top_k}")
-        self.score = score
-        self.top_k = float(top_k)
-        padding: str = preset["padding_mode"] if padding_mode is None else padding_mode
-        self.backbone = Backbone(
+        preset = PRESETS.get(backbone, OTHER)
+        size = preset["image_size"] if image_size is None else int(image_size)
+        network = Backbone(
             backbone,
-            out_indices=tuple(range(1, 1 + len(blocks))),
+            out_indices=len(blocks) if out_indices is None else out_indices,
+            image_size=size,
             pretrained=pretrained,
-            padding_mode=padding,
+            padding_mode=preset["padding_mode"] if padding_mode is None else padding_mode,
         )
-        self.head = MSFlowHead(
-            self.backbone.channels,
+        head = MSFlowHead(
+            network.channels,
             blocks=blocks,
             cond_channels=cond_channels,
             clamp=clamp,
             clamp_form=clamp_form,
             seed=seed,
         )
-        for i, c in enumerate(self.backbone.channels):
-            self.register_buffer(f"feature_mean{i}", torch.zeros(c))
-            self.register_buffer(f"feature_std{i}", torch.ones(c))
-        self.config: dict[str, Any] = {
-            "backbone": backbone,
-            "image_size": self.image_size,
-            "blocks": list(self.head.blocks),
-            "cond_channels": list(self.head.cond_channels),
-            "clamp": self.head.clamp,
-            "clamp_form": clamp_form,
-            "padding_mode": padding,
-            "standardize": self.standardize,
-            "score": score,
-            "top_k": self.top_k,
-        }
+        super().__init__(
+            network,
+            head,
+            image_size=size,
+            standardize=preset["standardize"] if standardize is None else bool(standardize),
+            blocks=list(head.blocks),
+            cond_channels=list(head.cond_channels),
+            score=score,
+            top_k=float(top_k),
+        )
+        self.pooled = not network.is_flat
+        self.score = score
+        self.top_k = float(top_k)
 
-    def forward(self, images: Tensor) -> Prediction:
-        """Score RGB ``images (N, 3, S, S)`` in 0..1; normalisation happens inside."""
-        return self.predict_features(self.features(images))
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Pooled feature maps ``[(N, C_i, H_i, W_i)]``, standardised once :meth:`set_statistics` was called."""
-        pooled = [F.avg_pool2d(f, 3, stride=2, padding=1) for f in self.backbone(images)]
-        if not self.standardize:
-            return pooled
-        return [
-            (f - _column(getattr(self, f"feature_mean{i}")))
-            / _column(getattr(self, f"feature_std{i}"))
-            for i, f in enumerate(pooled)
-        ]
-
-    def set_statistics(self, means: Sequence[Tensor], stds: Sequence[Tensor]) -> None:
-        """Store per-channel mean and standard deviation ``(C_i,)`` of the training set's pooled features."""
-        for i, (mean, std) in enumerate(zip(means, stds, strict=True)):
-            if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
-                raise ValueError(f"set_statistics: scale {i} holds non-finite values")
-            getattr(self, f"feature_mean{i}").copy_(mean)
-            getattr(self, f"feature_std{i}").copy_(std.clamp_min(1e-6))
-
-    def loss(self, images: Tensor) -> Tensor:
-        """Training loss of a batch of images: see :meth:`MSFlowHead.loss`."""
-        return self.head.loss(self.features(images))
-
-    def optimize(self, dtype: torch.dtype | None = None) -> MSFlow:
-        """The inference form of the whole pipeline; this model stays as it is.
-
-        Batch norms of the backbone are folded, all convolutions prepacked, everything runs channels_last in ``dtype``:
-        float32 (None) or bfloat16. Statistics and weights are those of this moment.
-        """
-        form = copy.copy(self)
-        form._modules = dict(self._modules)
-        form.backbone = self.backbone.optimize(self.image_size, dtype)
-        form.head = self.head.optimize(dtype)  # type: ignore[assignment]
-        return form.eval()
+    def pool(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 3, stride=2, padding=1) if self.pooled else x
 
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
         """Score pooled features as :meth:`features` gives them."""
@@ -289,22 +204,3 @@ class MSFlow(nn.Module):
         maps = ops.aggregate(log_likelihood, self.image_size, top_k=self.top_k)
         score = {"log": maps.log_score, "paper": maps.score, "nll": maps.nll_score}[self.score]
         return Prediction(score, maps.anomaly_map, maps.image_map, log_likelihood)
-
-
-def _column(vector: Tensor) -> Tensor:
-    return vector.view(-1, 1, 1)
-
-
-def _refuse_non_finite(log_det: Tensor, features: Sequence[Tensor]) -> None:
-    """Non-finite features show in ``log_det``, where looking costs nothing; other causes are the caller's."""
-    if (
-        log_det.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
-    ):
-        return
-    if bool(torch.isfinite(log_det).all()):
-        return
-    for i, f in enumerate(features):
-        if not bool(torch.isfinite(f).all()):
-            raise ValueError(f"features: scale {i} holds NaN or infinite values")

@@ -1,20 +1,22 @@
-"""The inference form of MSFlow's head: channels_last, prepacked convolutions, constants folded, optionally bfloat16."""
+"""The inference form of MSFlow's head: see :mod:`msflow_ext.models.frozen`."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from msflow_ext import ops
-from msflow_ext.flows import AffineCoupling, FlowOutput
+from msflow_ext.models.frozen import FrozenFlow, FrozenHead
 from msflow_ext.models.msflow_flows import (
     LIMIT,
     ConditionalFlow,
+    ConditionedSubnet,
     CrossScaleSubnet,
     positional_encoding,
 )
@@ -22,7 +24,7 @@ from msflow_ext.models.packed import PackedConv2d
 from msflow_ext.ops import accumulation_dtype
 
 
-class OptimizedHead(nn.Module):
+class OptimizedHead(FrozenHead):
     """A snapshot of an :class:`~msflow_ext.MSFlowHead` for inference: it takes and returns what the original does.
 
     Everything that does not depend on the image is computed once: the condition's share of each first convolution, the
@@ -34,41 +36,18 @@ class OptimizedHead(nn.Module):
         dtype: of the arithmetic in convolutions and of the state between them; the original's by default.
     """
 
+    @torch.no_grad()
     def __init__(self, head: Any, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.dtype = next(head.parameters()).dtype if dtype is None else dtype
-        if self.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            raise TypeError(f"optimize: dtype must be a floating dtype, got {dtype}")
-        self._check = head._check_features
-        with torch.no_grad():
-            perms = head.fusion.perms()
-            self._flows = [
-                _FrozenFlow(flow, perm, self.dtype)
-                for flow, perm in zip(head.flows, perms, strict=True)
-            ]
-            self._subnet_1 = _FrozenCrossScale(head.fusion.subnet_1, self.dtype)
-            self._subnet_2 = _FrozenCrossScale(head.fusion.subnet_2, self.dtype)
+        super().__init__(head, dtype)
+        perms = head.fusion.perms()
+        self._flows = [
+            _freeze(flow, perm, self.dtype) for flow, perm in zip(head.flows, perms, strict=True)
+        ]
+        self._subnet_1 = _FrozenCrossScale(head.fusion.subnet_1, self.dtype)
+        self._subnet_2 = _FrozenCrossScale(head.fusion.subnet_2, self.dtype)
         self._clamp = head.clamp
 
-    @torch.no_grad()
-    def forward(self, features: Sequence[Tensor]) -> FlowOutput:
-        """Latent tensors, in the dtype and memory format of the features, and ``log_det``."""
-        z, log_det = self._latent(features)
-        z = [
-            t.to(
-                f.dtype,
-                memory_format=torch.channels_last if _is_last(f) else torch.contiguous_format,
-            )
-            for t, f in zip(z, features, strict=True)
-        ]
-        return FlowOutput(z, log_det)
-
-    @torch.no_grad()
-    def log_likelihood(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Log-likelihood maps ``[(N, H_i, W_i)]``, float32 or wider."""
-        return [ops.log_likelihood_map(z) for z in self._latent(features)[0]]
-
-    def _latent(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def latent(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         self._check(features)
         halves, log_dets = [], []
         for x, flow in zip(features, self._flows, strict=True):
@@ -90,51 +69,31 @@ class OptimizedHead(nn.Module):
         return ops.affine_coupling(x1, x2, a, clamp=self._clamp, clamp_form="atan", **options)
 
 
-class _FrozenFlow:
-    """The steps of one scale with all that an image does not change."""
-
-    def __init__(self, flow: ConditionalFlow, perm: Tensor, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.steps = [_FrozenStep(step, dtype) for step in flow.steps]  # type: ignore[arg-type]
-        self.steps[-1].perm = self.steps[-1].perm[perm]
-        self.passive = flow.channels - flow.channels // 2
-        self.split = flow.channels // 2
-        self.cond_channels = flow.cond_channels
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x1 = x[:, : self.passive].to(self.dtype).contiguous(memory_format=torch.channels_last)
-        x2 = x[:, self.passive :].to(self.dtype).contiguous(memory_format=torch.channels_last)
-        log_dets = []
-        for step in self.steps:
-            split = self.split if step is self.steps[-1] else self.passive
-            x1, x2, log_det = step(x1, x2, split, self.cond_channels)
-            log_dets.append(log_det)
-        return x1, x2, sum(log_dets[1:], log_dets[0])
+def _freeze(flow: ConditionalFlow, perm: Tensor, dtype: torch.dtype) -> FrozenFlow:
+    steps: Any = flow.steps
+    subnets = [_FrozenSubnet(step.subnet, flow.cond_channels, dtype) for step in steps]
+    return FrozenFlow(flow, subnets, dtype, then=perm, split=flow.channels // 2)
 
 
-class _FrozenStep:
-    def __init__(self, step: AffineCoupling, dtype: torch.dtype) -> None:
-        subnet: Any = step.subnet
-        self.conv_cond = subnet.conv_cond
+class _FrozenSubnet:
+    def __init__(self, subnet: ConditionedSubnet, cond_channels: int, dtype: torch.dtype) -> None:
+        self.cond_channels = cond_channels
+        self.conv_cond = copy.deepcopy(subnet.conv_cond)
         self.maps: dict[tuple[int, int], Tensor] = {}
         self.conv_x = PackedConv2d(subnet.conv_x, dtype)
         self.norm = _vectors(subnet.norm, dtype)
         self.conv_out = PackedConv2d(subnet.conv_out, dtype)
-        scale, offset, self.perm = step.affine(dtype)
-        self.affine = (scale.clone(), offset.clone())
-        self.options = {"clamp": step.clamp, "clamp_form": step.clamp_form}
         self.wide = accumulation_dtype(dtype)
 
-    def __call__(self, x1: Tensor, x2: Tensor, split: int, cond_channels: int):
-        bias_map = self._map(x1.size(2), x1.size(3), cond_channels)
-        a = self.conv_out(ops.channel_norm(self.conv_x(x1), *self.norm, bias_map))
-        return ops.affine_coupling(x1, x2, a, *self.affine, self.perm, split=split, **self.options)
+    def __call__(self, x1: Tensor) -> Tensor:
+        bias_map = self._map(x1.size(2), x1.size(3))
+        return self.conv_out(ops.channel_norm(self.conv_x(x1), *self.norm, bias_map))
 
-    def _map(self, height: int, width: int, cond_channels: int) -> Tensor:
+    def _map(self, height: int, width: int) -> Tensor:
         """The condition's share of the first convolution, once per size."""
         if (height, width) not in self.maps:
             weight = self.conv_cond.weight
-            encoding = positional_encoding(cond_channels, height, width).to(weight)
+            encoding = positional_encoding(self.cond_channels, height, width).to(weight)
             bias_map = self.conv_cond(encoding).to(self.wide)
             self.maps[height, width] = bias_map.contiguous(memory_format=torch.channels_last)
         return self.maps[height, width]
@@ -148,7 +107,8 @@ class _FrozenCrossScale:
             PackedConv2d(subnet.conv2, dtype, relu=True),
         )
         self.norm = _vectors(subnet.norm, dtype)
-        self.conv_out = [PackedConv2d(conv, dtype) for conv in subnet.conv_out]
+        convs: Any = subnet.conv_out
+        self.conv_out = [PackedConv2d(conv, dtype) for conv in convs]
 
     def __call__(self, x: Sequence[Tensor]) -> list[Tensor]:
         size = min(((t.size(2), t.size(3)) for t in x), key=math.prod)
@@ -163,7 +123,3 @@ class _FrozenCrossScale:
 def _vectors(norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     wide = accumulation_dtype(dtype)
     return norm.weight.detach().to(wide).clone(), norm.bias.detach().to(wide).clone()
-
-
-def _is_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

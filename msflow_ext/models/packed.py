@@ -27,10 +27,10 @@ class PackedConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, relu: bool = False) -> None:
         super().__init__()
         weight = conv.weight.detach().to(dtype)
-        self.weight: Tensor | None = weight.contiguous(memory_format=torch.channels_last)
+        self.weight: Tensor | None = weight.clone(memory_format=torch.channels_last)
         self.bias = None if conv.bias is None else conv.bias.detach().to(dtype).clone()
         self.border: list[int] = []
-        self.padding = conv.padding
+        self.padding: Any = conv.padding
         if conv.padding_mode != "zeros":  # as Conv2d does: pad first, then convolve without padding
             self.border, self.padding = list(conv._reversed_padding_repeated_twice), (0, 0)
         self.mode = conv.padding_mode

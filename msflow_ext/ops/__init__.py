@@ -8,10 +8,18 @@ from msflow_ext.ops.coupling import (
     passive_half,
 )
 from msflow_ext.ops.norm import channel_norm
-from msflow_ext.ops.score import Aggregate, aggregate, half_square_norm, log_likelihood_map
+from msflow_ext.ops.score import (
+    Aggregate,
+    MeanAggregate,
+    aggregate,
+    half_square_norm,
+    log_likelihood_map,
+    mean_aggregate,
+)
 
 __all__ = [
     "Aggregate",
+    "MeanAggregate",
     "accumulation_dtype",
     "affine_coupling",
     "affine_coupling_inverse",
@@ -20,5 +28,6 @@ __all__ = [
     "channel_norm",
     "half_square_norm",
     "log_likelihood_map",
+    "mean_aggregate",
     "passive_half",
 ]

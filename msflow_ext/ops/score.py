@@ -34,6 +34,19 @@ class Aggregate:
     image_map: Tensor
 
 
+@dataclass(frozen=True)
+class MeanAggregate:
+    """Map and scores of a batch: see :func:`mean_aggregate`.
+
+    Attributes:
+        score: ``(N,)`` in [-1, 0], the maximum of the map.
+        anomaly_map: ``(N, H, W)`` in [-1, 0].
+    """
+
+    score: Tensor
+    anomaly_map: Tensor
+
+
 def log_likelihood_map(z: Tensor) -> Tensor:
     r"""Log-likelihood of a standard normal at each position, per channel and without its constant.
 
@@ -90,16 +103,35 @@ def aggregate(
 
     Source: MSFlow, section III-D.
     """
-    size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    _check_aggregate(log_likelihood, size, top_k)
+    size = _sides(size)
+    _check_maps("aggregate", log_likelihood, size)
+    if not 0 < top_k <= 1:
+        raise ValueError(f"aggregate: top_k must be in (0, 1], got {top_k}")
     k = max(1, int(top_k * (size[0] * size[1])))
-    differentiable = torch.is_grad_enabled() and any(m.requires_grad for m in log_likelihood)
-    compiling = torch.compiler.is_compiling()
-    if not differentiable and not compiling and _backend.is_native(*log_likelihood):
-        native = _aggregate(log_likelihood, size, k)
-        if native is not None:
-            return native
-    return aggregate_reference(log_likelihood, size, k)
+    native = _aggregate(log_likelihood, size, k) if _is_native(log_likelihood) else None
+    return aggregate_reference(log_likelihood, size, k) if native is None else native
+
+
+def mean_aggregate(log_likelihood: Sequence[Tensor], size: int | tuple[int, int]) -> MeanAggregate:
+    r"""Anomaly map and image score from the log-likelihood maps of one or more scales, by their mean likelihood.
+
+    .. math:: \text{anomaly\_map} = -\tfrac{1}{K} \textstyle\sum_i U(e^{\log p_i})
+
+    over the K scales, where U upsamples to ``size`` (bilinear, ``align_corners=False``); the score is its maximum.
+
+    Args:
+        log_likelihood: maps ``(N, H_i, W_i)``, float32 or float64, from :func:`log_likelihood_map`.
+        size: ``S`` or ``(H, W)`` of the result, in pixels.
+
+    Raises:
+        ValueError: no map, shapes do not fit, a size below 1. TypeError: dtypes.
+
+    Source: FastFlow, as ``gathierry/FastFlow`` and anomalib compute it.
+    """
+    size = _sides(size)
+    _check_maps("mean_aggregate", log_likelihood, size)
+    native = _mean_aggregate(log_likelihood, size) if _is_native(log_likelihood) else None
+    return mean_aggregate_reference(log_likelihood, size) if native is None else native
 
 
 def log_likelihood_map_reference(z: Tensor) -> Tensor:
@@ -132,25 +164,41 @@ def aggregate_reference(
     )
 
 
-def _upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(x[:, None], size, mode="bilinear", align_corners=True)[:, 0]
+def mean_aggregate_reference(
+    log_likelihood: Sequence[Tensor], size: tuple[int, int]
+) -> MeanAggregate:
+    """:func:`mean_aggregate` in plain PyTorch."""
+    maps = [_upsample(torch.exp(m), size, align_corners=False) for m in log_likelihood]
+    anomaly_map = -torch.stack(maps).mean(0)
+    return MeanAggregate(anomaly_map.amax((1, 2)), anomaly_map)
 
 
-def _check_aggregate(maps: Sequence[Tensor], size: tuple[int, int], top_k: float) -> None:
+def _upsample(x: Tensor, size: tuple[int, int], *, align_corners: bool = True) -> Tensor:
+    return F.interpolate(x[:, None], size, mode="bilinear", align_corners=align_corners)[:, 0]
+
+
+def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _is_native(maps: Sequence[Tensor]) -> bool:
+    differentiable = torch.is_grad_enabled() and any(m.requires_grad for m in maps)
+    return not differentiable and not torch.compiler.is_compiling() and _backend.is_native(*maps)
+
+
+def _check_maps(name: str, maps: Sequence[Tensor], size: tuple[int, int]) -> None:
     if len(maps) == 0:
-        raise ValueError("aggregate: log_likelihood holds no map")
+        raise ValueError(f"{name}: log_likelihood holds no map")
     if min(size) < 1:
-        raise ValueError(f"aggregate: size must be at least 1 pixel, got {size}")
-    if not 0 < top_k <= 1:
-        raise ValueError(f"aggregate: top_k must be in (0, 1], got {top_k}")
+        raise ValueError(f"{name}: size must be at least 1 pixel, got {size}")
     for m in maps:
         if m.dtype not in (torch.float32, torch.float64) or m.dtype is not maps[0].dtype:
             raise TypeError(
-                f"aggregate: log_likelihood must be all float32 or all float64, got {[m.dtype for m in maps]}"
+                f"{name}: log_likelihood must be all float32 or all float64, got {[m.dtype for m in maps]}"
             )
         if m.dim() != 3 or m.size(0) != maps[0].size(0) or 0 in m.shape[1:]:
             raise ValueError(
-                "aggregate: log_likelihood must be maps (N, H, W) of one N and at least one position, got "
+                f"{name}: log_likelihood must be maps (N, H, W) of one N and at least one position, got "
                 f"{[tuple(m.shape) for m in maps]}"
             )
 
@@ -177,6 +225,22 @@ def _aggregate(maps: Sequence[Tensor], size: tuple[int, int], k: int) -> Aggrega
         *(t.data_ptr() for t in (score, log_score, nll_score, anomaly_map, image_map)),
     )
     return Aggregate(score, log_score, nll_score, anomaly_map, image_map) if finite else None
+
+
+def _mean_aggregate(maps: Sequence[Tensor], size: tuple[int, int]) -> MeanAggregate | None:
+    """As :func:`_aggregate`."""
+    maps = [m.contiguous() for m in maps]
+    n, like = maps[0].size(0), maps[0]
+    score, anomaly_map = like.new_empty(n), like.new_empty((n, *size))
+    finite = _backend.C.mean_aggregate_cpu(
+        _backend.DTYPES[like.dtype],
+        n,
+        *size,
+        [(m.data_ptr(), m.size(1), m.size(2)) for m in maps],
+        score.data_ptr(),
+        anomaly_map.data_ptr(),
+    )
+    return MeanAggregate(score, anomaly_map) if finite else None
 
 
 def _square_sums_reference(z):

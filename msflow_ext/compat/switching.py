@@ -1,0 +1,80 @@
+"""Gives a module another forward and its own one back, by changing the class of the same object."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+
+class Accelerated(nn.Module):
+    """Stands before a module's own class while it is accelerated; the module stays the same object."""
+
+    _accelerated: Any
+    _form: type[Accelerated]
+    _original: type[nn.Module]
+
+    if TYPE_CHECKING:  # what the module's own class has
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time: a copy makes it again instead of importing it by name.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_revived, (self._form, self._original), *state)
+
+
+@cache
+def accelerated_class(form: type[Accelerated], original: type[nn.Module]) -> type[Any]:
+    """``original`` with the forward of ``form``."""
+    members = {"_form": form, "_original": original, "__module__": original.__module__}
+    return type(f"Accelerated{original.__name__}", (form, original), members)
+
+
+def switch(module: nn.Module, form: type[Accelerated], facts: Any = None) -> None:
+    """Give ``module`` the forward of ``form``, which may look up ``facts`` about it."""
+    module._accelerated = facts
+    module.__class__ = accelerated_class(form, type(module))
+
+
+def switch_back(module: Any) -> None:
+    """Undo :func:`switch`."""
+    module.__class__ = type(module)._original
+    del module._accelerated
+
+
+def _revived(form: type[Accelerated], original: type[nn.Module]) -> Any:
+    made = accelerated_class(form, original)
+    return object.__new__(made)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether to call the module is to call its class's forward, and no hook sees it."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+        or torch_module._has_any_global_hook()
+    )
+
+
+def leaves_pytorch(x: Any) -> bool:
+    """True where the result becomes a graph for others (export, ONNX, tracing), who know the original's operators."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return (
+        not isinstance(x, Tensor)
+        or torch._C._get_tracing_state() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
+
+
+def is_transformed() -> bool:
+    """True where no value of a tensor can be looked at: ``torch.compile`` and ``torch.func``."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -1,0 +1,239 @@
+"""FastFlow: an unconditional flow on each scale of a frozen backbone, convolutional or transformer.
+
+Source: Yu et al., "FastFlow: Unsupervised Anomaly Detection and Localization via 2D Normalizing Flows", 2021; where it
+is silent, the behaviour of ``gathierry/FastFlow`` and of anomalib.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from msflow_ext import ops
+from msflow_ext.flows import AffineCoupling, Flow, FlowOutput
+from msflow_ext.models.backbone import Backbone
+from msflow_ext.models.detector import (
+    Detector,
+    FlowHead,
+    Prediction,
+    refuse_non_finite,
+    seeded,
+    side,
+)
+
+if TYPE_CHECKING:
+    from msflow_ext.models.fastflow_inference import OptimizedFastFlowHead
+
+#: What the paper fixes for its backbones. Others have what the paper's backbones of their kind share.
+PRESETS: dict[str, dict[str, Any]] = {
+    "resnet18": {"image_size": 256, "conv3x3_only": True},
+    "wide_resnet50_2": {"image_size": 256},
+    "deit_base_distilled_patch16_384": {"image_size": 384, "out_indices": (7,)},
+    "cait_m48_448": {"image_size": 448, "out_indices": (40,)},
+}
+PYRAMID: dict[str, Any] = {"steps": 8, "hidden_ratio": 1.0, "conv3x3_only": False}
+TRANSFORMER: dict[str, Any] = {"steps": 20, "hidden_ratio": 0.16, "conv3x3_only": False}
+
+
+class FastFlowHead(FlowHead):
+    """The trainable part of FastFlow: a LayerNorm where there is one, and a flow, on every scale.
+
+    The subnet of a step is Conv - ReLU - Conv of the passive half.
+
+    Args:
+        channels: channels of each scale, 2 or more.
+        steps: flow steps of every scale.
+        hidden_ratio: hidden channels of a subnet, as a share of its input channels (rounded down).
+        conv3x3_only: convolve 3x3 in every step, instead of 3x3 and 1x1 in turn.
+        clamp, clamp_form: see :func:`msflow_ext.ops.affine_coupling`.
+        input_sizes: ``(height, width)`` of each scale, for LayerNorms over channels and positions before the flows,
+            with a weight and a bias for each channel at each position; None for no norms, then any size will do.
+        seed: of permutations and initial weights; None draws from torch's global generator.
+
+    Raises:
+        ValueError: an argument does not fit; it is named.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        *,
+        steps: int = 8,
+        hidden_ratio: float = 1.0,
+        conv3x3_only: bool = False,
+        clamp: float = 2.0,
+        clamp_form: str = "0.2",
+        input_sizes: Sequence[tuple[int, int]] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(channels, clamp=clamp, clamp_form=clamp_form)
+        self.steps = int(steps)
+        self.hidden_ratio = float(hidden_ratio)
+        self.conv3x3_only = bool(conv3x3_only)
+        self.input_sizes = (
+            None if input_sizes is None else [(int(h), int(w)) for h, w in input_sizes]
+        )
+        self._check_arguments()
+        with seeded(seed):
+            self.flows = nn.ModuleList(self._flow(c) for c in self.channels)
+        sizes = self.input_sizes or ()
+        self.norms = nn.ModuleList(
+            nn.LayerNorm([c, *size]) for c, size in zip(self.channels, sizes, strict=False)
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> FlowOutput:
+        """Map features ``[(N, C_i, H_i, W_i)]`` to the latent space; ``log_det`` is that of the flows alone."""
+        normed = self.normalize(features)
+        z, log_dets = [], []
+        for x, flow in zip(normed, self.flows, strict=True):
+            whole, _, log_det = flow(x)
+            z.append(whole)
+            log_dets.append(log_det)
+        total = sum(log_dets[1:], log_dets[0])
+        refuse_non_finite(total, features)
+        return FlowOutput(z, total)
+
+    def normalize(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What the flows see of the features: the results of the LayerNorms."""
+        self._check_features(features)
+        if not self.norms:
+            return list(features)
+        return [norm(f) for f, norm in zip(features, self.norms, strict=True)]
+
+    def inverse(self, z: Sequence[Tensor]) -> FlowOutput:
+        """Map latent tensors back to normalised features (a LayerNorm forgets); ``log_det`` is the inverse's."""
+        self._check_features(z, "z")
+        pairs: Any = [flow.inverse(t) for t, flow in zip(z, self.flows, strict=True)]  # type: ignore[operator]
+        return FlowOutput([x for x, _ in pairs], sum(d for _, d in pairs))  # type: ignore[arg-type]
+
+    def optimize(self, dtype: torch.dtype | None = None) -> OptimizedFastFlowHead:
+        """The inference form: a snapshot, channels_last, with prepacked weights in ``dtype`` (None: as they are)."""
+        from msflow_ext.models.fastflow_inference import OptimizedFastFlowHead
+
+        return OptimizedFastFlowHead(self, dtype)
+
+    def _flow(self, channels: int) -> Flow:
+        active = channels // 2
+        passive = channels - active
+        hidden = int(passive * self.hidden_ratio)
+        if hidden < 1:
+            raise ValueError(
+                f"hidden_ratio {self.hidden_ratio} leaves no hidden channels of the {passive} that a subnet sees"
+            )
+
+        def step(i: int) -> AffineCoupling:
+            k = 3 if self.conv3x3_only or i % 2 == 0 else 1
+            subnet = nn.Sequential(
+                nn.Conv2d(passive, hidden, k, padding=k // 2),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(hidden, 2 * active, k, padding=k // 2),
+            )
+            return AffineCoupling(channels, subnet, clamp=self.clamp, clamp_form=self.clamp_form)
+
+        return Flow([step(i) for i in range(self.steps)])
+
+    def _check_features(self, features: Sequence[Tensor], name: str = "features") -> None:
+        super()._check_features(features, name)
+        sizes = [(f.size(2), f.size(3)) for f in features]
+        if self.input_sizes is not None and sizes != self.input_sizes:
+            raise ValueError(
+                f"{name} must have the sizes of the LayerNorms, {self.input_sizes}, got {sizes}"
+            )
+
+    def _check_arguments(self) -> None:
+        if not self.channels or any(c < 2 for c in self.channels):
+            raise ValueError(
+                f"channels must name one scale or more, of 2 channels or more, got {self.channels}"
+            )
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        sizes = self.input_sizes
+        if sizes is not None and (len(sizes) != len(self.channels) or min(map(min, sizes)) < 1):
+            raise ValueError(
+                f"input_sizes must be a (height, width) for each of {len(self.channels)} scales, got {sizes}"
+            )
+
+
+class FastFlow(Detector):
+    """FastFlow whole: frozen backbone, LayerNorms, flows, scores.
+
+    A convolutional backbone, or a transformer whose grid shrinks, is read at three scales, each through a trainable
+    LayerNorm. A transformer of one grid is read after one block, through its own final norm.
+
+    Args:
+        backbone: name of a timm network, or ``efficientnet_lite0``, whose weights a pip package ships.
+        image_size: side ``S`` of the square input and of the map, in pixels; by default the preset's, else the one
+            that a transformer was trained with, else 256.
+        pretrained: True, a path of local weights, or False for random weights (loading a checkpoint, tests).
+        out_indices: which maps of the backbone; by default the preset's, else the backbone chooses: see
+            :class:`~msflow_ext.models.backbone.Backbone`.
+        steps, hidden_ratio, conv3x3_only: see :class:`FastFlowHead`; by default those of the paper for the backbone
+            or its kind.
+        clamp, clamp_form, seed: see :class:`FastFlowHead`.
+        layer_norm: whether there are trainable LayerNorms; by default where the backbone does not apply its own.
+        padding_mode: ``"reflect"`` or ``"zeros"`` in the backbone.
+        standardize: whether features are standardised per channel by statistics of the training set
+            (:meth:`set_statistics`).
+
+    Raises:
+        ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2",
+        *,
+        image_size: int | None = None,
+        pretrained: bool | str = True,
+        out_indices: int | Sequence[int] | None = None,
+        steps: int | None = None,
+        hidden_ratio: float | None = None,
+        conv3x3_only: bool | None = None,
+        clamp: float = 2.0,
+        clamp_form: str = "0.2",
+        layer_norm: bool | None = None,
+        padding_mode: str = "zeros",
+        standardize: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        preset = PRESETS.get(backbone, {})
+        size = preset.get("image_size") if image_size is None else int(image_size)
+        network = Backbone(
+            backbone,
+            out_indices=preset.get("out_indices") if out_indices is None else out_indices,
+            image_size=size,
+            pretrained=pretrained,
+            padding_mode=padding_mode,
+        )
+        usual = {**(TRANSFORMER if network.is_flat else PYRAMID), **preset}
+        if layer_norm is None:
+            layer_norm = not network.is_flat
+        head = FastFlowHead(
+            network.channels,
+            steps=usual["steps"] if steps is None else steps,
+            hidden_ratio=usual["hidden_ratio"] if hidden_ratio is None else hidden_ratio,
+            conv3x3_only=usual["conv3x3_only"] if conv3x3_only is None else conv3x3_only,
+            clamp=clamp,
+            clamp_form=clamp_form,
+            input_sizes=network.grids(side(size, network)) if layer_norm else None,
+            seed=seed,
+        )
+        super().__init__(
+            network,
+            head,
+            image_size=size,
+            standardize=bool(standardize),
+            steps=head.steps,
+            hidden_ratio=head.hidden_ratio,
+            conv3x3_only=head.conv3x3_only,
+            layer_norm=bool(layer_norm),
+        )
+
+    def predict_features(self, features: Sequence[Tensor]) -> Prediction:
+        """Score features as :meth:`features` gives them: the score is the maximum of the map."""
+        log_likelihood = self.head.log_likelihood(features)
+        maps = ops.mean_aggregate(log_likelihood, self.image_size)
+        return Prediction(maps.score, maps.anomaly_map, maps.anomaly_map, log_likelihood)

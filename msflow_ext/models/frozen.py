@@ -1,0 +1,109 @@
+"""Inference forms of flows: channels_last, prepacked convolutions, constants folded, optionally bfloat16."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msflow_ext import ops
+from msflow_ext.flows import AffineCoupling, Flow, FlowOutput
+
+
+class FrozenHead(nn.Module, ABC):
+    """A snapshot of a head for inference: it takes and returns what the original does.
+
+    Args:
+        head: the original, left untouched; its later changes do not show.
+        dtype: of the arithmetic in convolutions and of the state between them; the original's by default.
+    """
+
+    def __init__(self, head: Any, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.dtype: torch.dtype = next(head.parameters()).dtype if dtype is None else dtype
+        if self.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise TypeError(f"optimize: dtype must be a floating dtype, got {dtype}")
+        self._check = head._check_features
+
+    @torch.no_grad()
+    def forward(self, features: Sequence[Tensor]) -> FlowOutput:
+        """Latent tensors, in the dtype and memory format of the features, and ``log_det``."""
+        z, log_det = self.latent(features)
+        z = [
+            t.to(
+                f.dtype,
+                memory_format=torch.channels_last if _is_last(f) else torch.contiguous_format,
+            )
+            for t, f in zip(z, features, strict=True)
+        ]
+        return FlowOutput(z, log_det)
+
+    @torch.no_grad()
+    def log_likelihood(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Log-likelihood maps ``[(N, H_i, W_i)]``, float32 or wider."""
+        return [ops.log_likelihood_map(z) for z in self.latent(features)[0]]
+
+    @abstractmethod
+    def latent(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Latent tensors as they come, and ``log_det``."""
+
+
+class FrozenFlow:
+    """The steps of one scale with all that an image does not change.
+
+    Args:
+        flow: the original.
+        subnets: one ``x1 -> a`` per step.
+        dtype: of the state between the steps.
+        then, split: see :class:`~msflow_ext.flows.Flow`.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        subnets: Sequence[Callable[[Tensor], Tensor]],
+        dtype: torch.dtype,
+        *,
+        then: Tensor | None = None,
+        split: int | None = None,
+    ) -> None:
+        self.dtype = dtype
+        self.passive = flow.channels - flow.channels // 2
+        self.steps = [
+            _FrozenStep(step, subnet, dtype)  # type: ignore[arg-type]
+            for step, subnet in zip(flow.steps, subnets, strict=True)
+        ]
+        self.split = flow.channels if split is None else split
+        if then is not None:
+            self.steps[-1].perm = self.steps[-1].perm[then]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x1 = x[:, : self.passive].to(self.dtype).contiguous(memory_format=torch.channels_last)
+        x2 = x[:, self.passive :].to(self.dtype).contiguous(memory_format=torch.channels_last)
+        log_dets = []
+        for step in self.steps:
+            split = self.split if step is self.steps[-1] else self.passive
+            x1, x2, log_det = step(x1, x2, split)
+            log_dets.append(log_det)
+        return x1, x2, sum(log_dets[1:], log_dets[0])
+
+
+class _FrozenStep:
+    def __init__(
+        self, step: AffineCoupling, subnet: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> None:
+        self.subnet = subnet
+        scale, offset, perm = step.affine(dtype)
+        self.affine, self.perm = (scale.clone(), offset.clone()), perm.clone()
+        self.options = {"clamp": step.clamp, "clamp_form": step.clamp_form}
+
+    def __call__(self, x1: Tensor, x2: Tensor, split: int) -> tuple[Tensor, Tensor, Tensor]:
+        a = self.subnet(x1)
+        return ops.affine_coupling(x1, x2, a, *self.affine, self.perm, split=split, **self.options)
+
+
+def _is_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
