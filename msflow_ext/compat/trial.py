@@ -243,8 +243,9 @@ def _wide(t: Tensor) -> Tensor:
 
 @contextmanager
 def _quiet(device: torch.device) -> Iterator[None]:
-    """Gradients, full precision."""
+    """Gradients, full precision, and the program's random numbers undisturbed."""
     with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
