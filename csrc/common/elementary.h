@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/host_device.h"
 
@@ -90,7 +91,8 @@ struct Constants<double> {
 template <class T>
 HD T power_of_two(typename Constants<T>::Int n) {
   using C = Constants<T>;
-  const typename C::Int bits = (n + C::bias) << C::mantissa;
+  // Unsigned, because NaN brings an n of no meaning.
+  const auto bits = std::make_unsigned_t<typename C::Int>(n + C::bias) << C::mantissa;
   T f;
   memcpy(&f, &bits, sizeof f);
   return f;

@@ -1,5 +1,6 @@
 // Likelihoods and their aggregation over scales on the CPU.
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 
 #include "common/elementary.h"
@@ -250,14 +251,16 @@ void select(int64_t begin, int64_t end, void* context) {
 }
 
 template <class W>
-bool all_finite(const W* x, int64_t size) {
-  return std::all_of(x, x + size, [](W value) { return std::isfinite(value); });
+bool all_within(const W* x, int64_t size, W bound) {
+  return std::all_of(x, x + size, [bound](W value) { return std::abs(value) <= bound; });
 }
 
-// False if a map or its probabilities are not finite.
+// False if a map or its probabilities are not finite, or so large that sums and differences of them
+// might overflow.
 template <class W>
 bool add_levels(Maps<W>& maps, const std::vector<Scale>& scales, bool align_corners,
                 bool relative) {
+  const W bound = std::numeric_limits<W>::max() / W(8 * scales.size());
   for (const Scale& scale : scales) {
     const auto* log_likelihood = static_cast<const W*>(scale.log_likelihood);
     const Upsampling<W> up(scale.height, scale.width, maps.height, maps.width, align_corners);
@@ -265,10 +268,10 @@ bool add_levels(Maps<W>& maps, const std::vector<Scale>& scales, bool align_corn
     for (int64_t n = 0; n < maps.samples; ++n) {
       const W* from = log_likelihood + n * up.size();
       W* to = probability.get() + n * up.size();
-      if (!all_finite(from, up.size())) return false;
+      if (!all_within(from, up.size(), bound)) return false;
       const W high = relative ? *std::max_element(from, from + up.size()) : W(0);
       for (int64_t i = 0; i < up.size(); ++i) to[i] = exp_(from[i] - high);
-      if (!all_finite(to, up.size())) return false;
+      if (!all_within(to, up.size(), bound)) return false;
     }
     maps.levels.push_back({log_likelihood, std::move(probability), up});
   }
@@ -298,8 +301,6 @@ bool aggregate(int64_t samples, int64_t height, int64_t width, int64_t k,
   parallel_for(rows, width * int64_t(2 * scales.size()), upsample, maps);
   maps.high = largest(maps, maps.row_high);
   maps.probability = largest(maps, maps.row_probability);
-  for (int64_t row = 0; row < rows; ++row)  // sums and differences may overflow
-    if (!std::isfinite(maps.high[row / height] - maps.row_low[row])) return false;
   Selection<W> selection{&maps, k, score, log_score, nll_score};
   parallel_for(samples, height * width, select<W>, selection);
   parallel_for(rows, width, finish, maps);

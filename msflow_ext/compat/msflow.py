@@ -95,7 +95,7 @@ def head_from_state_dict(
         hidden = _size(state, f"{first}.subnet.conv1.weight", 1)
         conds.append(hidden - (channels[-1] - channels[-1] // 2))
     head = MSFlowHead(
-        channels, blocks=blocks, cond_channels=conds, clamp=clamp, clamp_form=clamp_form
+        channels, blocks=blocks, cond_channels=conds, clamp=clamp, clamp_form=clamp_form, seed=0
     )
     order = _fusion_order(state, channels, fusion_order)
     expected = to_official_state_dict(head, fusion_order=order)

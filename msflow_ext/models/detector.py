@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class FlowHead(nn.Module):
         self.channels = tuple(int(c) for c in channels)
         self.clamp = float(clamp)
         self.clamp_form = clamp_form
-        if not self.clamp > 0:
+        if not 0 < self.clamp < math.inf:
             raise ValueError(f"clamp must be positive, got {self.clamp}")
         if self.clamp_form not in ("0.2", "head"):
             raise ValueError(f"clamp_form must be '0.2' or 'head', got {self.clamp_form!r}")
