@@ -7,6 +7,7 @@
 #include "coupling/coupling.h"
 #include "norm/norm.h"
 #include "ranking/ranking.h"
+#include "resample/resample.h"
 #include "score/score.h"
 
 namespace py = pybind11;
@@ -51,6 +52,15 @@ Norm norm(const std::tuple<int64_t, int64_t, int64_t>& sizes, bool interleaved, 
   return {samples, channels, positions, interleaved, relu, eps, pointer(weight), pointer(bias)};
 }
 
+Resample resample(const std::tuple<int64_t, int64_t>& sizes,
+                  const std::tuple<int64_t, int64_t>& high, const std::tuple<int64_t, int64_t>& low,
+                  bool interleaved) {
+  const auto& [samples, channels] = sizes;
+  const auto& [height, width] = high;
+  const auto& [low_height, low_width] = low;
+  return {samples, channels, height, width, low_height, low_width, interleaved};
+}
+
 // Dense maps (N, height, width): address, height, width of each.
 using Maps = std::vector<std::tuple<Address, int64_t, int64_t>>;
 
@@ -67,6 +77,7 @@ PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> nogil;
   py::class_<Coupling>(m, "Coupling").def(py::init(&coupling));
   py::class_<Norm>(m, "Norm").def(py::init(&norm));
+  py::class_<Resample>(m, "Resample").def(py::init(&resample));
 
   m.def("set_parallel_for",
         [](Address f) { torch_parallel_for = reinterpret_cast<ParallelFor>(f); });
@@ -105,6 +116,10 @@ PYBIND11_MODULE(_C, m) {
                           pointer(grad_bias));
       },
       nogil);
+  m.def("pool_forward_cpu", &pool_forward_cpu, nogil);
+  m.def("pool_backward_cpu", &pool_backward_cpu, nogil);
+  m.def("upsample_forward_cpu", &upsample_forward_cpu, nogil);
+  m.def("upsample_backward_cpu", &upsample_backward_cpu, nogil);
   m.def(
       "square_sums_cpu",
       [](int64_t samples, int64_t channels, int64_t positions, bool interleaved, Tensor z,

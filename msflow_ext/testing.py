@@ -15,7 +15,7 @@ import msflow_ext
 from msflow_ext import ops
 from msflow_ext.ops import _backend
 
-OPS = ("coupling", "norm", "score")
+OPS = ("coupling", "norm", "resample", "score")
 
 
 def info() -> dict[str, Any]:
@@ -121,6 +121,12 @@ def _cases() -> Iterator[tuple[str, Any, list[Tensor]]]:
                 _gradients(lambda *t: (ops.channel_norm(*t),)),
                 norm_operands,
             )
+            maps = [x1, x2[..., :4, :5].contiguous(memory_format=layout)]
+            yield f"pooling {label}", _pool, maps
+            yield f"pooling backward {label}", _gradients(_pool), maps
+            maps = [x1, normal(3, 9, 4, 5).to(dtype).contiguous(memory_format=layout)]
+            yield f"upsampling {label}", _upsample, maps
+            yield f"upsampling backward {label}", _gradients(_upsample), maps
             likelihoods = [x]
             yield (
                 f"score {label}",
@@ -131,6 +137,14 @@ def _cases() -> Iterator[tuple[str, Any, list[Tensor]]]:
             maps = [-normal(2, s, s).square().to(dtype) for s in (8, 4, 3)]
             yield f"aggregate {dtype}", _aggregate, maps
             yield f"mean aggregate {dtype}", _mean_aggregate, maps
+
+
+def _pool(*maps: Tensor) -> tuple[Tensor]:
+    return (ops.pool_and_concatenate(maps, (4, 5)),)
+
+
+def _upsample(x: Tensor, low: Tensor) -> tuple[Tensor]:
+    return (ops.upsample_and_add(x, low),)
 
 
 def _aggregate(*maps: Tensor) -> tuple[Tensor, ...]:

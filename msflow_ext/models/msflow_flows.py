@@ -168,10 +168,10 @@ class CrossScaleSubnet(nn.Module):
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
         size = min(((t.size(2), t.size(3)) for t in x), key=math.prod)
-        mixed = torch.cat([F.adaptive_avg_pool2d(t, size) for t in x], 1)
+        mixed = ops.pool_and_concatenate(x, size)
         mixed = F.relu(self.conv2(self.norm(self.conv1(mixed))))
         return [
-            conv(t + F.interpolate(m, t.shape[2:], mode="bilinear", align_corners=True))
+            conv(ops.upsample_and_add(t, m))
             for t, m, conv in zip(x, mixed.split(self.channels, 1), self.conv_out, strict=True)
         ]
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from msflow_ext import ops
@@ -112,10 +111,10 @@ class _FrozenCrossScale:
 
     def __call__(self, x: Sequence[Tensor]) -> list[Tensor]:
         size = min(((t.size(2), t.size(3)) for t in x), key=math.prod)
-        mixed = torch.cat([F.adaptive_avg_pool2d(t, size) for t in x], 1)
+        mixed = ops.pool_and_concatenate(x, size)
         mixed = self.conv2(ops.channel_norm(self.conv1(mixed), *self.norm))
         return [
-            conv(t + F.interpolate(m, t.shape[2:], mode="bilinear", align_corners=True))
+            conv(ops.upsample_and_add(t, m))
             for t, m, conv in zip(x, mixed.split(self.channels, 1), self.conv_out, strict=True)
         ]
 

@@ -8,6 +8,7 @@ from msflow_ext.ops.coupling import (
     passive_half,
 )
 from msflow_ext.ops.norm import channel_norm
+from msflow_ext.ops.resample import pool_and_concatenate, upsample_and_add
 from msflow_ext.ops.score import (
     Aggregate,
     MeanAggregate,
@@ -30,4 +31,6 @@ __all__ = [
     "log_likelihood_map",
     "mean_aggregate",
     "passive_half",
+    "pool_and_concatenate",
+    "upsample_and_add",
 ]

@@ -197,6 +197,7 @@ class NativeOp:
             if self.library is None:
                 return self.reference(*args)
             results = self.library(*args)
+            results = (results,) if isinstance(results, Tensor) else results
         elif torch.is_grad_enabled() and any(
             a is not None and a.requires_grad for a in args[: self.tensors]
         ):
@@ -241,6 +242,10 @@ class NativeOp:
         extra = ", ".join(f"Tensor extra{i}" for i in range(self.extra))
         split = results - self.extra
 
+        def only(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+            """Of one result the registered op returns the tensor itself."""
+            return function if results > 1 else lambda *args: function(*args)[0]
+
         # A registered op returns tensors only: an empty one stands for a gradient that does not exist.
         def backward(*flat: Any) -> list[Tensor]:
             out = self.backward(flat[:split], flat[split:results], *flat[results:])
@@ -252,9 +257,9 @@ class NativeOp:
             return [flat[0].new_empty(0) if g is None else g for g in out]
 
         forward_op = torch.library.custom_op(
-            f"msflow_ext::{name}", self.forward, mutates_args=(), schema=schema
+            f"msflow_ext::{name}", only(self.forward), mutates_args=(), schema=schema
         )
-        forward_op.register_fake(self.allocate)
+        forward_op.register_fake(only(self.allocate))
         backward_op = torch.library.custom_op(
             f"msflow_ext::{name}_backward",
             backward,
@@ -265,7 +270,8 @@ class NativeOp:
 
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             ctx.rest = inputs[self.tensors :]
-            ctx.save_for_backward(*inputs[: self.tensors], *output[split:])
+            extra = output[split:] if results > 1 else ()
+            ctx.save_for_backward(*inputs[: self.tensors], *extra)
 
         def differentiate(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors

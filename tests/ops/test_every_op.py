@@ -42,6 +42,14 @@ def likelihoods(z: Tensor) -> tuple[Tensor, ...]:
     return ops.log_likelihood_map(z), ops.half_square_norm(z)
 
 
+def pool(x: Tensor, x2: Tensor) -> tuple[Tensor, ...]:
+    return (ops.pool_and_concatenate([x, x2], (2, 2)),)
+
+
+def upsample(x: Tensor, low: Tensor) -> tuple[Tensor, ...]:
+    return (ops.upsample_and_add(x, low),)
+
+
 def aggregate(*maps: Tensor) -> tuple[Tensor, ...]:
     result = ops.aggregate(maps, 24)
     return tuple(getattr(result, field.name) for field in fields(result))
@@ -54,6 +62,8 @@ OPS: dict[str, tuple[Function, tuple[str, ...], str | None]] = {
     "coupling-inverse": (uncouple, ("x1", "x2", "a", "scale", "offset"), None),
     "norm": (norm, ("x", "scale", "offset", "map"), "msflow_ext.channel_norm"),
     "likelihoods": (likelihoods, ("x",), "msflow_ext.square_sums"),
+    "pool": (pool, ("x", "x2"), "msflow_ext.pool_and_concatenate"),
+    "upsample": (upsample, ("x", "low"), "msflow_ext.upsample_and_add"),
     "aggregate": (aggregate, ("maps", "small maps"), None),
 }
 REGISTERED = [name for name, (_, _, registered) in OPS.items() if registered]
@@ -72,6 +82,7 @@ def make(
         "x2": layout(normal(n, c2, *size, dtype=dtype)),
         "a": layout(6 * normal(n, 2 * c2, *size, dtype=dtype)),
         "x": layout(normal(n, c1 + c2, *size, dtype=dtype)),
+        "low": layout(normal(n, c1 + c2, 2, 2, dtype=dtype)),
         "map": layout(normal(1, c1 + c2, *size, dtype=dtype)),
         "scale": normal(c1 + c2, dtype=dtype).exp(),
         "offset": normal(c1 + c2, dtype=dtype),
@@ -142,7 +153,7 @@ def test_an_image_alone_has_the_bits_that_it_has_in_a_batch(
 ) -> None:
     function, keys, _ = OPS[name]
     operands = make(normal, name, size=(13, 17), layout=layout)
-    batched = [key in ("x1", "x2", "a", "x", "maps", "small maps") for key in keys]
+    batched = [key in ("x1", "x2", "a", "x", "low", "maps", "small maps") for key in keys]
     leaves = [t.detach().requires_grad_() for t in operands]
     whole = list(function(*leaves))
     upstream = [r.detach().cos() for r in whole]
@@ -175,6 +186,8 @@ def test_registered_ops_pass_the_checks_of_torch(
         ),
         "norm": (torch.ops.msflow_ext.channel_norm, (*operands, True, 1e-5)),
         "likelihoods": (torch.ops.msflow_ext.square_sums, tuple(operands)),
+        "pool": (torch.ops.msflow_ext.pool_and_concatenate, (*operands, *[None] * 6, 2, 2)),
+        "upsample": (torch.ops.msflow_ext.upsample_and_add, tuple(operands)),
     }
     op, arguments = calls[name]
     torch.library.opcheck(op.default, arguments)

@@ -1,7 +1,8 @@
-// Where bilinear upsampling reads for one output coordinate.
+// Where bilinear resampling reads for one output coordinate.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "common/host_device.h"
 
@@ -34,5 +35,24 @@ HD Tap<W> tap(const Resampling& resampling, int64_t output, int64_t input_size) 
   if (low > input_size - 1) low = input_size - 1;
   return {low, low + 1 < input_size ? low + 1 : low, W(where - double(low))};
 }
+
+// The taps of every output coordinate of one axis.
+template <class W>
+struct Axis {
+  std::vector<int32_t> low, high;
+  std::vector<W> weight;
+
+  Axis(int64_t input_size, int64_t output_size, bool align_corners) {
+    const auto grid = resampling(input_size, output_size, align_corners);
+    for (int64_t i = 0; i < output_size; ++i) {
+      const auto t = tap<W>(grid, i, input_size);
+      low.push_back(int32_t(t.low));
+      high.push_back(int32_t(t.high));
+      weight.push_back(t.weight);
+    }
+  }
+
+  HD Tap<W> operator[](int64_t i) const { return {low[i], high[i], weight[i]}; }
+};
 
 }  // namespace msflow

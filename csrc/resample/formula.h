@@ -1,0 +1,36 @@
+// Which outputs and inputs of one axis belong together, in both directions of pooling and
+// upsampling.
+#pragma once
+
+#include "common/bilinear.h"
+
+namespace msflow {
+
+struct Range {
+  int64_t begin, end;
+
+  HD int64_t size() const { return end - begin; }
+};
+
+// Inputs that output i of an adaptive average pool covers, of one axis. With the sizes exchanged:
+// the outputs whose windows hold input i.
+HD Range window(int64_t i, int64_t input_size, int64_t output_size) {
+  return {i * input_size / output_size, ((i + 1) * input_size + output_size - 1) / output_size};
+}
+
+// Outputs of an upsampling that may read input i, of one axis, corners aligned.
+HD Range readers(int64_t i, int64_t input_size, int64_t output_size) {
+  if (input_size == 1) return {0, output_size};
+  const int64_t steps = output_size - 1, per = input_size - 1;
+  const int64_t begin = i > 0 ? (i - 1) * steps / per : 0;
+  const int64_t end = (i + 1) * steps / per + 2;
+  return {begin, end < output_size ? end : output_size};
+}
+
+// The share of input i in what a tap reads.
+template <class W>
+HD W share(const Tap<W>& t, int64_t i) {
+  return (t.low == i ? 1 - t.weight : W(0)) + (t.high == i ? t.weight : W(0));
+}
+
+}  // namespace msflow

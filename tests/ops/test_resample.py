@@ -1,0 +1,170 @@
+"""Laws of the fusion flow's resampling: kernels equal the reference, which is torch's pooling and interpolation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msflow_ext import ops
+from msflow_ext.testing import relative_error, tolerance
+
+Normal = Callable[..., Tensor]
+Layout = Callable[[Tensor], Tensor]
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+# Sizes of a scale and of the coarsest one.
+SIZES = {
+    "whole-windows": ((8, 12), (4, 3)),
+    "overlapping-windows": ((7, 11), (3, 4)),
+    "same": ((5, 6), (5, 6)),
+    "to-one-pixel": ((9, 5), (1, 1)),
+    "one-pixel": ((1, 1), (1, 1)),
+    "wider-than-it": ((3, 10), (5, 4)),
+    "one-row": ((1, 13), (1, 6)),
+}
+
+
+@pytest.fixture(params=[F32, F64, BF16], ids=["float32", "float64", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pooling_kernels_equal_the_reference(
+    equals_reference: Any, normal: Normal, size: str, layout: Layout, dtype: torch.dtype
+) -> None:
+    high, low = SIZES[size]
+    x = [layout(normal(2, c, *s, dtype=dtype)) for c, s in ((3, high), (1, low), (17, (6, 5)))]
+    equals_reference(
+        lambda *t: (ops.pool_and_concatenate(t, low),), x, [high[0] * high[1]] * 4, layout
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_upsampling_kernels_equal_the_reference(
+    equals_reference: Any, normal: Normal, size: str, layout: Layout, dtype: torch.dtype
+) -> None:
+    high, low = SIZES[size]
+    operands = [layout(normal(2, 19, *s, dtype=dtype)) for s in (high, low)]
+    terms = [5, 1, 4 * high[0] * high[1]]
+    equals_reference(lambda *t: (ops.upsample_and_add(*t),), operands, terms, layout)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_they_are_the_pooling_and_interpolation_of_torch(
+    each_backend: str, normal: Normal, size: str
+) -> None:
+    high, low = SIZES[size]
+    x, y = normal(2, 3, *high, dtype=F64), normal(2, 5, *low, dtype=F64)
+    got = ops.pool_and_concatenate([x, y], low)
+    wanted = torch.cat([F.adaptive_avg_pool2d(x, low), y], 1)
+    assert relative_error(got, wanted) <= tolerance(F64, high[0] * high[1])
+    got = ops.upsample_and_add(x, y[:, 1:4])
+    wanted = x + F.interpolate(y[:, 1:4], high, mode="bilinear", align_corners=True)
+    assert relative_error(got, wanted) <= tolerance(F64, 5)
+
+
+def test_maps_of_different_layouts_give_the_format_of_the_first(
+    native: None, normal: Normal
+) -> None:
+    x, y = normal(2, 3, 4, 4), normal(2, 4, 2, 2).contiguous(memory_format=torch.channels_last)
+    assert ops.pool_and_concatenate([x, y], (2, 2)).is_contiguous()
+    got = ops.pool_and_concatenate([y, x], (2, 2))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    wanted = torch.cat([y, F.adaptive_avg_pool2d(x, (2, 2))], 1)
+    assert relative_error(got, wanted) <= tolerance(F32, 4)
+
+
+def test_low_may_be_narrower(each_backend: str, normal: Normal) -> None:
+    x, low = normal(2, 3, 4, 4), normal(2, 3, 2, 2, dtype=BF16).requires_grad_()
+    y = ops.upsample_and_add(x, low)
+    assert torch.equal(y, ops.upsample_and_add(x, low.float()))
+    y.sum().backward()
+    assert low.grad is not None and low.grad.dtype is BF16
+
+
+def test_any_number_of_scales_is_pooled(each_backend: str, normal: Normal) -> None:
+    x = [normal(2, 1, 2 + i, 3) for i in range(19)]
+    wanted = torch.cat([F.adaptive_avg_pool2d(t, (2, 2)) for t in x], 1)
+    assert relative_error(ops.pool_and_concatenate(x, (2, 2)), wanted) <= tolerance(F32, 60)
+
+
+def test_an_empty_batch_stays_empty(each_backend: str) -> None:
+    x, low = torch.zeros(0, 3, 4, 4, requires_grad=True), torch.zeros(0, 3, 2, 2)
+    y = ops.upsample_and_add(x, ops.pool_and_concatenate([x], (2, 2)) + low)
+    y.sum().backward()
+    assert y.shape == (0, 3, 4, 4)
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+def test_derivatives_are_those_of_finite_differences(
+    native: None, normal: Normal, memory_format: Layout
+) -> None:
+    x, y = (memory_format(normal(2, 2, *s, dtype=F64)).requires_grad_() for s in ((5, 3), (2, 2)))
+    for op in (lambda x, y: ops.pool_and_concatenate([x, y], (2, 2)), ops.upsample_and_add):
+        assert torch.autograd.gradcheck(op, (x, y))
+        assert torch.autograd.gradgradcheck(op, (x, y))
+
+
+X = torch.zeros
+REFUSED: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
+    "no map": (lambda: ops.pool_and_concatenate([], (2, 2)), ValueError, "x holds no map"),
+    "size 0": (
+        lambda: ops.pool_and_concatenate([X(1, 1, 2, 2)], (2, 0)),
+        ValueError,
+        r"size must be at least 1, got \(2, 0\)",
+    ),
+    "other batches": (
+        lambda: ops.pool_and_concatenate([X(1, 1, 2, 2), X(2, 1, 2, 2)], (2, 2)),
+        ValueError,
+        r"of one N, none empty, got \[\(1, 1, 2, 2\), \(2, 1, 2, 2\)\]",
+    ),
+    "mixed dtypes": (
+        lambda: ops.pool_and_concatenate([X(1, 1, 2, 2), X(1, 1, 2, 2, dtype=F64)], (2, 2)),
+        TypeError,
+        "of one floating dtype",
+    ),
+    "mixed devices": (
+        lambda: ops.pool_and_concatenate([X(1, 1, 2, 2), X(1, 1, 2, 2, device="meta")], (2, 2)),
+        ValueError,
+        "on one device",
+    ),
+    "vectors": (
+        lambda: ops.upsample_and_add(X(1, 1), X(1, 1)),
+        ValueError,
+        r"of one N and C, got \(1, 1\) and \(1, 1\)",
+    ),
+    "other channels": (
+        lambda: ops.upsample_and_add(X(1, 2, 4, 4), X(1, 3, 2, 2)),
+        ValueError,
+        "of one N and C",
+    ),
+    "empty map": (
+        lambda: ops.upsample_and_add(X(1, 2, 4, 4), X(1, 2, 0, 2)),
+        ValueError,
+        "must not be empty",
+    ),
+    "whole numbers": (
+        lambda: ops.upsample_and_add(*[X(1, 2, 2, 2, dtype=torch.int64)] * 2),
+        TypeError,
+        "one floating dtype, .* got torch.int64",
+    ),
+    "elsewhere": (
+        lambda: ops.upsample_and_add(X(1, 2, 4, 4), X(1, 2, 2, 2, device="meta")),
+        ValueError,
+        "on one device, got cpu and meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_refuses(each_backend: str, case: str) -> None:
+    call, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        call()
