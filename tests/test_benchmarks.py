@@ -104,7 +104,7 @@ def test_all_flows_agree_with_eager_pytorch_and_are_timed() -> None:
         assert found["ms"], name
 
 
-def test_saved_activations_leave_out_parameters() -> None:
+def test_saved_activations_leave_out_parameters_and_inputs() -> None:
     layer = torch.nn.Linear(10, 10)
     case = Case(
         name="square of a layer",
@@ -117,8 +117,8 @@ def test_saved_activations_leave_out_parameters() -> None:
     )
     found = measure(case, seconds=0)["providers"]["torch"]
     assert found["saved_mb"] == pytest.approx(
-        (2 + 2) * 10 * 4 / 1e6
-    )  # the input and what is squared
+        (2 * 10 + 1) * 4 / 1e6
+    )  # what is squared, and the sum
 
 
 def test_difference_is_in_units_of_the_largest_magnitude() -> None:

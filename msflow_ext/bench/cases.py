@@ -94,8 +94,8 @@ def training_step(
 
         return Provider(make, BF16 if bf16 else FP32, slow)
 
-    def ours(precision: str, tolerance: float) -> Provider:
-        return Provider(lambda: _our_step(_new_head(*head), precision), tolerance)
+    def ours(precision: str, tolerance: float, memory: str = "lean") -> Provider:
+        return Provider(lambda: _our_step(_new_head(*head), precision, memory), tolerance)
 
     authors = "dense" if OFFICIAL == "official" else "index"
     return Case(
@@ -109,6 +109,7 @@ def training_step(
             "compile fp32": theirs("index", slow=True),
             "compile bf16": theirs("index", bf16=True, slow=True),
             "ours fp32": ours("32-true", FP32),
+            "ours reversible fp32": ours("32-true", FP32, "reversible"),
             "ours bf16": ours("bf16-mixed", BF16),
         },
         wanted=f"{OFFICIAL} fp32",
@@ -250,13 +251,14 @@ def _their_step(
 
 
 def _our_step(
-    head: MSFlowHead, precision: Any
+    head: MSFlowHead, precision: Any, memory: str
 ) -> Callable[[Sequence[Tensor]], tuple[float, float]]:
     """A step as :func:`msflow_ext.training.train` takes it."""
     from lightning_fabric import Fabric
 
     from msflow_ext.training import make_optimizer, train_epoch
 
+    head.memory = memory
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     adam = make_optimizer(head)
     adam.param_groups[0]["lr"] = 1e-4

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msflow_ext.bench import machine
+from msflow_ext.bench import machine, memory
 from msflow_ext.bench.summary import difference, tensors_of
 
 MOST_ROUNDS = 40
@@ -218,22 +218,12 @@ def _copy_buffers(case: Case, sets: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.ones(count), torch.zeros(count)) for _ in range(sets)]
 
 
-def _memory(run: Callable[..., Any], inputs: Sequence[Any], grad: bool) -> dict[str, Any]:
+def _memory(run: Callable[..., Any], inputs: Sequence[Any], saves: bool) -> dict[str, Any]:
     """Megabytes at the peak of a call, and of what it saves for the backward pass, parameters apart."""
-    peak = machine.peak_memory(lambda: run(*inputs))
+    peak = memory.peak(lambda: run(*inputs))
     found: dict[str, Any] = {} if peak is None else {"peak_mb": _rounded(peak / 1e6)}
-    if grad:
-        saved: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, torch.nn.Parameter):
-                storage = tensor.untyped_storage()
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            run(*inputs)
-        found["saved_mb"] = _rounded(sum(saved.values()) / 1e6)
+    if saves:
+        found["saved_mb"] = _rounded(memory.saved(lambda: run(*inputs)) / 1e6)
     return found
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -93,25 +91,6 @@ def others_now(seconds: float = 1.0) -> float | None:
     others = Others()
     time.sleep(seconds)
     return others.share()
-
-
-def peak_memory(run: Callable[[], Any]) -> int | None:
-    """Bytes by which a call lifts the process's resident memory at its highest; None unless on Linux."""
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # or memory freed earlier would hide what the call takes
-        clear.write_text("5")  # resets the high-water mark
-    except (AttributeError, OSError):
-        run()
-        return None
-    before = _kilobytes(status, "VmRSS")
-    run()
-    return 1024 * max(0, _kilobytes(status, "VmHWM") - before)
-
-
-def _kilobytes(status: Path, name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+)", status.read_text())
-    return int(found.group(1)) if found else 0
 
 
 def _cpu_info() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msflow_ext import ops
-from msflow_ext.flows import AffineCoupling, Flow
+from msflow_ext.flows import AffineCoupling, Flow, in_turn, recomputed, reversible
 from msflow_ext.ops import accumulation_dtype
 
 #: Beyond this the fusion flow's results are cut off.
@@ -81,7 +82,13 @@ class ConditionedSubnet(nn.Module):
         self.conv_out = nn.Conv2d(hidden, 2 * active, 3, padding=1)
 
     def forward(self, x1: Tensor, cond: Tensor) -> Tensor:
-        return self.conv_out(self.norm(self.conv_x(x1), self.conv_cond(cond)))
+        h = self.conv_x(x1)
+        wide = accumulation_dtype(h.dtype)
+
+        def normed() -> Tensor:
+            return recomputed(partial(self.norm, h), lambda: self.conv_cond(cond).to(wide))
+
+        return recomputed(self.conv_out, normed)
 
 
 class ChannelNorm(nn.Module):
@@ -98,7 +105,13 @@ class ChannelNorm(nn.Module):
 
 
 class FusionFlow(nn.Module):
-    """A permutation per scale, then one two-sided coupling whose subnets see all scales."""
+    """A permutation per scale, then one two-sided coupling whose subnets see all scales.
+
+    Attributes:
+        memory: as in :class:`~msflow_ext.flows.Flow`.
+    """
+
+    memory = "lean"
 
     def __init__(self, channels: Sequence[int], *, clamp: float) -> None:
         super().__init__()
@@ -116,18 +129,10 @@ class FusionFlow(nn.Module):
 
     def couple(self, halves: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
         """Latent tensors and ``log_det`` from the halves of the permuted scales."""
-        total = []
-        y1 = []
-        for (x1, _), a in zip(halves, self.subnet_2([x2 for _, x2 in halves]), strict=True):
-            _, y, log_det = self._couple(x1[:, :0], x1, a, split=0)
-            y1.append(y)
-            total.append(log_det)
-        z = []
-        for y, (_, x2), a in zip(y1, halves, self.subnet_1(y1), strict=True):
-            whole, _, log_det = self._couple(y, x2, a, split=2 * y.size(1), limit=LIMIT)
-            z.append(whole)
-            total.append(log_det)
-        return z, sum(total[1:], total[0])
+        run = reversible if self.memory == "reversible" else in_turn
+        steps = [_CoupleFirst(self), _CoupleSecond(self)]
+        *z, log_det = run(steps, [t for pair in halves for t in pair])
+        return z, log_det
 
     def inverse(self, z: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Inputs of the fusion flow, un-permuted, and the inverse's ``log_det``."""
@@ -154,6 +159,76 @@ class FusionFlow(nn.Module):
         return ops.affine_coupling_inverse(y[:, :0], y, a, clamp=self.clamp, clamp_form="atan")
 
 
+class _CoupleFirst:
+    """Step of the fusion flow: the first half of every scale, by the second halves of all. See :func:`reversible`.
+
+    Its state is first and second half of each scale in turn.
+    """
+
+    def __init__(self, fusion: FusionFlow) -> None:
+        self.fusion = fusion
+
+    def __call__(self, *state: Tensor) -> tuple[Tensor, ...]:
+        return self._couple(state, self.fusion.subnet_2(state[1::2]))
+
+    def retrace(self, *results: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        x2 = [t.detach().requires_grad_() for t in results[1::2]]
+        asked = self.fusion.subnet_2(x2)
+        inputs = []
+        for y, right, a in zip(results[::2], x2, asked, strict=True):
+            left, _ = self.fusion._uncouple(y, a.detach())
+            inputs += [left.requires_grad_(), right]
+        return inputs, self._couple(inputs, asked)
+
+    def parameters(self) -> list[Tensor]:
+        return [p for p in self.fusion.subnet_2.parameters() if p.requires_grad]
+
+    def _couple(self, state: Sequence[Tensor], asked: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        results, total = [], []
+        for left, right, a in zip(state[::2], state[1::2], asked, strict=True):
+            _, y, log_det = self.fusion._couple(left[:, :0], left, a, split=0)
+            results += [y, right]
+            total.append(log_det)
+        return *results, sum(total[1:], total[0])
+
+
+class _CoupleSecond:
+    """Step of the fusion flow: the second half of every scale, by the first halves of all; its results are whole."""
+
+    def __init__(self, fusion: FusionFlow) -> None:
+        self.fusion = fusion
+
+    def __call__(self, *state: Tensor) -> tuple[Tensor, ...]:
+        return self._couple(state, self.fusion.subnet_1(state[::2]))
+
+    def retrace(self, *results: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        if any(bool((z.abs() >= LIMIT).any()) for z in results):
+            raise RuntimeError(
+                f"memory='reversible': latent values beyond {LIMIT:.0e} are cut off and cannot be inverted; "
+                "use memory='lean'"
+            )
+        halves = [z.tensor_split(2, 1) for z in results]
+        y1 = [y.detach().requires_grad_() for y, _ in halves]
+        asked = self.fusion.subnet_1(y1)
+        inputs = []
+        for left, (_, y2), a in zip(y1, halves, asked, strict=True):
+            right, _ = self.fusion._uncouple(y2, a.detach())
+            inputs += [left, right.requires_grad_()]
+        return inputs, self._couple(inputs, asked)
+
+    def parameters(self) -> list[Tensor]:
+        return [p for p in self.fusion.subnet_1.parameters() if p.requires_grad]
+
+    def _couple(self, state: Sequence[Tensor], asked: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        z, total = [], []
+        for left, right, a in zip(state[::2], state[1::2], asked, strict=True):
+            split = 2 * left.size(1)
+            whole, _, log_det = self.fusion._couple(left, right, a, split=split, limit=LIMIT)
+            z.append(whole)
+            total.append(log_det)
+        return *z, sum(total[1:], total[0])
+
+
 class CrossScaleSubnet(nn.Module):
     """Scales and shifts of every scale from all scales: pool, mix by convolutions, upsample, add, convolve."""
 
@@ -171,7 +246,7 @@ class CrossScaleSubnet(nn.Module):
         mixed = ops.pool_and_concatenate(x, size)
         mixed = F.relu(self.conv2(self.norm(self.conv1(mixed))))
         return [
-            conv(ops.upsample_and_add(t, m))
+            recomputed(conv, partial(ops.upsample_and_add, t, m))
             for t, m, conv in zip(x, mixed.split(self.channels, 1), self.conv_out, strict=True)
         ]
 

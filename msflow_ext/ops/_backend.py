@@ -227,6 +227,9 @@ class NativeOp:
             tensors = [None if t is None else t.view_as(t) for t in tensors]
             results = self.reference(*tensors, *rest)
             results = results if isinstance(results, tuple) else (results,)
+            # A result may depend on nothing that wants a gradient: x1 alone leaves log_det constant.
+            pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
+            results, grads = zip(*pairs, strict=True)
             wanted = [t for t in tensors if t is not None and t.requires_grad]
             found = iter(
                 torch.autograd.grad(

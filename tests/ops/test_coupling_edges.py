@@ -155,3 +155,14 @@ def test_kernels_refuse_a_perm_that_is_not_a_permutation(native: None, perm: lis
     for function in (ops.affine_coupling, ops.affine_coupling_inverse):
         with pytest.raises(ValueError, match="perm must hold every channel once"):
             function(*operands)
+
+
+def test_results_that_depend_on_nothing_wanted_do_not_stop_a_second_derivative(
+    each_backend: str, normal: Normal
+) -> None:
+    x1, x2, a = (normal(2, c, 3, dtype=torch.float64) for c in (4, 4, 8))
+    y1, y2, log_det = ops.affine_coupling(x1.requires_grad_(), x2, a, limit=1.5)
+    total = y1.square().sum() + y2.sum() + log_det.sum()
+    (grad,) = torch.autograd.grad(total, x1, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x1)
+    assert torch.equal(second, 2.0 * (x1.abs() < 1.5))
