@@ -6,6 +6,7 @@ is silent, the behaviour of ``gathierry/FastFlow`` and of anomalib.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +151,8 @@ class FastFlowHead(FlowHead):
             )
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not 0 < self.hidden_ratio < math.inf:
+            raise ValueError(f"hidden_ratio must be above 0, got {self.hidden_ratio}")
         sizes = self.input_sizes
         if sizes is not None and (len(sizes) != len(self.channels) or min(map(min, sizes)) < 1):
             raise ValueError(

@@ -192,6 +192,12 @@ class MSFlow(Detector):
             top_k=float(top_k),
         )
         self.pooled = not network.is_flat
+        smallest = -(-self.image_size // network.strides[-1])
+        if self.pooled and smallest < 3:
+            raise ValueError(
+                f"image_size {self.image_size} leaves maps of {smallest} x {smallest} at stride {network.strides[-1]} "
+                f"of {backbone}, smaller than the 3 x 3 that are pooled"
+            )
         self.score = score
         self.top_k = float(top_k)
 

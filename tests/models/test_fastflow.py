@@ -176,6 +176,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"channels": (8, 4), "hidden_ratio": 0.3},
         "hidden_ratio 0.3 leaves no hidden channels of the 2 that a subnet sees",
     ),
+    "ratio nan": ({"hidden_ratio": float("nan")}, "hidden_ratio must be above 0, got nan"),
     "clamp": ({"clamp": 0}, "clamp must be positive, got 0.0"),
     "clamp form": ({"clamp_form": "atan"}, "clamp_form must be '0.2' or 'head', got 'atan'"),
     "sizes": ({"input_sizes": [(4, 4)]}, r"for each of 2 scales, got \[\(4, 4\)\]"),
@@ -188,6 +189,26 @@ def test_arguments_of_the_head_that_do_not_fit_are_refused(case: str) -> None:
     options, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         FastFlowHead(**{"channels": (8, 8), **options})
+
+
+@pytest.mark.parametrize("kind", [FastFlow, MSFlow])
+def test_backbones_and_sizes_that_do_not_fit_are_refused_by_both_models(kind: type) -> None:
+    with pytest.raises(ValueError, match=r"'resnet81' is unknown to timm .*, near: resnet18"):
+        kind("resnet81", pretrained=False)
+    with pytest.raises(
+        ValueError, match=r"image_size must be a multiple of 16 for deit_tiny_patch"
+    ):
+        kind("deit_tiny_patch16_224", pretrained=False, image_size=230)
+    too_small = {FastFlow: r"H and W at least 32 for resnet18, got \(1, 3, 16, 16\)"}
+    message = too_small.get(kind, "image_size 16 leaves maps of 1 x 1 at stride 16 of resnet18")
+    with pytest.raises(ValueError, match=message):
+        kind("resnet18", pretrained=False, image_size=16)
+
+
+def test_msflow_refuses_maps_smaller_than_its_pooling() -> None:
+    with pytest.raises(ValueError, match=r"maps of 2 x 2 at .*, smaller than the 3 x 3 that are"):
+        MSFlow("test_resnet", pretrained=False, image_size=32)
+    MSFlow("test_resnet", pretrained=False, image_size=33)
 
 
 def test_features_that_do_not_fit_are_refused(normal: Normal) -> None:
