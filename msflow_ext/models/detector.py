@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from msflow_ext import ops
 from msflow_ext.models.backbone import Backbone
+from msflow_ext.models.position_base import PositionBase
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -91,6 +92,7 @@ class Detector(nn.Module, ABC):
         image_size: side ``S`` of the square input and of the maps, in pixels; None: see :func:`side`.
         standardize: whether features are standardised per channel by statistics of the training set, once
             :meth:`set_statistics` was called.
+        position_base: whether :meth:`fit_base` puts a :class:`PositionBase` behind the flow.
         config: further arguments of the subclass.
 
     Attributes:
@@ -104,6 +106,7 @@ class Detector(nn.Module, ABC):
         *,
         image_size: int | None,
         standardize: bool,
+        position_base: bool,
         **config: Any,
     ) -> None:
         super().__init__()
@@ -111,6 +114,10 @@ class Detector(nn.Module, ABC):
         self.standardize = standardize
         self.backbone = backbone
         self.head: Any = head  # or its inference form
+        self.base: PositionBase | None = None
+        if position_base:
+            sizes = [self.pooled_size(*grid) for grid in backbone.grids(self.image_size)]
+            self.base = PositionBase(head.channels, sizes)
         for i, c in enumerate(backbone.channels):
             self.register_buffer(f"feature_mean{i}", torch.zeros(c))
             self.register_buffer(f"feature_std{i}", torch.ones(c))
@@ -120,6 +127,7 @@ class Detector(nn.Module, ABC):
             "out_indices": list(backbone.out_indices),
             "padding_mode": backbone.padding_mode,
             "standardize": standardize,
+            "position_base": position_base,
             "clamp": head.clamp,
             "clamp_form": head.clamp_form,
             **config,
@@ -144,6 +152,22 @@ class Detector(nn.Module, ABC):
     def pool(self, x: Tensor) -> Tensor:
         """What the head gets of a map of the backbone: here all of it."""
         return x
+
+    def pooled_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size of what :meth:`pool` makes of a map of this size."""
+        return height, width
+
+    def log_likelihood(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Log-likelihood maps ``[(N, H_i, W_i)]`` of features, by the position base where there is one."""
+        if self.base is None:
+            return self.head.log_likelihood(features)
+        return [ops.log_likelihood_map(z) for z in self.base(self.head(features).z)]
+
+    def fit_base(self, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Fit the position base, where there is one, to the features of normal images, once the head is trained."""
+        if self.base is not None:
+            with torch.no_grad():
+                self.base.fit(self.head(features).z for features in batches)
 
     @abstractmethod
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:

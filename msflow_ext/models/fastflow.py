@@ -180,6 +180,8 @@ class FastFlow(Detector):
         padding_mode: ``"reflect"`` or ``"zeros"`` in the backbone.
         standardize: whether features are standardised per channel by statistics of the training set
             (:meth:`set_statistics`).
+        position_base: for parts that always lie alike: Gaussians at every position of the latent maps, fitted to the
+            training set after training; see :class:`~msflow_ext.models.position_base.PositionBase`.
 
     Raises:
         ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.
@@ -200,6 +202,7 @@ class FastFlow(Detector):
         layer_norm: bool | None = None,
         padding_mode: str = "zeros",
         standardize: bool = False,
+        position_base: bool = False,
         seed: int | None = None,
     ) -> None:
         preset = PRESETS.get(backbone, {})
@@ -229,6 +232,7 @@ class FastFlow(Detector):
             head,
             image_size=size,
             standardize=bool(standardize),
+            position_base=bool(position_base),
             steps=head.steps,
             hidden_ratio=head.hidden_ratio,
             conv3x3_only=head.conv3x3_only,
@@ -237,6 +241,6 @@ class FastFlow(Detector):
 
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
         """Score features as :meth:`features` gives them: the score is the maximum of the map."""
-        log_likelihood = self.head.log_likelihood(features)
+        log_likelihood = self.log_likelihood(features)
         maps = ops.mean_aggregate(log_likelihood, self.image_size)
         return Prediction(maps.score, maps.anomaly_map, maps.anomaly_map, log_likelihood)

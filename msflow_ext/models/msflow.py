@@ -138,6 +138,8 @@ class MSFlow(Detector):
         score: ``"log"``, the paper's image score as ``-log(1 - score)``, which has the same order and cannot saturate;
             ``"paper"``, the value itself; ``"nll"``, the mean of the largest summed negative log-likelihoods.
         top_k: share of the pixels that make the score.
+        position_base: for parts that always lie alike: Gaussians at every position of the latent maps, fitted to the
+            training set after training; see :class:`~msflow_ext.models.position_base.PositionBase`.
 
     Raises:
         ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.
@@ -158,6 +160,7 @@ class MSFlow(Detector):
         standardize: bool | None = None,
         score: str = "log",
         top_k: float = 0.03,
+        position_base: bool = False,
         seed: int | None = None,
     ) -> None:
         if score not in ("log", "paper", "nll"):
@@ -186,27 +189,35 @@ class MSFlow(Detector):
             head,
             image_size=size,
             standardize=preset["standardize"] if standardize is None else bool(standardize),
+            position_base=bool(position_base),
             blocks=list(head.blocks),
             cond_channels=list(head.cond_channels),
             score=score,
             top_k=float(top_k),
         )
-        self.pooled = not network.is_flat
+        self.score = score
+        self.top_k = float(top_k)
         smallest = -(-self.image_size // network.strides[-1])
         if self.pooled and smallest < 3:
             raise ValueError(
                 f"image_size {self.image_size} leaves maps of {smallest} x {smallest} at stride {network.strides[-1]} "
                 f"of {backbone}, smaller than the 3 x 3 that are pooled"
             )
-        self.score = score
-        self.top_k = float(top_k)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the backbone's maps are pooled."""
+        return not self.backbone.is_flat
 
     def pool(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 3, stride=2, padding=1) if self.pooled else x
 
+    def pooled_size(self, height: int, width: int) -> tuple[int, int]:
+        return ((height + 1) // 2, (width + 1) // 2) if self.pooled else (height, width)
+
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
         """Score pooled features as :meth:`features` gives them."""
-        log_likelihood = self.head.log_likelihood(features)
+        log_likelihood = self.log_likelihood(features)
         maps = ops.aggregate(log_likelihood, self.image_size, top_k=self.top_k)
         score = {"log": maps.log_score, "paper": maps.score, "nll": maps.nll_score}[self.score]
         return Prediction(score, maps.anomaly_map, maps.image_map, log_likelihood)
