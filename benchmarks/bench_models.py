@@ -14,7 +14,7 @@ from benchmarks.harness import run_in_pytest
 from msflow_ext import FastFlow, MSFlow
 from msflow_ext.bench import Case, Provider, quantiles
 from msflow_ext.bench.cases import BF16, FP32, our_step
-from msflow_ext.recipe import PAPERS
+from msflow_ext.recipe import PRESETS
 
 Row = dict[str, Any]
 Pair = tuple[str, str, int | None, dict[str, Any]]
@@ -74,7 +74,7 @@ def image(pair: Pair) -> Case:
 def step(pair: Pair) -> Case:
     """Loss, gradients and Adam on the cached features of a batch."""
     key = (*pair[:3], tuple(pair[3].items()))
-    recipe = PAPERS[pair[0]]
+    recipe = PRESETS["paper"][pair[0]].recipe
 
     def inputs() -> list[Any]:
         model = build(*key)

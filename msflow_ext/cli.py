@@ -15,8 +15,8 @@ from itertools import chain, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.options import DATA, HEADS, RECIPE, SETTINGS, parser
-from msflow_ext.recipe import PAPERS
+from msflow_ext.options import DATA, MODEL, RECIPE, SETTINGS, parser
+from msflow_ext.recipe import PRESETS
 
 if TYPE_CHECKING:
     from msflow_ext.data import DataSet
@@ -79,7 +79,8 @@ def demo(options: Any) -> int:
     for arguments in DEMO:
         out = Path(options.out) / "-".join(arguments[1:4:2])
         command = ["train", *arguments, "--backbone", "efficientnet_lite0", "--image-size", "192"]
-        command += ["--model", options.model, "--baseline", "--out", str(out)]
+        command += ["--model", options.model, "--preset", options.preset]
+        command += ["--baseline", "--out", str(out)]
         command += ["--threads", str(options.threads)] if options.threads else []
         command += [f"--{flag}" for flag in ("resume", "overwrite") if options[flag]]
         rows += _train(parser(COMMANDS).parse_args(command).train)
@@ -180,7 +181,7 @@ def _train(options: Any) -> list[tuple[str, str, Mapping[str, Any]]]:
     dataset = _open_dataset(vars(options))
     model = _build(options, dataset)
     given = {name: options[name] for name in RECIPE if options[name] is not None}
-    recipe = replace(PAPERS[options.model], **given)
+    recipe = replace(PRESETS[options.preset][options.model].recipe, **given)
     metrics = training.train(
         model,
         dataset,
@@ -206,7 +207,7 @@ def _build(options: Any, dataset: DataSet) -> Any:
     import msflow_ext
 
     kind: Any = {"msflow": msflow_ext.MSFlow, "fastflow": msflow_ext.FastFlow}[options.model]
-    given = {name: options[name] for name in HEADS if options[name] is not None}
+    given = {name: options[name] for name in MODEL if options[name] is not None}
     if wrong := [name for name in given if name not in signature(kind).parameters]:
         flag = f"--{wrong[0].replace('_', '-')}"
         raise ValueError(f"{flag} is not an option of --model {options.model}")
@@ -219,7 +220,7 @@ def _build(options: Any, dataset: DataSet) -> Any:
         image_size=size,
         pretrained=options.weights or True,
         seed=options.seed,
-        **given,
+        **{**PRESETS[options.preset][options.model].model, **given},
     )
 
 

@@ -7,15 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 from msflow_ext.data import LAYOUTS, PACKAGED
 from msflow_ext.features import CACHES
-from msflow_ext.recipe import PAPERS, PRECISIONS, Recipe
+from msflow_ext.recipe import PRECISIONS, PRESETS, Recipe
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 DATA = ("data", "layout", "category", "split_seed", "normal", "abnormal", "masks", "csv")
-RECIPE = ("epochs", "batch_size", "lr", "seed", "precision", "cache", "eval_every", "workers")
-HEADS = ("out_indices", "steps", "hidden_ratio", "conv3x3_only")  # None: as the model has it
-SETTINGS = (*DATA, *RECIPE, *HEADS, "model", "backbone", "image_size", "weights", "baseline")
+RECIPE = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "noise",
+    "seed",
+    "precision",
+    "cache",
+    "eval_every",
+    "workers",
+)
+MODEL = (  # arguments of a model; None: as the preset or the model has it
+    *("out_indices", "blocks", "steps", "hidden_ratio", "conv3x3_only"),
+    *("standardize", "score", "position_base"),
+)
+SETTINGS = (
+    *(*DATA, *RECIPE, *MODEL),
+    *("model", "preset", "backbone", "image_size", "weights", "baseline"),
+)
 _DATA = f"{' or '.join(PACKAGED)} (packages), or a folder"
 
 
@@ -63,6 +79,7 @@ def _train(part: ArgumentParser) -> None:
         help="side of the square input in pixels (default: the backbone's preset)",
     )
     part.add_argument("--out-indices", type=int, nargs="+", help="maps of the backbone to read")
+    part.add_argument("--blocks", type=int, nargs="+", help="steps of each flow of MSFlow")
     for name, kind, text in (
         ("--steps", int | None, "of every flow of FastFlow"),
         (
@@ -71,11 +88,23 @@ def _train(part: ArgumentParser) -> None:
             "hidden channels of FastFlow's subnets, of those they see",
         ),
         ("--conv3x3-only", bool | None, "true: FastFlow's subnets convolve 3x3 in every step"),
+        (
+            "--standardize",
+            bool | None,
+            "true: each channel by its statistics over the training set",
+        ),
+        ("--score", str | None, "paper, log or nll"),
         ("--epochs", int | None, "passes over the training images"),
         ("--batch-size", int | None, "images per step"),
         ("--lr", float | None, "learning rate between warm-up and decay"),
+        ("--noise", float | None, "standard deviation of noise on the features in training"),
     ):
-        part.add_argument(name, type=kind, help=f"{text} (default: the paper's)")
+        part.add_argument(name, type=kind, help=f"{text} (default: the preset's)")
+    part.add_argument(
+        "--position-base",
+        action="store_true",
+        help="fit a Gaussian at every position behind the flow: for parts that always lie alike",
+    )
     part.add_argument(
         "--seed", type=int, default=Recipe.seed, help="of initial weights and order of the images"
     )
@@ -125,7 +154,14 @@ def _data(part: ArgumentParser) -> None:
 
 
 def _add_model(part: ArgumentParser) -> None:
-    part.add_argument("--model", choices=tuple(PAPERS), default="msflow", help="what to train")
+    models, presets = tuple(PRESETS["paper"]), tuple(PRESETS)
+    part.add_argument("--model", choices=models, default="msflow", help="what to train")
+    part.add_argument(
+        "--preset",
+        choices=presets,
+        default="paper",
+        help="as in its paper, or as was better and steadier on average",
+    )
 
 
 def _add_data(part: ArgumentParser) -> None:

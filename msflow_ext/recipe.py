@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ SCHEDULES = ("steps", "cosine")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; the defaults are the MSFlow paper's, ``PAPERS`` has those of every model.
+    """How to train; the defaults are the MSFlow paper's, ``PRESETS`` has all others.
 
     Attributes:
         epochs: passes over the training images (the paper's sub-epochs).
@@ -30,7 +32,8 @@ class Recipe:
         schedule: ``steps``, down by ``decay`` at each of ``milestones``; or ``cosine``, half a wave from ``lr`` to 0.
         decay: factor at each of ``milestones``.
         milestones: shares of the epochs; none for a constant rate.
-        seed: of the order of the images.
+        noise: standard deviation of normal noise on the features, new in every epoch: less is learnt by heart.
+        seed: of the order of the images, and of the noise.
         precision: ``float32``, or ``bfloat16`` (autocast; weights stay float32, cached features are halved).
         cache: where the backbone's features are kept: ``memory``, ``disk`` or ``off``.
         eval_every: epochs between tests; a tenth of them if None.
@@ -50,6 +53,7 @@ class Recipe:
     schedule: str = "steps"
     decay: float = 0.33
     milestones: tuple[float, ...] = (0.7, 0.9)
+    noise: float = 0.0
     seed: int = 9826
     precision: str = "float32"
     cache: str = "memory"
@@ -65,8 +69,9 @@ class Recipe:
             value = getattr(self, name)
             if not (name == "clip" and value is None) and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0, got {value}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        for name in ("weight_decay", "noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for share in (self.warmup, *self.milestones):
             if not 0 <= share <= 1:
                 raise ValueError(f"warmup and milestones are shares in 0..1, got {share}")
@@ -95,11 +100,43 @@ class Recipe:
         """The order of the images in ``epoch``, ``(images,)`` int64: a function of seed and epoch alone."""
         return torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(images))
 
+    def disturbed(self, epoch: int, batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
+        """The features of an epoch with its noise, which depends on seed and epoch alone."""
+        seed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(seed[0]))
+        for batch in batches:
+            if self.noise:
+                drawn = [torch.randn(x.shape, generator=generator).to(x) for x in batch]
+                batch = [x + self.noise * n for x, n in zip(batch, drawn, strict=True)]
+            yield batch
 
-#: What each model's paper trains with.
-PAPERS: dict[str, Recipe] = {
-    "msflow": Recipe(),
-    "fastflow": Recipe(
-        epochs=500, batch_size=32, lr=1e-3, clip=None, weight_decay=1e-5, warmup=0.0, milestones=()
-    ),
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe, and the arguments of the model that go with it."""
+
+    recipe: Recipe
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+
+_CONSTANT: dict[str, Any] = {"clip": None, "warmup": 0.0, "milestones": ()}
+_COSINE: dict[str, Any] = {"batch_size": 16, "lr": 2e-3, "warmup": 0.0, "schedule": "cosine"}
+
+#: What the papers train with, and what was better and steadier on average on other data (``benchmarks/NOTES.md``).
+PRESETS: dict[str, dict[str, Preset]] = {
+    "paper": {
+        "msflow": Preset(Recipe()),
+        "fastflow": Preset(
+            Recipe(epochs=500, batch_size=32, lr=1e-3, weight_decay=1e-5, **_CONSTANT)
+        ),
+    },
+    "robust": {
+        "msflow": Preset(
+            Recipe(**_COSINE, noise=0.3),
+            {"blocks": (1, 1, 2), "standardize": True, "score": "nll"},
+        ),
+        "fastflow": Preset(
+            Recipe(**_COSINE, noise=0.3), {"steps": 2, "standardize": True, "score": "nll"}
+        ),
+    },
 }

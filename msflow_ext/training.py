@@ -261,7 +261,8 @@ def _epoch(
             bar.update()
 
     try:
-        steps = train_epoch(fabric, head, optimizer, batches(), clip=recipe.clip)
+        disturbed = recipe.disturbed(epoch, batches())
+        steps = train_epoch(fabric, head, optimizer, disturbed, clip=recipe.clip)
     except TrainingDiverged as error:
         items = features.images.items
         names = ", ".join(items[i].name for i in chunks[error.step].tolist())

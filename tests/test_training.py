@@ -21,7 +21,7 @@ from msflow_ext.checkpoint import read_checkpoint, write_text
 from msflow_ext.compat.msflow import head_from_state_dict, to_official_names
 from msflow_ext.data import DataSet, Images, Item
 from msflow_ext.features import Features
-from msflow_ext.recipe import PAPERS
+from msflow_ext.recipe import PRESETS
 from msflow_ext.training import Recipe, TrainingDiverged, make_optimizer, train, train_epoch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,7 +134,24 @@ def test_a_cosine_is_that_of_torchs_scheduler_and_the_rate_of_fastflow_is_consta
         assert cosine.learning_rate(epoch) == pytest.approx(adam.param_groups[0]["lr"], rel=1e-12)
         adam.step()
         scheduler.step()
-    assert {PAPERS["fastflow"].learning_rate(epoch) for epoch in range(500)} == {1e-3}
+    assert {PRESETS["paper"]["fastflow"].recipe.learning_rate(epoch) for epoch in range(500)} == {
+        1e-3
+    }
+
+
+def test_noise_is_added_anew_in_every_epoch_and_depends_on_the_seed():
+    def seen(seed: int, epoch: int, noise: float = 0.5) -> torch.Tensor:
+        batches = iter([[torch.zeros(50, 8, 4, 4)], [torch.ones(50, 8, 4, 4)]])
+        return torch.stack([b for (b,) in Recipe(seed=seed, noise=noise).disturbed(epoch, batches)])
+
+    first = seen(1, 0)
+    assert torch.equal(first, seen(1, 0))
+    for mean, batch in enumerate(first):
+        assert batch.mean().item() == pytest.approx(mean, abs=0.02)
+        assert batch.std().item() == pytest.approx(0.5, rel=0.02)
+    for other in (seen(1, 1), seen(2, 0), torch.stack([first[1] - 1, first[0] + 1])):
+        assert (first - other).std().item() == pytest.approx(0.5**0.5, rel=0.02)
+    assert torch.equal(seen(1, 0, noise=0.0)[0], torch.zeros(50, 8, 4, 4))
 
 
 def test_without_clip_the_gradient_is_taken_whole_and_weight_decay_is_adams():
@@ -174,6 +191,7 @@ def test_the_order_is_a_new_permutation_each_epoch_and_depends_on_the_seed():
         ({"lr": float("nan")}, "lr must be above 0, got nan"),
         ({"clip": 0.0}, "clip must be above 0, got 0.0"),
         ({"weight_decay": -1e-5}, "weight_decay must be 0 or more, got -1e-05"),
+        ({"noise": float("nan")}, "noise must be 0 or more, got nan"),
         ({"schedule": "steep"}, "schedule must be one of steps, cosine, got 'steep'"),
         ({"milestones": (0.5, 1.5)}, "shares in 0..1, got 1.5"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),

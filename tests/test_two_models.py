@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 
 from msflow_ext import FastFlow, MSFlow, cli, load
 from msflow_ext.options import parser
+from msflow_ext.recipe import PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--backbone", "efficientnet_lite0", "--image-size", "64", "--device", "cpu"]
@@ -80,19 +83,41 @@ def test_the_options_reach_the_head_and_the_rest_is_the_papers(fastflow_run: Pat
     assert settings.items() >= {"model": "fastflow", **asked, "epochs": 1, "lr": None}.items()
 
 
+def test_the_preset_robust_takes_what_is_asked_for_and_its_own_for_the_rest(
+    data: Path, tmp_path: Path
+) -> None:
+    flags = ["--preset", "robust", "--epochs", "1", "--blocks", "1", "1", "--position-base"]
+    assert cli.main(chosen(data, "msflow", *SMALL, *flags, "--out", str(tmp_path / "run"))) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    robust = PRESETS["robust"]["msflow"]
+    wanted = {**robust.model, "blocks": [1, 1], "position_base": True}
+    assert metrics["model"].items() >= wanted.items()
+    assert metrics["recipe"].items() >= {"epochs": 1, "noise": robust.recipe.noise}.items()
+    assert metrics["recipe"]["lr"] == robust.recipe.lr != PRESETS["paper"]["msflow"].recipe.lr
+
+
+@pytest.mark.parametrize("name", ["msflow", "fastflow"])
+def test_a_preset_holds_arguments_of_its_model(name: str) -> None:
+    kind = {"msflow": MSFlow, "fastflow": FastFlow}[name]
+    model = kind("test_resnet", image_size=64, pretrained=False, **PRESETS["robust"][name].model)
+    assert model.config.items() >= {"score": "nll", "standardize": True}.items()
+    assert not PRESETS["paper"][name].model
+
+
 def test_only_msflow_takes_transistors_at_256_pixels(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {}
 
-    def build(name: str, **options: object) -> None:
-        sizes[name] = options["image_size"]
-        raise ValueError("seen")
-
     for model, kind in (("msflow", MSFlow), ("fastflow", FastFlow)):
-        monkeypatch.setattr(
-            kind, "__init__", lambda self, name, model=model, **o: build(model, **o)
-        )
+        own: Any = kind.__init__
+
+        @wraps(own)
+        def refuse(self: object, name: str, model: str = model, **options: object) -> None:
+            sizes[model] = options["image_size"]
+            raise ValueError("seen")
+
+        monkeypatch.setattr(kind, "__init__", refuse)
         assert cli.main(chosen(data, model, "--out", str(tmp_path / model))) == 2
     assert sizes == {"msflow": 256, "fastflow": None}
 
@@ -101,6 +126,8 @@ def test_only_msflow_takes_transistors_at_256_pixels(
     ("model", "flags", "sentence"),
     [
         ("msflow", ["--steps", "4"], "--steps is not an option of --model msflow"),
+        ("fastflow", ["--blocks", "1", "2"], "--blocks is not an option of --model fastflow"),
+        ("fastflow", ["--score", "best"], "score must be 'log', 'paper' or 'nll', got 'best'"),
         ("fastflow", ["--steps", "0"], "steps must be at least 1, got 0"),
         ("fastflow", ["--hidden-ratio", "0.01"], "hidden_ratio 0.01 leaves no hidden channels of"),
         ("fastflow", ["--out-indices", "3", "1"], "out_indices must be increasing, 0 or more"),

@@ -205,6 +205,14 @@ def side(image_size: int | None, backbone: Backbone) -> int:
     return 256 if backbone.image_size is None else backbone.image_size[0]
 
 
+def check_score(score: str, top_k: float) -> None:
+    """Refuse an image score that no model has, and a share of pixels that is none."""
+    if score not in ("log", "paper", "nll"):
+        raise ValueError(f"score must be 'log', 'paper' or 'nll', got {score!r}")
+    if not 0 < top_k <= 1:
+        raise ValueError(f"top_k must be in (0, 1], got {top_k}")
+
+
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """Random numbers of torch inside come from ``seed``, those outside as if nothing was drawn; None changes nothing."""

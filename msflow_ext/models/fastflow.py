@@ -20,6 +20,7 @@ from msflow_ext.models.detector import (
     Detector,
     FlowHead,
     Prediction,
+    check_score,
     refuse_non_finite,
     seeded,
     side,
@@ -180,6 +181,9 @@ class FastFlow(Detector):
         padding_mode: ``"reflect"`` or ``"zeros"`` in the backbone.
         standardize: whether features are standardised per channel by statistics of the training set
             (:meth:`set_statistics`).
+        score: ``"paper"``, the maximum of the map; ``"log"`` or ``"nll"``, which cannot saturate, as in
+            :class:`~msflow_ext.MSFlow`.
+        top_k: share of the pixels that make the latter two.
         position_base: for parts that always lie alike: Gaussians at every position of the latent maps, fitted to the
             training set after training; see :class:`~msflow_ext.models.position_base.PositionBase`.
 
@@ -202,9 +206,12 @@ class FastFlow(Detector):
         layer_norm: bool | None = None,
         padding_mode: str = "zeros",
         standardize: bool = False,
+        score: str = "paper",
+        top_k: float = 0.03,
         position_base: bool = False,
         seed: int | None = None,
     ) -> None:
+        check_score(score, top_k)
         preset = PRESETS.get(backbone, {})
         size = preset.get("image_size") if image_size is None else int(image_size)
         network = Backbone(
@@ -237,10 +244,18 @@ class FastFlow(Detector):
             hidden_ratio=head.hidden_ratio,
             conv3x3_only=head.conv3x3_only,
             layer_norm=bool(layer_norm),
+            score=score,
+            top_k=float(top_k),
         )
+        self.score = score
+        self.top_k = float(top_k)
 
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
-        """Score features as :meth:`features` gives them: the score is the maximum of the map."""
+        """Score features as :meth:`features` gives them."""
         log_likelihood = self.log_likelihood(features)
         maps = ops.mean_aggregate(log_likelihood, self.image_size)
-        return Prediction(maps.score, maps.anomaly_map, maps.anomaly_map, log_likelihood)
+        score = maps.score
+        if self.score != "paper":
+            others = ops.aggregate(log_likelihood, self.image_size, top_k=self.top_k)
+            score = others.log_score if self.score == "log" else others.nll_score
+        return Prediction(score, maps.anomaly_map, maps.anomaly_map, log_likelihood)

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from msflow_ext import ops
 from msflow_ext.flows import FlowOutput
 from msflow_ext.models.backbone import Backbone
-from msflow_ext.models.detector import Detector, FlowHead, Prediction, refuse_non_finite, seeded
+from msflow_ext.models.detector import (
+    Detector,
+    FlowHead,
+    Prediction,
+    check_score,
+    refuse_non_finite,
+    seeded,
+)
 from msflow_ext.models.msflow_flows import ConditionalFlow, FusionFlow
 
 if TYPE_CHECKING:
@@ -163,10 +170,7 @@ class MSFlow(Detector):
         position_base: bool = False,
         seed: int | None = None,
     ) -> None:
-        if score not in ("log", "paper", "nll"):
-            raise ValueError(f"score must be 'log', 'paper' or 'nll', got {score!r}")
-        if not 0 < top_k <= 1:
-            raise ValueError(f"top_k must be in (0, 1], got {top_k}")
+        check_score(score, top_k)
         preset = PRESETS.get(backbone, OTHER)
         size = preset["image_size"] if image_size is None else int(image_size)
         network = Backbone(

@@ -256,6 +256,20 @@ def test_a_model_scores_images_by_the_mean_likelihood_of_its_scales(case: str) -
     assert relative_error(form(images).anomaly_map, got.anomaly_map) <= 1e-4
 
 
+def test_the_scores_that_cannot_saturate_are_those_of_the_aggregate() -> None:
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    options = {"image_size": 64, "steps": 1, "top_k": 0.1}
+    model = FastFlow("test_resnet", pretrained=False, **options)
+    features = model.features(images)
+    wanted = ops.aggregate(model.head.log_likelihood(features), 64, top_k=0.1)
+    maps = model.predict_features(features).anomaly_map
+    for name, score in (("log", wanted.log_score), ("nll", wanted.nll_score)):
+        model.score = name
+        got = model.predict_features(features)
+        assert torch.equal(got.score, score)
+        assert torch.equal(got.anomaly_map, maps)
+
+
 @pytest.mark.parametrize("case", BACKBONES)
 def test_the_config_builds_the_model_again(case: str) -> None:
     name, size, _, _ = BACKBONES[case]
