@@ -26,7 +26,7 @@ RECIPE = (
 )
 MODEL = (  # arguments of a model; None: as the preset or the model has it
     *("out_indices", "blocks", "steps", "hidden_ratio", "conv3x3_only"),
-    *("standardize", "score", "position_base"),
+    *("standardize", "score", "anomaly_map", "position_base"),
 )
 SETTINGS = (
     *(*DATA, *RECIPE, *MODEL),
@@ -93,7 +93,12 @@ def _train(part: ArgumentParser) -> None:
             bool | None,
             "true: each channel by its statistics over the training set",
         ),
-        ("--score", str | None, "paper, log or nll"),
+        ("--score", str | None, "of an image: paper, log or nll"),
+        (
+            "--anomaly-map",
+            str | None,
+            "of MSFlow: additive, or clamped for no scale to outshout others",
+        ),
         ("--epochs", int | None, "passes over the training images"),
         ("--batch-size", int | None, "images per step"),
         ("--lr", float | None, "learning rate between warm-up and decay"),

@@ -145,7 +145,7 @@ def train(
 
         def test() -> Evaluation:
             try:
-                model.fit_base(trained.batches(recipe.batch_size))
+                model.fit_latents(partial(trained.batches, recipe.batch_size))
                 return evaluate(model.predict_features, tested, truth, recipe.batch_size)
             except FloatingPointError as error:
                 raise _stopped(run, state["epoch"], str(error)) from None

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,7 @@ class Detector(nn.Module, ABC):
         image_size: side ``S`` of the square input and of the maps, in pixels; None: see :func:`side`.
         standardize: whether features are standardised per channel by statistics of the training set, once
             :meth:`set_statistics` was called.
-        position_base: whether :meth:`fit_base` puts a :class:`PositionBase` behind the flow.
+        position_base: whether :meth:`fit_latents` puts a :class:`PositionBase` behind the flow.
         config: further arguments of the subclass.
 
     Attributes:
@@ -163,11 +163,15 @@ class Detector(nn.Module, ABC):
             return self.head.log_likelihood(features)
         return [ops.log_likelihood_map(z) for z in self.base(self.head(features).z)]
 
-    def fit_base(self, batches: Iterable[Sequence[Tensor]]) -> None:
-        """Fit the position base, where there is one, to the features of normal images, once the head is trained."""
+    @torch.no_grad()
+    def fit_latents(self, batches: Callable[[], Iterable[Sequence[Tensor]]]) -> None:
+        """Fit what comes behind the trained head, where the model has such: here the position base.
+
+        Args:
+            batches: gives the features of all normal images, from the first on at every call.
+        """
         if self.base is not None:
-            with torch.no_grad():
-                self.base.fit(self.head(features).z for features in batches)
+            self.base.fit(self.head(features).z for features in batches())
 
     @abstractmethod
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
