@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import charts, results, targets
+from benchmarks import bench_models, charts, results, targets
 from benchmarks.targets import STEP, baseline
 from msflow_ext.bench import quantiles, ratio
 
@@ -26,7 +26,7 @@ HEADLINES = (
 CHARTS = {"flows": 0, "pipeline": 1, "training": 2}
 
 #: Groups whose few providers stand side by side; elsewhere the cases do.
-OPS = ("coupling", "norm", "likelihood", "aggregation", "pixel AUROC", "AUPRO")
+OPS = ("coupling", "norm", "likelihood", "aggregation", "pixel AUROC", "AUPRO", "model")
 OTHERS = ("flows", "pipeline", "training step", "training run")
 
 
@@ -101,6 +101,8 @@ def headlines(document: dict[str, Any], threads: int) -> Iterator[str]:
     for name in CHARTS:
         if (results.FOLDER / f"{name}.svg").exists():
             yield from ("", f"![Time of {name} by provider](benchmarks/results/{name}.svg)")
+    yield ""
+    yield from bench_models.table(document, threads)
 
 
 def update(path: Path, block: str) -> None:

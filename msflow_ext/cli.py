@@ -9,11 +9,14 @@ import sys
 from argparse import ArgumentError
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from inspect import signature
 from itertools import chain, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.options import DATA, RECIPE, SETTINGS, parser
+from msflow_ext.options import DATA, MODEL, RECIPE, SETTINGS, parser
+from msflow_ext.recipe import PRESETS
 
 if TYPE_CHECKING:
     from msflow_ext.data import DataSet
@@ -71,11 +74,12 @@ def info(options: Any) -> int:
 
 
 def demo(options: Any) -> int:
-    """Train MSFlow on solar cells (ELPV mono) and on brick, beside a Gaussian baseline."""
+    """Train a model on solar cells (ELPV mono) and on brick, beside a Gaussian baseline."""
     rows = []
     for arguments in DEMO:
         out = Path(options.out) / "-".join(arguments[1:4:2])
         command = ["train", *arguments, "--backbone", "efficientnet_lite0", "--image-size", "192"]
+        command += ["--model", options.model, "--preset", options.preset]
         command += ["--baseline", "--out", str(out)]
         command += ["--threads", str(options.threads)] if options.threads else []
         command += [f"--{flag}" for flag in ("resume", "overwrite") if options[flag]]
@@ -170,20 +174,14 @@ def _train(options: Any) -> list[tuple[str, str, Mapping[str, Any]]]:
     """Train as the options say; the rows of the table of results."""
     import torch
 
-    import msflow_ext
     from msflow_ext import training
 
     if options.threads:
         torch.set_num_threads(options.threads)
     dataset = _open_dataset(vars(options))
-    paper = 256 if dataset.category == "transistor" or dataset.name == "mstc" else None
-    model = msflow_ext.MSFlow(
-        options.backbone,
-        image_size=paper if options.image_size is None else options.image_size,
-        pretrained=options.weights or True,
-        seed=options.seed,
-    )
-    recipe = training.Recipe(**{name: options[name] for name in RECIPE})
+    model = _build(options, dataset)
+    given = {name: options[name] for name in RECIPE if options[name] is not None}
+    recipe = replace(PRESETS[options.preset][options.model].recipe, **given)
     metrics = training.train(
         model,
         dataset,
@@ -202,6 +200,28 @@ def _train(options: Any) -> list[tuple[str, str, Mapping[str, Any]]]:
     if metrics["baseline"]:
         rows.append((title, metrics["baseline"]["name"], metrics["baseline"]))
     return rows
+
+
+def _build(options: Any, dataset: DataSet) -> Any:
+    """The untrained model that the options ask for."""
+    import msflow_ext
+
+    kind: Any = {"msflow": msflow_ext.MSFlow, "fastflow": msflow_ext.FastFlow}[options.model]
+    given = {name: options[name] for name in MODEL if options[name] is not None}
+    if wrong := [name for name in given if name not in signature(kind).parameters]:
+        flag = f"--{wrong[0].replace('_', '-')}"
+        raise ValueError(f"{flag} is not an option of --model {options.model}")
+    size = options.image_size
+    small = dataset.category == "transistor" or dataset.name == "mstc"
+    if size is None and small and options.model == "msflow":
+        size = 256  # as its authors train these
+    return kind(
+        options.backbone,
+        image_size=size,
+        pretrained=options.weights or True,
+        seed=options.seed,
+        **{**PRESETS[options.preset][options.model].model, **given},
+    )
 
 
 def _open_dataset(options: Mapping[str, Any], *, strict: bool = True) -> DataSet:

@@ -7,14 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 from msflow_ext.data import LAYOUTS, PACKAGED
 from msflow_ext.features import CACHES
-from msflow_ext.recipe import PRECISIONS, Recipe
+from msflow_ext.recipe import PRECISIONS, PRESETS, Recipe
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 DATA = ("data", "layout", "category", "split_seed", "normal", "abnormal", "masks", "csv")
-RECIPE = ("epochs", "batch_size", "lr", "seed", "precision", "cache", "eval_every", "workers")
-SETTINGS = (*DATA, *RECIPE, "model", "backbone", "image_size", "weights", "baseline")
+RECIPE = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "noise",
+    "seed",
+    "precision",
+    "cache",
+    "eval_every",
+    "workers",
+)
+MODEL = (  # arguments of a model; None: as the preset or the model has it
+    *("out_indices", "blocks", "steps", "hidden_ratio", "conv3x3_only"),
+    *("standardize", "score", "anomaly_map", "position_base"),
+)
+SETTINGS = (
+    *(*DATA, *RECIPE, *MODEL),
+    *("model", "preset", "backbone", "image_size", "weights", "baseline"),
+)
 _DATA = f"{' or '.join(PACKAGED)} (packages), or a folder"
 
 
@@ -40,6 +57,7 @@ def _info(part: ArgumentParser) -> None:
 
 
 def _demo(part: ArgumentParser) -> None:
+    _add_model(part)
     _add_out(part, "folder for the two run folders")
     _add_threads(part)
     _add_again(part)
@@ -48,11 +66,11 @@ def _demo(part: ArgumentParser) -> None:
 def _train(part: ArgumentParser) -> None:
     part.add_argument("--config", action="config", help="YAML file of any of these flags")
     _add_data(part)
-    part.add_argument("--model", choices=("msflow",), default="msflow", help="what to train")
+    _add_model(part)
     part.add_argument(
         "--backbone",
         default="wide_resnet50_2",
-        help="timm CNN, or efficientnet_lite0, whose weights a pip package holds",
+        help="timm network, or efficientnet_lite0, whose weights a pip package holds",
     )
     part.add_argument("--weights", type=str | None, help="file of backbone weights")
     part.add_argument(
@@ -60,15 +78,41 @@ def _train(part: ArgumentParser) -> None:
         type=int | None,
         help="side of the square input in pixels (default: the backbone's preset)",
     )
+    part.add_argument("--out-indices", type=int, nargs="+", help="maps of the backbone to read")
+    part.add_argument("--blocks", type=int, nargs="+", help="steps of each flow of MSFlow")
     for name, kind, text in (
-        ("--epochs", int, "passes over the training images"),
-        ("--batch-size", int, "images per step"),
-        ("--lr", float, "learning rate between warm-up and decay"),
-        ("--seed", int, "of initial weights and order of the images"),
+        ("--steps", int | None, "of every flow of FastFlow"),
+        (
+            "--hidden-ratio",
+            float | None,
+            "hidden channels of FastFlow's subnets, of those they see",
+        ),
+        ("--conv3x3-only", bool | None, "true: FastFlow's subnets convolve 3x3 in every step"),
+        (
+            "--standardize",
+            bool | None,
+            "true: each channel by its statistics over the training set",
+        ),
+        ("--score", str | None, "of an image: paper, log or nll"),
+        (
+            "--anomaly-map",
+            str | None,
+            "of MSFlow: additive, or clamped for no scale to outshout others",
+        ),
+        ("--epochs", int | None, "passes over the training images"),
+        ("--batch-size", int | None, "images per step"),
+        ("--lr", float | None, "learning rate between warm-up and decay"),
+        ("--noise", float | None, "standard deviation of noise on the features in training"),
     ):
-        part.add_argument(
-            name, type=kind, default=getattr(Recipe, name[2:].replace("-", "_")), help=text
-        )
+        part.add_argument(name, type=kind, help=f"{text} (default: the preset's)")
+    part.add_argument(
+        "--position-base",
+        action="store_true",
+        help="fit a Gaussian at every position behind the flow: for parts that always lie alike",
+    )
+    part.add_argument(
+        "--seed", type=int, default=Recipe.seed, help="of initial weights and order of the images"
+    )
     part.add_argument(
         "--precision", choices=PRECISIONS, default=Recipe.precision, help="of the flows"
     )
@@ -112,6 +156,17 @@ def _data(part: ArgumentParser) -> None:
     check.add_argument("data", type=str | None, nargs="?", help=_DATA)
     _add_layout(check)
     part.add_subcommands(dest="action").add_subcommand("check", check, help=text)
+
+
+def _add_model(part: ArgumentParser) -> None:
+    models, presets = tuple(PRESETS["paper"]), tuple(PRESETS)
+    part.add_argument("--model", choices=models, default="msflow", help="what to train")
+    part.add_argument(
+        "--preset",
+        choices=presets,
+        default="paper",
+        help="as in its paper, or as was better and steadier on average",
+    )
 
 
 def _add_data(part: ArgumentParser) -> None:

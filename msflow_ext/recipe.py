@@ -1,9 +1,11 @@
-"""How to train: the paper's numbers, and what follows from them for each epoch."""
+"""How to train: the papers' numbers, and what follows from them for each epoch."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,22 +14,26 @@ from torch import Tensor
 from msflow_ext.features import CACHES
 
 PRECISIONS = ("float32", "bfloat16")
+SCHEDULES = ("steps", "cosine")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; the defaults are the paper's.
+    """How to train; the defaults are the MSFlow paper's, ``PRESETS`` has all others.
 
     Attributes:
         epochs: passes over the training images (the paper's sub-epochs).
         batch_size: images per step; the last step of an epoch may have fewer.
         lr: Adam's learning rate between warm-up and decay.
-        clip: largest norm of the whole gradient.
+        clip: largest norm of the whole gradient; None for no limit.
+        weight_decay: Adam's, added to the gradient.
         warmup: share of the epochs in which the rate rises linearly from ``warmup_from`` times ``lr``.
         warmup_from: where it starts.
+        schedule: ``steps``, down by ``decay`` at each of ``milestones``; or ``cosine``, half a wave from ``lr`` to 0.
         decay: factor at each of ``milestones``.
-        milestones: shares of the epochs.
-        seed: of the order of the images.
+        milestones: shares of the epochs; none for a constant rate.
+        noise: standard deviation of normal noise on the features, new in every epoch: less is learnt by heart.
+        seed: of the order of the images, and of the noise.
         precision: ``float32``, or ``bfloat16`` (autocast; weights stay float32, cached features are halved).
         cache: where the backbone's features are kept: ``memory``, ``disk`` or ``off``.
         eval_every: epochs between tests; a tenth of them if None.
@@ -40,11 +46,14 @@ class Recipe:
     epochs: int = 100
     batch_size: int = 8
     lr: float = 1e-4
-    clip: float = 2.0
+    clip: float | None = 2.0
+    weight_decay: float = 0.0
     warmup: float = 0.12
     warmup_from: float = 0.1
+    schedule: str = "steps"
     decay: float = 0.33
     milestones: tuple[float, ...] = (0.7, 0.9)
+    noise: float = 0.0
     seed: int = 9826
     precision: str = "float32"
     cache: str = "memory"
@@ -57,26 +66,77 @@ class Recipe:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         for name in ("lr", "clip", "warmup_from", "decay"):
-            if not (0 < getattr(self, name) < math.inf):
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (name == "clip" and value is None) and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name in ("weight_decay", "noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for share in (self.warmup, *self.milestones):
             if not 0 <= share <= 1:
                 raise ValueError(f"warmup and milestones are shares in 0..1, got {share}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
-        for name, known in (("precision", PRECISIONS), ("cache", CACHES)):
+        choices = (("schedule", SCHEDULES), ("precision", PRECISIONS), ("cache", CACHES))
+        for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
 
     def learning_rate(self, epoch: int) -> float:
-        """Rate of ``epoch``, counted from 0: that of torch's ``LinearLR`` and ``MultiStepLR`` together."""
+        """Rate of ``epoch``, counted from 0.
+
+        That of torch's ``LinearLR`` together with its ``MultiStepLR`` or ``CosineAnnealingLR``.
+        """
         rising = round(self.warmup * self.epochs)
         rise = min(epoch / rising, 1.0) if rising else 1.0
-        drops = sum(epoch >= round(share * self.epochs) for share in self.milestones)
-        return self.lr * (self.warmup_from + (1 - self.warmup_from) * rise) * self.decay**drops
+        rate = self.lr * (self.warmup_from + (1 - self.warmup_from) * rise)
+        if self.schedule == "cosine":
+            return rate * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        return rate * self.decay ** sum(epoch >= round(s * self.epochs) for s in self.milestones)
 
     def order(self, epoch: int, images: int) -> Tensor:
         """The order of the images in ``epoch``, ``(images,)`` int64: a function of seed and epoch alone."""
         return torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(images))
+
+    def disturbed(self, epoch: int, batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
+        """The features of an epoch with its noise, which depends on seed and epoch alone."""
+        seed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(seed[0]))
+        for batch in batches:
+            if self.noise:
+                drawn = [torch.randn(x.shape, generator=generator).to(x) for x in batch]
+                batch = [x + self.noise * n for x, n in zip(batch, drawn, strict=True)]
+            yield batch
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe, and the arguments of the model that go with it."""
+
+    recipe: Recipe
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+
+_CONSTANT: dict[str, Any] = {"clip": None, "warmup": 0.0, "milestones": ()}
+_COSINE: dict[str, Any] = {"batch_size": 16, "lr": 2e-3, "warmup": 0.0, "schedule": "cosine"}
+
+#: What the papers train with, and what was better and steadier on average on other data (``benchmarks/NOTES.md``).
+PRESETS: dict[str, dict[str, Preset]] = {
+    "paper": {
+        "msflow": Preset(Recipe()),
+        "fastflow": Preset(
+            Recipe(epochs=500, batch_size=32, lr=1e-3, weight_decay=1e-5, **_CONSTANT)
+        ),
+    },
+    "robust": {
+        "msflow": Preset(
+            Recipe(**_COSINE, noise=0.3),
+            {"blocks": (1, 1, 2), "standardize": True, "score": "nll"},
+        ),
+        "fastflow": Preset(
+            Recipe(**_COSINE, noise=0.3), {"steps": 2, "standardize": True, "score": "nll"}
+        ),
+    },
+}

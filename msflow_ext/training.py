@@ -48,7 +48,7 @@ def train_epoch(
     optimizer: Any,
     batches: Iterable[list[Tensor]],
     *,
-    clip: float,
+    clip: float | None,
 ) -> list[tuple[float, float]]:
     """One optimiser step per batch of features; the loss and the gradient norm before clipping of each.
 
@@ -62,7 +62,7 @@ def train_epoch(
         with fabric.autocast():
             loss = head.loss(features)
         fabric.backward(loss)
-        norm = clip_grad_norm_(head.parameters(), clip)
+        norm = clip_grad_norm_(head.parameters(), math.inf if clip is None else clip)
         steps.append((loss.item(), norm.item()))
         for name, value in zip(("loss", "gradient norm"), steps[-1], strict=True):
             if not math.isfinite(value):
@@ -72,9 +72,10 @@ def train_epoch(
     return steps
 
 
-def make_optimizer(head: nn.Module) -> torch.optim.Adam:
+def make_optimizer(head: nn.Module, weight_decay: float = 0.0) -> torch.optim.Adam:
     """Adam over all parameters; each epoch sets its rate."""
-    return torch.optim.Adam(head.parameters(), fused=True)  # a CPU step of 2.8 M: 37 -> 3 ms
+    # fused: a CPU step of 2.8 M parameters takes 3 ms instead of 37
+    return torch.optim.Adam(head.parameters(), weight_decay=weight_decay, fused=True)
 
 
 def train(
@@ -130,7 +131,7 @@ def train(
     began = time.monotonic() - state["seconds"]
 
     model.to(fabric.device)
-    adam = make_optimizer(model.head)
+    adam = make_optimizer(model.head, recipe.weight_decay)
     if tensors:
         restore(run / CHECKPOINT, tensors, model, adam)
     truth = Truth.of(Images(dataset.test, model.image_size))
@@ -144,6 +145,7 @@ def train(
 
         def test() -> Evaluation:
             try:
+                model.fit_latents(partial(trained.batches, recipe.batch_size))
                 return evaluate(model.predict_features, tested, truth, recipe.batch_size)
             except FloatingPointError as error:
                 raise _stopped(run, state["epoch"], str(error)) from None
@@ -259,7 +261,8 @@ def _epoch(
             bar.update()
 
     try:
-        steps = train_epoch(fabric, head, optimizer, batches(), clip=recipe.clip)
+        disturbed = recipe.disturbed(epoch, batches())
+        steps = train_epoch(fabric, head, optimizer, disturbed, clip=recipe.clip)
     except TrainingDiverged as error:
         items = features.images.items
         names = ", ".join(items[i].name for i in chunks[error.step].tolist())

@@ -39,6 +39,15 @@ def normal() -> Normal:
     return draw
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """A tiny model is slower on two, the more so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def native() -> Iterator[None]:
     """Runs the test on the compiled kernels, skips it where there are none."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from msflow_ext.bench import TINY, Case, Provider, difference, machine, measure, ratio, table
 from msflow_ext.bench.cases import flows
@@ -168,6 +169,25 @@ def test_a_repeated_row_replaces_the_older_one(load: Load, tmp_path: Path) -> No
         results.add(file, facts, {"case": case, "threads": threads, "value": value})
     found = {(row["threads"], row["value"]) for row in results.read(file)["rows"]}
     assert found == {(1, 3), (2, 2)}
+
+
+def test_the_table_of_models_holds_parameters_operations_times_and_memory(load: Load) -> None:
+    models = load("bench_models")
+    image, step = models.cases(quick=True)[-2:]
+    rows = [{"rows": [], **measure(case, seconds=0)} for case in (image, step)]
+    model = image.providers["ours eager fp32"].make()
+    facts = rows[0]["facts"]
+    assert facts["trained"] == sum(p.numel() for p in model.head.parameters())
+    assert facts["frozen"] == sum(p.numel() for p in model.backbone.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model.features(models.blank(model))
+    steps = [9 * (32 * 5 + 5 * 64), 32 * 5 + 5 * 64]  # 3x3, then 1x1; 5 hidden of 32 channels
+    assert facts["flops"] == counter.get_total_flops() + 2 * 16 * sum(steps)
+    threads = rows[0]["threads"]
+    lines = list(models.table({"rows": rows}, threads))
+    assert [line.count("|") for line in lines] == [8, 8, 8]
+    assert lines[2].startswith("| FastFlow test_vit 64 px | ")
+    assert list(models.table({"rows": rows}, threads + 1)) == []
 
 
 def test_a_report_stands_between_the_markers_and_nowhere_else(load: Load, tmp_path: Path) -> None:

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import MethodType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
-from torch.optim.lr_scheduler import LinearLR, MultiStepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
 
 from msflow_ext import MSFlow, load, training
 from msflow_ext.checkpoint import read_checkpoint, write_text
 from msflow_ext.compat.msflow import head_from_state_dict, to_official_names
 from msflow_ext.data import DataSet, Images, Item
 from msflow_ext.features import Features
+from msflow_ext.recipe import PRESETS
 from msflow_ext.training import Recipe, TrainingDiverged, make_optimizer, train, train_epoch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parent / "golden"
 SIZE = 64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """So small a model is slower on two, the more so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build_model() -> MSFlow:
@@ -132,6 +126,50 @@ def test_the_rate_is_that_of_torchs_warm_up_and_multi_step_schedulers():
             scheduler.step()
 
 
+def test_a_cosine_is_that_of_torchs_scheduler_and_the_rate_of_fastflow_is_constant():
+    cosine = Recipe(epochs=7, schedule="cosine", warmup=0.0)
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=cosine.lr)
+    scheduler = CosineAnnealingLR(adam, 7)
+    for epoch in range(7):
+        assert cosine.learning_rate(epoch) == pytest.approx(adam.param_groups[0]["lr"], rel=1e-12)
+        adam.step()
+        scheduler.step()
+    assert {PRESETS["paper"]["fastflow"].recipe.learning_rate(epoch) for epoch in range(500)} == {
+        1e-3
+    }
+
+
+def test_noise_is_added_anew_in_every_epoch_and_depends_on_the_seed():
+    def seen(seed: int, epoch: int, noise: float = 0.5) -> torch.Tensor:
+        batches = iter([[torch.zeros(50, 8, 4, 4)], [torch.ones(50, 8, 4, 4)]])
+        return torch.stack([b for (b,) in Recipe(seed=seed, noise=noise).disturbed(epoch, batches)])
+
+    first = seen(1, 0)
+    assert torch.equal(first, seen(1, 0))
+    for mean, batch in enumerate(first):
+        assert batch.mean().item() == pytest.approx(mean, abs=0.02)
+        assert batch.std().item() == pytest.approx(0.5, rel=0.02)
+    for other in (seen(1, 1), seen(2, 0), torch.stack([first[1] - 1, first[0] + 1])):
+        assert (first - other).std().item() == pytest.approx(0.5**0.5, rel=0.02)
+    assert torch.equal(seen(1, 0, noise=0.0)[0], torch.zeros(50, 8, 4, 4))
+
+
+def test_without_clip_the_gradient_is_taken_whole_and_weight_decay_is_adams():
+    weights = {}
+    for clip in (None, 1e-3):
+        head = torch.nn.Linear(2, 1)
+        torch.nn.init.ones_(head.weight)
+        head.loss = lambda x, head=head: head(x[0]).sum()  # type: ignore[assignment]
+        sgd = torch.optim.SGD(head.parameters(), lr=1.0)
+        fabric: Any = SimpleNamespace(autocast=nullcontext, backward=torch.Tensor.backward)
+        ((_, norm),) = train_epoch(fabric, head, sgd, [[torch.tensor([3.0, 4.0])]], clip=clip)
+        assert norm == pytest.approx(26**0.5)
+        weights[clip] = head.weight.tolist()[0]
+    assert weights[None] == [-2.0, -3.0]
+    assert weights[1e-3] == pytest.approx([1.0, 1.0], abs=1e-3)
+    assert make_optimizer(torch.nn.Linear(2, 1), 0.25).param_groups[0]["weight_decay"] == 0.25
+
+
 def test_warm_up_and_decay_keep_their_proportions_in_a_short_training():
     rates = [Recipe(epochs=24, lr=1.0).learning_rate(epoch) for epoch in range(24)]
     assert rates[:4] == pytest.approx([0.1, 0.4, 0.7, 1.0])
@@ -151,6 +189,10 @@ def test_the_order_is_a_new_permutation_each_epoch_and_depends_on_the_seed():
     [
         ({"epochs": 0}, "epochs must be 1 or more, got 0"),
         ({"lr": float("nan")}, "lr must be above 0, got nan"),
+        ({"clip": 0.0}, "clip must be above 0, got 0.0"),
+        ({"weight_decay": -1e-5}, "weight_decay must be 0 or more, got -1e-05"),
+        ({"noise": float("nan")}, "noise must be 0 or more, got nan"),
+        ({"schedule": "steep"}, "schedule must be one of steps, cosine, got 'steep'"),
         ({"milestones": (0.5, 1.5)}, "shares in 0..1, got 1.5"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
         ({"precision": "float8"}, "precision must be one of float32, bfloat16, got 'float8'"),

@@ -16,6 +16,8 @@ from msflow_ext import MSFlow, MSFlowHead
 from msflow_ext.bench.harness import Case, Provider
 from msflow_ext.bench.modes import autocast, compiled, freezing
 from msflow_ext.bench.official import OfficialMSFlow, predict
+from msflow_ext.models.detector import FlowHead
+from msflow_ext.recipe import Recipe
 
 #: The authors' way needs FrEIA; without it, the same in plain PyTorch stands in.
 OFFICIAL = "official" if importlib.util.find_spec("FrEIA") else "eager"
@@ -95,7 +97,12 @@ def training_step(
         return Provider(make, BF16 if bf16 else FP32, slow)
 
     def ours(precision: str, tolerance: float, memory: str = "lean") -> Provider:
-        return Provider(lambda: _our_step(_new_head(*head), precision, memory), tolerance)
+        def make() -> Callable[..., Any]:
+            new = _new_head(*head)
+            new.memory = memory
+            return our_step(new, precision)
+
+        return Provider(make, tolerance)
 
     authors = "dense" if OFFICIAL == "official" else "index"
     return Case(
@@ -119,6 +126,28 @@ def training_step(
         rounds=3,
         memory=True,
     )
+
+
+def our_step(
+    head: FlowHead, precision: Any, recipe: Recipe | None = None
+) -> Callable[[Sequence[Tensor]], tuple[float, float]]:
+    """A step as :func:`msflow_ext.training.train` takes it."""
+    from lightning_fabric import Fabric
+
+    from msflow_ext.training import make_optimizer, train_epoch
+
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    recipe = recipe or Recipe()
+    adam = make_optimizer(head, recipe.weight_decay)
+    adam.param_groups[0]["lr"] = recipe.lr
+    wrapped, optimizer = fabric.setup(head, adam)
+    wrapped.mark_forward_method("loss")
+
+    def run(features: Sequence[Tensor]) -> tuple[float, float]:
+        (step,) = train_epoch(fabric, wrapped, optimizer, [list(features)], clip=recipe.clip)
+        return step
+
+    return run
 
 
 def _theirs(make: Callable[[str, torch.memory_format], Callable[..., Any]]) -> dict[str, Provider]:
@@ -246,27 +275,5 @@ def _their_step(
         optimizer.step()
         optimizer.zero_grad()
         return loss.item(), norm.item()
-
-    return run
-
-
-def _our_step(
-    head: MSFlowHead, precision: Any, memory: str
-) -> Callable[[Sequence[Tensor]], tuple[float, float]]:
-    """A step as :func:`msflow_ext.training.train` takes it."""
-    from lightning_fabric import Fabric
-
-    from msflow_ext.training import make_optimizer, train_epoch
-
-    head.memory = memory
-    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
-    adam = make_optimizer(head)
-    adam.param_groups[0]["lr"] = 1e-4
-    wrapped, optimizer = fabric.setup(head, adam)
-    wrapped.mark_forward_method("loss")
-
-    def run(features: Sequence[Tensor]) -> tuple[float, float]:
-        (step,) = train_epoch(fabric, wrapped, optimizer, [list(features)], clip=2.0)
-        return step
 
     return run

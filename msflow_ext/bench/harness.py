@@ -55,6 +55,7 @@ class Case:
         calls: how many first calls are compared; more than one where a call changes the provider.
         rounds: at least so many.
         memory: also measure the peak memory of a call, and with ``grad`` what it saves for the backward pass.
+        facts: plain values to keep beside the times.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Case:
     calls: int = 1
     rounds: int = 5
     memory: bool = False
+    facts: Callable[[], Mapping[str, Any]] | None = None
 
 
 @dataclass
@@ -173,6 +175,7 @@ def measure(case: Case, *, slow: bool = False, seconds: float = 20.0) -> dict[st
         "threads": torch.get_num_threads(),
         "hot": case.hot,
         "bytes": case.bytes,
+        "facts": dict(case.facts()) if case.facts else {},
         "others": others.share(),
         "load_average": [load, machine.load_average()],
         "providers": found,

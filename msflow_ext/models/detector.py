@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from msflow_ext import ops
 from msflow_ext.models.backbone import Backbone
+from msflow_ext.models.position_base import PositionBase
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -115,6 +116,7 @@ class Detector(nn.Module, ABC):
         image_size: side ``S`` of the square input and of the maps, in pixels; None: see :func:`side`.
         standardize: whether features are standardised per channel by statistics of the training set, once
             :meth:`set_statistics` was called.
+        position_base: whether :meth:`fit_latents` puts a :class:`PositionBase` behind the flow.
         config: further arguments of the subclass.
 
     Attributes:
@@ -128,6 +130,7 @@ class Detector(nn.Module, ABC):
         *,
         image_size: int | None,
         standardize: bool,
+        position_base: bool,
         **config: Any,
     ) -> None:
         super().__init__()
@@ -135,6 +138,10 @@ class Detector(nn.Module, ABC):
         self.standardize = standardize
         self.backbone = backbone
         self.head: Any = head  # or its inference form
+        self.base: PositionBase | None = None
+        if position_base:
+            sizes = [self.pooled_size(*grid) for grid in backbone.grids(self.image_size)]
+            self.base = PositionBase(head.channels, sizes)
         for i, c in enumerate(backbone.channels):
             self.register_buffer(f"feature_mean{i}", torch.zeros(c))
             self.register_buffer(f"feature_std{i}", torch.ones(c))
@@ -144,6 +151,7 @@ class Detector(nn.Module, ABC):
             "out_indices": list(backbone.out_indices),
             "padding_mode": backbone.padding_mode,
             "standardize": standardize,
+            "position_base": position_base,
             "clamp": head.clamp,
             "clamp_form": head.clamp_form,
             **config,
@@ -168,6 +176,26 @@ class Detector(nn.Module, ABC):
     def pool(self, x: Tensor) -> Tensor:
         """What the head gets of a map of the backbone: here all of it."""
         return x
+
+    def pooled_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size of what :meth:`pool` makes of a map of this size."""
+        return height, width
+
+    def log_likelihood(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Log-likelihood maps ``[(N, H_i, W_i)]`` of features, by the position base where there is one."""
+        if self.base is None:
+            return self.head.log_likelihood(features)
+        return [ops.log_likelihood_map(z) for z in self.base(self.head(features).z)]
+
+    @torch.no_grad()
+    def fit_latents(self, batches: Callable[[], Iterable[Sequence[Tensor]]]) -> None:
+        """Fit what comes behind the trained head, where the model has such: here the position base.
+
+        Args:
+            batches: gives the features of all normal images, from the first on at every call.
+        """
+        if self.base is not None:
+            self.base.fit(self.head(features).z for features in batches())
 
     @abstractmethod
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
@@ -203,6 +231,14 @@ def side(image_size: int | None, backbone: Backbone) -> int:
     if image_size is not None:
         return image_size
     return 256 if backbone.image_size is None else backbone.image_size[0]
+
+
+def check_score(score: str, top_k: float) -> None:
+    """Refuse an image score that no model has, and a share of pixels that is none."""
+    if score not in ("log", "paper", "nll"):
+        raise ValueError(f"score must be 'log', 'paper' or 'nll', got {score!r}")
+    if not 0 < top_k <= 1:
+        raise ValueError(f"top_k must be in (0, 1], got {top_k}")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ is silent, the behaviour of ``gathierry/FastFlow`` and of anomalib.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from msflow_ext.models.detector import (
     Detector,
     FlowHead,
     Prediction,
+    check_score,
     refuse_non_finite,
     seeded,
     side,
@@ -150,6 +152,8 @@ class FastFlowHead(FlowHead):
             )
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not 0 < self.hidden_ratio < math.inf:
+            raise ValueError(f"hidden_ratio must be above 0, got {self.hidden_ratio}")
         sizes = self.input_sizes
         if sizes is not None and (len(sizes) != len(self.channels) or min(map(min, sizes)) < 1):
             raise ValueError(
@@ -177,6 +181,11 @@ class FastFlow(Detector):
         padding_mode: ``"reflect"`` or ``"zeros"`` in the backbone.
         standardize: whether features are standardised per channel by statistics of the training set
             (:meth:`set_statistics`).
+        score: ``"paper"``, the maximum of the map; ``"log"`` or ``"nll"``, which cannot saturate, as in
+            :class:`~msflow_ext.MSFlow`.
+        top_k: share of the pixels that make the latter two.
+        position_base: for parts that always lie alike: Gaussians at every position of the latent maps, fitted to the
+            training set after training; see :class:`~msflow_ext.models.position_base.PositionBase`.
 
     Raises:
         ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.
@@ -197,8 +206,12 @@ class FastFlow(Detector):
         layer_norm: bool | None = None,
         padding_mode: str = "zeros",
         standardize: bool = False,
+        score: str = "paper",
+        top_k: float = 0.03,
+        position_base: bool = False,
         seed: int | None = None,
     ) -> None:
+        check_score(score, top_k)
         preset = PRESETS.get(backbone, {})
         size = preset.get("image_size") if image_size is None else int(image_size)
         network = Backbone(
@@ -226,14 +239,23 @@ class FastFlow(Detector):
             head,
             image_size=size,
             standardize=bool(standardize),
+            position_base=bool(position_base),
             steps=head.steps,
             hidden_ratio=head.hidden_ratio,
             conv3x3_only=head.conv3x3_only,
             layer_norm=bool(layer_norm),
+            score=score,
+            top_k=float(top_k),
         )
+        self.score = score
+        self.top_k = float(top_k)
 
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
-        """Score features as :meth:`features` gives them: the score is the maximum of the map."""
-        log_likelihood = self.head.log_likelihood(features)
+        """Score features as :meth:`features` gives them."""
+        log_likelihood = self.log_likelihood(features)
         maps = ops.mean_aggregate(log_likelihood, self.image_size)
-        return Prediction(maps.score, maps.anomaly_map, maps.anomaly_map, log_likelihood)
+        score = maps.score
+        if self.score != "paper":
+            others = ops.aggregate(log_likelihood, self.image_size, top_k=self.top_k)
+            score = others.log_score if self.score == "log" else others.nll_score
+        return Prediction(score, maps.anomaly_map, maps.anomaly_map, log_likelihood)

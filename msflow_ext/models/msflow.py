@@ -5,7 +5,7 @@ Source: Zhou et al., "MSFlow: Multi-Scale Flow-based Framework for Unsupervised 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from msflow_ext import ops
 from msflow_ext.flows import FlowOutput
 from msflow_ext.models.backbone import Backbone
-from msflow_ext.models.detector import Detector, FlowHead, Prediction, refuse_non_finite, seeded
+from msflow_ext.models.detector import (
+    Detector,
+    FlowHead,
+    Prediction,
+    check_score,
+    refuse_non_finite,
+    seeded,
+)
 from msflow_ext.models.msflow_flows import ConditionalFlow, FusionFlow
 
 if TYPE_CHECKING:
@@ -29,6 +36,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "efficientnet_lite0": {"image_size": 192, "padding_mode": "zeros", "standardize": True},
 }
 OTHER: dict[str, Any] = {"image_size": None, "padding_mode": "zeros", "standardize": True}
+
+#: A scale's share of a clamped map, at most.
+MOST = 8.0
 
 
 class MSFlowHead(FlowHead):
@@ -138,6 +148,11 @@ class MSFlow(Detector):
         score: ``"log"``, the paper's image score as ``-log(1 - score)``, which has the same order and cannot saturate;
             ``"paper"``, the value itself; ``"nll"``, the mean of the largest summed negative log-likelihoods.
         top_k: share of the pixels that make the score.
+        anomaly_map: ``"additive"``, the paper's; or ``"clamped"``, the sum over scales of the upsampled negative
+            log-likelihoods in standard deviations of the training set's from their mean, at most 8 each: no scale
+            outshouts the others.
+        position_base: for parts that always lie alike: Gaussians at every position of the latent maps, fitted to the
+            training set after training; see :class:`~msflow_ext.models.position_base.PositionBase`.
 
     Raises:
         ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.
@@ -158,12 +173,13 @@ class MSFlow(Detector):
         standardize: bool | None = None,
         score: str = "log",
         top_k: float = 0.03,
+        anomaly_map: str = "additive",
+        position_base: bool = False,
         seed: int | None = None,
     ) -> None:
-        if score not in ("log", "paper", "nll"):
-            raise ValueError(f"score must be 'log', 'paper' or 'nll', got {score!r}")
-        if not 0 < top_k <= 1:
-            raise ValueError(f"top_k must be in (0, 1], got {top_k}")
+        check_score(score, top_k)
+        if anomaly_map not in ("additive", "clamped"):
+            raise ValueError(f"anomaly_map must be 'additive' or 'clamped', got {anomaly_map!r}")
         preset = PRESETS.get(backbone, OTHER)
         size = preset["image_size"] if image_size is None else int(image_size)
         network = Backbone(
@@ -186,21 +202,63 @@ class MSFlow(Detector):
             head,
             image_size=size,
             standardize=preset["standardize"] if standardize is None else bool(standardize),
+            position_base=bool(position_base),
             blocks=list(head.blocks),
             cond_channels=list(head.cond_channels),
             score=score,
             top_k=float(top_k),
+            anomaly_map=anomaly_map,
         )
-        self.pooled = not network.is_flat
         self.score = score
         self.top_k = float(top_k)
+        self.usual: Tensor | None
+        usual = torch.tensor([[0.0], [1.0]]).repeat(1, len(head.channels))  # means, deviations
+        self.register_buffer("usual", usual if anomaly_map == "clamped" else None)
+        smallest = -(-self.image_size // network.strides[-1])
+        if self.pooled and smallest < 3:
+            raise ValueError(
+                f"image_size {self.image_size} leaves maps of {smallest} x {smallest} at stride {network.strides[-1]} "
+                f"of {backbone}, smaller than the 3 x 3 that are pooled"
+            )
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the backbone's maps are pooled."""
+        return not self.backbone.is_flat
 
     def pool(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 3, stride=2, padding=1) if self.pooled else x
 
+    def pooled_size(self, height: int, width: int) -> tuple[int, int]:
+        return ((height + 1) // 2, (width + 1) // 2) if self.pooled else (height, width)
+
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
         """Score pooled features as :meth:`features` gives them."""
-        log_likelihood = self.head.log_likelihood(features)
+        log_likelihood = self.log_likelihood(features)
         maps = ops.aggregate(log_likelihood, self.image_size, top_k=self.top_k)
         score = {"log": maps.log_score, "paper": maps.score, "nll": maps.nll_score}[self.score]
-        return Prediction(score, maps.anomaly_map, maps.image_map, log_likelihood)
+        anomaly_map = maps.anomaly_map if self.usual is None else self._clamped(log_likelihood)
+        return Prediction(score, anomaly_map, maps.image_map, log_likelihood)
+
+    @torch.no_grad()
+    def fit_latents(self, batches: Callable[[], Iterable[Sequence[Tensor]]]) -> None:
+        """Fit the position base and what a clamped map takes as usual, where the model has them."""
+        super().fit_latents(batches)
+        if self.usual is None:
+            return
+        sums = torch.zeros(3, len(self.head.channels), dtype=torch.float64)
+        for features in batches():
+            for i, m in enumerate(self.log_likelihood(features)):
+                sums[:, i] += torch.stack([(-m.double()).pow(k).sum() for k in range(3)]).cpu()
+        mean = sums[1] / sums[0]
+        deviation = (sums[2] / sums[0] - mean.square()).clamp_min(1e-12).sqrt()
+        self.usual.copy_(torch.stack((mean, deviation)))
+
+    def _clamped(self, log_likelihood: Sequence[Tensor]) -> Tensor:
+        assert self.usual is not None
+        total = 0.0
+        for m, (mean, deviation) in zip(log_likelihood, self.usual.T.tolist(), strict=True):
+            unusual = ((-m - mean) / deviation).clamp_max(MOST)[:, None]
+            size = (self.image_size, self.image_size)
+            total = total + F.interpolate(unusual, size, mode="bilinear", align_corners=True)[:, 0]
+        return torch.as_tensor(total)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msflow_ext.models.position_base import Moments, positions
+
 
 @dataclass(frozen=True)
 class PadimPrediction:
@@ -54,23 +56,16 @@ class Padim:
         first = next(stream, None)
         if first is None:
             raise ValueError("Padim.fit: batches must hold at least two images, got none")
-        origin = _positions(first).double().mean(2, keepdim=True)  # near the mean: little cancels
-        total = torch.zeros_like(origin)
-        outer = total.new_zeros(*total.shape[:2], total.shape[1])
-        count = 0
+        moments = Moments(first)
         for x in chain([first], stream):
             _check_shape("fit", x, first.shape[1:])
-            deviation = _positions(x).double() - origin
-            total += deviation.sum(2, keepdim=True)
-            outer.baddbmm_(deviation, deviation.mT)
-            count += x.shape[0]
-        if count < 2:
+            moments.add(x)
+        if moments.count < 2:
             raise ValueError("Padim.fit: batches must hold at least two images, got 1")
-        offset = total / count
-        covariance = outer.baddbmm_(offset, offset.mT, alpha=-count).div_(count - 1)
+        mean, covariance = moments.mean_and_covariance()
         covariance.diagonal(dim1=1, dim2=2).add_(0.01)
         factor = torch.linalg.cholesky(covariance)
-        self._gaussians = (origin + offset).to(first), factor.to(first), first.shape[1:]
+        self._gaussians = mean.to(first), factor.to(first), first.shape[1:]
         return self
 
     @torch.no_grad()
@@ -90,7 +85,7 @@ class Padim:
         mean, factor, shape = self._gaussians
         x = _embed("predict", features)
         _check_shape("predict", x, shape)
-        whitened = torch.linalg.solve_triangular(factor, _positions(x) - mean, upper=False)
+        whitened = torch.linalg.solve_triangular(factor, positions(x) - mean, upper=False)
         distance = torch.linalg.vector_norm(whitened, dim=1).T.reshape(-1, 1, *shape[1:])
         maps = _resize(distance, (size, size)).squeeze(1)
         return PadimPrediction(maps.amax((1, 2)), maps)
@@ -117,11 +112,6 @@ def _embed(call: str, features: Sequence[Tensor]) -> Tensor:
 
 def _resize(x: Tensor, grid: Sequence[int]) -> Tensor:
     return F.interpolate(x, size=list(grid), mode="bilinear", align_corners=False)
-
-
-def _positions(x: Tensor) -> Tensor:
-    """``(N, C, H, W)`` as ``(H * W, C, N)``."""
-    return x.flatten(2).permute(2, 1, 0)
 
 
 def _check_shape(call: str, x: Tensor, fitted: tuple[int, ...]) -> None:

@@ -176,6 +176,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"channels": (8, 4), "hidden_ratio": 0.3},
         "hidden_ratio 0.3 leaves no hidden channels of the 2 that a subnet sees",
     ),
+    "ratio nan": ({"hidden_ratio": float("nan")}, "hidden_ratio must be above 0, got nan"),
     "clamp": ({"clamp": 0}, "clamp must be positive, got 0.0"),
     "clamp form": ({"clamp_form": "atan"}, "clamp_form must be '0.2' or 'head', got 'atan'"),
     "sizes": ({"input_sizes": [(4, 4)]}, r"for each of 2 scales, got \[\(4, 4\)\]"),
@@ -188,6 +189,26 @@ def test_arguments_of_the_head_that_do_not_fit_are_refused(case: str) -> None:
     options, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         FastFlowHead(**{"channels": (8, 8), **options})
+
+
+@pytest.mark.parametrize("kind", [FastFlow, MSFlow])
+def test_backbones_and_sizes_that_do_not_fit_are_refused_by_both_models(kind: type) -> None:
+    with pytest.raises(ValueError, match=r"'resnet81' is unknown to timm .*, near: resnet18"):
+        kind("resnet81", pretrained=False)
+    with pytest.raises(
+        ValueError, match=r"image_size must be a multiple of 16 for deit_tiny_patch"
+    ):
+        kind("deit_tiny_patch16_224", pretrained=False, image_size=230)
+    too_small = {FastFlow: r"H and W at least 32 for resnet18, got \(1, 3, 16, 16\)"}
+    message = too_small.get(kind, "image_size 16 leaves maps of 1 x 1 at stride 16 of resnet18")
+    with pytest.raises(ValueError, match=message):
+        kind("resnet18", pretrained=False, image_size=16)
+
+
+def test_msflow_refuses_maps_smaller_than_its_pooling() -> None:
+    with pytest.raises(ValueError, match=r"maps of 2 x 2 at .*, smaller than the 3 x 3 that are"):
+        MSFlow("test_resnet", pretrained=False, image_size=32)
+    MSFlow("test_resnet", pretrained=False, image_size=33)
 
 
 def test_features_that_do_not_fit_are_refused(normal: Normal) -> None:
@@ -233,6 +254,20 @@ def test_a_model_scores_images_by_the_mean_likelihood_of_its_scales(case: str) -
     assert relative_error(model.loss(images), model.head.loss(features)) <= 1e-5
     form = model.optimize()
     assert relative_error(form(images).anomaly_map, got.anomaly_map) <= 1e-4
+
+
+def test_the_scores_that_cannot_saturate_are_those_of_the_aggregate() -> None:
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    options = {"image_size": 64, "steps": 1, "top_k": 0.1}
+    model = FastFlow("test_resnet", pretrained=False, **options)
+    features = model.features(images)
+    wanted = ops.aggregate(model.head.log_likelihood(features), 64, top_k=0.1)
+    maps = model.predict_features(features).anomaly_map
+    for name, score in (("log", wanted.log_score), ("nll", wanted.nll_score)):
+        model.score = name
+        got = model.predict_features(features)
+        assert torch.equal(got.score, score)
+        assert torch.equal(got.anomaly_map, maps)
 
 
 @pytest.mark.parametrize("case", BACKBONES)

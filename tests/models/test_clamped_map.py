@@ -1,0 +1,57 @@
+"""The map of MSFlow in which no scale outshouts the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from msflow_ext import MSFlow
+
+OPTIONS = {"image_size": 64, "pretrained": False, "blocks": (1, 1), "cond_channels": 8, "seed": 0}
+
+
+def build(**options: object) -> MSFlow:
+    model = MSFlow("test_resnet", **{**OPTIONS, "anomaly_map": "clamped", **options})  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.head.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def images(count: int, seed: int) -> torch.Tensor:
+    return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("position_base", [False, True])
+def test_it_sums_deviations_from_the_normal_images_of_at_most_eight(position_base: bool) -> None:
+    model = build(position_base=position_base)
+    normal, odd = model.features(images(5, 0)), model.features(images(2, 1))
+    odd[0][1, :, 3, 4] += 1000
+    model.fit_latents(lambda: zip(*(f.split(2) for f in normal), strict=True))
+    got = model.predict_features(odd)
+    wanted = torch.zeros(2, 64, 64)
+    usual, unusual = model.log_likelihood(normal), model.log_likelihood(odd)
+    for a, b in zip(usual, unusual, strict=True):
+        standard = ((a.mean() - b) / a.std(correction=0)).clamp_max(8)
+        wanted += F.interpolate(standard[:, None], (64, 64), mode="bilinear", align_corners=True)[
+            :, 0
+        ]
+    torch.testing.assert_close(got.anomaly_map, wanted, rtol=1e-4, atol=1e-3)
+    assert got.anomaly_map.max() <= 16
+    assert unusual[0].min() < 100 * usual[0].min()
+
+
+def test_its_statistics_are_kept_with_the_weights() -> None:
+    model = build()
+    model.fit_latents(lambda: [model.features(images(3, 0))])
+    again = MSFlow(**model.config, pretrained=False)
+    again.load_state_dict(model.state_dict())
+    one = images(1, 2)
+    assert torch.equal(again(one).anomaly_map, model(one).anomaly_map)
+    assert "usual" not in build(anomaly_map="additive").state_dict()
+
+
+def test_a_map_of_another_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="anomaly_map must be 'additive' or 'clamped', got 'sum'"):
+        build(anomaly_map="sum")
