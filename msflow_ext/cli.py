@@ -115,14 +115,16 @@ def evaluate(options: Any) -> int:
     from msflow_ext.report import write_scores
 
     out = _not_a_run(options.out) if options.out else None
-    model = load(options.run, options.device).model
+    detector = load(options.run, options.device)
+    model = detector.model
     own = not (options.data or options.normal)
     dataset = _open_dataset(_settings(Path(options.run)) if own else vars(options))
     if not dataset.test:
         raise ValueError(f"{dataset.name} {dataset.category} has no images to test on")
     images = Images(dataset.test, model.image_size)
     truth = evaluation.Truth.of(images)
-    features = Features(model, images, progress="features")
+    seen = Images(dataset.test, model.image_size, detector.fit)
+    features = Features(model, seen, progress="features")
     found = evaluation.evaluate(model.predict_features, features, truth)
     _print_table([(f"{dataset.name} {dataset.category}", type(model).__name__, found.metrics)])
     if out:

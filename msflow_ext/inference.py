@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import msflow_ext
 from msflow_ext.checkpoint import CHECKPOINT, read_checkpoint, restore
 from msflow_ext.data import Images, Item
+from msflow_ext.data.images import Box
 from msflow_ext.data.items import SUFFIXES
 from msflow_ext.features import decoded
 
@@ -28,7 +29,8 @@ class Result:
         name: path of the image, in a folder relative to it; ``image 0``, ``image 1``, ... if it has none.
         score: the larger the more anomalous.
         label: 1 if the score exceeds the detector's threshold, else 0; None without a threshold.
-        map: ``(S, S)`` float32, the larger the more anomalous.
+        map: ``(S, S)`` float32, the larger the more anomalous; the padding of a detector with fit
+            ``"pad"`` is cut off, here and below.
         mask: ``(S, S)`` bool, where the map exceeds the pixel threshold; None without one.
         image: ``(S, S, 3)`` uint8, RGB: what the model saw.
     """
@@ -62,7 +64,11 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Detector
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its configuration builds no {kind.__name__}: {error}") from error
     restore(path, tensors, model)
-    return Detector(model.eval().to(pick_device(device)), colours=header.get("colours"))
+    return Detector(
+        model.eval().to(pick_device(device)),
+        colours=header.get("colours"),
+        fit=header.get("recipe", {}).get("fit", "resize"),
+    )
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -84,6 +90,7 @@ class Detector:
         threshold: images that score higher are labelled 1; None for no labels.
         pixel_threshold: pixels above it make the mask; None for no masks.
         colours: the range of map values that the run's heat maps show; None if not known.
+        fit: how images become square, see :class:`msflow_ext.data.Images`.
     """
 
     def __init__(
@@ -93,11 +100,13 @@ class Detector:
         threshold: float | None = None,
         pixel_threshold: float | None = None,
         colours: Sequence[float] | None = None,
+        fit: str = "resize",
     ) -> None:
         self.model = model
         self.threshold = threshold
         self.pixel_threshold = pixel_threshold
         self.colours = colours
+        self.fit = fit
 
     def predict(self, source: Any, *, batch_size: int = 8, workers: int = 2) -> list[Result]:
         """Score one image or many.
@@ -131,29 +140,32 @@ class Detector:
                 yield chunk
 
         device = next(self.model.parameters()).device
-        for pixels in decoded(self._decode, chunks(), workers):
+        for chunk in decoded(self._decode, chunks(), workers):
             with torch.inference_mode():
-                found = self.model(pixels.to(device))
+                found = self.model(torch.stack([pixels for pixels, _ in chunk]).to(device))
             maps = found.anomaly_map.float().cpu().numpy()
-            for image, score, each in zip(pixels, found.score.tolist(), maps, strict=True):
-                yield self._result(names.popleft(), score, each, image)
+            for (pixels, box), score, each in zip(chunk, found.score.tolist(), maps, strict=True):
+                image = to_pixels(pixels)
+                yield self._result(names.popleft(), score, each[box], image[box])
 
-    def _decode(self, named: tuple[str, Any]) -> Tensor:
+    def _decode(self, named: tuple[str, Any]) -> tuple[Tensor, Box]:
+        """The square that the model sees, and where in it the image is."""
         name, image = named
         size = self.model.image_size
         if not isinstance(image, Tensor):
-            return Images((Item(name, None, "", image),), size)[0]
+            images = Images((Item(name, None, "", image),), size, self.fit)
+            return images[0], images.box(0)
         if image.shape != (3, size, size) or not image.is_floating_point():
             raise ValueError(
                 f"{name}: a tensor must be (3, {size}, {size}) of floating point, "
                 f"got {tuple(image.shape)} of {image.dtype}"
             )
-        return image.float()
+        return image.float(), (slice(0, size), slice(0, size))
 
-    def _result(self, name: str, score: float, each: np.ndarray, image: Tensor) -> Result:
+    def _result(self, name: str, score: float, each: np.ndarray, image: np.ndarray) -> Result:
         label = None if self.threshold is None else int(score > self.threshold)
         mask = None if self.pixel_threshold is None else each > self.pixel_threshold
-        return Result(name, score, label, each, mask, to_pixels(image))
+        return Result(name, score, label, each, mask, image)
 
 
 def to_pixels(image: Tensor) -> np.ndarray:

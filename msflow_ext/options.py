@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.data import LAYOUTS, PACKAGED
+from msflow_ext.data import FITS, LAYOUTS, PACKAGED
 from msflow_ext.features import CACHES
 from msflow_ext.recipe import PRECISIONS, Recipe
 
@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 DATA = ("data", "layout", "category", "split_seed", "normal", "abnormal", "masks", "csv")
-RECIPE = ("epochs", "batch_size", "lr", "seed", "precision", "cache", "eval_every", "workers")
+RECIPE = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "seed",
+    "precision",
+    "cache",
+    "eval_every",
+    "workers",
+    "fit",
+)
 SETTINGS = (*DATA, *RECIPE, "model", "backbone", "image_size", "weights", "baseline")
 _DATA = f"{' or '.join(PACKAGED)} (packages), or a folder"
 
@@ -59,6 +69,12 @@ def _train(part: ArgumentParser) -> None:
         "--image-size",
         type=int | None,
         help="side of the square input in pixels (default: the backbone's preset)",
+    )
+    part.add_argument(
+        "--fit",
+        choices=FITS,
+        default=Recipe.fit,
+        help="how images become square: resized, or padded so that they keep their aspect",
     )
     for name, kind, text in (
         ("--epochs", int, "passes over the training images"),

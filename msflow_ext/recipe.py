@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msflow_ext.data import FITS
 from msflow_ext.features import CACHES
 
 PRECISIONS = ("float32", "bfloat16")
@@ -32,6 +33,7 @@ class Recipe:
         cache: where the backbone's features are kept: ``memory``, ``disk`` or ``off``.
         eval_every: epochs between tests; a tenth of them if None.
         workers: threads that decode images.
+        fit: how images become square, see :class:`msflow_ext.data.Images`: ``resize`` or ``pad``.
 
     Raises:
         ValueError: a value out of range.
@@ -50,6 +52,7 @@ class Recipe:
     cache: str = "memory"
     eval_every: int | None = None
     workers: int = 2
+    fit: str = "resize"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "eval_every", "workers"):
@@ -64,7 +67,7 @@ class Recipe:
                 raise ValueError(f"warmup and milestones are shares in 0..1, got {share}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
-        for name, known in (("precision", PRECISIONS), ("cache", CACHES)):
+        for name, known in (("precision", PRECISIONS), ("cache", CACHES), ("fit", FITS)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"

@@ -133,7 +133,8 @@ def train(
     adam = make_optimizer(model.head)
     if tensors:
         restore(run / CHECKPOINT, tensors, model, adam)
-    truth = Truth.of(Images(dataset.test, model.image_size))
+    shown = Images(dataset.test, model.image_size)
+    truth = Truth.of(shown)
     with ExitStack() as stack:
         trained, tested = _features(stack, model, dataset, run, recipe, progress)
         head, optimizer = fabric.setup(model.head, adam)
@@ -169,7 +170,7 @@ def train(
 
     metrics = summary(state, final.metrics)
     metrics |= {"baseline": gaussian, "seconds": round(time.monotonic() - began, 3)}
-    colours = write_results(run, tested.images, final, metrics)
+    colours = write_results(run, shown, final, metrics)
     save_checkpoint(run / CHECKPOINT, {**state, "colours": colours}, model)
     write_text(run / METRICS, json.dumps(metrics, indent=1, allow_nan=False))
     return metrics
@@ -200,7 +201,7 @@ def _features(
     def compute(name: str, items: Sequence[Item]) -> Features:
         features = Features(
             model,
-            Images(items, model.image_size),
+            Images(items, model.image_size, recipe.fit),
             cache=recipe.cache,
             dtype=torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32,
             file=run / f"features-{name}.cache",

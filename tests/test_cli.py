@@ -133,6 +133,16 @@ def test_evaluate_repeats_the_result_of_the_run_and_takes_other_data(run, data, 
     assert row.split()[-2:] == ["-", "-"]  # no masks, no pixel metrics
 
 
+def test_a_run_with_padding_is_evaluated_with_padding(data, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "evaluated"
+    assert cli.main(_train(data, run, "--fit", "pad")) == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["fit"] == "pad"
+    assert cli.main(["evaluate", "--run", str(run), "--device", "cpu", "--out", str(out)]) == 0
+    found = json.loads((out / "evaluation.json").read_text())
+    wanted = json.loads((run / "metrics.json").read_text())
+    assert found == pytest.approx({name: wanted[name] for name in found}, abs=1e-3)
+
+
 def test_predict_writes_scores_and_maps_of_files_and_folders(run, data, tmp_path):
     paths = [str(data / "plate/test"), str(data / "plate/train/good/0.png")]
     command = ["predict", "--run", str(run), *paths, "--device", "cpu"]

@@ -155,6 +155,7 @@ def test_the_order_is_a_new_permutation_each_epoch_and_depends_on_the_seed():
         ({"seed": -1}, "seed must be 0 or more, got -1"),
         ({"precision": "float8"}, "precision must be one of float32, bfloat16, got 'float8'"),
         ({"cache": "tape"}, "cache must be one of memory, disk, off, got 'tape'"),
+        ({"fit": "crop"}, "fit must be one of resize, pad, got 'crop'"),
     ],
 )
 def test_a_recipe_names_the_value_that_it_refuses(wrong, sentence):
@@ -273,6 +274,17 @@ def test_a_loaded_run_scores_as_it_did_in_training(finished_run, squares):
     assert [float(row.split(",")[3]) for row in rows] == pytest.approx(found, rel=1e-5)
     assert detector.colours is not None
     assert detector.colours[0] < detector.colours[1]
+
+
+def test_padding_is_part_of_the_recipe_and_of_what_is_loaded(tmp_path, squares):
+    wide = [Item(i.name, 0, "good", np.asarray(i.image)[:32]) for i in squares.train]
+    data = DataSet("squares", "wide", tuple(wide), squares.test)
+    run, recipe = tmp_path / "run", Recipe(epochs=1, fit="pad")
+    metrics = train(build_model(), data, run, recipe, device="cpu")
+    assert metrics["recipe"]["fit"] == load(run, device="cpu").fit == "pad"
+    assert metrics["pixel_auroc"] is not None
+    with pytest.raises(ValueError, match="its recipe has fit pad, this one fit resize"):
+        train(build_model(), data, run, Recipe(epochs=1), device="cpu", resume=True)
 
 
 class Killed(BaseException):
