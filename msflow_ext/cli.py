@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from msflow_ext.options import DATA, RECIPE, SETTINGS, parser
 
 if TYPE_CHECKING:
-    from msflow_ext.data import DataSet
-    from msflow_ext.inference import Result
+    from msflow_ext.data import DataSet, Images
+    from msflow_ext.evaluation import Evaluation, Truth
+    from msflow_ext.inference import Detector, Result
 
 DEMO = (
     ("--data", "elpv", "--category", "mono", "--epochs", "24"),
@@ -115,7 +116,7 @@ def evaluate(options: Any) -> int:
     from msflow_ext.report import write_scores
 
     out = _not_a_run(options.out) if options.out else None
-    detector = load(options.run, options.device)
+    detector = load(options.run, options.device, false_alarms=options.false_alarms)
     model = detector.model
     own = not (options.data or options.normal)
     dataset = _open_dataset(_settings(Path(options.run)) if own else vars(options))
@@ -127,10 +128,11 @@ def evaluate(options: Any) -> int:
     features = Features(model, seen, progress="features")
     found = evaluation.evaluate(model.predict_features, features, truth)
     _print_table([(f"{dataset.name} {dataset.category}", type(model).__name__, found.metrics)])
+    written = {**found.metrics, **_decisions(detector, truth, images, found, options)}
     if out:
         items = zip(images.items, found.scores.tolist(), strict=True)
         write_scores(out / "scores.csv", ((i.name, i.defect, i.label, s) for i, s in items))
-        write_text(out / "evaluation.json", json.dumps(found.metrics, indent=1))
+        write_text(out / "evaluation.json", json.dumps(written, indent=1))
     return 0
 
 
@@ -142,13 +144,15 @@ def predict(options: Any) -> int:
     from msflow_ext.report import write_scores
 
     out = _not_a_run(options.out)
-    detector = load(options.run, options.device)
-    rows: list[tuple[str, str, int | None, float]] = []
+    detector = load(options.run, options.device, false_alarms=options.false_alarms)
+    if options.threshold is not None:
+        detector.threshold = options.threshold
+    rows: list[tuple[str, str, int | None, float, float | None]] = []
 
     def noted() -> Iterator[Result]:
         found = detector.stream(options.paths, batch_size=options.batch_size)
         for result in tqdm(found, unit="image", disable=None):
-            rows.append((result.name, "", result.label, result.score))
+            rows.append((result.name, "", result.label, result.score, result.p_value))
             yield result
 
     try:
@@ -227,6 +231,37 @@ def _settings(run: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or "data" not in settings:
         raise ValueError(f"{path} does not name the run's data: give --data")
     return settings
+
+
+def _decisions(
+    detector: Detector, truth: Truth, images: Images, found: Evaluation, options: Any
+) -> dict[str, Any]:
+    """What the run's thresholds do on these images and, if asked for, those tuned on them; printed too."""
+    from msflow_ext import decisions
+
+    written: dict[str, Any] = {}
+    if detector.calibration and detector.threshold is not None:
+        labels = [item.label for item in images.items]
+        written["decisions"] = decisions.rates(labels, found.scores, detector.threshold)
+        shares = (
+            f"{'-' if share is None else f'{share:.1%}'} of the {kind} images"
+            for share, kind in zip(
+                written["decisions"].values(), ("good", "defective"), strict=True
+            )
+        )
+        print(f"over the threshold {detector.threshold:.6g}: {', '.join(shares)}")
+    if options.tune_thresholds:
+        written["test_tuned"] = {
+            level: decisions.tuned(known, values)
+            for level, known, values in (
+                ("image", truth.labels, found.scores),
+                ("pixel", truth.masks, found.maps),
+            )
+            if known is not None
+        }
+        for level, best in written["test_tuned"].items():
+            print(f"{level}: F1 {best['f1']:.4f} over {best['threshold']:.6g}, {best['chosen']}")
+    return written
 
 
 def _not_a_run(out: str) -> Path:

@@ -18,6 +18,7 @@ from msflow_ext.checkpoint import CHECKPOINT, read_checkpoint, restore
 from msflow_ext.data import Images, Item
 from msflow_ext.data.images import Box
 from msflow_ext.data.items import SUFFIXES
+from msflow_ext.decisions import Calibration
 from msflow_ext.features import decoded
 
 
@@ -29,6 +30,8 @@ class Result:
         name: path of the image, in a folder relative to it; ``image 0``, ``image 1``, ... if it has none.
         score: the larger the more anomalous.
         label: 1 if the score exceeds the detector's threshold, else 0; None without a threshold.
+        p_value: how rare such a score is among normal images, in (0, 1], see
+            :class:`msflow_ext.decisions.Calibration`; None if training held none out.
         map: ``(S, S)`` float32, the larger the more anomalous; the padding of a detector with fit
             ``"pad"`` is cut off, here and below.
         mask: ``(S, S)`` bool, where the map exceeds the pixel threshold; None without one.
@@ -38,20 +41,31 @@ class Result:
     name: str
     score: float
     label: int | None
+    p_value: float | None
     map: np.ndarray
     mask: np.ndarray | None
     image: np.ndarray
 
 
-def load(path: str | Path, device: str | torch.device | None = None) -> Detector:
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    false_alarms: float | None = None,
+) -> Detector:
     """Load a detector from a run folder, or from a checkpoint file.
+
+    It has thresholds if its training held normal images out (``Recipe(hold_out=...)``).
 
     Args:
         path: what training wrote; an unfinished run gives the model of its last checkpoint.
         device: where to compute; by default on the GPU if there is one.
+        false_alarms: share of normal images that may exceed the thresholds; by default the recipe's.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: not a checkpoint, or a damaged one.
+        FileNotFoundError: nothing there.
+        ValueError: not a checkpoint, or a damaged one; ``false_alarms`` for a model without held-out
+            images, or with too few of them.
     """
     path = Path(path)
     path = path / CHECKPOINT if path.is_dir() else path
@@ -64,10 +78,18 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Detector
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its configuration builds no {kind.__name__}: {error}") from error
     restore(path, tensors, model)
+    recipe, held_out = header.get("recipe", {}), header.get("calibration")
+    if false_alarms is not None and not held_out:
+        raise ValueError(f"{path} knows no rate of false alarms: its training held no images out")
+    calibration = Calibration(**held_out) if held_out else None
+    rate = recipe.get("false_alarms") if false_alarms is None else false_alarms
     return Detector(
         model.eval().to(pick_device(device)),
+        threshold=calibration.threshold(rate) if calibration else None,
+        pixel_threshold=calibration.pixel_threshold(rate) if calibration else None,
+        calibration=calibration,
         colours=header.get("colours"),
-        fit=header.get("recipe", {}).get("fit", "resize"),
+        fit=recipe.get("fit", "resize"),
     )
 
 
@@ -89,6 +111,7 @@ class Detector:
         model: as training made it.
         threshold: images that score higher are labelled 1; None for no labels.
         pixel_threshold: pixels above it make the mask; None for no masks.
+        calibration: what held-out normal images scored, for p-values; None for none.
         colours: the range of map values that the run's heat maps show; None if not known.
         fit: how images become square, see :class:`msflow_ext.data.Images`.
     """
@@ -99,12 +122,14 @@ class Detector:
         *,
         threshold: float | None = None,
         pixel_threshold: float | None = None,
+        calibration: Calibration | None = None,
         colours: Sequence[float] | None = None,
         fit: str = "resize",
     ) -> None:
         self.model = model
         self.threshold = threshold
         self.pixel_threshold = pixel_threshold
+        self.calibration = calibration
         self.colours = colours
         self.fit = fit
 
@@ -165,7 +190,8 @@ class Detector:
     def _result(self, name: str, score: float, each: np.ndarray, image: np.ndarray) -> Result:
         label = None if self.threshold is None else int(score > self.threshold)
         mask = None if self.pixel_threshold is None else each > self.pixel_threshold
-        return Result(name, score, label, each, mask, image)
+        p_value = None if self.calibration is None else self.calibration.p_value(score)
+        return Result(name, score, label, p_value, each, mask, image)
 
 
 def to_pixels(image: Tensor) -> np.ndarray:

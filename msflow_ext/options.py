@@ -23,6 +23,8 @@ RECIPE = (
     "eval_every",
     "workers",
     "fit",
+    "hold_out",
+    "false_alarms",
 )
 SETTINGS = (*DATA, *RECIPE, "model", "backbone", "image_size", "weights", "baseline")
 _DATA = f"{' or '.join(PACKAGED)} (packages), or a folder"
@@ -81,6 +83,8 @@ def _train(part: ArgumentParser) -> None:
         ("--batch-size", int, "images per step"),
         ("--lr", float, "learning rate between warm-up and decay"),
         ("--seed", int, "of initial weights and order of the images"),
+        ("--hold-out", float, "share of the training images that only set the thresholds"),
+        ("--false-alarms", float, "share of normal images that may exceed the thresholds"),
     ):
         part.add_argument(
             name, type=kind, default=getattr(Recipe, name[2:].replace("-", "_")), help=text
@@ -108,6 +112,12 @@ def _evaluate(part: ArgumentParser) -> None:
     _add_run(part)
     _add_data(part)
     _add_device(part)
+    _add_false_alarms(part)
+    part.add_argument(
+        "--tune-thresholds",
+        action="store_true",
+        help="also find the thresholds of the largest F1 on these very images",
+    )
     part.add_argument("--out", type=str | None, help="folder for scores.csv and evaluation.json")
 
 
@@ -115,6 +125,8 @@ def _predict(part: ArgumentParser) -> None:
     _add_run(part)
     part.add_argument("paths", nargs="+", help="images, and folders with all that is in them")
     _add_out(part, "folder for scores.csv and maps/*.png")
+    _add_false_alarms(part)
+    part.add_argument("--threshold", type=float | None, help="label by this score instead")
     part.add_argument("--score-only", action="store_true", help="write no maps")
     part.add_argument("--batch-size", type=int, default=8, help="images at a time")
     _add_device(part)
@@ -150,6 +162,14 @@ def _add_layout(part: ArgumentParser) -> None:
 
 def _add_run(part: ArgumentParser) -> None:
     part.add_argument("--run", required=True, help="run folder, or a checkpoint file")
+
+
+def _add_false_alarms(part: ArgumentParser) -> None:
+    part.add_argument(
+        "--false-alarms",
+        type=float | None,
+        help="share of normal images that may exceed the thresholds (default: the run's)",
+    )
 
 
 def _add_out(part: ArgumentParser, text: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from msflow_ext.data import FITS
+from msflow_ext.decisions import images_needed
 from msflow_ext.features import CACHES
 
 PRECISIONS = ("float32", "bfloat16")
@@ -34,6 +35,9 @@ class Recipe:
         eval_every: epochs between tests; a tenth of them if None.
         workers: threads that decode images.
         fit: how images become square, see :class:`msflow_ext.data.Images`: ``resize`` or ``pad``.
+        hold_out: share of the training images that are not trained on, but set the thresholds (see
+            :class:`msflow_ext.decisions.Calibration`); none by default, as in the papers.
+        false_alarms: share of normal images that may exceed a threshold.
 
     Raises:
         ValueError: a value out of range.
@@ -53,6 +57,8 @@ class Recipe:
     eval_every: int | None = None
     workers: int = 2
     fit: str = "resize"
+    hold_out: float = 0.0
+    false_alarms: float = 0.05
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "eval_every", "workers"):
@@ -65,6 +71,10 @@ class Recipe:
         for share in (self.warmup, *self.milestones):
             if not 0 <= share <= 1:
                 raise ValueError(f"warmup and milestones are shares in 0..1, got {share}")
+        if not 0 <= self.hold_out < 1:
+            raise ValueError(f"hold_out must be a share from 0 to below 1, got {self.hold_out}")
+        if not 0 < self.false_alarms < 1:
+            raise ValueError(f"false_alarms must be above 0 and below 1, got {self.false_alarms}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
         for name, known in (("precision", PRECISIONS), ("cache", CACHES), ("fit", FITS)):
@@ -83,3 +93,22 @@ class Recipe:
     def order(self, epoch: int, images: int) -> Tensor:
         """The order of the images in ``epoch``, ``(images,)`` int64: a function of seed and epoch alone."""
         return torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(images))
+
+    def split(self, images: int) -> tuple[list[int], list[int]]:
+        """Which of the training images are trained on, and which are held out; a function of the seed.
+
+        Raises:
+            ValueError: too few are held out to tell the rate of false alarms, or none are left.
+        """
+        held = round(self.hold_out * images)
+        if not self.hold_out:
+            return list(range(images)), []
+        wanted = images_needed(self.false_alarms)
+        if held < wanted or held == images:
+            raise ValueError(
+                f"hold_out {self.hold_out:g} of {images} training images is {held} to hold out and "
+                f"{images - held} to train on, false_alarms {self.false_alarms:g} needs {wanted} or "
+                "more to hold out, and at least 1 to train on"
+            )
+        order = np.random.default_rng((self.seed, 0, 1)).permutation(images).tolist()
+        return sorted(order[held:]), sorted(order[:held])

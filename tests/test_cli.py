@@ -143,6 +143,38 @@ def test_a_run_with_padding_is_evaluated_with_padding(data, tmp_path):
     assert found == pytest.approx({name: wanted[name] for name in found}, abs=1e-3)
 
 
+def test_a_run_with_images_held_out_labels_images(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = _train(data, run, "--hold-out", "0.5", "--false-alarms", "0.4")
+    assert cli.main(command) == 0
+    threshold = json.loads((run / "metrics.json").read_text())["decisions"]["threshold"]
+    predict = ["predict", "--run", str(run), str(data / "plate/test"), "--device", "cpu"]
+    assert cli.main([*predict, "--out", str(tmp_path / "out")]) == 0
+    header, *rows = (tmp_path / "out/scores.csv").read_text().splitlines()
+    assert header == "name,defect,label,score,p_value"
+    for label, score, p_value in (row.split(",")[2:] for row in rows):
+        assert (label == "1") == (float(score) > threshold) == (float(p_value) <= 0.4)
+    assert "needs 9 held-out" in _fails(capsys, *predict, "--out", "x", "--false-alarms", "0.1")
+
+    evaluate = ["evaluate", "--run", str(run), "--device", "cpu", "--out", str(tmp_path / "e")]
+    assert cli.main([*evaluate, "--tune-thresholds"]) == 0
+    printed = capsys.readouterr().out
+    assert f"over the threshold {threshold:.6g}: " in printed
+    assert printed.count("test-tuned") == 2
+    found = json.loads((tmp_path / "e/evaluation.json").read_text())
+    assert found["decisions"].keys() == {"false_alarms", "detected"}
+    assert found["test_tuned"]["image"]["f1"] == pytest.approx(found["image_f1_max"])
+
+
+def test_a_threshold_of_ones_own_labels_images(run, data, tmp_path):
+    predict = ["predict", "--run", str(run), str(data / "plate/test"), "--device", "cpu"]
+    command = [*predict, "--score-only", "--threshold=-1e9", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    header, *rows = (tmp_path / "scores.csv").read_text().splitlines()
+    assert header == "name,defect,label,score"
+    assert {row.split(",")[2] for row in rows} == {"1"}
+
+
 def test_predict_writes_scores_and_maps_of_files_and_folders(run, data, tmp_path):
     paths = [str(data / "plate/test"), str(data / "plate/train/good/0.png")]
     command = ["predict", "--run", str(run), *paths, "--device", "cpu"]
