@@ -12,6 +12,8 @@ from msflow_ext.recipe import PRECISIONS, Recipe
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from msflow_ext.data import DataSet
+
 DATA = ("data", "layout", "category", "split_seed", "normal", "abnormal", "masks", "csv")
 RECIPE = (
     "epochs",
@@ -47,6 +49,14 @@ def parser(commands: Mapping[str, Callable[[Any], int]]) -> ArgumentParser:
     return whole
 
 
+def open_data(options: Mapping[str, Any], *, strict: bool = True) -> DataSet:
+    """The data set that the options name; ``strict`` as :func:`msflow_ext.data.open_dataset` has it."""
+    from msflow_ext.data import open_dataset
+
+    given = {name: options[name] for name in DATA if name in options}
+    return open_dataset(**given, strict=strict)
+
+
 def _info(part: ArgumentParser) -> None:
     part.add_argument("--check", action="store_true", help="run every kernel against its reference")
 
@@ -60,6 +70,10 @@ def _demo(part: ArgumentParser) -> None:
 def _train(part: ArgumentParser) -> None:
     part.add_argument("--config", action="config", help="YAML file of any of these flags")
     _add_data(part)
+    part.add_argument(
+        "--split-seeds", type=int, nargs="+", help="train on each of these splits, make a table"
+    )
+    part.add_argument("--seeds", type=int, nargs="+", help="train with each seed, make a table")
     part.add_argument("--model", choices=("msflow",), default="msflow", help="what to train")
     part.add_argument(
         "--backbone",
@@ -149,7 +163,11 @@ def _add_data(part: ArgumentParser) -> None:
 
 def _add_layout(part: ArgumentParser) -> None:
     part.add_argument("--layout", type=str | None, help=f"of a folder: {' or '.join(LAYOUTS)}")
-    part.add_argument("--category", type=str | None, help="mono, brick, bottle, ...")
+    part.add_argument(
+        "--category",
+        type=str | None,
+        help="mono, brick, bottle, ...; train: also several (a,b), or all",
+    )
     part.add_argument("--split-seed", type=int, default=0, help="where the set has no fixed split")
     for name in ("normal", "abnormal", "masks"):
         part.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -295,6 +296,48 @@ def test_a_training_that_diverges_says_where_and_keeps_its_last_good_state(data,
     assert "model.safetensors keeps the last good state" in sentence
 
 
+def test_all_categories_train_into_their_folders_and_one_table(data, tmp_path, capsys):
+    root, out = tmp_path / "data", tmp_path / "runs"
+    for name in ("cup", "plate"):
+        shutil.copytree(data / "plate", root / name)
+    broken = root / "cup/train/good/0.png"
+    kept = broken.read_bytes()
+    broken.write_bytes(kept[:60])
+    command = _train(root, out, "--category", "all", "--seeds", "0", "1")
+    sentence = _fails(capsys, *command)
+    assert "2 of 4 trainings failed" in sentence
+    assert str(broken) in sentence
+    table = json.loads((out / "table.json").read_text())
+    assert [bool(run["failure"]) for run in table["runs"]] == [True, True, False, False]
+    assert {line["category"] for line in table["lines"]} == {"plate"}
+
+    finished = out / "plate/seed-1"
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert "--resume continues" in _fails(capsys, *command)
+    broken.write_bytes(kept)
+    capsys.readouterr()
+    assert cli.main([*command, "--resume"]) == 0
+    printed = capsys.readouterr()
+    assert "mean" in printed.out
+    assert f"{finished} is finished already" in printed.err
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    table = json.loads((out / "table.json").read_text())
+    assert not any(run["failure"] for run in table["runs"])
+    assert [run["seed"] for run in table["runs"]] == [0, 1, 0, 1]
+    settings = yaml.safe_load((out / "cup/seed-1/config.yaml").read_text())
+    assert (settings["category"], settings["seed"]) == ("cup", 1)
+    sentence = _fails(capsys, *command, "--resume", "--epochs", "2")
+    assert "its recipe has epochs 1, this one epochs 2" in sentence
+
+
+def test_chosen_categories_are_named_with_commas(data, tmp_path, capsys):
+    sentence = _fails(capsys, *_train(data, tmp_path / "out", "--category", "plate,cup"))
+    assert "1 of 2 trainings failed" in sentence
+    assert "got 'cup'" in sentence
+    assert (tmp_path / "out/plate/metrics.json").exists()
+    assert (tmp_path / "out/table.md").exists()
+
+
 def test_debug_shows_where_an_error_arose(capsys, monkeypatch):
     wrong = ["predict", "--run", "nowhere", "x.png", "--out", "out"]
     with pytest.raises(FileNotFoundError):
@@ -330,8 +373,10 @@ def test_demo_trains_cells_and_brick_beside_the_baseline(tmp_path, capsys, monke
 
     def record(options):
         asked.append(options)
-        metrics = {"image_auroc": 0.5, "pixel_auroc": None, "aupro": None}
-        return [(options.category, method, metrics) for method in ("MSFlow", "Gaussian")]
+        found = {"image_auroc": 0.5, "pixel_auroc": None, "aupro": None}
+        data = {"name": options.data, "category": options.category}
+        baseline = {"name": "Gaussian", **found}
+        return {**found, "data": data, "model": {"name": "MSFlow"}, "baseline": baseline}
 
     monkeypatch.setattr(cli, "_train", record)
     assert cli.main(["demo", "--out", str(tmp_path), "--threads", "1", "--resume"]) == 0
