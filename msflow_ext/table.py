@@ -91,7 +91,17 @@ def write(folder: Path, runs: Sequence[Run]) -> list[Line]:
 
 def brief(run: Run) -> dict[str, Any]:
     """A run in plain values, without what changes with every epoch."""
-    kept = (*RESULTS, "epochs", "seconds", "best", "baseline", "decisions", "recipe", "model")
+    kept = (
+        *RESULTS,
+        "epochs",
+        "seconds",
+        "best",
+        "baseline",
+        "decisions",
+        "recipe",
+        "model",
+        "data",
+    )
     found = {name: run.metrics[name] for name in kept if name in run.metrics} if run.metrics else {}
     return {**asdict(run), "metrics": found or None}
 
