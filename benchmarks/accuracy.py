@@ -15,7 +15,7 @@ from msflow_ext.bench import machine
 from msflow_ext.evaluation import RESULTS
 from msflow_ext.table import BEST, MEAN, Line, percent
 
-#: A series of trainings for each data set; half an hour for the first, ten minutes for the second, on 2 cores.
+#: A series of trainings for each data set.
 SERIES = (
     ("elpv", "--category", "all", "--split-seeds", "0", "1", "2", "--epochs", "24"),
     ("textures", "--category", "all", "--split-seeds", "0", "1", "2", "--epochs", "40"),

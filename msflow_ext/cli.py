@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msflow_ext.options import RECIPE, SETTINGS, open_data, parser
-from msflow_ext.printing import print_lines, print_table, rows_of
+from msflow_ext.printing import print_lines, print_table, rows_of, sentence
 from msflow_ext.using import evaluate, predict
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FAILURES as error:
         if debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = sentence(error)
     print(f"msflow: error: {message}", file=sys.stderr)
     return 2
 

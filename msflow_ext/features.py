@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -147,6 +148,9 @@ class Features:
         wanted, free = sum(sizes) * dtype.itemsize, shutil.disk_usage(self._file.parent).free
         if wanted > free:
             raise OSError(f"{self._file} needs {wanted:,} bytes, the disk has {free:,} left")
+        if hasattr(os, "posix_fallocate"):  # a disk that fills up is an error now, no crash later
+            with self._file.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, wanted)
         whole = torch.from_file(str(self._file), shared=True, size=sum(sizes), dtype=dtype)
         return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
 

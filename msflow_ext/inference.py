@@ -147,6 +147,7 @@ class Detector:
             FileNotFoundError: no such file or folder.
             ValueError: a file that is no image, a folder without images, a wrong shape.
             TypeError: a source of another type.
+            FloatingPointError: a score or a map is not finite; its image is named.
         """
         return list(self.stream(source, batch_size=batch_size, workers=workers))
 
@@ -188,6 +189,8 @@ class Detector:
         return image.float(), (slice(0, size), slice(0, size))
 
     def _result(self, name: str, score: float, each: np.ndarray, image: np.ndarray) -> Result:
+        if not np.isfinite(each.sum() + score):
+            raise FloatingPointError(f"score or map of image {name} is not finite")
         label = None if self.threshold is None else int(score > self.threshold)
         mask = None if self.pixel_threshold is None else each > self.pixel_threshold
         p_value = None if self.calibration is None else self.calibration.p_value(score)

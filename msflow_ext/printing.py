@@ -1,7 +1,8 @@
-"""What the command line prints of results: a table, the numbers in percent."""
+"""What the command line prints: tables of results in percent, and errors in one sentence."""
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,18 @@ from msflow_ext import table
 from msflow_ext.evaluation import RESULTS
 
 Row = tuple[str, str, Mapping[str, Any]]
+
+
+def sentence(error: Exception) -> str:
+    """An error on one line, with flags and files as the user knows them."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, ArgumentError) and "arguments are required" in text:
+        names = (name.split(".")[-1] for name in text.rpartition(": ")[2].split(", "))
+        flags = (name if name == "paths" else f"--{name.replace('_', '-')}" for name in names)
+        text = f"required but not given: {', '.join(flags)}"
+    return " ".join(text.split()) or type(error).__name__
 
 
 def rows_of(metrics: Mapping[str, Any]) -> list[Row]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from msflow_ext import table
 from msflow_ext.checkpoint import CHECKPOINT
+from msflow_ext.printing import sentence
 from msflow_ext.run_folder import METRICS
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def train_all(
         try:
             metrics = train(trial)
         except failures as error:
-            failure = " ".join(str(error).split()) or type(error).__name__
+            failure = sentence(error)
             log.error("%s failed: %s", trial.folder, failure)
         category, folder = trial.category or "", str(trial.folder)
         runs.append(table.Run(category, trial.split_seed, trial.seed, folder, metrics, failure))

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from msflow_ext.checkpoint import CHECKPOINT, read_json, restore, save_checkpoint, write_text
+from msflow_ext.checkpoint import (
+    CHECKPOINT,
+    check_writable,
+    read_json,
+    restore,
+    save_checkpoint,
+    write_text,
+)
 from msflow_ext.data import DataSet, Images, Item
 from msflow_ext.decisions import Calibration, judged
 from msflow_ext.evaluation import RESULTS, Evaluation, Truth, evaluate
@@ -25,7 +32,14 @@ from msflow_ext.features import Features
 from msflow_ext.inference import pick_device
 from msflow_ext.models.padim import Padim
 from msflow_ext.recipe import Recipe
-from msflow_ext.run_folder import METRICS, initial_state, open_run, summary, write_results
+from msflow_ext.run_folder import (
+    METRICS,
+    clear_run,
+    initial_state,
+    open_run,
+    summary,
+    write_results,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -102,7 +116,7 @@ def train(
         device: where to compute; by default on the GPU if there is one.
         settings: plain values that ``config.yaml`` shall hold.
         resume: continue the run that the folder holds, bit for bit as if it had not been interrupted.
-        overwrite: remove the run that the folder holds.
+        overwrite: remove the run that the folder holds, once all images of the new one are decoded.
         baseline: also fit :class:`msflow_ext.models.padim.Padim` to the same features.
         progress: show bars on stderr when that is a terminal.
 
@@ -112,6 +126,7 @@ def train(
     Raises:
         ValueError: the folder holds a run and neither ``resume`` nor ``overwrite`` is given, or that run is
             another one; no training images, or too few to hold some out; an image that cannot be decoded.
+        OSError: the folder cannot be written.
         TrainingDiverged: a loss or a gradient is not finite; the last checkpoint is kept.
         ModuleNotFoundError: Lightning Fabric is not installed.
     """
@@ -126,10 +141,11 @@ def train(
     fabric = _fabric(pick_device(device), recipe)
     first = initial_state(model, dataset, recipe)
     state, tensors = open_run(run, first, resume=resume, overwrite=overwrite)
-    if (run / METRICS).exists():
+    if (run / METRICS).exists() and not overwrite:
         log.info("%s is finished already", run)
         return read_json(run / METRICS)
-    write_text(run / "config.yaml", yaml.safe_dump(dict(settings or {}), sort_keys=False))
+    check_writable(run)
+    run.mkdir(parents=True, exist_ok=True)
     began = time.monotonic() - state["seconds"]
 
     model.to(fabric.device)
@@ -145,6 +161,9 @@ def train(
             "test": dataset.test,
         }
         trained, held_out, tested = _features(stack, model, items, run, recipe, progress)
+        if overwrite:  # now that all images and masks are known to be sound
+            clear_run(run)
+        write_text(run / "config.yaml", yaml.safe_dump(dict(settings or {}), sort_keys=False))
         head, optimizer = fabric.setup(model.head, adam)
         head.mark_forward_method("loss")
         model.eval()

@@ -13,7 +13,7 @@ from msflow_ext.options import open_data
 from msflow_ext.printing import print_table
 
 if TYPE_CHECKING:
-    from msflow_ext.data import Images
+    from msflow_ext.data import DataSet, Images
     from msflow_ext.evaluation import Evaluation, Truth
     from msflow_ext.inference import Detector, Result
 
@@ -27,13 +27,12 @@ def evaluate(options: Any) -> int:
     from msflow_ext.inference import load
     from msflow_ext.report import write_scores
 
-    out = _not_a_run(options.out) if options.out else None
+    out = _checked_out(options.out) if options.out else None
     detector = load(options.run, options.device, false_alarms=options.false_alarms)
     model = detector.model
     own = not (options.data or options.normal)
     dataset = open_data(_settings(Path(options.run)) if own else vars(options))
-    if not dataset.test:
-        raise ValueError(f"{dataset.name} {dataset.category} has no images to test on")
+    _check_classes(dataset)
     images = Images(dataset.test, model.image_size)
     truth = evaluation.Truth.of(images)
     seen = Images(dataset.test, model.image_size, detector.fit)
@@ -55,15 +54,20 @@ def predict(options: Any) -> int:
     from msflow_ext.inference import load
     from msflow_ext.report import write_scores
 
-    out = _not_a_run(options.out)
+    out = _checked_out(options.out)
     detector = load(options.run, options.device, false_alarms=options.false_alarms)
     if options.threshold is not None:
         detector.threshold = options.threshold
     rows: list[tuple[str, str, int | None, float, float | None]] = []
 
+    named: set[str] = set()
+
     def noted() -> Iterator[Result]:
         found = detector.stream(options.paths, batch_size=options.batch_size)
         for result in tqdm(found, unit="image", disable=None):
+            if result.name in named:
+                raise ValueError(f"two images are called {result.name}: predict them apart")
+            named.add(result.name)
             rows.append((result.name, "", result.label, result.score, result.p_value))
             yield result
 
@@ -126,12 +130,25 @@ def _decisions(
     return written
 
 
-def _not_a_run(out: str) -> Path:
-    """A folder to write to, in which no run is; else its scores and maps would be lost."""
-    from msflow_ext.checkpoint import CHECKPOINT
+def _check_classes(dataset: DataSet) -> None:
+    """ValueError if there is nothing to tell good images from defective ones by."""
+    labels = [item.label for item in dataset.test]
+    good, bad = labels.count(0), labels.count(1)
+    if not good or not bad or good + bad < len(labels):
+        raise ValueError(
+            f"{dataset.name} {dataset.category} cannot be measured: good and defective test images "
+            f"are wanted, got {good} good, {bad} defective and {len(labels) - good - bad} without "
+            "a label (msflow predict scores images of any kind)"
+        )
+
+
+def _checked_out(out: str) -> Path:
+    """A folder that can be written to, in which no run is; else its scores and maps would be lost."""
+    from msflow_ext.checkpoint import CHECKPOINT, check_writable
 
     if (Path(out) / CHECKPOINT).exists():
         raise ValueError(f"--out {out} holds a run, choose another folder")
+    check_writable(Path(out))
     return Path(out)
 
 

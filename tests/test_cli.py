@@ -230,7 +230,7 @@ def test_a_command_never_writes_over_a_run(run, data, capsys):
             ["train", "--data", "textures", "--category", "silk", "--out", "OUT"],
             "brick, grass, gravel, got 'silk'",
         ),
-        (["train", "--data", "textures"], "train.out"),
+        (["train", "--data", "textures"], "error: required but not given: --out"),
         (["train", "--epochs", "many", "--out", "OUT"], "many"),
         (["train", "--colour", "red", "--out", "OUT"], "--colour"),
         (["train", "--config", "nowhere.yaml", "--out", "OUT"], "nowhere.yaml"),
@@ -241,7 +241,7 @@ def test_a_command_never_writes_over_a_run(run, data, capsys):
         ),
         (["predict", "--run", "RUN", "x.png", "--out", "OUT"], "x.png is not a file"),
         (["predict", "--run", "RUN", "EMPTY", "--out", "OUT"], "holds no images"),
-        (["predict", "--run", "RUN", "--out", "OUT"], "paths"),
+        (["predict", "--run", "RUN", "--out", "OUT"], "error: required but not given: paths"),
         (
             ["evaluate", "--run", "RUN", "--data", "elpv", "--category", "tri"],
             "mono, poly, both, got 'tri'",

@@ -418,6 +418,21 @@ def test_a_run_is_neither_lost_nor_mixed_with_another(tmp_path, squares):
     assert not (run / "maps" / "stale.png").exists()
 
 
+def test_a_run_is_only_overwritten_when_all_images_of_the_new_one_are_sound(tmp_path, squares):
+    run, recipe = tmp_path / "run", Recipe(epochs=1)
+    train(build_model(), squares, run, recipe, device="cpu", settings={"data": "old"})
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (tmp_path / "empty.png").touch()
+    broken = Item("good/9", 0, "good", tmp_path / "empty.png")
+    for data in (
+        DataSet("squares", "white", (*squares.train, broken), squares.test),
+        DataSet("squares", "white", squares.train, (*squares.test, broken)),
+    ):
+        with pytest.raises(ValueError, match=r"empty\.png is empty"):
+            train(build_model(), data, run, recipe, device="cpu", overwrite=True)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])
 def test_training_stops_at_a_non_finite_number_and_keeps_the_last_good_checkpoint(
     tmp_path, squares, what
