@@ -12,7 +12,7 @@ from msflow_ext.bench import quantiles, ratio
 
 Row = dict[str, Any]
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+MARKERS = "<!-- {}:begin -->", "<!-- {}:end -->"
 
 #: What the README shows: a title, and the case.
 HEADLINES = (
@@ -43,7 +43,7 @@ def write(document: dict[str, Any]) -> Iterator[str]:
             path = results.FOLDER / f"{name}.svg"
             path.write_text(chart(f"{title}, 512 px: {_threads(threads)}", row))
             yield str(path)
-    update(README, "\n".join(headlines(document, threads)))
+    update(README, "benchmarks", "\n".join(headlines(document, threads)))
     yield str(README)
 
 
@@ -105,13 +105,14 @@ def headlines(document: dict[str, Any], threads: int) -> Iterator[str]:
     yield from bench_models.table(document, threads)
 
 
-def update(path: Path, block: str) -> None:
-    """Replace what stands between the markers of a file; ValueError if it has none."""
+def update(path: Path, name: str, block: str) -> None:
+    """Replace what stands between the markers of that name in a file; ValueError if it has none."""
     text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{path} must hold {BEGIN} and {END} once")
-    before, _, rest = text.partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}")
+    begin, end = (marker.format(name) for marker in MARKERS)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{path} must hold {begin} and {end} once")
+    before, _, rest = text.partition(begin)
+    path.write_text(f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}")
 
 
 def chart(title: str, row: Row) -> str:

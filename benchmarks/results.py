@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
+ACCURACY = "accuracy-"
 
 
 def file_for(facts: dict[str, Any]) -> Path:
@@ -17,8 +18,9 @@ def file_for(facts: dict[str, Any]) -> Path:
 
 
 def newest() -> Path:
-    """The results that were written last, by the date inside."""
-    files = sorted(FOLDER.glob("*.json"), key=lambda path: read(path)["machine"]["date"])
+    """The times that were written last, by the date inside; accuracies are in files of their own."""
+    times = (path for path in FOLDER.glob("*.json") if not path.name.startswith(ACCURACY))
+    files = sorted(times, key=lambda path: read(path)["machine"]["date"])
     if not files:
         raise SystemExit(f"no results in {FOLDER}: run python -m benchmarks first")
     return files[-1]

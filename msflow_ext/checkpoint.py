@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A reader, or a process killed at any moment, sees the old file or the new one, never a part.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:  # somebody has said it in a sentence
+            raise
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     if hasattr(
         os, "O_DIRECTORY"
     ):  # the new name itself must reach the disk, where that can be asked for
@@ -40,6 +46,16 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """OSError if no file can be written into ``folder``, or it cannot be made; nothing is left behind."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise OSError(f"folder {folder} cannot be written: {error.strerror}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,6 +88,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Write a model, perhaps its optimiser's state, and plain JSON values into one safetensors file."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = model.state_dict()
@@ -79,7 +96,10 @@ def save_checkpoint(
         tensors |= {f"{_OPTIMIZER}{i}.{name}": value for name, value in moments.items()}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(plain, temporary, metadata={_HEADER: json.dumps(header)})
+        try:
+            save_file(plain, temporary, metadata={_HEADER: json.dumps(header)})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

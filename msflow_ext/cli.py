@@ -7,20 +7,20 @@ import logging
 import os
 import sys
 from argparse import ArgumentError
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
-from itertools import chain, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.options import DATA, MODEL, RECIPE, SETTINGS, parser
+from msflow_ext.options import MODEL, RECIPE, SETTINGS, open_data, parser
+from msflow_ext.printing import print_lines, print_table, rows_of, sentence
 from msflow_ext.recipe import PRESETS
+from msflow_ext.using import evaluate, predict
 
 if TYPE_CHECKING:
+    from msflow_ext import series
     from msflow_ext.data import DataSet
-    from msflow_ext.inference import Result
 
 DEMO = (
     ("--data", "elpv", "--category", "mono", "--epochs", "24"),
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FAILURES as error:
         if debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = sentence(error)
     print(f"msflow: error: {message}", file=sys.stderr)
     return 2
 
@@ -83,8 +83,8 @@ def demo(options: Any) -> int:
         command += ["--baseline", "--out", str(out)]
         command += ["--threads", str(options.threads)] if options.threads else []
         command += [f"--{flag}" for flag in ("resume", "overwrite") if options[flag]]
-        rows += _train(parser(COMMANDS).parse_args(command).train)
-    _print_table(rows)
+        rows += rows_of(_train(parser(COMMANDS).parse_args(command).train))
+    print_table(rows)
     return 0
 
 
@@ -97,71 +97,40 @@ def data(options: Any) -> int:
     if chosen["data"] and names == [None]:
         names = list_categories(chosen["data"], chosen["layout"]) or names
     for name in names:
-        report = check_dataset(_open_dataset({**chosen, "category": name}, strict=False))
+        report = check_dataset(open_data({**chosen, "category": name}, strict=False))
         print(report)
         faults += len(report.faults)
     return 2 if faults else 0
 
 
 def train(options: Any) -> int:
-    """Train a model on good images, test it, and write a run folder."""
-    _print_table(_train(options))
-    return 0
+    """Train a model on good images, test it, and write a run folder, or one for each category and seed."""
+    trials = _trials(options)
+    if not trials:
+        print_table(rows_of(_train(options)))
+        return 0
+    from msflow_ext import series, table
 
+    out = Path(options.out)
+    if not (options.resume or options.overwrite):
+        series.refuse_old(trials)
 
-def evaluate(options: Any) -> int:
-    """Test a trained model on labelled images: those of its own run, or others."""
-    from msflow_ext import evaluation
-    from msflow_ext.checkpoint import write_text
-    from msflow_ext.data import Images
-    from msflow_ext.features import Features
-    from msflow_ext.inference import load
-    from msflow_ext.report import write_scores
+    def one(trial: series.Trial) -> Mapping[str, Any]:
+        chosen = options.clone()
+        for name in ("category", "split_seed", "seed"):
+            chosen[name] = getattr(trial, name)
+        chosen.out = str(trial.folder)
+        return _train(chosen)
 
-    out = _not_a_run(options.out) if options.out else None
-    model = load(options.run, options.device).model
-    own = not (options.data or options.normal)
-    dataset = _open_dataset(_settings(Path(options.run)) if own else vars(options))
-    if not dataset.test:
-        raise ValueError(f"{dataset.name} {dataset.category} has no images to test on")
-    images = Images(dataset.test, model.image_size)
-    truth = evaluation.Truth.of(images)
-    features = Features(model, images, progress="features")
-    found = evaluation.evaluate(model.predict_features, features, truth)
-    _print_table([(f"{dataset.name} {dataset.category}", type(model).__name__, found.metrics)])
-    if out:
-        items = zip(images.items, found.scores.tolist(), strict=True)
-        write_scores(out / "scores.csv", ((i.name, i.defect, i.label, s) for i, s in items))
-        write_text(out / "evaluation.json", json.dumps(found.metrics, indent=1))
-    return 0
-
-
-def predict(options: Any) -> int:
-    """Score images: files, or folders with all that is in them."""
-    from tqdm import tqdm
-
-    from msflow_ext.inference import load
-    from msflow_ext.report import write_scores
-
-    out = _not_a_run(options.out)
-    detector = load(options.run, options.device)
-    rows: list[tuple[str, str, int | None, float]] = []
-
-    def noted() -> Iterator[Result]:
-        found = detector.stream(options.paths, batch_size=options.batch_size)
-        for result in tqdm(found, unit="image", disable=None):
-            rows.append((result.name, "", result.label, result.score))
-            yield result
-
-    try:
-        if options.score_only:
-            deque(noted(), maxlen=0)
-        else:
-            _draw(out, noted(), detector.colours)
-    finally:
-        if rows:
-            write_scores(out / "scores.csv", rows)
-    print(f"{len(rows)} images: {out / 'scores.csv'}")
+    runs = series.train_all(trials, out, one, FAILURES)
+    print_lines(table.lines(runs))
+    print(f"{out / 'table.md'}, table.csv and table.json hold all of it")
+    failed = [run for run in runs if run.failure]
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(runs)} trainings failed, first {failed[0].folder}: "
+            f"{failed[0].failure}"
+        )
     return 0
 
 
@@ -170,15 +139,32 @@ COMMANDS: dict[str, Callable[[Any], int]] = {
 }
 
 
-def _train(options: Any) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Train as the options say; the rows of the table of results."""
+def _trials(options: Any) -> list[series.Trial]:
+    """The trainings that the options ask for; none if it is one, of which no table is made."""
+    from msflow_ext import series
+    from msflow_ext.data import list_categories
+
+    categories: list[Any] = [options.category]
+    if options.category == "all":
+        categories = list_categories(options.data, options.layout) or [None]
+    elif "," in (options.category or ""):
+        categories = options.category.split(",")
+    elif not (options.seeds or options.split_seeds):
+        return []
+    split_seeds = options.split_seeds or [options.split_seed]
+    seeds = options.seeds or [options.seed]
+    return series.plan(Path(options.out), categories, split_seeds, seeds)
+
+
+def _train(options: Any) -> dict[str, Any]:
+    """Train as the options say; what ``metrics.json`` holds."""
     import torch
 
     from msflow_ext import training
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    dataset = _open_dataset(vars(options))
+    dataset = open_data(vars(options))
     model = _build(options, dataset)
     given = {name: options[name] for name in RECIPE if options[name] is not None}
     recipe = replace(PRESETS[options.preset][options.model].recipe, **given)
@@ -195,11 +181,7 @@ def _train(options: Any) -> list[tuple[str, str, Mapping[str, Any]]]:
         progress=True,
     )
     logging.getLogger(__name__).info("%s", Path(options.out) / "report.html")
-    title = f"{dataset.name} {dataset.category}"
-    rows: list[tuple[str, str, Mapping[str, Any]]] = [(title, metrics["model"]["name"], metrics)]
-    if metrics["baseline"]:
-        rows.append((title, metrics["baseline"]["name"], metrics["baseline"]))
-    return rows
+    return metrics
 
 
 def _build(options: Any, dataset: DataSet) -> Any:
@@ -222,59 +204,6 @@ def _build(options: Any, dataset: DataSet) -> Any:
         seed=options.seed,
         **{**PRESETS[options.preset][options.model].model, **given},
     )
-
-
-def _open_dataset(options: Mapping[str, Any], *, strict: bool = True) -> DataSet:
-    from msflow_ext.data import open_dataset
-
-    given = {name: options[name] for name in DATA if name in options}
-    return open_dataset(**given, strict=strict)
-
-
-def _settings(run: Path) -> dict[str, Any]:
-    """What ``config.yaml`` of a run says."""
-    import yaml
-
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there to name the run's data: give --data")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(settings, dict) or "data" not in settings:
-        raise ValueError(f"{path} does not name the run's data: give --data")
-    return settings
-
-
-def _not_a_run(out: str) -> Path:
-    """A folder to write to, in which no run is; else its scores and maps would be lost."""
-    from msflow_ext.checkpoint import CHECKPOINT
-
-    if (Path(out) / CHECKPOINT).exists():
-        raise ValueError(f"--out {out} holds a run, choose another folder")
-    return Path(out)
-
-
-def _draw(out: Path, results: Iterator[Result], colours: Sequence[float] | None) -> None:
-    """Write a heat map per result; one result is in memory at a time."""
-    from msflow_ext.report import colour_range, save_maps
-
-    first = next(results)
-    low, high = colours or colour_range([first.map])
-    a, b, c, d = tee(chain([first], results), 4)
-    columns = (r.name for r in a), (r.image for r in b), (r.map for r in c), (r.mask for r in d)
-    save_maps(out, *columns, low=low, high=high)
-
-
-def _print_table(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
-    from msflow_ext.evaluation import RESULTS
-
-    print(f"{'':20}{'':24}" + "".join(f"{name:>14}" for name in RESULTS.values()))
-    for title, method, metrics in rows:
-        values = [metrics[key] for key in RESULTS]
-        cells = (f"{'-':>14}" if v is None else f"{100 * v:>12.1f} %" for v in values)
-        print(f"{title:20}{method:24}" + "".join(cells))
 
 
 def _log_to_stderr() -> None:

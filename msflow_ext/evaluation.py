@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from msflow_ext import metrics
@@ -36,7 +37,10 @@ class Truth:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores ``(N,)``, maps ``(N, S, S)`` float32 and metrics of a test set, in the order of its images."""
+    """Scores ``(N,)``, maps ``(N, S, S)`` float32 and metrics of a test set, in the order of its images.
+
+    A map is of the whole image and nothing else, as are the images and masks of fit ``"resize"``.
+    """
 
     scores: np.ndarray
     maps: np.ndarray
@@ -55,6 +59,8 @@ def evaluate(
     Args:
         predict: from features to something with ``score (N,)`` and ``anomaly_map (N, S, S)``,
             such as the ``predict_features`` of a model.
+        truth: of the same images with fit ``"resize"``. Of padded images the maps are cut back and
+            stretched to the square, so that an image counts the same whatever its fit and aspect.
 
     The metrics are fractions: ``image_auroc``, ``image_average_precision``, ``image_f1_max``, the
     same three for ``pixel``, and ``aupro`` (up to a false-positive rate of 0.3); None where the
@@ -70,6 +76,10 @@ def evaluate(
         found = predict(batch)
         here = slice(done, done := done + len(batch[0]))
         scores[here], maps[here] = found.score.cpu(), found.anomaly_map.cpu()
+    if features.images.fit == "pad":
+        for i, each in enumerate(maps):
+            cut = torch.from_numpy(each[features.images.box(i)])[None, None]
+            maps[i] = F.interpolate(cut, size=(size, size), mode="bilinear")[0, 0]
     for item, score, each in zip(features.images.items, scores, maps, strict=True):
         if not np.isfinite(each.sum() + score):
             raise FloatingPointError(f"score or map of image {item.name} is not finite")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from msflow_ext.data import Images
 
 CACHES = ("memory", "disk", "off")
+
+Decoded = TypeVar("Decoded")
 
 
 class Features:
@@ -75,7 +78,7 @@ class Features:
         if self._maps:
             return [maps[indices].to(self._device, torch.float32) for maps in self._maps]
         (pixels,) = decoded(self.images.__getitem__, [indices.tolist()], self._workers)
-        return self._pooled(indices, pixels)
+        return self._pooled(indices, torch.stack(pixels))
 
     def close(self) -> None:
         """Let go of the cache, and remove its file."""
@@ -122,7 +125,7 @@ class Features:
         bar = tqdm(total=len(self), desc=progress, unit="image", disable=None if progress else True)
         with bar:
             for indices, pixels in zip(chunks, batches, strict=True):
-                pooled = self._pooled(indices, pixels)
+                pooled = self._pooled(indices, torch.stack(pixels))
                 if not self._maps:
                     self._maps = self._allocate([tuple(x.shape[1:]) for x in pooled], dtype)
                 for maps, new in zip(self._maps, pooled, strict=True):
@@ -145,19 +148,22 @@ class Features:
         wanted, free = sum(sizes) * dtype.itemsize, shutil.disk_usage(self._file.parent).free
         if wanted > free:
             raise OSError(f"{self._file} needs {wanted:,} bytes, the disk has {free:,} left")
+        if hasattr(os, "posix_fallocate"):  # a disk that fills up is an error now, no crash later
+            with self._file.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, wanted)
         whole = torch.from_file(str(self._file), shared=True, size=sum(sizes), dtype=dtype)
         return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
 
 
 def decoded(
-    decode: Callable[[Any], Tensor], chunks: Iterable[list[Any]], workers: int
-) -> Iterator[Tensor]:
-    """Stack ``decode(source)`` of each chunk of sources, on threads, one chunk ahead of the caller."""
+    decode: Callable[[Any], Decoded], chunks: Iterable[list[Any]], workers: int
+) -> Iterator[list[Decoded]]:
+    """``decode(source)`` of each chunk of sources, on threads, one chunk ahead of the caller."""
     with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[list[Future[Tensor]]] = deque()
+        ahead: deque[list[Future[Decoded]]] = deque()
         for chunk in chunks:
             ahead.append([pool.submit(decode, source) for source in chunk])
             if len(ahead) > 1:
-                yield torch.stack([future.result() for future in ahead.popleft()])
+                yield [future.result() for future in ahead.popleft()]
         while ahead:
-            yield torch.stack([future.result() for future in ahead.popleft()])
+            yield [future.result() for future in ahead.popleft()]

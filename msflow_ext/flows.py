@@ -15,6 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from msflow_ext import ops
 from msflow_ext.ops.coupling import accumulation_dtype
 
+#: What the backward pass rests on: see :class:`Flow`.
+MEMORY = ("lean", "reversible")
+
 
 @dataclass(frozen=True)
 class FlowOutput:

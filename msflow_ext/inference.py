@@ -16,7 +16,9 @@ from torch import Tensor, nn
 import msflow_ext
 from msflow_ext.checkpoint import CHECKPOINT, read_checkpoint, restore
 from msflow_ext.data import Images, Item
+from msflow_ext.data.images import Box
 from msflow_ext.data.items import SUFFIXES
+from msflow_ext.decisions import Calibration
 from msflow_ext.features import decoded
 
 
@@ -28,7 +30,10 @@ class Result:
         name: path of the image, in a folder relative to it; ``image 0``, ``image 1``, ... if it has none.
         score: the larger the more anomalous.
         label: 1 if the score exceeds the detector's threshold, else 0; None without a threshold.
-        map: ``(S, S)`` float32, the larger the more anomalous.
+        p_value: how rare such a score is among normal images, in (0, 1], see
+            :class:`msflow_ext.decisions.Calibration`; None if training held none out.
+        map: ``(S, S)`` float32, the larger the more anomalous; the padding of a detector with fit
+            ``"pad"`` is cut off, here and below.
         mask: ``(S, S)`` bool, where the map exceeds the pixel threshold; None without one.
         image: ``(S, S, 3)`` uint8, RGB: what the model saw.
     """
@@ -36,20 +41,31 @@ class Result:
     name: str
     score: float
     label: int | None
+    p_value: float | None
     map: np.ndarray
     mask: np.ndarray | None
     image: np.ndarray
 
 
-def load(path: str | Path, device: str | torch.device | None = None) -> Detector:
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    false_alarms: float | None = None,
+) -> Detector:
     """Load a detector from a run folder, or from a checkpoint file.
+
+    It has thresholds if its training held normal images out (``Recipe(hold_out=...)``).
 
     Args:
         path: what training wrote; an unfinished run gives the model of its last checkpoint.
         device: where to compute; by default on the GPU if there is one.
+        false_alarms: share of normal images that may exceed the thresholds; by default the recipe's.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: not a checkpoint, or a damaged one.
+        FileNotFoundError: nothing there.
+        ValueError: not a checkpoint, or a damaged one; ``false_alarms`` for a model without held-out
+            images, or with too few of them.
     """
     path = Path(path)
     path = path / CHECKPOINT if path.is_dir() else path
@@ -62,7 +78,19 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Detector
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its configuration builds no {kind.__name__}: {error}") from error
     restore(path, tensors, model)
-    return Detector(model.eval().to(pick_device(device)), colours=header.get("colours"))
+    recipe, held_out = header.get("recipe", {}), header.get("calibration")
+    if false_alarms is not None and not held_out:
+        raise ValueError(f"{path} knows no rate of false alarms: its training held no images out")
+    calibration = Calibration(**held_out) if held_out else None
+    rate = recipe.get("false_alarms") if false_alarms is None else false_alarms
+    return Detector(
+        model.eval().to(pick_device(device)),
+        threshold=calibration.threshold(rate) if calibration else None,
+        pixel_threshold=calibration.pixel_threshold(rate) if calibration else None,
+        calibration=calibration,
+        colours=header.get("colours"),
+        fit=recipe.get("fit", "resize"),
+    )
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -83,7 +111,9 @@ class Detector:
         model: as training made it.
         threshold: images that score higher are labelled 1; None for no labels.
         pixel_threshold: pixels above it make the mask; None for no masks.
+        calibration: what held-out normal images scored, for p-values; None for none.
         colours: the range of map values that the run's heat maps show; None if not known.
+        fit: how images become square, see :class:`msflow_ext.data.Images`.
     """
 
     def __init__(
@@ -92,12 +122,16 @@ class Detector:
         *,
         threshold: float | None = None,
         pixel_threshold: float | None = None,
+        calibration: Calibration | None = None,
         colours: Sequence[float] | None = None,
+        fit: str = "resize",
     ) -> None:
         self.model = model
         self.threshold = threshold
         self.pixel_threshold = pixel_threshold
+        self.calibration = calibration
         self.colours = colours
+        self.fit = fit
 
     def predict(self, source: Any, *, batch_size: int = 8, workers: int = 2) -> list[Result]:
         """Score one image or many.
@@ -113,6 +147,7 @@ class Detector:
             FileNotFoundError: no such file or folder.
             ValueError: a file that is no image, a folder without images, a wrong shape.
             TypeError: a source of another type.
+            FloatingPointError: a score or a map is not finite; its image is named.
         """
         return list(self.stream(source, batch_size=batch_size, workers=workers))
 
@@ -131,29 +166,35 @@ class Detector:
                 yield chunk
 
         device = next(self.model.parameters()).device
-        for pixels in decoded(self._decode, chunks(), workers):
+        for chunk in decoded(self._decode, chunks(), workers):
             with torch.inference_mode():
-                found = self.model(pixels.to(device))
+                found = self.model(torch.stack([pixels for pixels, _ in chunk]).to(device))
             maps = found.anomaly_map.float().cpu().numpy()
-            for image, score, each in zip(pixels, found.score.tolist(), maps, strict=True):
-                yield self._result(names.popleft(), score, each, image)
+            for (pixels, box), score, each in zip(chunk, found.score.tolist(), maps, strict=True):
+                image = to_pixels(pixels)
+                yield self._result(names.popleft(), score, each[box], image[box])
 
-    def _decode(self, named: tuple[str, Any]) -> Tensor:
+    def _decode(self, named: tuple[str, Any]) -> tuple[Tensor, Box]:
+        """The square that the model sees, and where in it the image is."""
         name, image = named
         size = self.model.image_size
         if not isinstance(image, Tensor):
-            return Images((Item(name, None, "", image),), size)[0]
+            images = Images((Item(name, None, "", image),), size, self.fit)
+            return images[0], images.box(0)
         if image.shape != (3, size, size) or not image.is_floating_point():
             raise ValueError(
                 f"{name}: a tensor must be (3, {size}, {size}) of floating point, "
                 f"got {tuple(image.shape)} of {image.dtype}"
             )
-        return image.float()
+        return image.float(), (slice(0, size), slice(0, size))
 
-    def _result(self, name: str, score: float, each: np.ndarray, image: Tensor) -> Result:
+    def _result(self, name: str, score: float, each: np.ndarray, image: np.ndarray) -> Result:
+        if not np.isfinite(each.sum() + score):
+            raise FloatingPointError(f"score or map of image {name} is not finite")
         label = None if self.threshold is None else int(score > self.threshold)
         mask = None if self.pixel_threshold is None else each > self.pixel_threshold
-        return Result(name, score, label, each, mask, to_pixels(image))
+        p_value = None if self.calibration is None else self.calibration.p_value(score)
+        return Result(name, score, label, p_value, each, mask, image)
 
 
 def to_pixels(image: Tensor) -> np.ndarray:

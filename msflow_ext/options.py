@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.data import LAYOUTS, PACKAGED
+from msflow_ext.data import FITS, LAYOUTS, PACKAGED
 from msflow_ext.features import CACHES
+from msflow_ext.flows import MEMORY
 from msflow_ext.recipe import PRECISIONS, PRESETS, Recipe
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+    from msflow_ext.data import DataSet
 
 DATA = ("data", "layout", "category", "split_seed", "normal", "abnormal", "masks", "csv")
 RECIPE = (
@@ -20,9 +23,13 @@ RECIPE = (
     "noise",
     "seed",
     "precision",
+    "memory",
     "cache",
     "eval_every",
     "workers",
+    "fit",
+    "hold_out",
+    "false_alarms",
 )
 MODEL = (  # arguments of a model; None: as the preset or the model has it
     *("out_indices", "blocks", "steps", "hidden_ratio", "conv3x3_only"),
@@ -52,6 +59,14 @@ def parser(commands: Mapping[str, Callable[[Any], int]]) -> ArgumentParser:
     return whole
 
 
+def open_data(options: Mapping[str, Any], *, strict: bool = True) -> DataSet:
+    """The data set that the options name; ``strict`` as :func:`msflow_ext.data.open_dataset` has it."""
+    from msflow_ext.data import open_dataset
+
+    given = {name: options[name] for name in DATA if name in options}
+    return open_dataset(**given, strict=strict)
+
+
 def _info(part: ArgumentParser) -> None:
     part.add_argument("--check", action="store_true", help="run every kernel against its reference")
 
@@ -66,6 +81,10 @@ def _demo(part: ArgumentParser) -> None:
 def _train(part: ArgumentParser) -> None:
     part.add_argument("--config", action="config", help="YAML file of any of these flags")
     _add_data(part)
+    part.add_argument(
+        "--split-seeds", type=int, nargs="+", help="train on each of these splits, make a table"
+    )
+    part.add_argument("--seeds", type=int, nargs="+", help="train with each seed, make a table")
     _add_model(part)
     part.add_argument(
         "--backbone",
@@ -77,6 +96,12 @@ def _train(part: ArgumentParser) -> None:
         "--image-size",
         type=int | None,
         help="side of the square input in pixels (default: the backbone's preset)",
+    )
+    part.add_argument(
+        "--fit",
+        choices=FITS,
+        default=Recipe.fit,
+        help="how images become square: resized, or padded so that they keep their aspect",
     )
     part.add_argument("--out-indices", type=int, nargs="+", help="maps of the backbone to read")
     part.add_argument("--blocks", type=int, nargs="+", help="steps of each flow of MSFlow")
@@ -103,6 +128,8 @@ def _train(part: ArgumentParser) -> None:
         ("--batch-size", int | None, "images per step"),
         ("--lr", float | None, "learning rate between warm-up and decay"),
         ("--noise", float | None, "standard deviation of noise on the features in training"),
+        ("--hold-out", float | None, "share of the training images that only set the thresholds"),
+        ("--false-alarms", float | None, "share of normal images that may exceed the thresholds"),
     ):
         part.add_argument(name, type=kind, help=f"{text} (default: the preset's)")
     part.add_argument(
@@ -115,6 +142,12 @@ def _train(part: ArgumentParser) -> None:
     )
     part.add_argument(
         "--precision", choices=PRECISIONS, default=Recipe.precision, help="of the flows"
+    )
+    part.add_argument(
+        "--memory",
+        choices=MEMORY,
+        default=Recipe.memory,
+        help="of training; reversible saves no activations, and takes a third longer",
     )
     part.add_argument(
         "--cache", choices=CACHES, default=Recipe.cache, help="where features are kept"
@@ -136,6 +169,12 @@ def _evaluate(part: ArgumentParser) -> None:
     _add_run(part)
     _add_data(part)
     _add_device(part)
+    _add_false_alarms(part)
+    part.add_argument(
+        "--tune-thresholds",
+        action="store_true",
+        help="also find the thresholds of the largest F1 on these very images",
+    )
     part.add_argument("--out", type=str | None, help="folder for scores.csv and evaluation.json")
 
 
@@ -143,6 +182,8 @@ def _predict(part: ArgumentParser) -> None:
     _add_run(part)
     part.add_argument("paths", nargs="+", help="images, and folders with all that is in them")
     _add_out(part, "folder for scores.csv and maps/*.png")
+    _add_false_alarms(part)
+    part.add_argument("--threshold", type=float | None, help="label by this score instead")
     part.add_argument("--score-only", action="store_true", help="write no maps")
     part.add_argument("--batch-size", type=int, default=8, help="images at a time")
     _add_device(part)
@@ -176,7 +217,11 @@ def _add_data(part: ArgumentParser) -> None:
 
 def _add_layout(part: ArgumentParser) -> None:
     part.add_argument("--layout", type=str | None, help=f"of a folder: {' or '.join(LAYOUTS)}")
-    part.add_argument("--category", type=str | None, help="mono, brick, bottle, ...")
+    part.add_argument(
+        "--category",
+        type=str | None,
+        help="mono, brick, bottle, ...; train: also several (a,b), or all",
+    )
     part.add_argument("--split-seed", type=int, default=0, help="where the set has no fixed split")
     for name in ("normal", "abnormal", "masks"):
         part.add_argument(
@@ -189,6 +234,14 @@ def _add_layout(part: ArgumentParser) -> None:
 
 def _add_run(part: ArgumentParser) -> None:
     part.add_argument("--run", required=True, help="run folder, or a checkpoint file")
+
+
+def _add_false_alarms(part: ArgumentParser) -> None:
+    part.add_argument(
+        "--false-alarms",
+        type=float | None,
+        help="share of normal images that may exceed the thresholds (default: the run's)",
+    )
 
 
 def _add_out(part: ArgumentParser, text: str) -> None:

@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msflow_ext.data import FITS
+from msflow_ext.decisions import images_needed
 from msflow_ext.features import CACHES
+from msflow_ext.flows import MEMORY
 
 PRECISIONS = ("float32", "bfloat16")
 SCHEDULES = ("steps", "cosine")
@@ -35,9 +38,15 @@ class Recipe:
         noise: standard deviation of normal noise on the features, new in every epoch: less is learnt by heart.
         seed: of the order of the images, and of the noise.
         precision: ``float32``, or ``bfloat16`` (autocast; weights stay float32, cached features are halved).
+        memory: what the backward pass rests on, see :class:`msflow_ext.models.detector.FlowHead`; ``reversible`` needs
+            ``float32``.
         cache: where the backbone's features are kept: ``memory``, ``disk`` or ``off``.
         eval_every: epochs between tests; a tenth of them if None.
         workers: threads that decode images.
+        fit: how images become square, see :class:`msflow_ext.data.Images`: ``resize`` or ``pad``.
+        hold_out: share of the training images that are not trained on, but set the thresholds (see
+            :class:`msflow_ext.decisions.Calibration`); none by default, as in the papers.
+        false_alarms: share of normal images that may exceed a threshold.
 
     Raises:
         ValueError: a value out of range.
@@ -56,9 +65,13 @@ class Recipe:
     noise: float = 0.0
     seed: int = 9826
     precision: str = "float32"
+    memory: str = "lean"
     cache: str = "memory"
     eval_every: int | None = None
     workers: int = 2
+    fit: str = "resize"
+    hold_out: float = 0.0
+    false_alarms: float = 0.05
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "eval_every", "workers"):
@@ -75,14 +88,27 @@ class Recipe:
         for share in (self.warmup, *self.milestones):
             if not 0 <= share <= 1:
                 raise ValueError(f"warmup and milestones are shares in 0..1, got {share}")
+        if not 0 <= self.hold_out < 1:
+            raise ValueError(f"hold_out must be a share from 0 to below 1, got {self.hold_out}")
+        if not 0 < self.false_alarms < 1:
+            raise ValueError(f"false_alarms must be above 0 and below 1, got {self.false_alarms}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
-        choices = (("schedule", SCHEDULES), ("precision", PRECISIONS), ("cache", CACHES))
+        choices = (
+            ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
+            ("memory", MEMORY),
+            ("cache", CACHES),
+            ("fit", FITS),
+        )
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
+
+        if self.memory == "reversible" and self.precision != "float32":
+            raise ValueError(f"memory 'reversible' needs precision float32, got {self.precision!r}")
 
     def learning_rate(self, epoch: int) -> float:
         """Rate of ``epoch``, counted from 0.
@@ -99,6 +125,25 @@ class Recipe:
     def order(self, epoch: int, images: int) -> Tensor:
         """The order of the images in ``epoch``, ``(images,)`` int64: a function of seed and epoch alone."""
         return torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(images))
+
+    def split(self, images: int) -> tuple[list[int], list[int]]:
+        """Which of the training images are trained on, and which are held out; a function of the seed.
+
+        Raises:
+            ValueError: too few are held out to tell the rate of false alarms, or none are left.
+        """
+        held = round(self.hold_out * images)
+        if not self.hold_out:
+            return list(range(images)), []
+        wanted = images_needed(self.false_alarms)
+        if held < wanted or held == images:
+            raise ValueError(
+                f"hold_out {self.hold_out:g} of {images} training images is {held} to hold out and "
+                f"{images - held} to train on, false_alarms {self.false_alarms:g} needs {wanted} or "
+                "more to hold out, and at least 1 to train on"
+            )
+        order = np.random.default_rng((self.seed, 0, 1)).permutation(images).tolist()
+        return sorted(order[held:]), sorted(order[:held])
 
     def disturbed(self, epoch: int, batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
         """The features of an epoch with its noise, which depends on seed and epoch alone."""

@@ -33,19 +33,30 @@ __all__ = [
 ]
 
 
-def write_scores(path: str | Path, rows: Iterable[tuple[str, str, int | None, float]]) -> None:
+def write_scores(
+    path: str | Path,
+    rows: Iterable[
+        tuple[str, str, int | None, float] | tuple[str, str, int | None, float, float | None]
+    ],
+) -> None:
     """Write ``name,defect,label,score`` lines as CSV, whole or not at all; label None is empty.
+
+    A column ``p_value`` follows if the first row has one.
 
     Raises:
         ValueError: a score is not finite.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(("name", "defect", "label", "score"))
-    for name, defect, label, score in rows:
+    rows = list(rows)
+    rare = ["p_value"] if rows and rows[0][4:] not in ((), (None,)) else []
+    table.writerow(("name", "defect", "label", "score", *rare))
+    for name, defect, label, score, *p_value in rows:
         if not math.isfinite(score):
             raise ValueError(f"rows: the score of {name!r} is {score}, a finite number is wanted")
-        table.writerow((name, defect, "" if label is None else int(label), float(score)))
+        table.writerow(
+            (name, defect, "" if label is None else int(label), float(score), *p_value[: len(rare)])
+        )
     content = text.getvalue().encode("utf-8", "surrogateescape")  # names need not be valid Unicode
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(content)

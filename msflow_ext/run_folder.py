@@ -66,10 +66,6 @@ def open_run(
     old = [run / name for name in (METRICS, CHECKPOINT) if (run / name).exists()]
     if old and not (resume or overwrite):
         raise ValueError(f"{run} holds a run: --resume continues it, --overwrite starts it again")
-    if overwrite:
-        others = (run / name for name in ("scores.csv", "report.html"))
-        for path in (*old, *others, *run.glob("maps/*.png")):
-            path.unlink(missing_ok=True)
     if overwrite or not old:
         return state, {}
     saved, tensors = read_checkpoint(run / CHECKPOINT)
@@ -80,6 +76,13 @@ def open_run(
                 f"{run / CHECKPOINT} cannot be resumed: its {part} has {there}, this one {here}"
             )
     return saved, tensors
+
+
+def clear_run(run: Path) -> None:
+    """Remove what an older run left in the folder."""
+    names = (METRICS, CHECKPOINT, "scores.csv", "report.html")
+    for path in (*(run / name for name in names), *run.glob("maps/*.png")):
+        path.unlink(missing_ok=True)
 
 
 def _first_difference(there: Any, here: Any) -> tuple[str, str]:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +17,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from msflow_ext.checkpoint import CHECKPOINT, read_json, restore, save_checkpoint, write_text
+from msflow_ext.checkpoint import (
+    CHECKPOINT,
+    check_writable,
+    read_json,
+    restore,
+    save_checkpoint,
+    write_text,
+)
 from msflow_ext.data import DataSet, Images, Item
+from msflow_ext.decisions import Calibration, judged
 from msflow_ext.evaluation import RESULTS, Evaluation, Truth, evaluate
 from msflow_ext.features import Features
 from msflow_ext.inference import pick_device
 from msflow_ext.models.padim import Padim
 from msflow_ext.recipe import Recipe
-from msflow_ext.run_folder import METRICS, initial_state, open_run, summary, write_results
+from msflow_ext.run_folder import (
+    METRICS,
+    clear_run,
+    initial_state,
+    open_run,
+    summary,
+    write_results,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -101,7 +117,7 @@ def train(
         device: where to compute; by default on the GPU if there is one.
         settings: plain values that ``config.yaml`` shall hold.
         resume: continue the run that the folder holds, bit for bit as if it had not been interrupted.
-        overwrite: remove the run that the folder holds.
+        overwrite: remove the run that the folder holds, once all images of the new one are decoded.
         baseline: also fit :class:`msflow_ext.models.padim.Padim` to the same features.
         progress: show bars on stderr when that is a terminal.
 
@@ -110,7 +126,8 @@ def train(
 
     Raises:
         ValueError: the folder holds a run and neither ``resume`` nor ``overwrite`` is given, or that run is
-            another one; no training images; an image that cannot be decoded.
+            another one; no training images, or too few to hold some out; an image that cannot be decoded.
+        OSError: the folder cannot be written.
         TrainingDiverged: a loss or a gradient is not finite; the last checkpoint is kept.
         ModuleNotFoundError: Lightning Fabric is not installed.
     """
@@ -121,22 +138,34 @@ def train(
         raise ValueError("resume and overwrite exclude each other")
     if not dataset.train:
         raise ValueError(f"{dataset.name} {dataset.category} has no images to train on")
+    kept, held = recipe.split(len(dataset.train))
     fabric = _fabric(pick_device(device), recipe)
     first = initial_state(model, dataset, recipe)
     state, tensors = open_run(run, first, resume=resume, overwrite=overwrite)
-    if (run / METRICS).exists():
+    if (run / METRICS).exists() and not overwrite:
         log.info("%s is finished already", run)
         return read_json(run / METRICS)
-    write_text(run / "config.yaml", yaml.safe_dump(dict(settings or {}), sort_keys=False))
+    check_writable(run)
+    run.mkdir(parents=True, exist_ok=True)
     began = time.monotonic() - state["seconds"]
 
     model.to(fabric.device)
+    model.head.memory = recipe.memory
     adam = make_optimizer(model.head, recipe.weight_decay)
     if tensors:
         restore(run / CHECKPOINT, tensors, model, adam)
-    truth = Truth.of(Images(dataset.test, model.image_size))
+    shown = Images(dataset.test, model.image_size)
+    truth = Truth.of(shown)
     with ExitStack() as stack:
-        trained, tested = _features(stack, model, dataset, run, recipe, progress)
+        items = {
+            "training": [dataset.train[i] for i in kept],
+            "held-out": [dataset.train[i] for i in held],
+            "test": dataset.test,
+        }
+        trained, held_out, tested = _features(stack, model, items, run, recipe, progress)
+        if overwrite:  # now that all images and masks are known to be sound
+            clear_run(run)
+        write_text(run / "config.yaml", yaml.safe_dump(dict(settings or {}), sort_keys=False))
         head, optimizer = fabric.setup(model.head, adam)
         head.mark_forward_method("loss")
         model.eval()
@@ -168,11 +197,16 @@ def train(
                 saved = time.monotonic()
         final = final or test()  # a resumed run may have had nothing left to train
         gaussian = _baseline(trained, tested, truth, recipe.batch_size) if baseline else None
+        calibration = _calibration(model, held_out, recipe.batch_size) if held else None
 
     metrics = summary(state, final.metrics)
     metrics |= {"baseline": gaussian, "seconds": round(time.monotonic() - began, 3)}
-    colours = write_results(run, tested.images, final, metrics)
-    save_checkpoint(run / CHECKPOINT, {**state, "colours": colours}, model)
+    if calibration:
+        labels = [item.label for item in dataset.test]
+        metrics["decisions"] = judged(calibration, recipe.false_alarms, labels, final.scores)
+    colours = write_results(run, shown, final, metrics)
+    last = {**state, "colours": colours, "calibration": calibration and asdict(calibration)}
+    save_checkpoint(run / CHECKPOINT, last, model)
     write_text(run / METRICS, json.dumps(metrics, indent=1, allow_nan=False))
     return metrics
 
@@ -195,14 +229,19 @@ def _fabric(device: torch.device, recipe: Recipe) -> Fabric:
 
 
 def _features(
-    stack: ExitStack, model: Any, dataset: DataSet, run: Path, recipe: Recipe, progress: bool
-) -> tuple[Features, Features]:
-    """Features of the training and the test images, standardised if the model wants that."""
+    stack: ExitStack,
+    model: Any,
+    items: Mapping[str, Sequence[Item]],
+    run: Path,
+    recipe: Recipe,
+    progress: bool,
+) -> list[Features]:
+    """Features of each part, standardised by the first, the training images, if the model wants that."""
 
-    def compute(name: str, items: Sequence[Item]) -> Features:
+    def compute(name: str) -> Features:
         features = Features(
             model,
-            Images(items, model.image_size),
+            Images(items[name], model.image_size, recipe.fit),
             cache=recipe.cache,
             dtype=torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32,
             file=run / f"features-{name}.cache",
@@ -215,14 +254,15 @@ def _features(
     if model.standardize:  # what a former training left would count twice
         channels = model.head.channels
         model.set_statistics([torch.zeros(c) for c in channels], [torch.ones(c) for c in channels])
-    trained = compute("training", dataset.train)
+    trained, *others = items
+    found = [compute(trained)]
     if model.standardize:
-        trained.standardize(recipe.batch_size)
-    tested = compute("test", dataset.test)
-    megabytes = (trained.nbytes + tested.nbytes) / 1e6
-    counts = (len(trained), len(tested))
-    log.info("features of %d + %d images: %.0f MB (cache: %s)", *counts, megabytes, recipe.cache)
-    return trained, tested
+        found[0].standardize(recipe.batch_size)
+    found += map(compute, others)
+    megabytes = sum(each.nbytes for each in found) / 1e6
+    counts = " + ".join(str(len(each)) for each in found if len(each))
+    log.info("features of %s images: %.0f MB (cache: %s)", counts, megabytes, recipe.cache)
+    return found
 
 
 def _bar(recipe: Recipe, epoch: int, images: int, progress: bool) -> tqdm:
@@ -283,6 +323,11 @@ def _baseline(trained: Features, tested: Features, truth: Truth, batch_size: int
     padim = Padim().fit(trained.batches(batch_size))
     predict = partial(padim.predict, size=tested.images.size)
     return {"name": "PaDiM-style Gaussian", **evaluate(predict, tested, truth, batch_size).metrics}
+
+
+def _calibration(model: Any, held_out: Features, batch_size: int) -> Calibration:
+    found = evaluate(model.predict_features, held_out, Truth(None, None), batch_size)
+    return Calibration.of(found.scores, found.maps)
 
 
 def _brief(metrics: Mapping[str, float | None]) -> str:

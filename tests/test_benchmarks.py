@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from msflow_ext.bench import TINY, Case, Provider, difference, machine, measure, ratio, table
 from msflow_ext.bench.cases import flows
+from msflow_ext.table import Line
 
 Load = Callable[[str], ModuleType]
 
@@ -192,9 +195,48 @@ def test_the_table_of_models_holds_parameters_operations_times_and_memory(load: 
 
 def test_a_report_stands_between_the_markers_and_nowhere_else(load: Load, tmp_path: Path) -> None:
     report, page = load("report"), tmp_path / "README.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.update(page, "new")
-    assert page.read_text() == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
-    page.write_text("no markers")
-    with pytest.raises(ValueError, match="must hold"):
-        report.update(page, "new")
+    begin, end = "<!-- speed:begin -->", "<!-- speed:end -->"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    report.update(page, "speed", "new")
+    assert page.read_text() == f"before\n{begin}\nnew\n{end}\nafter\n"
+    with pytest.raises(ValueError, match="must hold <!-- accuracy:begin --> and"):
+        report.update(page, "accuracy", "new")
+
+
+def test_the_accuracy_of_the_packaged_sets_is_one_table(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy, asked = load("accuracy"), []
+
+    def train(arguments: list[str]) -> int:
+        given = dict(zip(arguments[1::2], arguments[2::2], strict=False))
+        asked.append(arguments)
+        lines = [
+            Line(given["--data"], category, "image_auroc", source, value, 0.004, 3)
+            for category in ("a", "mean")
+            for source, value in (("MSFlow", 0.95), ("MSFlow, best epoch on the test set", 0.97))
+        ]
+        out = Path(arguments[arguments.index("--out") + 1])
+        out.mkdir(parents=True)
+        document = {
+            "runs": [{"metrics": {"epochs": 4, "data": {"name": given["--data"]}}}],
+            "lines": [asdict(each) for each in lines],
+        }
+        (out / "table.json").write_text(json.dumps(document))
+        return 0
+
+    monkeypatch.setattr(accuracy.cli, "main", train)
+    page, results = tmp_path / "README.md", tmp_path / "results"
+    page.write_text("<!-- accuracy:begin -->\n<!-- accuracy:end -->\n")
+    monkeypatch.setattr(accuracy.report, "README", page)
+    monkeypatch.setattr(accuracy.results, "FOLDER", results)
+    assert accuracy.main(["--out", str(tmp_path / "runs")]) == 0
+    assert [arguments[2] for arguments in asked] == ["elpv", "textures"]
+    assert all("--resume" in arguments for arguments in asked)
+    (file,) = results.glob("accuracy-*.json")
+    assert {line["data"] for line in json.loads(file.read_text())["lines"]} == {"elpv", "textures"}
+    text = page.read_text()
+    assert "| elpv a, 4 epochs | MSFlow | 95.00 ± 0.40 | - | - |" in text
+    assert "97.00" not in text
+    with pytest.raises(SystemExit, match="no results"):
+        load("results").newest()

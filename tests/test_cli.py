@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,48 @@ def test_evaluate_repeats_the_result_of_the_run_and_takes_other_data(run, data, 
     assert row.split()[-2:] == ["-", "-"]  # no masks, no pixel metrics
 
 
+def test_a_run_with_padding_is_evaluated_with_padding(data, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "evaluated"
+    assert cli.main(_train(data, run, "--fit", "pad")) == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["fit"] == "pad"
+    assert cli.main(["evaluate", "--run", str(run), "--device", "cpu", "--out", str(out)]) == 0
+    found = json.loads((out / "evaluation.json").read_text())
+    wanted = json.loads((run / "metrics.json").read_text())
+    assert found == pytest.approx({name: wanted[name] for name in found}, abs=1e-3)
+
+
+def test_a_run_with_images_held_out_labels_images(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = _train(data, run, "--hold-out", "0.5", "--false-alarms", "0.4")
+    assert cli.main(command) == 0
+    threshold = json.loads((run / "metrics.json").read_text())["decisions"]["threshold"]
+    predict = ["predict", "--run", str(run), str(data / "plate/test"), "--device", "cpu"]
+    assert cli.main([*predict, "--out", str(tmp_path / "out")]) == 0
+    header, *rows = (tmp_path / "out/scores.csv").read_text().splitlines()
+    assert header == "name,defect,label,score,p_value"
+    for label, score, p_value in (row.split(",")[2:] for row in rows):
+        assert (label == "1") == (float(score) > threshold) == (float(p_value) <= 0.4)
+    assert "needs 9 held-out" in _fails(capsys, *predict, "--out", "x", "--false-alarms", "0.1")
+
+    evaluate = ["evaluate", "--run", str(run), "--device", "cpu", "--out", str(tmp_path / "e")]
+    assert cli.main([*evaluate, "--tune-thresholds"]) == 0
+    printed = capsys.readouterr().out
+    assert f"over the threshold {threshold:.6g}: " in printed
+    assert printed.count("test-tuned") == 2
+    found = json.loads((tmp_path / "e/evaluation.json").read_text())
+    assert found["decisions"].keys() == {"false_alarms", "detected"}
+    assert found["test_tuned"]["image"]["f1"] == pytest.approx(found["image_f1_max"])
+
+
+def test_a_threshold_of_ones_own_labels_images(run, data, tmp_path):
+    predict = ["predict", "--run", str(run), str(data / "plate/test"), "--device", "cpu"]
+    command = [*predict, "--score-only", "--threshold=-1e9", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    header, *rows = (tmp_path / "scores.csv").read_text().splitlines()
+    assert header == "name,defect,label,score"
+    assert {row.split(",")[2] for row in rows} == {"1"}
+
+
 def test_predict_writes_scores_and_maps_of_files_and_folders(run, data, tmp_path):
     paths = [str(data / "plate/test"), str(data / "plate/train/good/0.png")]
     command = ["predict", "--run", str(run), *paths, "--device", "cpu"]
@@ -177,7 +220,7 @@ def test_a_command_never_writes_over_a_run(run, data, capsys):
             ["train", "--data", "textures", "--category", "silk", "--out", "OUT"],
             "brick, grass, gravel, got 'silk'",
         ),
-        (["train", "--data", "textures"], "train.out"),
+        (["train", "--data", "textures"], "error: required but not given: --out"),
         (["train", "--epochs", "many", "--out", "OUT"], "many"),
         (["train", "--colour", "red", "--out", "OUT"], "--colour"),
         (["train", "--config", "nowhere.yaml", "--out", "OUT"], "nowhere.yaml"),
@@ -188,7 +231,7 @@ def test_a_command_never_writes_over_a_run(run, data, capsys):
         ),
         (["predict", "--run", "RUN", "x.png", "--out", "OUT"], "x.png is not a file"),
         (["predict", "--run", "RUN", "EMPTY", "--out", "OUT"], "holds no images"),
-        (["predict", "--run", "RUN", "--out", "OUT"], "paths"),
+        (["predict", "--run", "RUN", "--out", "OUT"], "error: required but not given: paths"),
         (
             ["evaluate", "--run", "RUN", "--data", "elpv", "--category", "tri"],
             "mono, poly, both, got 'tri'",
@@ -243,6 +286,48 @@ def test_a_training_that_diverges_says_where_and_keeps_its_last_good_state(data,
     assert "model.safetensors keeps the last good state" in sentence
 
 
+def test_all_categories_train_into_their_folders_and_one_table(data, tmp_path, capsys):
+    root, out = tmp_path / "data", tmp_path / "runs"
+    for name in ("cup", "plate"):
+        shutil.copytree(data / "plate", root / name)
+    broken = root / "cup/train/good/0.png"
+    kept = broken.read_bytes()
+    broken.write_bytes(kept[:60])
+    command = _train(root, out, "--category", "all", "--seeds", "0", "1")
+    sentence = _fails(capsys, *command)
+    assert "2 of 4 trainings failed" in sentence
+    assert str(broken) in sentence
+    table = json.loads((out / "table.json").read_text())
+    assert [bool(run["failure"]) for run in table["runs"]] == [True, True, False, False]
+    assert {line["category"] for line in table["lines"]} == {"plate"}
+
+    finished = out / "plate/seed-1"
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert "--resume continues" in _fails(capsys, *command)
+    broken.write_bytes(kept)
+    capsys.readouterr()
+    assert cli.main([*command, "--resume"]) == 0
+    printed = capsys.readouterr()
+    assert "mean" in printed.out
+    assert f"{finished} is finished already" in printed.err
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    table = json.loads((out / "table.json").read_text())
+    assert not any(run["failure"] for run in table["runs"])
+    assert [run["seed"] for run in table["runs"]] == [0, 1, 0, 1]
+    settings = yaml.safe_load((out / "cup/seed-1/config.yaml").read_text())
+    assert (settings["category"], settings["seed"]) == ("cup", 1)
+    sentence = _fails(capsys, *command, "--resume", "--epochs", "2")
+    assert "its recipe has epochs 1, this one epochs 2" in sentence
+
+
+def test_chosen_categories_are_named_with_commas(data, tmp_path, capsys):
+    sentence = _fails(capsys, *_train(data, tmp_path / "out", "--category", "plate,cup"))
+    assert "1 of 2 trainings failed" in sentence
+    assert "got 'cup'" in sentence
+    assert (tmp_path / "out/plate/metrics.json").exists()
+    assert (tmp_path / "out/table.md").exists()
+
+
 def test_debug_shows_where_an_error_arose(capsys, monkeypatch):
     wrong = ["predict", "--run", "nowhere", "x.png", "--out", "out"]
     with pytest.raises(FileNotFoundError):
@@ -278,8 +363,10 @@ def test_demo_trains_cells_and_brick_beside_the_baseline(tmp_path, capsys, monke
 
     def record(options):
         asked.append(options)
-        metrics = {"image_auroc": 0.5, "pixel_auroc": None, "aupro": None}
-        return [(options.category, method, metrics) for method in ("MSFlow", "Gaussian")]
+        found = {"image_auroc": 0.5, "pixel_auroc": None, "aupro": None}
+        data = {"name": options.data, "category": options.category}
+        baseline = {"name": "Gaussian", **found}
+        return {**found, "data": data, "model": {"name": "MSFlow"}, "baseline": baseline}
 
     monkeypatch.setattr(cli, "_train", record)
     assert cli.main(["demo", "--out", str(tmp_path), "--threads", "1", "--resume"]) == 0

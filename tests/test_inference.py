@@ -255,3 +255,36 @@ def test_evaluation_keeps_the_order_of_the_images(detector, items):
     wanted = detector.predict(images[i] for i in range(len(images)))
     assert found.scores == pytest.approx([r.score for r in wanted], rel=1e-5)
     np.testing.assert_allclose(found.maps, [r.map for r in wanted], rtol=1e-4, atol=1e-5)
+
+
+def test_a_padded_image_gives_its_own_part_of_map_mask_and_image(detector):
+    wide = np.random.default_rng(0).integers(90, 110, (32, 128), dtype=np.uint8)
+    padding = Detector(detector.model, fit="pad", pixel_threshold=0.0)
+    (result,) = padding.predict(wide)
+    square = Images([Item("wide", None, "", wide)], 64, "pad")
+    (whole,) = detector.predict(square[0])
+    assert result.mask is not None
+    assert result.map.shape == result.mask.shape == (16, 64)
+    assert result.image.shape == (16, 64, 3)
+    assert result.image.min() > 80
+    assert np.array_equal(result.map, whole.map[24:40])
+    assert result.score == whole.score
+
+
+def test_maps_of_padded_images_are_cut_back_and_stretched_to_the_masks_of_resized_ones(detector):
+    rng = np.random.default_rng(0)
+    items = [
+        Item(str(i), 0, "good", rng.integers(90, 110, shape, dtype=np.uint8))
+        for i, shape in enumerate([(32, 128), (64, 64), (90, 60)])
+    ]
+    features = Features(detector.model, Images(items, 64, "pad"))
+    found = evaluate(detector.model.predict_features, features, Truth(None, None))
+    cut = Detector(detector.model, fit="pad").predict(item.image for item in items)
+    for stretched, each in zip(found.maps, cut, strict=True):
+        rows = np.linspace(0, 63, len(each.map)).round().astype(int)
+        columns = np.linspace(0, 63, each.map.shape[1]).round().astype(int)
+        assert stretched.shape == (64, 64)
+        np.testing.assert_allclose(
+            stretched[rows][:, columns], each.map, atol=0.1 * np.ptp(each.map)
+        )
+    np.testing.assert_allclose(found.maps[1], cut[1].map, rtol=1e-5)

@@ -21,6 +21,7 @@ from msflow_ext.checkpoint import read_checkpoint, write_text
 from msflow_ext.compat.msflow import head_from_state_dict, to_official_names
 from msflow_ext.data import DataSet, Images, Item
 from msflow_ext.features import Features
+from msflow_ext.flows import MEMORY
 from msflow_ext.recipe import PRESETS
 from msflow_ext.training import Recipe, TrainingDiverged, make_optimizer, train, train_epoch
 
@@ -71,11 +72,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, squares: DataSet) -> 
     return folder
 
 
-def test_the_loop_reproduces_the_authors_training_in_float64():
+@pytest.mark.parametrize("memory", MEMORY)
+def test_the_loop_reproduces_the_authors_training_in_float64(memory):
     golden = load_file(GOLDEN / "train_loop.safetensors")
     meta = json.loads((GOLDEN / "train_loop.json").read_text())
     state = {k.removeprefix("sd."): v for k, v in golden.items() if k.startswith("sd.")}
     head = head_from_state_dict(state, clamp=meta["clamp_alpha"]).double()
+    head.memory = memory
     maps = [golden[f"x{i}"].double() for i in range(3)]
     epochs = len(golden["order"])
     recipe = Recipe(
@@ -197,6 +200,9 @@ def test_the_order_is_a_new_permutation_each_epoch_and_depends_on_the_seed():
         ({"seed": -1}, "seed must be 0 or more, got -1"),
         ({"precision": "float8"}, "precision must be one of float32, bfloat16, got 'float8'"),
         ({"cache": "tape"}, "cache must be one of memory, disk, off, got 'tape'"),
+        ({"hold_out": 1.0}, "hold_out must be a share from 0 to below 1, got 1.0"),
+        ({"false_alarms": 0.0}, "false_alarms must be above 0 and below 1, got 0.0"),
+        ({"fit": "crop"}, "fit must be one of resize, pad, got 'crop'"),
     ],
 )
 def test_a_recipe_names_the_value_that_it_refuses(wrong, sentence):
@@ -317,6 +323,70 @@ def test_a_loaded_run_scores_as_it_did_in_training(finished_run, squares):
     assert detector.colours[0] < detector.colours[1]
 
 
+def test_padding_is_part_of_the_recipe_and_of_what_is_loaded(tmp_path, squares):
+    wide = [Item(i.name, 0, "good", np.asarray(i.image)[:32]) for i in squares.train]
+    data = DataSet("squares", "wide", tuple(wide), squares.test)
+    run, recipe = tmp_path / "run", Recipe(epochs=1, fit="pad")
+    metrics = train(build_model(), data, run, recipe, device="cpu")
+    assert metrics["recipe"]["fit"] == load(run, device="cpu").fit == "pad"
+    assert metrics["pixel_auroc"] is not None
+    with pytest.raises(ValueError, match="its recipe has fit pad, this one fit resize"):
+        train(build_model(), data, run, Recipe(epochs=1), device="cpu", resume=True)
+
+
+def test_images_held_out_set_the_thresholds_and_are_not_trained_on(tmp_path, squares):
+    recipe = Recipe(epochs=1, batch_size=2, hold_out=0.5, false_alarms=0.25)
+    kept, held = recipe.split(6)
+    assert sorted(kept + held) == list(range(6))
+    metrics = train(build_model(), squares, tmp_path / "run", recipe, device="cpu")
+    found = metrics["decisions"]
+    assert found["held_out"] == len(held) == 3
+
+    rest = DataSet(squares.name, squares.category, tuple(squares.train[i] for i in kept), ())
+    train(build_model(), rest, tmp_path / "rest", Recipe(epochs=1, batch_size=2), device="cpu")
+    assert _same(tmp_path / "run", tmp_path / "rest")
+
+    detector = load(tmp_path / "run", device="cpu")
+    assert (detector.threshold, detector.pixel_threshold) == (
+        found["threshold"],
+        found["pixel_threshold"],
+    )
+    normal = detector.predict(squares.train[i].image for i in held)
+    assert found["threshold"] == pytest.approx(max(r.score for r in normal), rel=1e-5)
+    assert found["pixel_threshold"] == pytest.approx(max(r.map.max() for r in normal), rel=1e-5)
+    results = detector.predict(item.image for item in squares.test)
+    assert found["on_test"]["detected"] == sum(r.label == 1 for r in results[3:]) / 3
+    assert [r.label == 1 for r in results] == [r.p_value == 0.25 for r in results]
+    assert load(tmp_path / "run", device="cpu", false_alarms=0.5).threshold < found["threshold"]
+    with pytest.raises(ValueError, match=r"rate of 0\.01 needs 99 held-out"):
+        load(tmp_path / "run", device="cpu", false_alarms=0.01)
+
+
+def test_the_default_recipe_holds_nothing_out(finished_run, squares):
+    assert Recipe().split(3) == ([0, 1, 2], [])
+    assert "decisions" not in json.loads((finished_run / "metrics.json").read_text())
+    (result,) = load(finished_run, device="cpu").predict(squares.test[0].image)
+    assert (result.label, result.p_value, result.mask) == (None, None, None)
+    with pytest.raises(ValueError, match="its training held no images out"):
+        load(finished_run, device="cpu", false_alarms=0.1)
+
+
+def test_too_few_images_to_hold_out_stop_a_run_before_it_begins(tmp_path, squares):
+    wanted = "hold_out 0.5 of 6 training images is 3 to hold out and 3 to train on, .* needs 19"
+    with pytest.raises(ValueError, match=wanted):
+        train(build_model(), squares, tmp_path / "run", Recipe(hold_out=0.5), device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reversible_run_ends_where_a_lean_one_does(tmp_path, finished_run, squares):
+    recipe = Recipe(epochs=2, batch_size=4, memory="reversible")
+    losses = train(build_model(), squares, tmp_path / "run", recipe, device="cpu")["losses"]
+    wanted = json.loads((finished_run / "metrics.json").read_text())["losses"]
+    assert losses == pytest.approx(wanted, rel=1e-5)
+    with pytest.raises(ValueError, match="memory 'reversible' needs precision float32"):
+        Recipe(memory="reversible", precision="bfloat16")
+
+
 class Killed(BaseException):
     """Nothing in a run may catch this."""
 
@@ -400,6 +470,21 @@ def test_a_run_is_neither_lost_nor_mixed_with_another(tmp_path, squares):
     train(build_model(), fewer, run, recipe, device="cpu", overwrite=True)
     assert (run / "model.safetensors").read_bytes() != kept
     assert not (run / "maps" / "stale.png").exists()
+
+
+def test_a_run_is_only_overwritten_when_all_images_of_the_new_one_are_sound(tmp_path, squares):
+    run, recipe = tmp_path / "run", Recipe(epochs=1)
+    train(build_model(), squares, run, recipe, device="cpu", settings={"data": "old"})
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (tmp_path / "empty.png").touch()
+    broken = Item("good/9", 0, "good", tmp_path / "empty.png")
+    for data in (
+        DataSet("squares", "white", (*squares.train, broken), squares.test),
+        DataSet("squares", "white", squares.train, (*squares.test, broken)),
+    ):
+        with pytest.raises(ValueError, match=r"empty\.png is empty"):
+            train(build_model(), data, run, recipe, device="cpu", overwrite=True)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])

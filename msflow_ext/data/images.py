@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .decoding import Source, load_image, read_mask
+from .decoding import Source, decode, load_image, read_mask
 from .items import Item
 
 if TYPE_CHECKING:
     from PIL import Image
 
 FITS = ("resize", "pad")
+
+Box = tuple[slice, slice]
 
 
 class Images(torch.utils.data.Dataset[torch.Tensor]):
@@ -60,6 +62,12 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
             return None
         return load_mask(item.mask, self.size, item.image, self.fit)
 
+    def box(self, index: int) -> Box:
+        """The rows and columns of the square that show the image; the others are padding."""
+        whole = slice(0, self.size), slice(0, self.size)
+        image = self.items[index].image
+        return whole if self.fit == "resize" else _padded(*decode(image).size, self.size)
+
 
 def load_mask(
     source: Source, size: int, image: Source | None = None, fit: str = "resize"
@@ -93,12 +101,20 @@ def _fitted(image: Image.Image, size: int, fit: str, resampling: Image.Resamplin
 
     if fit == "resize":
         return image.resize((size, size), resampling)
-    longer = max(image.size)
-    width, height = (max(1, round(size * side / longer)) for side in image.size)
+    rows, columns = _padded(*image.size, size)
+    extent = columns.stop - columns.start, rows.stop - rows.start
     square = Image.new(image.mode, (size, size))
-    corner = (size - width) // 2, (size - height) // 2
-    square.paste(image.resize((width, height), resampling), corner)
+    square.paste(image.resize(extent, resampling), (columns.start, rows.start))
     return square
+
+
+def _padded(width: int, height: int, size: int) -> Box:
+    """Where an image lies in the square that its longer side fills."""
+    extents = (max(1, round(size * side / max(width, height))) for side in (height, width))
+    rows, columns = (
+        slice((size - extent) // 2, (size - extent) // 2 + extent) for extent in extents
+    )
+    return rows, columns
 
 
 def _checked_size(size: int) -> int:

@@ -14,15 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from msflow_ext import ops
+from msflow_ext.flows import MEMORY
 from msflow_ext.models.backbone import Backbone
 from msflow_ext.models.position_base import PositionBase
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-#: See :class:`FlowHead`.
-MEMORY = ("lean", "reversible")
 
 
 @dataclass(frozen=True)

@@ -97,3 +97,14 @@ def test_resizing_is_the_default_and_an_unknown_fit_is_refused():
         Images([item], 6, fit="crop")
     with pytest.raises(ValueError, match="fit must be one of resize, pad, got 'crop'"):
         load_mask(MASK, 6, fit="crop")
+
+
+@pytest.mark.parametrize(("shape", "box"), [((4, 8), (2, 6, 0, 8)), ((9, 3), (0, 8, 2, 5))])
+def test_the_box_of_a_padded_image_holds_the_image_and_nothing_else(shape, box):
+    top, bottom, left, right = box
+    images = Images([Item("a", 0, "good", np.full(shape, 255, np.uint8))], 8, "pad")
+    assert images.box(0) == (slice(top, bottom), slice(left, right))
+    seen = images[0][0].numpy() > 0
+    assert seen[images.box(0)].all()
+    assert seen.sum() == (bottom - top) * (right - left)
+    assert Images(images.items, 8).box(0) == (slice(0, 8), slice(0, 8))
