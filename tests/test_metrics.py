@@ -69,7 +69,7 @@ def swept_aupimo(masks: np.ndarray, maps: np.ndarray, bounds: tuple[float, float
     defective = masks.any((1, 2))
     found = [maps >= t for t in (np.inf, *np.unique(maps)[::-1])]
     fpr = np.array([f[~defective].mean() for f in found])
-    x = np.linspace(*np.log(bounds), 200_001)
+    x = np.linspace(np.log(bounds[0]), np.log(bounds[1]), 200_001)
     areas = []
     for i in np.flatnonzero(defective):
         tpr = np.array([f[i][masks[i]].mean() for f in found])
