@@ -106,13 +106,16 @@ def mask_contour(image: np.ndarray, mask: np.ndarray) -> Image:
     inside = np.asarray(mask, dtype=bool)
     if inside.shape != image.shape[:2]:
         raise ValueError(f"mask: {image.shape[:2]} is wanted, got {inside.shape}")
-    core = inside
-    for _ in range(max(1, round(max(inside.shape) / 256))):  # the line's width in pixels
+    return Image.fromarray(np.where(outline(inside)[..., None], np.array(CONTOUR, np.uint8), image))
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """The inner edge of a mask ``(H, W)``, bool: one pixel wide, more on large masks."""
+    core = mask
+    for _ in range(max(1, round(max(mask.shape) / 256))):
         padded = np.pad(core, 1)
         core = core & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return Image.fromarray(
-        np.where((inside & ~core)[..., None], np.array(CONTOUR, np.uint8), image)
-    )
+    return mask & ~core
 
 
 def save_maps(
