@@ -26,13 +26,18 @@ class Chart:
     x: tuple[float, float] = (0.0, 1.0)
     y: tuple[float, float] = (0.0, 1.0)
     curves: tuple[tuple[str, str, np.ndarray, np.ndarray], ...] = ()  # legend, class, xs, ys
+    dots: tuple[tuple[str, str, np.ndarray, np.ndarray], ...] = ()
     note: str = ""
 
     def points(self, xs: np.ndarray, ys: np.ndarray) -> str:
         """The curve as the ``points`` of an SVG polyline."""
+        return " ".join(f"{across},{down}" for across, down in self.places(xs, ys))
+
+    def places(self, xs: np.ndarray, ys: np.ndarray) -> list[tuple[str, str]]:
+        """Each point in the coordinates of the picture."""
         across = LEFT + (RIGHT - LEFT) * (xs - self.x[0]) / (self.x[1] - self.x[0])
         down = BOTTOM - (BOTTOM - TOP) * (ys - self.y[0]) / (self.y[1] - self.y[0])
-        return " ".join(f"{a:.1f},{d:.1f}" for a, d in zip(across, down, strict=True))
+        return [(f"{a:.1f}", f"{d:.1f}") for a, d in zip(across, down, strict=True)]
 
     def x_ticks(self) -> list[tuple[float, str]]:
         scale = (RIGHT - LEFT) / (self.x[1] - self.x[0])
@@ -76,6 +81,40 @@ def roc(good: np.ndarray, defective: np.ndarray, pixels: Curve | None = None) ->
     return replace(chart, x=(0.0, 100.0), y=(0.0, 100.0), curves=tuple(drawn))
 
 
+def rocs(labels: np.ndarray, runs: Sequence[tuple[str, np.ndarray]]) -> Chart:
+    """The ROC curve of each named run over the same images."""
+    if labels.all() or not labels.any():
+        return roc(labels[:0], labels[:0])
+    curves = []
+    for number, (name, scores) in enumerate(runs):
+        x, y = roc_curve(labels, scores)
+        curves.append((name, f"run-{number % 6}", *_thinned(100.0 * x, 100.0 * y)))
+    return replace(roc(labels[labels == 0], labels[labels == 1]), curves=tuple(curves))
+
+
+def ranks(
+    labels: Sequence[int | None], first: tuple[str, np.ndarray], second: tuple[str, np.ndarray]
+) -> Chart:
+    """Each image at the percentile of its score in one run and in another."""
+    truth = np.array([-1 if label is None else label for label in labels], int)
+    xs, ys = (100.0 * _percentiles(scores) for _, scores in (first, second))
+    few = np.arange(len(truth))[:: len(truth) // 4000 + 1]
+    dots = []
+    for label, kind in ((0, "good"), (1, "defective"), (-1, "unlabelled")):
+        if (chosen := few[truth[few] == label]).size:
+            dots.append((kind, kind, xs[chosen], ys[chosen]))
+    whole = np.array([0.0, 100.0])
+    return Chart(
+        "Order of the scores",
+        f"percentile in {first[0]}",
+        f"percentile in {second[0]}",
+        x=(0.0, 100.0),
+        y=(0.0, 100.0),
+        curves=(("", "chance", whole, whole),),
+        dots=tuple(dots),
+    )
+
+
 def pro(curve: Curve | None) -> Chart:
     """Mean percent of a defect's pixels found against percent of good pixels flagged, up to 30."""
     chart = Chart("PRO curve", "% of good pixels flagged", "% of each defect covered")
@@ -106,6 +145,13 @@ def strip(values: Sequence[float], scores: Sequence[float]) -> str:
     low, high = _span(scores)
     places = np.unique(np.round(100.0 * (np.asarray(values) - low) / (high - low) * 5) / 5)
     return "".join(f"M{place:.1f} 0v10" for place in places)
+
+
+def _percentiles(scores: np.ndarray) -> np.ndarray:
+    """The share of all scores below each, equal ones counted half."""
+    ranked = np.sort(scores)
+    below, reached = (np.searchsorted(ranked, scores, side) for side in ("left", "right"))
+    return (below + reached) / (2 * max(len(scores), 1))
 
 
 def _thinned(xs: np.ndarray, ys: np.ndarray) -> Curve:

@@ -28,7 +28,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     )
     pages.filters |= {
         "percent": percent,
-        "plain": _plain,
+        "plain": plain,
         "duration": _duration,
         "name": metric_name,
         "points": points,
@@ -66,12 +66,12 @@ def score_format(scores: Sequence[float]) -> Callable[[float], str]:
     return lambda score: f"{score:.{max(digits, 0)}f}" if digits < 7 else f"{score:.4g}"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """A value of the recipe as a reader would write it."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_plain(each)}" for key, each in value.items())
+        return ", ".join(f"{key}: {plain(each)}" for key, each in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(plain, value))
     words = {None: "none", True: "yes", False: "no"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
 

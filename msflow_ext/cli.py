@@ -1,4 +1,4 @@
-"""The command ``msflow``: info, demo, data, train, evaluate, predict."""
+"""The command ``msflow``: info, demo, data, train, evaluate, predict, compare."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from itertools import chain, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.options import DATA, RECIPE, SETTINGS, parser
+from msflow_ext.options import _FLAGS, DATA, RECIPE, SETTINGS, parser
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
     from msflow_ext.data import DataSet
     from msflow_ext.inference import Result
 
@@ -161,9 +163,27 @@ def predict(options: Any) -> int:
     return 0
 
 
+def compare(options: Any) -> int:
+    """Compare finished runs on the same test images: metrics, settings, images they disagree on."""
+    from msflow_ext import comparison
+
+    runs = comparison.read_runs(options.runs)
+    comparison.write_comparison(options.out, runs)
+    print("\n".join((*comparison.lines(runs), "", options.out)))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Any], int]] = {
-    command.__name__: command for command in (info, demo, data, train, evaluate, predict)
+    command.__name__: command for command in (info, demo, data, train, evaluate, predict, compare)
 }
+
+
+def _compare(part: ArgumentParser) -> None:
+    part.add_argument("runs", nargs="+", help="run folders; differences are from the first")
+    part.add_argument("--out", default="comparison.html", help="page to write")
+
+
+_FLAGS["compare"] = _compare
 
 
 def _train(options: Any) -> list[tuple[str, str, Mapping[str, Any]]]:
