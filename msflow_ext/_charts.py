@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
+
+from msflow_ext.metrics import roc_curve
+
+Curve: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 LEFT, TOP, RIGHT, BOTTOM = 36.0, 24.0, 330.0, 200.0  # the plot area in a 340 x 236 picture
 
@@ -21,13 +26,18 @@ class Chart:
     x: tuple[float, float] = (0.0, 1.0)
     y: tuple[float, float] = (0.0, 1.0)
     curves: tuple[tuple[str, str, np.ndarray, np.ndarray], ...] = ()  # legend, class, xs, ys
+    dots: tuple[tuple[str, str, np.ndarray, np.ndarray], ...] = ()
     note: str = ""
 
     def points(self, xs: np.ndarray, ys: np.ndarray) -> str:
         """The curve as the ``points`` of an SVG polyline."""
+        return " ".join(f"{across},{down}" for across, down in self.places(xs, ys))
+
+    def places(self, xs: np.ndarray, ys: np.ndarray) -> list[tuple[str, str]]:
+        """Each point in the coordinates of the picture."""
         across = LEFT + (RIGHT - LEFT) * (xs - self.x[0]) / (self.x[1] - self.x[0])
         down = BOTTOM - (BOTTOM - TOP) * (ys - self.y[0]) / (self.y[1] - self.y[0])
-        return " ".join(f"{a:.1f},{d:.1f}" for a, d in zip(across, down, strict=True))
+        return [(f"{a:.1f}", f"{d:.1f}") for a, d in zip(across, down, strict=True)]
 
     def x_ticks(self) -> list[tuple[float, str]]:
         scale = (RIGHT - LEFT) / (self.x[1] - self.x[0])
@@ -54,18 +64,68 @@ def histogram(good: np.ndarray, defective: np.ndarray, scores: Sequence[float]) 
     return replace(chart, x=(edges[0], edges[-1]), y=(0.0, 1.05 * top), curves=tuple(curves))
 
 
-def roc(good: np.ndarray, defective: np.ndarray) -> Chart:
+def roc(good: np.ndarray, defective: np.ndarray, pixels: Curve | None = None) -> Chart:
     """Percent of defects found against percent of false alarms, over all thresholds."""
-    chart = Chart("ROC curve", "% of good images flagged", "% of defects found")
-    if not len(good) or not len(defective):
+    chart = Chart("ROC curve", "% of good flagged", "% of defects found")
+    curves = []
+    if len(good) and len(defective):
+        labels = np.repeat([0, 1], [len(good), len(defective)])
+        curves.append(("images", "line", roc_curve(labels, np.concatenate([good, defective]))))
+    if pixels is not None:
+        curves.append(("pixels", "second", pixels))
+    if not curves:
         return replace(chart, note="needs good and defective test images")
-    thresholds = np.unique(np.concatenate([good, defective]))
-    caught = [np.searchsorted(np.sort(v), thresholds) / len(v) for v in (good, defective)]
-    xs, ys = (100.0 * np.append(1.0 - c, 0.0) for c in caught)
-    few = np.unique(np.linspace(0, len(xs) - 1, 1000).round().astype(int))
+    drawn = [(name, kind, *_thinned(100.0 * x, 100.0 * y)) for name, kind, (x, y) in curves]
     whole = np.array([0.0, 100.0])
-    curves = (("chance", "chance", whole, whole), ("", "line", xs[few], ys[few]))
-    return replace(chart, x=(0.0, 100.0), y=(0.0, 100.0), curves=curves)
+    drawn.append(("chance", "chance", whole, whole))
+    return replace(chart, x=(0.0, 100.0), y=(0.0, 100.0), curves=tuple(drawn))
+
+
+def rocs(labels: np.ndarray, runs: Sequence[tuple[str, np.ndarray]]) -> Chart:
+    """The ROC curve of each named run over the same images."""
+    if labels.all() or not labels.any():
+        return roc(labels[:0], labels[:0])
+    curves = []
+    for number, (name, scores) in enumerate(runs):
+        x, y = roc_curve(labels, scores)
+        curves.append((name, f"run-{number % 6}", *_thinned(100.0 * x, 100.0 * y)))
+    return replace(roc(labels[labels == 0], labels[labels == 1]), curves=tuple(curves))
+
+
+def ranks(
+    labels: Sequence[int | None], first: tuple[str, np.ndarray], second: tuple[str, np.ndarray]
+) -> Chart:
+    """Each image at the percentile of its score in one run and in another."""
+    truth = np.array([-1 if label is None else label for label in labels], int)
+    xs, ys = (100.0 * _percentiles(scores) for _, scores in (first, second))
+    few = np.arange(len(truth))[:: len(truth) // 4000 + 1]
+    dots = []
+    for label, kind in ((0, "good"), (1, "defective"), (-1, "unlabelled")):
+        if (chosen := few[truth[few] == label]).size:
+            dots.append((kind, kind, xs[chosen], ys[chosen]))
+    whole = np.array([0.0, 100.0])
+    return Chart(
+        "Order of the scores",
+        f"percentile in {first[0]}",
+        f"percentile in {second[0]}",
+        x=(0.0, 100.0),
+        y=(0.0, 100.0),
+        curves=(("", "chance", whole, whole),),
+        dots=tuple(dots),
+    )
+
+
+def pro(curve: Curve | None) -> Chart:
+    """Mean percent of a defect's pixels found against percent of good pixels flagged, up to 30."""
+    chart = Chart("PRO curve", "% of good pixels flagged", "% of each defect covered")
+    if curve is None:
+        return replace(chart, note="needs masks of good and defective test images")
+    fpr, overlap = curve
+    kept = fpr < 0.3
+    xs = np.append(fpr[kept], 0.3)
+    ys = np.append(overlap[kept], np.interp(0.3, fpr, overlap))
+    line = ("", "line", *_thinned(100.0 * xs, 100.0 * ys))
+    return replace(chart, x=(0.0, 30.0), y=(0.0, 100.0), curves=(line,))
 
 
 def loss(losses: Sequence[float]) -> Chart:
@@ -85,6 +145,21 @@ def strip(values: Sequence[float], scores: Sequence[float]) -> str:
     low, high = _span(scores)
     places = np.unique(np.round(100.0 * (np.asarray(values) - low) / (high - low) * 5) / 5)
     return "".join(f"M{place:.1f} 0v10" for place in places)
+
+
+def _percentiles(scores: np.ndarray) -> np.ndarray:
+    """The share of all scores below each, equal ones counted half."""
+    ranked = np.sort(scores)
+    below, reached = (np.searchsorted(ranked, scores, side) for side in ("left", "right"))
+    return (below + reached) / (2 * max(len(scores), 1))
+
+
+def _thinned(xs: np.ndarray, ys: np.ndarray) -> Curve:
+    """At most 500 points of a rising curve, evenly along its way, both ends among them."""
+    way = (xs - xs[0]) / max(np.ptp(xs), 1e-9) + (ys - ys[0]) / max(np.ptp(ys), 1e-9)
+    few = np.unique(np.searchsorted(way, np.linspace(0.0, way[-1], 499)))
+    few = np.unique([0, *np.minimum(few, len(xs) - 1), len(xs) - 1])
+    return xs[few], ys[few]
 
 
 def _span(values: Sequence[float] | np.ndarray) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,13 +106,16 @@ def mask_contour(image: np.ndarray, mask: np.ndarray) -> Image:
     inside = np.asarray(mask, dtype=bool)
     if inside.shape != image.shape[:2]:
         raise ValueError(f"mask: {image.shape[:2]} is wanted, got {inside.shape}")
-    core = inside
-    for _ in range(max(1, round(max(inside.shape) / 256))):  # the line's width in pixels
+    return Image.fromarray(np.where(outline(inside)[..., None], np.array(CONTOUR, np.uint8), image))
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """The inner edge of a mask ``(H, W)``, bool: one pixel wide, more on large masks."""
+    core = mask
+    for _ in range(max(1, round(max(mask.shape) / 256))):
         padded = np.pad(core, 1)
         core = core & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return Image.fromarray(
-        np.where((inside & ~core)[..., None], np.array(CONTOUR, np.uint8), image)
-    )
+    return mask & ~core
 
 
 def save_maps(
@@ -137,21 +140,52 @@ def save_maps(
     """
     from PIL import Image
 
-    folder, taken, written = Path(out_dir) / "maps", set(), []
-    for name, image, anomaly_map, mask in zip(names, images, maps, masks, strict=True):
+    written = []
+    for path, image, anomaly_map, mask in zip(
+        map_paths(out_dir, names), images, maps, masks, strict=True
+    ):
         heat = heat_map(image, anomaly_map, low=low, high=high, alpha=alpha)
         panels = [Image.fromarray(image), heat]
         if mask is not None:
             panels.append(mask_contour(image, mask))
         height, width = image.shape[:2]
-        gap = max(2, width // 64)
+        gap = _gap(width)
         strip = Image.new("RGB", (len(panels) * (width + gap) - gap, height), "white")
         for number, panel in enumerate(panels):
             strip.paste(panel, (number * (width + gap), 0))
-        written.append(folder / _file_name(name, taken))
-        with replacing(written[-1]) as temporary:
+        with replacing(path) as temporary:
             strip.save(temporary, "PNG")
+        written.append(path)
     return written
+
+
+def map_paths(out_dir: str | Path, names: Iterable[str]) -> Iterator[Path]:
+    """The file of each name that :func:`save_maps` writes."""
+    taken: set[str] = set()
+    for name in names:
+        yield Path(out_dir) / "maps" / _file_name(name, taken)
+
+
+def read_panels(path: Path) -> list[Image]:
+    """The square panels of a file that :func:`save_maps` wrote: image, heat map, and perhaps mask outline.
+
+    Raises:
+        ValueError: another picture. OSError: none.
+    """
+    from PIL import Image
+
+    with Image.open(path) as file:
+        strip = file.convert("RGB")
+    side = strip.height
+    step = side + _gap(side)
+    count, rest = divmod(strip.width + step - side, step)
+    if rest or count < 2:
+        raise ValueError(f"{path}: two or three square panels are wanted, got {strip.size}")
+    return [strip.crop((k * step, 0, k * step + side, side)) for k in range(count)]
+
+
+def _gap(width: int) -> int:
+    return max(2, width // 64)
 
 
 def _check_image(image: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""The command ``msflow``: info, demo, data, train, evaluate, predict."""
+"""The command ``msflow``: info, demo, data, train, evaluate, predict, compare."""
 
 from __future__ import annotations
 
@@ -134,8 +134,18 @@ def train(options: Any) -> int:
     return 0
 
 
+def compare(options: Any) -> int:
+    """Compare finished runs on the same test images: metrics, settings, images they disagree on."""
+    from msflow_ext import comparison
+
+    runs = comparison.read_runs(options.runs)
+    comparison.write_comparison(options.out, runs)
+    print("\n".join((*comparison.lines(runs), "", options.out)))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Any], int]] = {
-    command.__name__: command for command in (info, demo, data, train, evaluate, predict)
+    command.__name__: command for command in (info, demo, data, train, evaluate, predict, compare)
 }
 
 

@@ -1,9 +1,9 @@
-"""Test a model on labelled images: scores, maps and exact metrics."""
+"""Test a model on labelled images: scores, maps, exact metrics and the curves behind them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,11 +40,15 @@ class Evaluation:
     """Scores ``(N,)``, maps ``(N, S, S)`` float32 and metrics of a test set, in the order of its images.
 
     A map is of the whole image and nothing else, as are the images and masks of fit ``"resize"``.
+    Of a set with masks also the AUPIMO of each image, ``(N,)`` with NaN for the good ones, and the
+    curves ``pixel_roc`` and ``pro``, each rates of false positives and what is found at them.
     """
 
     scores: np.ndarray
     maps: np.ndarray
     metrics: dict[str, float | None]
+    aupimo: np.ndarray | None = None
+    curves: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -63,8 +67,8 @@ def evaluate(
             stretched to the square, so that an image counts the same whatever its fit and aspect.
 
     The metrics are fractions: ``image_auroc``, ``image_average_precision``, ``image_f1_max``, the
-    same three for ``pixel``, and ``aupro`` (up to a false-positive rate of 0.3); None where the
-    truth is.
+    same three for ``pixel``, ``aupro`` and ``aupro_0.05`` (up to a false-positive rate of 0.3 and
+    0.05), and ``aupimo``; None where the truth is, ``aupimo`` also where every image has a defect.
 
     Raises:
         FloatingPointError: a score or a map is not finite; its image is named.
@@ -83,16 +87,26 @@ def evaluate(
     for item, score, each in zip(features.images.items, scores, maps, strict=True):
         if not np.isfinite(each.sum() + score):
             raise FloatingPointError(f"score or map of image {item.name} is not finite")
-    return Evaluation(scores, maps, measure(truth, scores, maps))
+    return measure(truth, scores, maps)
 
 
-def measure(truth: Truth, scores: np.ndarray, maps: np.ndarray) -> dict[str, float | None]:
-    """The metrics of :func:`evaluate` from scores and maps."""
-    return {
-        **_compare("image", truth.labels, scores),
-        **_compare("pixel", truth.masks, maps),
-        "aupro": None if truth.masks is None else metrics.aupro(truth.masks, maps),
+def measure(truth: Truth, scores: np.ndarray, maps: np.ndarray) -> Evaluation:
+    """The evaluation of scores and maps that are there."""
+    known = _compare("image", truth.labels, scores) | _compare("pixel", truth.masks, maps)
+    known |= dict.fromkeys(("aupro", "aupro_0.05", "aupimo"))
+    if truth.masks is None:
+        return Evaluation(scores, maps, known)
+    curves = {
+        "pixel_roc": metrics.roc_curve(truth.masks, maps),
+        "pro": metrics.pro_curve(truth.masks, maps),
     }
+    known["aupro"] = metrics.area_up_to(0.3, *curves["pro"])
+    known["aupro_0.05"] = metrics.area_up_to(0.05, *curves["pro"])
+    each = None
+    if not truth.masks.any(axis=(1, 2)).all():
+        each = metrics.aupimo_per_image(truth.masks, maps)
+        known["aupimo"] = float(np.nanmean(each))
+    return Evaluation(scores, maps, known, each, curves)
 
 
 def _compare(level: str, truth: np.ndarray | None, found: np.ndarray) -> dict[str, float | None]:

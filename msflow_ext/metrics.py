@@ -63,12 +63,7 @@ def f1_max(labels: Array, scores: Array) -> float:
 
 
 def aupro(masks: Array, maps: Array, max_fpr: float = 0.3) -> float:
-    """Area under the per-region overlap curve up to ``max_fpr``, divided by ``max_fpr``.
-
-    The overlap at a threshold is the fraction of a region's pixels that reach it, averaged over all
-    8-connected regions of the masks; the false-positive rate is the fraction of all normal pixels
-    that reach it. The curve has a point for every distinct score, is linear in between, and is cut
-    at exactly ``max_fpr``.
+    """Area under :func:`pro_curve` up to ``max_fpr``, divided by ``max_fpr``.
 
     Shapes:
         masks, maps: ``(N, H, W)``.
@@ -78,18 +73,98 @@ def aupro(masks: Array, maps: Array, max_fpr: float = 0.3) -> float:
     """
     if not 0 < max_fpr <= 1:
         raise ValueError(f"aupro: max_fpr must be in (0, 1], got {max_fpr}")
-    truth, scores = _checked_maps("aupro", masks, maps)
-    overlap, above, reached, normal = _ranked(truth, scores, _shares(truth))
-    # The curve is flat up to the normal scores above a defective one, and rises over those equal.
-    fp = np.concatenate(([0], np.stack((above, reached), 1).ravel(), [normal])).astype(np.float64)
-    overlap = np.repeat(overlap, 2)
-    limit = max_fpr * normal
-    points = int(np.searchsorted(fp, limit, side="right")) + 1  # up to the first one past the limit
-    fp, overlap = fp[:points], overlap[:points]
-    if fp[-1] > limit:
-        overlap[-1] = np.interp(limit, fp[-2:], overlap[-2:])
-        fp[-1] = limit
-    return _doubled_area(fp, overlap) / (2 * limit)
+    return area_up_to(max_fpr, *_pro_curve("aupro", masks, maps))
+
+
+def aupimo(masks: Array, maps: Array, fpr_bounds: tuple[float, float] = (1e-5, 1e-4)) -> float:
+    """The mean of :func:`aupimo_per_image` over the images with a defect."""
+    return float(np.nanmean(aupimo_per_image(masks, maps, fpr_bounds)))
+
+
+def aupimo_per_image(
+    masks: Array, maps: Array, fpr_bounds: tuple[float, float] = (1e-5, 1e-4)
+) -> np.ndarray:
+    r"""Area under each image's own overlap curve, over the logarithm of a shared rate.
+
+    .. math:: \frac{1}{\log(U / L)} \int_{\log L}^{\log U} T_i(F^{-1}(x))\, d \log x
+
+    :math:`T_i` is the fraction of image i's defective pixels that reach a threshold, F that of all
+    pixels of the images without any defect. Where scores tie, T is linear in F, so that constant
+    maps score as little as random ones: 4e-5 for the default bounds. At least ``1 / L`` pixels of
+    normal images are wanted for a fine curve, 100,000 by default.
+
+    Shapes:
+        masks, maps: ``(N, H, W)``.
+    Returns:
+        ``(N,)`` float64, NaN for an image without a defect.
+    Raises:
+        ValueError: also for bounds that are not 0 < L < U <= 1, and without a normal image.
+    Source: Bertoldo et al., "AUPIMO: Redefining Visual Anomaly Detection Benchmarks with High Speed
+        and Low Tolerance", BMVC 2024. The authors' code takes 300,000 uniform thresholds instead of
+        all, and the ones nearest to the bounds.
+    """
+    low, high = fpr_bounds
+    if not 0 < low < high <= 1:
+        raise ValueError(f"aupimo: fpr_bounds must be 0 < low < high <= 1, got {low}, {high}")
+    truth, scores = _checked_maps("aupimo", masks, maps)
+    defective = truth.any(axis=(1, 2))
+    normal = scores[~defective].ravel()
+    if not normal.size:
+        raise ValueError("aupimo is undefined: masks hold no image without a defect")
+    highest = min(int(high * normal.size) + 1, normal.size)  # scores that matter, ties aside
+    normal.partition(-highest)
+    thresholds = np.unique(normal[-highest:])[::-1]
+    start, stop = (count / normal.size for count in _counts(thresholds, normal))
+    first, last = start.clip(low, high), stop.clip(low, high)
+    # A curve that is linear from (start, y0) to (stop, y1) has this area over log x: y0 and y1 times
+    length = np.log(last / first)
+    weight = (last - first - start * length) / (stop - start)
+    areas = np.full(len(truth), np.nan)
+    for i in np.flatnonzero(defective):
+        found = scores[i][truth[i]]
+        y0, y1 = (count / found.size for count in _counts(thresholds, found))
+        areas[i] = min(1.0, (y0 @ (length - weight) + y1 @ weight) / np.log(high / low))
+    return areas
+
+
+def roc_curve(labels: Array, scores: Array) -> tuple[np.ndarray, np.ndarray]:
+    """False-positive and true-positive rate at every threshold where the latter changes.
+
+    Shapes:
+        labels, scores: the same, any.
+    Returns:
+        Two arrays ``(P,)`` float64 that rise from 0 to 1.
+    """
+    return _curve(*_ranked(*_checked("roc_curve", labels=labels, scores=scores)))
+
+
+def pro_curve(masks: Array, maps: Array) -> tuple[np.ndarray, np.ndarray]:
+    """False-positive rate and per-region overlap at every threshold where the latter changes.
+
+    The overlap at a threshold is the fraction of a region's pixels that reach it, averaged over all
+    8-connected regions of the masks; the false-positive rate is the fraction of all normal pixels
+    that reach it. Between the points the curve is linear.
+
+    Shapes:
+        masks, maps: ``(N, H, W)``.
+    Returns:
+        Two arrays ``(P,)`` float64 that rise from 0 to 1.
+    """
+    return _pro_curve("pro_curve", masks, maps)
+
+
+def area_up_to(max_x: float, x: np.ndarray, y: np.ndarray) -> float:
+    """Area under the lines through (x, y) from 0 to exactly ``max_x``, divided by ``max_x``.
+
+    Shapes:
+        x, y: ``(P,)``, x rising from 0 to ``max_x`` or more.
+    """
+    points = int(np.searchsorted(x, max_x, side="right")) + 1  # up to the first one past the limit
+    x, y = x[:points].copy(), y[:points].copy()
+    if x[-1] > max_x:
+        y[-1] = np.interp(max_x, x[-2:], y[-2:])
+        x[-1] = max_x
+    return min(_doubled_area(x, y) / (2 * max_x), y.max().item())  # not above it by rounding
 
 
 def pro_800(masks: Array, maps: Array) -> float:
@@ -137,6 +212,27 @@ def _ranked(
     above, reached = ranking(distinct[::-1], scores, truth)
     found = np.concatenate(([0], gains[::-1].cumsum()))
     return found, above, reached, scores.size - defective.size
+
+
+def _counts(thresholds: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many of all scores are above each threshold, and how many reach it."""
+    return ranking(thresholds, scores, np.zeros(scores.shape, bool))
+
+
+def _pro_curve(metric: str, masks: Array, maps: Array) -> tuple[np.ndarray, np.ndarray]:
+    truth, scores = _checked_maps(metric, masks, maps)
+    return _curve(*_ranked(truth, scores, _shares(truth)))
+
+
+def _curve(
+    found: np.ndarray, above: np.ndarray, reached: np.ndarray, normal: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """False-positive rate and share found, of what :func:`_ranked` gives, both from 0 to 1.
+
+    Flat up to the normal scores above a defective one, and rising over those equal to it.
+    """
+    fp = np.concatenate(([0], np.stack((above, reached), 1).ravel(), [normal]))
+    return fp / normal, np.repeat(found / found[-1], 2)
 
 
 def _doubled_area(x: np.ndarray, y: np.ndarray) -> float:

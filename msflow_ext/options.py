@@ -189,6 +189,11 @@ def _predict(part: ArgumentParser) -> None:
     _add_device(part)
 
 
+def _compare(part: ArgumentParser) -> None:
+    part.add_argument("runs", nargs="+", help="run folders; differences are from the first")
+    part.add_argument("--out", default="comparison.html", help="page to write")
+
+
 def _data(part: ArgumentParser) -> None:
     import jsonargparse
 
@@ -270,4 +275,5 @@ _FLAGS: dict[str, Callable[[ArgumentParser], None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "compare": _compare,
 }

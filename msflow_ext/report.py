@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from msflow_ext import _charts
-from msflow_ext._heat_maps import RAMP, colour_range, heat_map, mask_contour, save_maps
+from msflow_ext._gallery import MOST, Picture, draw_layers, worst_first
+from msflow_ext._heat_maps import colour_range, heat_map, mask_contour, outline, save_maps
+from msflow_ext._pages import score_format, write_page
 from msflow_ext.checkpoint import replacing
 from msflow_ext.metrics import auroc
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 __all__ = [
     "Run",
     "colour_range",
     "heat_map",
     "mask_contour",
+    "outline",
     "save_maps",
     "write_report",
     "write_scores",
@@ -35,28 +33,27 @@ __all__ = [
 
 def write_scores(
     path: str | Path,
-    rows: Iterable[
-        tuple[str, str, int | None, float] | tuple[str, str, int | None, float, float | None]
-    ],
+    rows: Iterable[tuple[str, str, int | None, float]],
+    **columns: Sequence[float | None] | np.ndarray | None,
 ) -> None:
     """Write ``name,defect,label,score`` lines as CSV, whole or not at all; label None is empty.
 
-    A column ``p_value`` follows if the first row has one.
+    Args:
+        columns: further numbers by their name, one per row, None and NaN for none; None for no such column.
 
     Raises:
         ValueError: a score is not finite.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    rows = list(rows)
-    rare = ["p_value"] if rows and rows[0][4:] not in ((), (None,)) else []
-    table.writerow(("name", "defect", "label", "score", *rare))
-    for name, defect, label, score, *p_value in rows:
+    given = {name: values for name, values in columns.items() if values is not None}
+    table.writerow(("name", "defect", "label", "score", *given))
+    for number, (name, defect, label, score) in enumerate(rows):
         if not math.isfinite(score):
             raise ValueError(f"rows: the score of {name!r} is {score}, a finite number is wanted")
-        table.writerow(
-            (name, defect, "" if label is None else int(label), float(score), *p_value[: len(rare)])
-        )
+        more = (values[number] for values in given.values())
+        cells = ("" if v is None or math.isnan(v) else float(v) for v in more)
+        table.writerow((name, defect, "" if label is None else int(label), float(score), *cells))
     content = text.getvalue().encode("utf-8", "surrogateescape")  # names need not be valid Unicode
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(content)
@@ -67,9 +64,9 @@ class Run:
     """What a report tells about one training and its test; metrics are fractions, None: unknown.
 
     ``names``, ``defects``, ``labels`` (0 good, 1 defective, None unknown), ``scores`` and, when not
-    empty, ``thumbnails`` have one entry per test image. A thumbnail is (image, heat map) or
-    (image, heat map, mask outline) in PIL images of one size; any sequence will do, and only the
-    entries that the gallery shows are asked for.
+    empty, ``aupimo`` (NaN: none) and ``pictures`` have one entry per test image. A picture is
+    (image ``(H, W, 3)`` uint8, anomaly map ``(H, W)``, mask ``(H, W)`` bool or None); any sequence
+    will do, each entry is asked for once and only if it is shown.
     """
 
     title: str
@@ -81,66 +78,53 @@ class Run:
     defects: Sequence[str]
     labels: Sequence[int | None]
     scores: Sequence[float]
+    aupimo: Sequence[float] = ()
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     baseline: Mapping[str, float | None] | None = None
     baseline_name: str = "Gaussian baseline"
     losses: Sequence[float] = ()  # one per epoch, nats per dimension
-    thumbnails: Sequence[tuple[Image, ...]] = ()
-    colours: tuple[float, float] | None = None  # the (low, high) of the heat maps
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Sequence[Picture] = ()
+    colours: tuple[float, float] = (0.0, 1.0)  # the (low, high) of the heat maps
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # recipe, versions, ...
 
 
 def write_report(path: str | Path, run: Run) -> None:
     """Write ``run`` as one HTML file that needs nothing else: no network, no other file.
 
-    The gallery shows at most 60 images, the worst mistakes first, and says when it is cut.
+    The gallery shows at most 2000 images, the worst mistakes first, in 24 MB at most, and says when
+    it is cut.
 
     Raises:
         ValueError: the sequences of ``run`` have different lengths, or a score is not finite.
     """
-    from jinja2 import Environment, StrictUndefined
-
     _check_run(run)
     labels, scores = np.array(run.labels, dtype=object), np.asarray(run.scores, dtype=float)
     good, defective = scores[labels == 0], scores[labels == 1]
-    gallery = _gallery(run, good, defective) if len(run.thumbnails) else []
-    charts = [
-        _charts.histogram(good, defective, run.scores),
-        _charts.roc(good, defective),
-        _charts.loss(run.losses),
-    ]
-    pages = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    pages.filters |= {
-        "percent": _percent,
-        "plain": _plain,
-        "duration": _duration,
-        "name": _name,
-        "score": _scale(run.scores),
-    }
-    template = pages.from_string(files("msflow_ext").joinpath("report.html").read_text("utf-8"))
-    html = template.render(
+    kinds = _kinds(run, good)
+    write_page(
+        Path(path),
+        "report.html",
         run=run,
+        score=score_format(run.scores),
         counts={
             "good": len(good),
             "defective": len(defective),
             "unlabelled": len(run.names) - len(good) - len(defective),
         },
-        charts=charts,
-        kinds=_kinds(run, good),
-        gallery=gallery,
-        shown=sum(len(cards) for _, cards in gallery),
-        layers=max((len(card["layers"]) for _, cards in gallery for card in cards), default=0),
-        ramp=RAMP,
-        words=("image", "heat map", "mask"),
+        charts=[
+            _charts.histogram(good, defective, run.scores),
+            _charts.roc(good, defective, run.curves.get("pixel_roc")),
+            _charts.pro(run.curves.get("pro")),
+            _charts.loss(run.losses),
+        ],
+        kinds=kinds,
+        gallery=_gallery(run, [kind["name"] for kind in kinds]) if len(run.pictures) else [],
     )
-    with replacing(Path(path)) as temporary:
-        temporary.write_bytes(html.encode("utf-8", "replace"))
 
 
 def _check_run(run: Run) -> None:
-    for name in ("defects", "labels", "scores") + ("thumbnails",) * bool(len(run.thumbnails)):
+    optional = (name for name in ("aupimo", "pictures") if len(getattr(run, name)))
+    for name in ("defects", "labels", "scores", *optional):
         if len(getattr(run, name)) != len(run.names):
             raise ValueError(
                 f"run: {name} has {len(getattr(run, name))} entries for {len(run.names)} names"
@@ -154,15 +138,20 @@ def _check_run(run: Run) -> None:
 
 def _kinds(run: Run, good: np.ndarray) -> list[dict[str, Any]]:
     """The rows of the per-defect table: the good images, then the defect hardest to find first."""
-    groups: dict[tuple[int, str], list[float]] = {}
-    for defect, label, score in zip(run.defects, run.labels, run.scores, strict=True):
-        group = (2, "unlabelled") if label is None else (label, defect if label else "good")
-        groups.setdefault(group, []).append(float(score))
+    groups: dict[tuple[int, str], list[int]] = {}
+    for i in range(len(run.names)):
+        groups.setdefault(_group(run, i), []).append(i)
     rows = []
-    for (label, name), scores in groups.items():
+    for (label, name), members in groups.items():
+        scores = [float(run.scores[i]) for i in members]
         found = None
         if label == 1 and len(good):
             found = auroc([0] * len(good) + [1] * len(scores), [*good, *scores])
+        known = (
+            [run.aupimo[i] for i in members if not math.isnan(run.aupimo[i])]
+            if len(run.aupimo)
+            else []
+        )
         rows.append(
             {
                 "label": label,
@@ -170,92 +159,45 @@ def _kinds(run: Run, good: np.ndarray) -> list[dict[str, Any]]:
                 "count": len(scores),
                 "mean": float(np.mean(scores)),
                 "auroc": found,
+                "aupimo": float(np.mean(known)) if known else None,
                 "strip": _charts.strip(scores, run.scores),
             }
         )
     return sorted(rows, key=lambda r: (r["label"], r["auroc"] or 0.0, r["name"]))
 
 
-def _gallery(run: Run, good: np.ndarray, defective: np.ndarray) -> list[tuple[str, list[dict]]]:
-    """The sections of the gallery, 60 cards at most, each section with its worst mistake first."""
-    rising = [int(i) for i in np.argsort(np.asarray(run.scores, float), kind="stable")]
-    falling = rising[::-1]
-    missed = [i for i in rising if run.labels[i] == 1]
-    sections = [
-        ("Good images, highest scores first", [i for i in falling if run.labels[i] == 0][:24]),
-        ("Defective images, lowest scores first", missed[:24]),
-        ("Defective images, highest scores first", missed[24:][::-1][:12]),
-    ]
-    free = 60 - sum(len(chosen) for _, chosen in sections)
-    unknown = [i for i in falling if run.labels[i] is None][:free]
-    sections.append(("Unlabelled images, highest scores first", unknown))
+def _group(run: Run, i: int) -> tuple[int, str]:
+    """Class and kind of an image: 0 good, 1 defective, 2 unlabelled."""
+    label = run.labels[i]
+    return (2, "unlabelled") if label is None else (label, run.defects[i] if label else "good")
 
-    def card(i: int) -> dict[str, Any]:
-        score, label = float(run.scores[i]), run.labels[i]
-        wrong, verdict = 0, ""
-        if label == 0 and len(defective):
-            wrong = int((defective < score).sum())
-            verdict = f"above {wrong or 'none'} of {len(defective)} defective"
-        if label == 1 and len(good):
-            wrong = int((good > score).sum())
-            verdict = f"below {wrong or 'none'} of {len(good)} good"
-        return {
+
+def _gallery(run: Run, kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """The cards of the gallery, the worst mistake first."""
+    order, confused = worst_first(run.labels, run.scores)
+    others = {0: run.labels.count(1), 1: run.labels.count(0)}
+    shown = order[:MOST]
+    pictures = draw_layers((run.pictures[i] for i in shown), len(shown), run.colours)
+
+    def verdict(i: int) -> str:
+        wrong, label = confused[i], run.labels[i]
+        if wrong is None or label is None:
+            return ""
+        side, other = (("above", "defective"), ("below", "good"))[label]
+        return f"{side} {wrong or 'none'} of {others[label]} {other}"
+
+    return [
+        {
             "name": run.names[i],
-            "kind": "unlabelled" if label is None else run.defects[i],
-            "score": score,
-            "mistake": wrong > 0,
-            "verdict": verdict,
-            "layers": [_data_uri(layer) for layer in run.thumbnails[i]],
+            "kind": kind,
+            "group": kinds.index(kind),
+            "label": label,
+            "score": float(run.scores[i]),
+            "mistake": bool(confused[i]),
+            "verdict": verdict(i),
+            "aupimo": None if not len(run.aupimo) or math.isnan(run.aupimo[i]) else run.aupimo[i],
+            "layers": picture,
         }
-
-    return [(title, [card(i) for i in chosen]) for title, chosen in sections if chosen]
-
-
-def _data_uri(picture: Image, side: int = 256) -> str:
-    small = picture.convert("RGB")
-    small.thumbnail((side, side))
-    jpeg = io.BytesIO()
-    small.save(jpeg, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
-
-
-def _name(key: str) -> str:
-    """``image_auroc`` as "Image AUROC"; a key that holds no word of ours only loses underscores."""
-    short = {"auroc": "AUROC", "aupro": "AUPRO", "ap": "AP", "f1": "F1", "pro": "PRO"}
-    words = " ".join(short.get(word, word) for word in key.split("_"))
-    return words[:1].upper() + words[1:]
-
-
-def _scale(scores: Sequence[float]) -> Callable[[float], str]:
-    """How to write a score, with digits that fit the spread of ``scores``."""
-    spread = float(np.ptp(scores)) if len(scores) else 0.0
-    digits = 3 - math.ceil(math.log10(spread)) if spread > 0 else 3
-    return lambda score: f"{score:.{max(digits, 0)}f}" if digits < 7 else f"{score:.4g}"
-
-
-def _percent(fraction: float | None) -> str:
-    if fraction is None or math.isnan(fraction):
-        return "not available"
-    return f"{100 * fraction:.2f}%"
-
-
-def _plain(value: Any) -> str:
-    """A value of the recipe as a reader would write it."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_plain(each)}" for key, each in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value))
-    words = {None: "none", True: "yes", False: "no"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )
+        for i, picture in zip(shown, pictures, strict=True)
+        for label, kind in [_group(run, i)]
+    ]

@@ -21,8 +21,6 @@ from msflow_ext.evaluation import Evaluation
 from msflow_ext.inference import to_pixels
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from msflow_ext.recipe import Recipe
 
 METRICS = "metrics.json"  # written last: a run with it is finished
@@ -124,7 +122,8 @@ def write_results(
     names = [item.name for item in items]
     defects, labels = [item.defect for item in items], [item.label for item in items]
     scores = found.scores.tolist()
-    report.write_scores(folder / "scores.csv", zip(names, defects, labels, scores, strict=True))
+    rows = zip(names, defects, labels, scores, strict=True)
+    report.write_scores(folder / "scores.csv", rows, aupimo=found.aupimo)
     colours = report.colour_range(found.maps) if items else None
     if colours:
         pictures = (to_pixels(images[i]) for i in range(len(items)))
@@ -144,37 +143,28 @@ def write_results(
         defects=defects,
         labels=labels,
         scores=scores,
+        aupimo=() if found.aupimo is None else found.aupimo.tolist(),
+        curves=found.curves,
         losses=metrics["losses"],
-        thumbnails=_Thumbnails(images, found.maps, colours) if colours else (),
-        colours=colours,
-        recipe=metrics["recipe"],
-        versions=metrics["versions"],
+        pictures=_Pictures(images, found.maps),
+        colours=colours or (0.0, 1.0),
+        facts={part: metrics[part] for part in ("recipe", "model", "data", "versions")},
     )
     report.write_report(folder / "report.html", run)
     return colours
 
 
-class _Thumbnails(Sequence["tuple[Image, ...]"]):
-    """Image, heat map and, where the mask is known, its outline; drawn when asked for."""
+class _Pictures(Sequence["tuple[np.ndarray, np.ndarray, np.ndarray | None]"]):
+    """Image, anomaly map and mask of each test image; read when asked for."""
 
-    def __init__(self, images: Images, maps: np.ndarray, colours: tuple[float, float]) -> None:
-        self._images, self._maps, self._colours = images, maps, colours
+    def __init__(self, images: Images, maps: np.ndarray) -> None:
+        self._images, self._maps = images, maps
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, i: Any) -> Any:
-        from PIL import Image
-
-        from msflow_ext import report
-
-        pixels, mask = to_pixels(self._images[i]), self._images.mask(i)
-        low, high = self._colours
-        layers = (
-            Image.fromarray(pixels),
-            report.heat_map(pixels, self._maps[i], low=low, high=high),
-        )
-        return layers if mask is None else (*layers, report.mask_contour(pixels, mask))
+        return to_pixels(self._images[i]), self._maps[i], self._images.mask(i)
 
 
 def _versions() -> dict[str, str]:

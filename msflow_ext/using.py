@@ -42,7 +42,8 @@ def evaluate(options: Any) -> int:
     written = {**found.metrics, **_decisions(detector, truth, images, found, options)}
     if out:
         items = zip(images.items, found.scores.tolist(), strict=True)
-        write_scores(out / "scores.csv", ((i.name, i.defect, i.label, s) for i, s in items))
+        rows = ((i.name, i.defect, i.label, s) for i, s in items)
+        write_scores(out / "scores.csv", rows, aupimo=found.aupimo)
         write_text(out / "evaluation.json", json.dumps(written, indent=1))
     return 0
 
@@ -58,7 +59,8 @@ def predict(options: Any) -> int:
     detector = load(options.run, options.device, false_alarms=options.false_alarms)
     if options.threshold is not None:
         detector.threshold = options.threshold
-    rows: list[tuple[str, str, int | None, float, float | None]] = []
+    rows: list[tuple[str, str, int | None, float]] = []
+    p_values: list[float | None] = []
 
     named: set[str] = set()
 
@@ -68,7 +70,8 @@ def predict(options: Any) -> int:
             if result.name in named:
                 raise ValueError(f"two images are called {result.name}: predict them apart")
             named.add(result.name)
-            rows.append((result.name, "", result.label, result.score, result.p_value))
+            rows.append((result.name, "", result.label, result.score))
+            p_values.append(result.p_value)
             yield result
 
     try:
@@ -78,7 +81,8 @@ def predict(options: Any) -> int:
             _draw(out, noted(), detector.colours)
     finally:
         if rows:
-            write_scores(out / "scores.csv", rows)
+            known = p_values if detector.calibration else None
+            write_scores(out / "scores.csv", rows, p_value=known)
     print(f"{len(rows)} images: {out / 'scores.csv'}")
     return 0
 

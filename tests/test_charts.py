@@ -6,22 +6,48 @@ import numpy as np
 import pytest
 
 from msflow_ext import _charts
-from msflow_ext.metrics import auroc
+from msflow_ext.metrics import aupro, auroc, pro_curve, roc_curve
 
 RNG = np.random.default_rng(0)
 GOOD, DEFECTIVE = RNG.integers(0, 8, 40) / 4, RNG.integers(3, 12, 25) / 4  # many ties
 
 
+def area(curve) -> float:
+    *_, xs, ys = curve
+    return np.sum(np.diff(xs) * (ys[1:] + ys[:-1]) / 2)
+
+
 def test_the_area_under_the_roc_curve_is_the_auroc():
-    (_, (_, _, alarms, found)) = _charts.roc(GOOD, DEFECTIVE).curves
-    area = -np.sum(np.diff(alarms) * (found[1:] + found[:-1]) / 2) / 1e4
-    assert area == pytest.approx(auroc([0] * 40 + [1] * 25, [*GOOD, *DEFECTIVE]), rel=1e-12)
+    images, chance = _charts.roc(GOOD, DEFECTIVE).curves
+    wanted = auroc([0] * 40 + [1] * 25, [*GOOD, *DEFECTIVE])
+    assert area(images) == pytest.approx(1e4 * wanted, rel=1e-12)
+    assert area(chance) == pytest.approx(5e3)
 
 
-def test_a_roc_curve_of_very_many_images_is_thinned_and_keeps_its_ends():
-    (_, (_, _, alarms, found)) = _charts.roc(RNG.random(5000), 0.2 + RNG.random(5000)).curves
-    assert len(alarms) == 1000
-    assert (alarms[0], found[0], alarms[-1], found[-1]) == (100.0, 100.0, 0.0, 0.0)
+def test_a_curve_of_very_many_points_is_thinned_and_keeps_its_ends_and_area():
+    labels, scores = RNG.random(50_000) < 0.5, RNG.random(50_000)
+    scores[labels] **= 0.2
+    many = roc_curve(labels, scores)
+    assert len(many[0]) > 20_000
+    _, pixels, _ = _charts.roc(GOOD, DEFECTIVE, many).curves
+    *_, alarms, found = pixels
+    assert len(alarms) <= 501
+    assert (alarms[0], found[0], alarms[-1], found[-1]) == (0.0, 0.0, 100.0, 100.0)
+    assert area(pixels) == pytest.approx(1e4 * auroc(labels, scores), rel=1e-3)
+
+
+def test_the_area_under_the_pro_curve_is_the_aupro():
+    masks = np.zeros((3, 20, 20), bool)
+    masks[1:, 4:9, 5:12] = True
+    maps = np.round(4 * RNG.standard_normal(masks.shape)) + 4 * masks
+    (curve,) = _charts.pro(pro_curve(masks, maps)).curves
+    assert curve[2][-1] == 30.0
+    assert area(curve) == pytest.approx(100 * 30 * aupro(masks, maps), rel=1e-9)
+
+
+def test_a_roc_curve_of_pixels_alone_is_drawn():
+    chart = _charts.roc(GOOD[:0], DEFECTIVE, roc_curve([0, 1], [0.0, 1.0]))
+    assert [name for name, *_ in chart.curves] == ["pixels", "chance"]
 
 
 def test_the_bins_of_each_class_add_up_to_all_its_images():
@@ -44,10 +70,11 @@ def test_the_loss_curve_skips_what_is_not_finite_and_keeps_the_epoch_numbers():
     [
         (_charts.roc(GOOD, DEFECTIVE[:0]), "needs good and defective test images"),
         (_charts.roc(GOOD[:0], DEFECTIVE), "needs good and defective test images"),
+        (_charts.pro(None), "needs masks of good and defective test images"),
         (_charts.histogram(GOOD[:0], GOOD[:0], [1.0]), "no test image has a label"),
         (_charts.loss([1.0]), "needs two epochs or more"),
     ],
-    ids=["all-good", "all-defective", "unlabelled", "one-epoch"],
+    ids=["all-good", "all-defective", "no-masks", "unlabelled", "one-epoch"],
 )
 def test_a_chart_that_cannot_be_drawn_says_why(chart, note):
     assert (chart.curves, chart.note) == ((), note)

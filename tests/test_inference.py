@@ -241,11 +241,16 @@ def test_the_metrics_of_a_perfect_detector_are_1_and_unknown_ones_none(items):
     assert truth.labels is not None
     assert truth.masks is not None
     perfect = measure(truth, truth.labels.astype(float), truth.masks.astype(np.float32))
-    assert list(perfect.values()) == pytest.approx([1.0] * 7)
-    assert set(measure(Truth(None, None), np.zeros(6), np.zeros((6, 64, 64))).values()) == {None}
+    assert list(perfect.metrics.values()) == pytest.approx([1.0] * 9)
+    unknown = measure(Truth(None, None), np.zeros(6), np.zeros((6, 64, 64)))
+    assert set(unknown.metrics.values()) == {None}
+    assert perfect.metrics.keys() == unknown.metrics.keys()
     good = Truth.of(Images(items[:3], 64))
     assert good.labels is None
     assert good.masks is None
+    all_defective = measure(Truth.of(Images(items[3:], 64)), np.ones(3), np.ones((3, 64, 64)))
+    assert all_defective.metrics["aupimo"] is None
+    assert all_defective.metrics["aupro"] == pytest.approx(0.15)
 
 
 def test_evaluation_keeps_the_order_of_the_images(detector, items):

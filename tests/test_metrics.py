@@ -19,7 +19,7 @@ from msflow_ext import metrics, ops
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGE_METRICS = (metrics.auroc, metrics.average_precision, metrics.f1_max)
-ALL_METRICS = (*IMAGE_METRICS, metrics.aupro, metrics.pro_800)
+ALL_METRICS = (*IMAGE_METRICS, metrics.aupro, metrics.aupimo, metrics.pro_800)
 seeds = st.integers(0, 2**32 - 1)
 limits = st.sampled_from((0.01, 0.05, 0.3, 0.7, 1.0))
 
@@ -37,8 +37,9 @@ def tied_scores(seed: int, size: int = 40) -> tuple[np.ndarray, np.ndarray]:
 
 def tied_maps(seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    masks = rng.random((3, 7, 6)) < 0.2
+    masks = rng.random((4, 7, 6)) < 0.2
     masks[0, 0, :2] = True, False
+    masks[3] = False
     return masks, (rng.integers(-4, 5, masks.shape) / 2 + masks).astype(np.float32)
 
 
@@ -61,6 +62,19 @@ def swept_aupro(masks: np.ndarray, maps: np.ndarray, max_fpr: float) -> float:
         if x1 == max_fpr:
             break
     return area / max_fpr
+
+
+def swept_aupimo(masks: np.ndarray, maps: np.ndarray, bounds: tuple[float, float]) -> list[float]:
+    """From the curves at every threshold, integrated numerically; of the defective images."""
+    defective = masks.any((1, 2))
+    found = [maps >= t for t in (np.inf, *np.unique(maps)[::-1])]
+    fpr = np.array([f[~defective].mean() for f in found])
+    x = np.linspace(np.log(bounds[0]), np.log(bounds[1]), 200_001)
+    areas = []
+    for i in np.flatnonzero(defective):
+        tpr = np.array([f[i][masks[i]].mean() for f in found])
+        areas.append(np.interp(np.exp(x), fpr + 1e-12 * np.arange(fpr.size), tpr).mean())
+    return areas
 
 
 def swept_f1_max(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -99,6 +113,58 @@ def test_aupro_equals_a_sweep_over_every_threshold(seed, max_fpr):
     assert metrics.aupro(masks, maps, max_fpr) == pytest.approx(
         swept_aupro(masks, maps, max_fpr), abs=1e-12
     )
+
+
+@given(seeds, st.sampled_from(((1e-3, 1e-1), (0.02, 0.3), (0.2, 1.0))))
+@settings(max_examples=25, deadline=None)
+def test_aupimo_equals_a_sweep_over_every_threshold(seed, bounds):
+    masks, maps = tied_maps(seed)
+    maps -= masks  # both classes on the same few values, so that lines slope
+    got = metrics.aupimo_per_image(masks, maps, bounds)
+    assert np.isnan(got[~masks.any((1, 2))]).all()
+    got = got[masks.any((1, 2))]
+    assert got == pytest.approx(swept_aupimo(masks, maps, bounds), abs=2e-5)
+    assert metrics.aupimo(masks, maps, bounds) == pytest.approx(got.mean())
+
+
+def test_aupimo_is_that_of_the_authors_but_for_their_uniform_thresholds():
+    rng, masks = np.random.default_rng(0), np.zeros((5, 64, 64), bool)
+    for i in range(3):
+        masks[i, 10 : 30 + 5 * i, 20:50] = True
+    shift = np.array([1.0, 1.5, 2.5, 0, 0])[:, None, None]
+    maps = (rng.standard_normal(masks.shape) + masks * shift).astype(np.float32)
+    theirs = [0.1979461, 0.3618769, 0.7567894, np.nan, np.nan]  # anomalib 2.7.0, 300,000 of them
+    ours = metrics.aupimo_per_image(masks, maps, (1e-2, 1e-1))
+    assert ours == pytest.approx(theirs, abs=5e-4, nan_ok=True)
+
+
+def test_aupimo_of_constant_maps_is_that_of_chance():
+    masks = np.zeros((2, 50, 50), bool)
+    masks[0, 0] = True
+    chance = (1e-4 - 1e-5) / np.log(10)
+    assert metrics.aupimo(masks, np.zeros(masks.shape)) == pytest.approx(chance)
+
+
+def test_the_areas_under_the_curves_are_the_metrics():
+    masks, maps = tied_maps(3)
+    for curve, metric in ((metrics.roc_curve, metrics.auroc), (metrics.pro_curve, metrics.aupro)):
+        x, y = curve(masks, maps)
+        assert (np.diff(x) >= 0).all() and (np.diff(y) >= 0).all()
+        assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
+        limit = 0.3 if metric is metrics.aupro else 1.0
+        assert metrics.area_up_to(limit, x, y) == pytest.approx(metric(masks, maps), abs=1e-12)
+
+
+@given(seeds)
+@settings(max_examples=50, deadline=None)
+def test_no_rounding_lifts_a_perfect_overlap_above_one(seed):
+    rng = np.random.default_rng(seed)
+    masks = rng.random((3, 40, 40)) < rng.uniform(0.05, 0.5)
+    masks[0] = False
+    maps = masks + 0.5 * rng.random(masks.shape)
+    for max_fpr in (0.05, 0.3, 1.0):
+        assert 1 - 1e-12 < metrics.aupro(masks, maps, max_fpr) <= 1
+    assert 1 - 1e-12 < metrics.aupimo(masks, maps) <= 1
 
 
 def test_a_million_pixels_equal_scikit_learn_and_the_sweep(each_backend):
@@ -140,7 +206,7 @@ def test_order_of_the_images_does_not_matter(seed):
 @settings(max_examples=20, deadline=None)
 def test_a_rising_transform_of_the_scores_does_not_matter(seed):
     masks, maps = tied_maps(seed)
-    for metric in (*IMAGE_METRICS, metrics.aupro):
+    for metric in (*IMAGE_METRICS, metrics.aupro, metrics.aupimo):
         assert metric(masks, np.exp(maps) - 50) == metric(masks, maps)
 
 
@@ -178,8 +244,10 @@ def test_perfect_maps_score_one_and_inverted_maps_zero():
     masks, _ = tied_maps(1)
     for metric in IMAGE_METRICS:
         assert metric(masks, masks) == 1
-    assert metrics.aupro(masks, masks) == pytest.approx(1)
-    assert metrics.auroc(masks, ~masks) == metrics.aupro(masks, ~masks) == 0
+    for metric in (metrics.aupro, metrics.aupimo):
+        assert metric(masks, masks) == pytest.approx(1)
+    for metric in (metrics.auroc, metrics.aupro, metrics.aupimo):
+        assert metric(masks, ~masks) == 0
 
 
 def test_regions_touch_at_corners_but_not_across_images():
@@ -228,7 +296,7 @@ def test_refused_input_is_named(metric, case):
         metric(labels, scores)
 
 
-@pytest.mark.parametrize("metric", [metrics.aupro, metrics.pro_800], ids=by_name)
+@pytest.mark.parametrize("metric", ALL_METRICS[3:], ids=by_name)
 def test_maps_of_another_rank_are_refused(metric):
     with pytest.raises(ValueError, match=r"masks and maps must be \(N, H, W\), got \(2, 2\)"):
         metric(np.eye(2), np.eye(2))
@@ -239,6 +307,22 @@ def test_aupro_refuses_a_limit_outside_0_to_1(max_fpr):
     masks, maps = tied_maps(0)
     with pytest.raises(ValueError, match=rf"aupro: max_fpr must be in \(0, 1\], got {max_fpr}"):
         metrics.aupro(masks, maps, max_fpr)
+
+
+@pytest.mark.parametrize(
+    "bounds", [(0, 0.1), (0.1, 0.1), (0.2, 0.1), (0.1, 2), (0.1, float("nan"))]
+)
+def test_aupimo_refuses_bounds_that_span_nothing(bounds):
+    masks, maps = tied_maps(0)
+    with pytest.raises(ValueError, match=r"aupimo: fpr_bounds must be 0 < low < high <= 1, got"):
+        metrics.aupimo(masks, maps, bounds)
+
+
+def test_aupimo_needs_an_image_without_a_defect():
+    masks, maps = tied_maps(0)
+    masks[3, 0, 0] = True
+    with pytest.raises(ValueError, match="aupimo is undefined: masks hold no image without a def"):
+        metrics.aupimo(masks, maps)
 
 
 def test_pro_800_refuses_maps_without_uniform_thresholds():

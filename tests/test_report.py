@@ -8,6 +8,7 @@ import dataclasses
 import io
 import os
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Page(HTMLParser):
 
 def a_run(**changes: Any) -> report.Run:
     """Three good and three defective images of two kinds, with one mistake each way."""
-    thumbnail = (Image.new("RGB", (32, 32), "gray"), Image.new("RGB", (32, 32), "purple"))
+    picture = (GRAY, np.linspace(0.0, 2.0, 24 * 24).reshape(24, 24), None)
     run = report.Run(
         title="brick",
         metrics={"image_auroc": 0.98765, "pixel_auroc": 0.5, "aupro": None},
@@ -73,16 +74,18 @@ def a_run(**changes: Any) -> report.Run:
         labels=[0, 0, 0, 1, 1, 1],
         scores=[0.1, 0.6, 0.2, 0.5, 0.9, 0.8],
         losses=[1.0, 0.5, 0.25],
-        thumbnails=[thumbnail] * 6,
+        pictures=[picture] * 6,
         colours=(0.1, 2.0),
-        recipe={"blocks": (2, 5, 8), "bf16": False, "padding_mode": None, "lr": 1e-4},
-        versions={"torch": "2.15.0"},
+        facts={
+            "recipe": {"blocks": (2, 5, 8), "bf16": False, "padding_mode": None, "lr": 1e-4},
+            "versions": {"torch": "2.15.0"},
+        },
     )
     return dataclasses.replace(run, **changes)
 
 
 def first(run: report.Run, count: int) -> report.Run:
-    parts = ("names", "defects", "labels", "scores", "thumbnails")
+    parts = ("names", "defects", "labels", "scores", "pictures")
     return dataclasses.replace(run, **{name: getattr(run, name)[:count] for name in parts})
 
 
@@ -112,6 +115,12 @@ def test_what_is_written_reads_back_unchanged(tmp_path):
 def test_a_file_name_that_is_not_unicode_keeps_its_bytes(tmp_path):
     report.write_scores(tmp_path / "scores.csv", [(os.fsdecode(b"\xff.png"), "good", 0, 1.0)])
     assert b"\n\xff.png,good,0,1.0\n" in (tmp_path / "scores.csv").read_bytes()
+
+
+def test_the_aupimo_of_each_image_is_a_fifth_column(tmp_path):
+    report.write_scores(tmp_path / "scores.csv", ROWS, aupimo=[0.5, float("nan"), 0.0])
+    with open(tmp_path / "scores.csv", newline="", encoding="utf-8") as file:
+        assert [row["aupimo"] for row in csv.DictReader(file)] == ["0.5", "", "0.0"]
 
 
 def test_a_score_that_is_not_finite_is_refused_and_the_old_file_stays(tmp_path):
@@ -156,22 +165,41 @@ def test_it_is_well_formed_and_asks_nothing_of_the_network(tmp_path):
     assert not [a for _, a in page.tags if "href" in a]
 
 
-def test_its_pictures_are_the_thumbnails(tmp_path):
-    page, _ = page_of(a_run(), tmp_path)
-    source = page.all("img")[1]["src"] or ""
-    picture = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
-    assert np.abs(pixels(picture) - pixels(Image.new("RGB", (32, 32), "purple"))).max() < 8
+def decoded(source: str | None) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode((source or "").partition(",")[2])))
 
 
-@pytest.mark.parametrize("field", ["title", "names", "defects", "recipe", "versions", "metrics"])
+def test_its_pictures_are_the_image_the_heat_map_and_the_outline(tmp_path):
+    mask = np.zeros((24, 24), bool)
+    mask[6:12, 8:20] = True
+    image, values, _ = a_run().pictures[0]
+    page, _ = page_of(a_run(pictures=[(image, values, mask)] * 6), tmp_path)
+    shown, line, heat = (decoded(a["src"]) for a in page.all("img")[:3])
+    assert np.abs(pixels(shown) - image).max() < 4
+    wanted = pixels(report.heat_map(image, values, low=0.1, high=2.0))
+    assert np.abs(pixels(heat) - wanted).mean() < 8
+    drawn = np.asarray(line.convert("RGBA"))
+    assert (drawn[..., 3] == 255 * report.outline(mask)).all()
+    assert (drawn[6, 8, :3] == (0, 229, 255)).all()
+
+
+def test_the_outline_of_a_thin_defect_survives_a_small_picture(tmp_path):
+    mask = np.zeros((1024, 1024), bool)
+    mask[300, 100:900] = True
+    large = (np.zeros((1024, 1024, 3), np.uint8), np.zeros((1024, 1024)), mask)
+    page, _ = page_of(a_run(pictures=[large] * 6), tmp_path)
+    line = np.asarray(decoded(page.all("img")[1]["src"]).convert("RGBA"))[..., 3]
+    assert (line[75, 25:225] == 255).all()
+
+
+@pytest.mark.parametrize("field", ["title", "names", "defects", "facts", "metrics"])
 def test_hostile_text_is_shown_and_never_run(tmp_path, field):
     harmless, _ = page_of(a_run(), tmp_path)
     texts = {
         "title": HOSTILE,
         "names": [HOSTILE] * 6,
         "defects": [HOSTILE] * 6,
-        "recipe": {HOSTILE: [HOSTILE], "b": {"c": 1}, "d": 2, "e": 3},
-        "versions": {HOSTILE: HOSTILE},
+        "facts": {HOSTILE: {HOSTILE: [HOSTILE], "b": {"c": 1}}},
         "metrics": {HOSTILE: 0.5, "b": 1, "c": 1},
     }
     page, html = page_of(a_run(**{field: texts[field]}), tmp_path)
@@ -213,37 +241,67 @@ def test_each_kind_of_defect_has_its_auroc_against_the_good_images_hardest_first
 
 
 def test_the_gallery_puts_the_worst_mistakes_first(tmp_path):
-    page, _ = page_of(a_run(), tmp_path)
-    assert page.within("b") == ["good/1", "good/2", "good/0", "scar/0", "blob/0", "scar/1"]
-    assert page.within("span")[-6:] == [
-        *("above 1 of 3 defective", "above none of 3 defective", "above none of 3 defective"),
-        *("below 1 of 3 good", "below none of 3 good", "below none of 3 good"),
+    page, html = page_of(a_run(), tmp_path)
+    assert page.within("b") == ["good/1", "scar/0", "good/2", "blob/0", "good/0", "scar/1"]
+    assert re.findall("(?:above|below) [a-z0-9]+ of [^<]*", html) == [
+        *("above 1 of 3 defective", "below 1 of 3 good"),
+        *("above none of 3 defective", "below none of 3 good"),
+        *("above none of 3 defective", "below none of 3 good"),
     ]
+    assert len([a for a in page.all("figure") if "data-mistake" in a]) == 2
 
 
-def test_a_large_gallery_is_cut_to_sixty_and_says_so(tmp_path):
-    asked = []
+def test_unlabelled_images_come_last_the_highest_score_first(tmp_path):
+    page, _ = page_of(a_run(labels=[0, None, None, 1, 1, None]), tmp_path)
+    assert page.within("b") == ["scar/0", "good/0", "scar/1", "blob/0", "good/1", "good/2"]
 
-    class OnDemand(list):
+
+def test_the_aupimo_of_images_and_their_kinds_is_shown_where_it_is_known(tmp_path):
+    nan = float("nan")
+    page, html = page_of(a_run(aupimo=[nan, nan, nan, 0.25, 0.5, nan]), tmp_path)
+    found = f"{100 * auroc([0, 0, 0, 1, 1], [0.1, 0.6, 0.2, 0.5, 0.9]):.2f}%"
+    assert page.within("td")[-8:] == [
+        *("2", "0.700", found, "37.50%"),
+        *("1", "0.800", "100.00%", "not available"),
+    ]
+    assert re.findall(r"AUPIMO ([\d.]+%)", html) == ["25.00%", "50.00%"]
+    assert "AUPIMO" not in page_of(a_run(), tmp_path)[1]
+
+
+@pytest.fixture(scope="module")
+def large_report(tmp_path_factory) -> tuple[Path, list[int]]:
+    """A report on 2,100 noisy images, and which of them were asked for."""
+    rng, asked = np.random.default_rng(0), []
+    noise = rng.integers(0, 256, (128, 128, 3), np.uint8)
+    mask = rng.random((128, 128)) < 0.5
+
+    class OnDemand(Sequence):
+        def __len__(self):
+            return 2100
+
         def __getitem__(self, i):
             asked.append(i)
-            return super().__getitem__(i)
+            return noise, mask.astype(np.float32), mask
 
-    labels = [0] * 100 + [1] * 100
     run = a_run(
-        names=[f"n{i}" for i in range(200)],
-        defects=["good"] * 100 + ["scar"] * 100,
-        labels=labels,
-        scores=[float(i) for i in range(200)],
-        thumbnails=OnDemand(list(a_run().thumbnails[:1]) * 200),
+        names=[f"n{i}" for i in range(2100)],
+        defects=["good"] * 1000 + ["scar"] * 1100,
+        labels=[0] * 1000 + [1] * 1100,
+        scores=[float(i) for i in range(2100)],
+        pictures=OnDemand(),
     )
-    page, _ = page_of(run, tmp_path)
-    shown = [*range(99, 75, -1), *range(100, 124), *range(199, 187, -1)]
-    assert page.within("b") == [f"n{i}" for i in shown]
-    assert asked == shown
-    assert "60 of 200 test images are shown." in page.within("p")
-    only_good, _ = page_of(first(run, 100), tmp_path)
-    assert "24 of 100 test images are shown." in only_good.within("p")
+    path = tmp_path_factory.mktemp("large") / "report.html"
+    report.write_report(path, run)
+    return path, asked
+
+
+def test_a_large_report_shows_the_2000_worst_images_and_stays_small(large_report):
+    path, asked = large_report
+    html = path.read_text("utf-8")
+    assert "2000 of 2100 test images are shown." in html
+    assert len(asked) == len(set(asked)) == html.count('<figure class="card"') == 2000
+    assert 0 not in asked
+    assert path.stat().st_size < 30e6  # of the worst case, noise with a mask of noise
 
 
 def test_a_gallery_with_every_image_does_not_claim_to_be_cut(tmp_path):
@@ -251,22 +309,21 @@ def test_a_gallery_with_every_image_does_not_claim_to_be_cut(tmp_path):
     assert "are shown" not in html
 
 
-def test_large_thumbnails_are_made_small(tmp_path):
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 600, 3), np.uint8))
-    page, _ = page_of(a_run(thumbnails=[(noise, noise)] * 6), tmp_path)
-    source = page.all("img")[0]["src"] or ""
-    picture = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
-    assert picture.size == (171, 256)
+def test_large_pictures_are_made_small(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (900, 600, 3), np.uint8)
+    page, _ = page_of(a_run(pictures=[(noise, noise[..., 0], None)] * 6), tmp_path)
+    assert {decoded(a["src"]).size for a in page.all("img")} == {(171, 256)}
 
 
-def test_every_slider_is_named_and_spans_its_layers(tmp_path):
-    three = (Image.new("RGB", (8, 8)),) * 3
-    page, _ = page_of(a_run(thumbnails=[three, *a_run().thumbnails[1:]]), tmp_path)
-    sliders = page.all("input", type="range")
-    assert len(sliders) == 1 + 6
-    assert [s["max"] for s in sliders] == ["2", "1", "1", "2", "1", "1", "1"]
-    assert all(s["aria-label"] for s in sliders)
-    assert all(image["alt"] for image in page.all("img"))
+def test_every_slider_is_named_and_spans_the_layers(tmp_path):
+    image, values, _ = a_run().pictures[0]
+    masked = (image, values, np.eye(24, dtype=bool))
+    for pictures, most in ((a_run().pictures, "1"), ([masked, *a_run().pictures[1:]], "2")):
+        page, _ = page_of(a_run(pictures=pictures), tmp_path)
+        sliders = page.all("input", type="range")
+        assert [s["max"] for s in sliders] == [most] * 7
+        assert all(s["aria-label"] for s in sliders)
+        assert all(picture["alt"] for picture in page.all("img"))
 
 
 @pytest.mark.parametrize("label", [0, 1, None], ids=["good", "defective", "unlabelled"])
@@ -287,7 +344,7 @@ def test_test_sets_of_one_class_are_reported_without_a_roc_curve(tmp_path, label
         {"scores": [1e-30 * i for i in range(6)]},
         {"scores": [1e30 * i for i in range(6)]},
         {"scores": [-1e9 + 1e-3 * i for i in range(6)]},
-        {"losses": [0.0] * 5, "thumbnails": [], "colours": None, "recipe": {}},
+        {"losses": [0.0] * 5, "pictures": [], "facts": {}},
     ],
     ids=["no-loss", "bad-loss", "constant", "tiny", "huge", "offset", "bare"],
 )
@@ -319,11 +376,12 @@ def test_the_recipe_is_written_in_plain_words(tmp_path):
     ("changes", "message"),
     [
         ({"labels": [0]}, "run: labels has 1 entries for 6 names"),
-        ({"thumbnails": [()]}, "run: thumbnails has 1 entries for 6 names"),
+        ({"pictures": [()]}, "run: pictures has 1 entries for 6 names"),
+        ({"aupimo": [0.5]}, "run: aupimo has 1 entries for 6 names"),
         ({"scores": [float("nan")] * 6}, "run: the score of 'good/0' is nan"),
         ({"labels": [2] * 6}, "run: the label of 'good/0' is 2, 0, 1 or None is wanted"),
     ],
-    ids=["labels", "thumbnails", "nan", "class"],
+    ids=["labels", "pictures", "aupimo", "nan", "class"],
 )
 def test_a_run_that_does_not_fit_together_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):

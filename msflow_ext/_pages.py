@@ -1,0 +1,84 @@
+"""Pages of one HTML file each, which needs nothing else: no network, no other file, no script of others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msflow_ext._heat_maps import RAMP
+from msflow_ext.checkpoint import replacing
+
+_SHORT = {"auroc": "AUROC", "aupro": "AUPRO", "aupimo": "AUPIMO", "f1": "F1"}
+
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Fill ``pages/template`` with ``values``, all of them escaped, and write it whole or not at all."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    pages = Environment(
+        loader=PackageLoader("msflow_ext", "pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= {
+        "percent": percent,
+        "plain": plain,
+        "duration": _duration,
+        "name": metric_name,
+        "points": points,
+    }
+    pages.globals["ramp"] = RAMP
+    html = pages.get_template(template).render(values)
+    with replacing(path) as temporary:
+        temporary.write_bytes(html.encode("utf-8", "replace"))
+
+
+def metric_name(key: str) -> str:
+    """``image_auroc`` as "Image AUROC"; a key that holds no word of ours only loses underscores."""
+    words = " ".join(
+        _SHORT.get(word, word) for word in key.replace("average_precision", "AP").split("_")
+    )
+    return words[:1].upper() + words[1:]
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction for a table, in percent."""
+    if fraction is None or math.isnan(fraction):
+        return "not available"
+    return f"{100 * fraction:.2f}%"
+
+
+def points(difference: float | None) -> str:
+    """A difference of fractions, in percentage points with its sign."""
+    return "" if difference is None else f"{100 * difference:+.2f}".replace("-", "\u2212")
+
+
+def score_format(scores: Sequence[float]) -> Callable[[float], str]:
+    """How to write a score, with digits that fit the spread of ``scores``."""
+    spread = float(np.ptp(scores)) if len(scores) else 0.0
+    digits = 3 - math.ceil(math.log10(spread)) if spread > 0 else 3
+    return lambda score: f"{score:.{max(digits, 0)}f}" if digits < 7 else f"{score:.4g}"
+
+
+def plain(value: Any) -> str:
+    """A value of the recipe as a reader would write it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {plain(each)}" for key, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(plain, value))
+    words = {None: "none", True: "yes", False: "no"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

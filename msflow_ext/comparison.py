@@ -1,0 +1,245 @@
+"""Finished runs side by side: their metrics, their settings, and the images on which they disagree."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msflow_ext import _charts
+from msflow_ext._gallery import jpeg_uri, worst_first
+from msflow_ext._heat_maps import map_paths, read_panels
+from msflow_ext._pages import metric_name, percent, plain, points, score_format, write_page
+from msflow_ext.checkpoint import read_json
+from msflow_ext.run_folder import METRICS
+
+PICTURED = 24  # images that a page shows with the heat maps of all runs
+SETTINGS = ("model", "recipe", "data", "versions")
+
+
+@dataclass(frozen=True)
+class TestedRun:
+    """A finished run as its folder tells it; ``scores`` and ``aupimo`` (NaN: none) are ``(N,)``."""
+
+    name: str
+    folder: Path
+    metrics: Mapping[str, Any]
+    images: tuple[tuple[str, str, int | None], ...]  # name, kind of defect, label
+    maps: tuple[Path, ...]
+    scores: np.ndarray
+    aupimo: np.ndarray
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """An image, and for each run the share of the other class that it is taken for.
+
+    Of a good image that is the share of defective images with a lower score, of a defective one
+    that of good images with a higher score; without another class, the share of all lower scores.
+    """
+
+    image: int
+    shares: tuple[float, ...]
+    verdicts: tuple[str, ...]
+
+    @property
+    def spread(self) -> float:
+        return max(self.shares) - min(self.shares)
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[TestedRun]:
+    """Read finished runs that were tested on the same images, in the order of the first.
+
+    Raises:
+        FileNotFoundError: a folder is not a finished run.
+        ValueError: fewer than two runs or one twice, a damaged file, other test images.
+    """
+    paths = [Path(folder) for folder in folders]
+    if len({path.resolve() for path in paths}) < max(2, len(paths)):
+        given = ", ".join(map(str, paths))
+        raise ValueError(f"two different runs or more are wanted to compare, got {given}")
+    names = [path.resolve().name for path in paths]
+    short = len(set(names)) == len(names)
+    first, *others = (
+        _read(path, name if short else str(path)) for path, name in zip(paths, names, strict=True)
+    )
+    return [first, *(_in_order_of(first, other) for other in others)]
+
+
+def disagreements(runs: Sequence[TestedRun]) -> list[Disagreement]:
+    """The images of the runs, those first on which they disagree most."""
+    labels = [label for *_, label in runs[0].images]
+    columns = [_shares(labels, run.scores) for run in runs]
+    found = []
+    for i, values in enumerate(zip(*columns, strict=True)):
+        shares, verdicts = zip(*values, strict=True)
+        found.append(Disagreement(i, shares, verdicts))
+    return sorted(found, key=lambda each: -each.spread)
+
+
+def table(runs: Sequence[TestedRun]) -> list[tuple[str, list[tuple[float | None, float | None]]]]:
+    """For each metric its name and, for each run, the value and the difference from the first run's."""
+    keys = dict.fromkeys(key for run in runs for key in run.metrics["best"])
+    rows = []
+    for key in keys:
+        values = [_number(run.metrics.get(key)) for run in runs]
+        if any(value is not None for value in values):
+            differences = [None, *(_difference(value, values[0]) for value in values[1:])]
+            rows.append((key, list(zip(values, differences, strict=True))))
+    return rows
+
+
+def settings(runs: Sequence[TestedRun]) -> list[tuple[str, list[Any]]]:
+    """The settings in which the runs differ, with the value of each."""
+    flat = [
+        {f"{part}: {key}": value for part in SETTINGS for key, value in run.metrics[part].items()}
+        for run in runs
+    ]
+    keys = dict.fromkeys(key for each in flat for key in each)
+    rows = ((key, [each.get(key) for each in flat]) for key in keys)
+    return [(key, values) for key, values in rows if any(v != values[0] for v in values)]
+
+
+def lines(runs: Sequence[TestedRun], count: int = 10) -> list[str]:
+    """The comparison for a terminal, with so many of the images on which the runs disagree most."""
+    rows = [("", [run.name for run in runs])]
+    for key, values in table(runs):
+        cells = ["-" if v is None else f"{percent(v)} {points(d):>7}" for v, d in values]
+        rows.append((metric_name(key), cells))
+    rows += [(key, [plain(value) for value in values]) for key, values in settings(runs)]
+    found = [each for each in disagreements(runs)[:count] if each.spread > 0]
+    if found:
+        rows += [("", []), ("images on which the runs disagree most", [])]
+    rows += [(runs[0].images[each.image][0], list(each.verdicts)) for each in found]
+    margin = 2 + max(len(head) for head, cells in rows if cells)
+    width = 2 + max(len(cell) for _, cells in rows for cell in cells)
+    return [
+        f"{head:{margin}}" + "".join(f"{cell:>{width}}" for cell in cells) for head, cells in rows
+    ]
+
+
+def write_comparison(path: str | Path, runs: Sequence[TestedRun]) -> None:
+    """Write the comparison as one HTML file that needs nothing else.
+
+    The 24 images on which the runs disagree most are shown with the heat maps of all runs, as far
+    as ``maps/`` of the run folders still holds them; the 200 next ones are listed.
+    """
+    labels = [label for *_, label in runs[0].images]
+    known = np.array([label is not None for label in labels], bool)
+    truth = np.array([label == 1 for label in labels], bool)[known]
+    curves = [(run.name, run.scores[known]) for run in runs]
+    scored = [(run.name, run.scores) for run in runs]
+    found = [each for each in disagreements(runs) if each.spread > 0]
+    write_page(
+        Path(path),
+        "compare.html",
+        runs=runs,
+        formats=[score_format(run.scores.tolist()) for run in runs],
+        table=table(runs),
+        settings=settings(runs),
+        wins=[_wins(runs[0], run) for run in runs],
+        charts=[_charts.rocs(truth, curves)]
+        + [_charts.ranks(labels, scored[0], other) for other in scored[1:]],
+        cards=[(each, _pictures(runs, each.image)) for each in found[:PICTURED]],
+        rest=found[PICTURED : PICTURED + 200],
+        disagreeing=len(found),
+    )
+
+
+def _read(folder: Path, name: str) -> TestedRun:
+    for file in (METRICS, "scores.csv"):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder} is not a finished run: it has no {file}")
+    metrics = read_json(folder / METRICS)
+    for part in ("best", *SETTINGS):
+        if not isinstance(metrics.get(part), dict):
+            raise ValueError(f"{folder / METRICS} is damaged: it has no {part}")
+    images, scores, aupimo = [], [], []
+    try:
+        with open(
+            folder / "scores.csv", encoding="utf-8", errors="surrogateescape", newline=""
+        ) as file:
+            for row in csv.DictReader(file, strict=True):
+                label = int(row["label"]) if row["label"] else None
+                images.append((row["name"], row["defect"], label))
+                scores.append(float(row["score"]))
+                aupimo.append(float(row.get("aupimo") or "nan"))
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{folder / 'scores.csv'} is damaged: {error!r}") from None
+    if not images:
+        raise ValueError(f"{folder / 'scores.csv'} is damaged: it lists no image")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{folder / 'scores.csv'} is damaged: a score is not finite")
+    maps = tuple(map_paths(folder, (image for image, *_ in images)))
+    return TestedRun(name, folder, metrics, tuple(images), maps, np.array(scores), np.array(aupimo))
+
+
+def _in_order_of(first: TestedRun, run: TestedRun) -> TestedRun:
+    """The run with its images in the order of the first; ValueError if they are others."""
+    place = {image: i for i, image in enumerate(run.images)}
+    here, there = set(first.images), set(run.images)
+    if here != there or len(first.images) != len(run.images):
+        example = min(here ^ there, key=str, default=None)
+        which = "" if example is None else f", {example[0]} ({example[1]}) is in one of them only"
+        raise ValueError(
+            f"{run.folder} was tested on other images than {first.folder}: "
+            f"{len(there)} against {len(here)}{which}"
+        )
+    order = [place[image] for image in first.images]
+    return replace(
+        run,
+        images=first.images,
+        maps=tuple(run.maps[i] for i in order),
+        scores=run.scores[order],
+        aupimo=run.aupimo[order],
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _difference(value: float | None, first: float | None) -> float | None:
+    return None if value is None or first is None else value - first
+
+
+def _shares(labels: Sequence[int | None], scores: np.ndarray) -> list[tuple[float, str]]:
+    """Share and verdict of each image, as :class:`Disagreement` has them."""
+    _, confused = worst_first(labels, scores.tolist())
+    others = {0: labels.count(1), 1: labels.count(0)}
+    ranked = np.sort(scores)
+    values = []
+    for label, wrong, score in zip(labels, confused, scores, strict=True):
+        if wrong is None or label is None:
+            below = int(np.searchsorted(ranked, score))
+            values.append((below / len(ranked), f"above {below} of {len(ranked)}"))
+        else:
+            side, other = (("above", "defective"), ("below", "good"))[label]
+            values.append((wrong / others[label], f"{side} {wrong} of {others[label]} {other}"))
+    return values
+
+
+def _wins(first: TestedRun, run: TestedRun) -> tuple[int, int] | None:
+    """On how many images the AUPIMO of a run is above that of the first, and below; None if unknown."""
+    difference = (run.aupimo - first.aupimo)[~np.isnan(run.aupimo) & ~np.isnan(first.aupimo)]
+    if run is first or not difference.size:
+        return None
+    return int((difference > 0).sum()), int((difference < 0).sum())
+
+
+def _pictures(runs: Sequence[TestedRun], image: int) -> list[str]:
+    """The image with its mask's outline, and its heat map of each run; nothing if one is gone."""
+    shown = []
+    for run in runs:
+        try:
+            picture, heat, *outlined = read_panels(run.maps[image])
+        except (OSError, ValueError):
+            return []
+        shown += [heat] if shown else [*(outlined or [picture]), heat]
+    for each in shown:
+        each.thumbnail((256, 256))
+    return [jpeg_uri(each, 100_000) for each in shown]

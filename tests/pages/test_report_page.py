@@ -1,0 +1,238 @@
+"""In a browser a report opens without an error, obeys sliders and keys, and prints."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from msflow_ext import metrics, report
+
+HEAT = "getComputedStyle(document.querySelectorAll('.card')[{}].querySelector('.heat')).opacity"
+LINE = "getComputedStyle(document.querySelector('.card .line')).opacity"
+NAMES = "[...document.querySelectorAll('.card')].filter(c => !c.hidden).map(c => c.querySelector('b').textContent)"
+CHOOSE = "(() => {{ const s = document.getElementById('{}'); s.value = '{}'; s.dispatchEvent(new Event('{}', {{bubbles: true}})); }})()"
+
+
+class Pictures(Sequence):
+    """Noise; every image has a mask with the same square, empty for the first half."""
+
+    def __init__(self, count: int, size: int) -> None:
+        rng = np.random.default_rng(0)
+        self.total = count
+        self.noise = rng.integers(90, 160, (size, size, 3), np.uint8)
+        self.map = rng.random((size, size)).astype(np.float32)
+        self.masks = np.zeros((2, size, size), bool)
+        self.masks[1, size // 4 : size // 2, size // 4 : size // 2] = True
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, i: Any) -> Any:
+        mask = self.masks[int(i >= self.total // 2)]
+        return self.noise, self.map + mask, mask
+
+
+def write(path: Path, count: int, size: int = 64) -> Path:
+    """A report on ``count`` images, half of them defective; some are mistakes."""
+    labels = [int(i >= count // 2) for i in range(count)]
+    scores = [(i * 37 % count) / count + 0.6 * label for i, label in enumerate(labels)]
+    run = report.Run(
+        title="plates",
+        metrics={"image_auroc": 0.9, "pixel_auroc": 0.95, "aupro": None},
+        best={"image_auroc": 0.92},
+        epochs=2,
+        seconds=3.0,
+        names=[f"n{i}" for i in range(count)],
+        defects=[
+            "scar" if label and i % 2 else "blob" if label else "good"
+            for i, label in enumerate(labels)
+        ],
+        labels=labels,
+        scores=scores,
+        curves={
+            "pro": metrics.pro_curve(np.eye(4)[None], np.random.default_rng(0).random((1, 4, 4)))
+        },
+        losses=[1.0, 0.5],
+        pictures=Pictures(count, size),
+        colours=(0.0, 2.0),
+        facts={"recipe": {"epochs": 2}, "versions": {"torch": "2.15"}},
+    )
+    report.write_report(path, run)
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("page") / "report.html", 100)
+
+
+@pytest.mark.parametrize(
+    ("width", "dark"), [(1280, False), (1280, True), (360, False)], ids=["light", "dark", "narrow"]
+)
+def test_it_opens_without_an_error_and_without_scrolling_sideways(browser, page, width, dark):
+    browser.open(page, width=width, dark=dark)
+    assert browser.errors == []
+    assert browser.run("document.documentElement.scrollWidth") == width
+    drawn = np.asarray(Image.open(io.BytesIO(browser.screenshot())).convert("L")).astype(int)
+    assert drawn.shape == (900, width)
+    assert (np.median(drawn) < 40) == dark
+    assert np.ptp(drawn) > 180  # text on paper
+    browser.run("document.getElementById('cards').scrollIntoView()")
+    assert np.unique(np.asarray(Image.open(io.BytesIO(browser.screenshot())))).size > 100
+
+
+def test_every_picture_in_view_is_decoded(browser, page):
+    browser.open(page)
+    sizes = (
+        "[...document.images].map(i => i.decode().then(() => [i.naturalWidth, i.naturalHeight]))"
+    )
+    assert {tuple(size) for size in browser.run(f"Promise.all({sizes})")} == {(64, 64)}
+
+
+def test_the_slider_of_a_card_fades_from_image_to_heat_map_to_outline(browser, page):
+    browser.open(page)
+    browser.run(
+        "document.querySelector('.card .line').closest('.card').querySelector('input').focus()"
+    )
+    card = browser.run(
+        "[...document.querySelectorAll('.card')].findIndex(c => c.querySelector('.line'))"
+    )
+    heat, other = HEAT.format(card), HEAT.format(card + 1)
+    seen = []
+    for key in (
+        "Home",
+        "ArrowRight",
+        "ArrowRight",
+        "ArrowRight",
+        "ArrowRight",
+        "ArrowRight",
+        "End",
+    ):
+        browser.press(key)
+        value = "document.activeElement.getAttribute('aria-valuetext')"
+        seen.append((float(browser.run(heat)), float(browser.run(LINE)), browser.run(value)))
+    assert seen == [
+        (0.0, 0.0, "image"),
+        (0.25, 0.0, "image"),
+        (0.5, 0.0, "heat map"),
+        (0.75, 0.0, "heat map"),
+        (1.0, 0.0, "heat map"),
+        (0.75, 0.25, "heat map"),
+        (0.0, 1.0, "true outline"),
+    ]
+    assert browser.run(other) == "1"
+
+
+def test_the_slider_of_all_cards_moves_every_one(browser, page):
+    browser.open(page)
+    browser.run("document.querySelector('.card input').focus()")
+    browser.press("Home")
+    assert (browser.run(HEAT.format(0)), browser.run(HEAT.format(1))) == ("0", "1")
+    browser.run("document.getElementById('layer').focus()")
+    browser.press("ArrowLeft")
+    opacities = browser.run(
+        "[...document.querySelectorAll('.heat')].map(h => getComputedStyle(h).opacity)"
+    )
+    assert set(opacities) == {"0.75"}
+    values = browser.run("[...document.querySelectorAll('.card input')].map(i => i.value)")
+    assert set(values) == {"0.75"}
+
+
+def test_the_cards_can_be_sorted_and_filtered(browser, page):
+    browser.open(page)
+    worst = browser.run(NAMES)
+    assert len(worst) == 100
+    browser.run(CHOOSE.format("order", "falling", "change"))
+    scores = browser.run(
+        "[...document.querySelectorAll('.card')].map(c => Number(c.dataset.score))"
+    )
+    assert scores == sorted(scores, reverse=True)
+    browser.run(CHOOSE.format("order", "worst", "change"))
+    assert browser.run(NAMES) == worst
+    browser.run(CHOOSE.format("show", "mistake", "change"))
+    mistakes = browser.run(NAMES)
+    assert mistakes == worst[: len(mistakes)]
+    assert 0 < len(mistakes) < 100
+    assert browser.run("document.getElementById('count').textContent") == f"{len(mistakes)} of 100"
+    assert browser.run("document.querySelectorAll('.card:not([hidden]) .mistake').length") == len(
+        mistakes
+    )
+
+
+def test_every_control_is_reached_by_tab_and_shows_its_focus(browser, page):
+    browser.open(page)
+    reached = []
+    for _ in range(8):
+        browser.press("Tab")
+        script = "[document.activeElement.getAttribute('aria-label') || document.activeElement.id, getComputedStyle(document.activeElement).outlineStyle]"
+        name, line = browser.run(script)
+        reached.append(name)
+        assert line in ("solid", "auto"), name
+    assert reached[:7] == [
+        *("Summary", "Kinds of defect"),
+        *("Layer of all pictures", "order", "show", "size"),
+        f"Layer of {browser.run(NAMES)[0]}",
+    ]
+
+
+def test_printed_it_shows_image_and_heat_map_side_by_side_of_the_first_60(browser, page):
+    browser.open(page)
+    assert browser.pdf().startswith(b"%PDF")
+    browser.ask("Emulation.setEmulatedMedia", media="print")
+    rects = "['span img', '.heat'].map(s => document.querySelector('.layers ' + s).getBoundingClientRect())"
+    (image, heat) = browser.run(f"{rects}.map(r => [r.left, r.top, r.width])")
+    assert heat[0] >= image[0] + image[2]
+    assert heat[1:] == pytest.approx(image[1:], abs=1)
+    assert browser.run("getComputedStyle(document.querySelector('.controls')).display") == "none"
+    shown = "[...document.querySelectorAll('.card')].filter(c => getComputedStyle(c).display !== 'none')"
+    assert browser.run(f"{shown}.length") == 60
+
+
+def test_without_scripts_all_layers_are_in_view_and_no_dead_control(browser, page):
+    browser.ask("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(page)
+        lefts = browser.run(
+            "[...document.querySelectorAll('.card:first-child .layers > *')].map(e => (e.querySelector('img') || e).getBoundingClientRect().left)"
+        )
+        assert lefts[1] > lefts[0]
+        assert browser.run(
+            "[...document.querySelectorAll('input, select')].every(e => !e.offsetParent)"
+        )
+    finally:
+        browser.ask("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_two_thousand_images_stay_usable(browser, tmp_path):
+    began = time.monotonic()
+    path = write(tmp_path / "report.html", 2000, size=128)
+    written = time.monotonic()
+    browser.open(path)
+    opened = time.monotonic()
+    assert browser.errors == []
+    moved = browser.run(
+        "(() => { const start = performance.now(), all = document.getElementById('layer'); all.value = 0;"
+        " all.dispatchEvent(new Event('input')); document.body.offsetHeight; return performance.now() - start; })()"
+    )
+    sorting = browser.run(
+        f"(() => {{ const start = performance.now(); {CHOOSE.format('order', 'rising', 'change')};"
+        " document.body.offsetHeight; return performance.now() - start; })()"
+    )
+    megabytes = path.stat().st_size / 1e6
+    print(
+        f"{written - began:.1f} s to write, {megabytes:.1f} MB, {opened - written:.1f} s to open, {moved:.0f} ms for the slider, {sorting:.0f} ms to sort"
+    )
+    assert len(browser.run(NAMES)) == 2000
+    assert megabytes < 30
+    # Generous: seconds at most on a quiet machine, and CI's is not.
+    assert written - began < 120
+    assert opened - written < 30
+    assert moved < 2000
+    assert sorting < 5000
