@@ -1,4 +1,4 @@
-"""The command ``msflow``: info, demo, data, train, evaluate, predict."""
+"""The command ``msflow``: info, demo, data, train, evaluate, predict, convert."""
 
 from __future__ import annotations
 
@@ -165,8 +165,19 @@ def predict(options: Any) -> int:
     return 0
 
 
+def convert(options: Any) -> int:
+    """Make a checkpoint of another package one of ours, or ours one of theirs."""
+    from msflow_ext.convert import convert as write
+
+    names = {"backbone": "backbone", "weights": "pretrained", "image_size": "image_size"}
+    names |= {"clamp": "clamp", "clamp_form": "clamp_form"}
+    given = {name: options[flag] for flag, name in names.items() if options[flag] is not None}
+    print(write(options.source, options.out, options.to, **given))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Any], int]] = {
-    command.__name__: command for command in (info, demo, data, train, evaluate, predict)
+    command.__name__: command for command in (info, demo, data, train, evaluate, predict, convert)
 }
 
 

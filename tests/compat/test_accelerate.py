@@ -248,7 +248,8 @@ def test_anomalibs_models_give_the_same_anomaly_maps(
     monkeypatch.setattr(
         timm, "create_model", lambda *a, **o: create(*a, **{**o, "pretrained": False})
     )
-    net = getattr(anomalib(name.removesuffix("Model").lower()), name)(**options).eval()
+    module = anomalib(f"models.image.{name.removesuffix('Model').lower()}.torch_model")
+    net = getattr(module, name)(**options).eval()
     with torch.no_grad():
         for name, p in net.named_parameters():
             if "global_" in name:
