@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": set(),
     "flows": {"ops"},
     "models": {"ops", "flows"},
-    "compat": {"ops", "flows", "models", "testing"},
+    "compat": {"ops", "flows", "models", "testing", "recipe"},
     "data": set(),
     "metrics": {"ops"},
     "testing": {"ops"},
