@@ -131,6 +131,25 @@ def test_a_checkpoint_loads_without_running_code_and_gives_the_same(ours, traine
     assert torch.equal(got.score, wanted.score)
 
 
+def test_the_engine_exports_the_model_for_any_number_of_images(anomalib, trained, tmp_path):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    runtime: Any = pytest.importorskip("onnxruntime")
+    model, trainer = trained
+    path = trainer.export(
+        model, anomalib("deploy").ExportType.ONNX, export_root=tmp_path, input_size=(SIZE, SIZE)
+    )
+    session = runtime.InferenceSession(str(path))
+    for count in (1, 3):
+        images = torch.rand(count, 3, SIZE, SIZE)
+        names = [output.name for output in session.get_outputs()]
+        got = dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True))
+        with torch.no_grad():
+            wanted = model.eval()(images)
+        for name in ("pred_score", "anomaly_map"):
+            assert relative_error(torch.tensor(got[name]), getattr(wanted, name)) <= 1e-4
+
+
 def test_the_rate_and_the_clipping_are_the_papers(anomalib, ours, data, tmp_path):
     from msflow_ext.recipe import Recipe
 
