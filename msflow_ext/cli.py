@@ -1,4 +1,4 @@
-"""The command ``msflow``: info, demo, data, train, evaluate, predict, compare."""
+"""The command ``msflow``: info, demo, data, train, evaluate, predict, compare, convert, bench."""
 
 from __future__ import annotations
 
@@ -144,8 +144,29 @@ def compare(options: Any) -> int:
     return 0
 
 
+def convert(options: Any) -> int:
+    """Make a checkpoint of another package one of ours, or ours one of theirs."""
+    from msflow_ext.convert import convert as write
+
+    names = {"backbone": "backbone", "weights": "pretrained", "image_size": "image_size"}
+    names |= {"clamp": "clamp", "clamp_form": "clamp_form"}
+    given = {name: options[flag] for flag, name in names.items() if options[flag] is not None}
+    print(write(options.source, options.out, options.to, **given))
+    return 0
+
+
+def bench(options: Any) -> int:
+    """Measure flows, pipeline and a training step against the alternatives on this machine, in three minutes."""
+    from msflow_ext.bench import compare
+
+    for line in compare(options.threads, seconds=options.seconds, tiny=options.tiny):
+        print(line, flush=True)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Any], int]] = {
-    command.__name__: command for command in (info, demo, data, train, evaluate, predict, compare)
+    command.__name__: command
+    for command in (info, demo, data, train, evaluate, predict, compare, convert, bench)
 }
 
 

@@ -194,6 +194,27 @@ def _compare(part: ArgumentParser) -> None:
     part.add_argument("--out", default="comparison.html", help="page to write")
 
 
+def _convert(part: ArgumentParser) -> None:
+    part.add_argument("source", help="run folder, .safetensors, or a checkpoint of another package")
+    part.add_argument(
+        "--to",
+        default="msflow_ext",
+        help="msflow_ext, msflow (its authors), gathierry or anomalib (their FastFlow)",
+    )
+    _add_out(part, "file to write, .safetensors for one of ours")
+    part.add_argument("--backbone", type=str | None, help="of a file that does not name its own")
+    part.add_argument("--weights", type=str | None, help="file of backbone weights")
+    part.add_argument("--image-size", type=int | None, help="side of the square input in pixels")
+    part.add_argument("--clamp", type=float | None, help="it was trained with (default: 1.9 or 2)")
+    part.add_argument("--clamp-form", type=str | None, help="0.2 or head, by the version of FrEIA")
+
+
+def _bench(part: ArgumentParser) -> None:
+    _add_threads(part)
+    part.add_argument("--seconds", type=float, default=20.0, help="of timing each comparison")
+    part.add_argument("--tiny", action="store_true", help="toy sizes, to see that it works")
+
+
 def _data(part: ArgumentParser) -> None:
     import jsonargparse
 
@@ -276,4 +297,6 @@ _FLAGS: dict[str, Callable[[ArgumentParser], None]] = {
     "evaluate": _evaluate,
     "predict": _predict,
     "compare": _compare,
+    "convert": _convert,
+    "bench": _bench,
 }

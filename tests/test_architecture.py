@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": set(),
     "flows": {"ops"},
     "models": {"ops", "flows"},
-    "compat": {"ops", "flows", "metrics", "models", "testing"},
+    "compat": {"ops", "flows", "metrics", "models", "recipe", "testing"},
     "data": set(),
     "metrics": {"ops"},
     "testing": {"ops"},

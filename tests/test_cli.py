@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -398,3 +399,11 @@ def test_the_module_runs_as_the_command(tmp_path):
     assert ended.returncode == 2
     path = tmp_path / "model.safetensors"
     assert ended.stderr == f"msflow: error: {path}: no such checkpoint\n"
+
+
+def test_bench_compares_with_the_alternatives_on_this_machine(capsys):
+    assert cli.main(["bench", "--tiny", "--seconds", "0", "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    for case in ("flows", "pipeline resnet18", "training step"):
+        assert f"{case} " in printed
+    assert re.search(r"ours optimized fp32 +[0-9.]+ ms .*x\n", printed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +11,13 @@ import torch
 from torch import Tensor
 
 from msflow_ext.compat.msflow import read_permutation
+from msflow_ext.compat.torch_file import read_torch_file
 from msflow_ext.models.fastflow import FastFlowHead
 
 #: What each package calls the list of its flows.
 FLOWS = {"gathierry": "nf_flows", "anomalib": "fast_flow_blocks"}
 
-_KEY = re.compile(
-    rf"(?:model\.)?(?:(?:{'|'.join(FLOWS.values())})\.(\d+)\.module_list\.(\d+)\.(.+)|norms\.(\d+)\.(.+))"
-)
+_KEY = re.compile(rf"(?:{'|'.join(FLOWS.values())})\.(\d+)\.module_list\.(\d+)\.(.+)")
 
 
 def load_fastflow_checkpoint(
@@ -38,27 +36,29 @@ def load_fastflow_checkpoint(
         FileNotFoundError: no such file. ValueError: not such a checkpoint; keys missing, unexpected or misshapen,
             all named.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a readable torch checkpoint: {reason}") from error
-    for name in ("model_state_dict", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
+    content = read_torch_file(path)
     try:
         return head_from_state_dict(content, clamp=clamp, clamp_form=clamp_form)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
+def unpacked(content: Any) -> dict[str, Tensor]:
+    """The state dict in what either package saves; of a Lightning module only what its ``model`` holds."""
+    for name in ("model_state_dict", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"a state dict must be a dictionary, got {type(content).__name__}")
+    state = {str(key): value for key, value in content.items()}
+    model = {key: value for key, value in state.items() if key.startswith("model.")}
+    return model or state
+
+
 def head_from_state_dict(
-    state: Mapping[str, Tensor], *, clamp: float = 2.0, clamp_form: str = "0.2"
+    state: Mapping[str, Any], *, clamp: float = 2.0, clamp_form: str = "0.2"
 ) -> FastFlowHead:
-    """Our head with the weights of a ``state`` of either package; keys of anything but flows and norms are skipped.
+    """Our head with the weights of a ``state`` of either package; those of its backbone are skipped.
 
     Raises:
         ValueError: keys missing, unexpected or misshapen, all named.
@@ -68,11 +68,13 @@ def head_from_state_dict(
     expected = _named(head, index_permutations=False)
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
+    weights = [key for key in expected if key in state and "w_perm" not in key]
     problems += [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape and "w_perm" not in key
+        f"{key} is {tuple(state[key].shape)}, not {tuple(expected[key].shape)}"
+        for key in weights
+        if state[key].shape != expected[key].shape
     ]
+    problems += [f"{k} is {state[k].dtype}" for k in weights if not state[k].is_floating_point()]
     if problems:
         raise ValueError("the state dict does not fit: " + "; ".join(problems))
     own = {}
@@ -102,17 +104,19 @@ def to_peer_state_dict(
     }
 
 
-def _flows_and_norms(state: Any) -> dict[str, Tensor]:
-    """What ``state`` holds of flows and norms, as ``flows.SCALE.STEP.*`` and ``norms.SCALE.*``."""
-    if not isinstance(state, Mapping):
-        raise ValueError(f"a state dict must be a dictionary, got {type(state).__name__}")
+def _flows_and_norms(content: Any) -> dict[str, Tensor]:
+    """What ``content`` holds besides a backbone, flows and norms as ``flows.SCALE.STEP.*`` and ``norms.SCALE.*``."""
     found = {}
-    for key, value in state.items():
-        if match := _KEY.fullmatch(str(key)):
-            scale, step, name, normed, rest = match.groups()
-            found[f"norms.{normed}.{rest}" if step is None else f"flows.{scale}.{step}.{name}"] = (
-                value
-            )
+    for key, value in unpacked(content).items():
+        name = key.removeprefix("model.")
+        if name.startswith("feature_extractor."):
+            continue
+        if match := _KEY.fullmatch(name):
+            scale, step, rest = match.groups()
+            name = f"flows.{scale}.{step}.{rest}"
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key} is no tensor but {type(value).__name__}")
+        found[name] = value
     return found
 
 

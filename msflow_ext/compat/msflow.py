@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msflow_ext.compat.torch_file import read_torch_file
 from msflow_ext.models.msflow import MSFlowHead
 
 _FUSION = "fusion_flow.module_list"
@@ -36,14 +37,7 @@ def load_msflow_checkpoint(
         FileNotFoundError: no such file. ValueError: not such a checkpoint; keys missing, unexpected or misshapen,
             all named.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a readable torch checkpoint: {reason}") from error
+    checkpoint = read_torch_file(path)
     try:
         state = flatten_official(checkpoint)
         return head_from_state_dict(

@@ -45,7 +45,7 @@ def try_block(block: Any, *, full: bool) -> BlockFacts:
     """
 
     def trial(shapes: Shapes, facts: BlockFacts | None) -> float:
-        copy = bare(block, {block.subnet: Mixer.of(block, 6.0)})
+        copy = bare(block, {block.subnet: Mixer.of(block, 6.0)}).to(device)
 
         def forward(x: Tensor, *c: Tensor) -> Any:
             return copy.forward([x], list(c))
@@ -60,7 +60,7 @@ def try_block(block: Any, *, full: bool) -> BlockFacts:
     own = tuple(block.dims_in[0][1:])
     other = next((s for s in (size[: len(own)] for size in SIZES) if s != own), own)
     channels = [block.in_channels, *(dims[0] for dims in block.dims_c)]
-    with _quiet(block.global_scale.device):
+    with _quiet(block) as device:
         fixed, shapes = False, [(2, n, *other) for n in channels]
         try:
             trial(shapes, None)
@@ -87,8 +87,9 @@ def try_sequence(sequence: Any, facts: Mapping[nn.Module, BlockFacts]) -> None:
     for block, k in zip(blocks, sequence.conditions, strict=True):
         if k is not None:
             channels[k] = block.dims_c[0][0]
-    with _quiet(blocks[0].global_scale.device):
-        copy: Any = bare(sequence, {block.subnet: Mixer.of(block, 0.3) for block in blocks})
+    with _quiet(sequence) as device:
+        stubs = {block.subnet: Mixer.of(block, 0.3) for block in blocks}
+        copy = bare(sequence, stubs).to(device)
 
         def forward(x: Tensor, *c: Tensor) -> Any:
             return copy.forward(x, list(c))
@@ -107,8 +108,8 @@ def try_sequence(sequence: Any, facts: Mapping[nn.Module, BlockFacts]) -> None:
 
 def try_subnet(subnet: Any) -> None:
     """That :class:`FastSubnet` equals a module of ``conv1``, ``ln`` and ``conv2``, in training and evaluation."""
-    with _quiet(subnet.ln.weight.device):
-        copy: Any = bare(subnet, {})
+    with _quiet(subnet) as device:
+        copy = bare(subnet, {}).to(device)
 
         def training(x: Tensor) -> Any:
             return copy.train().forward(x)
@@ -124,13 +125,12 @@ def try_subnet(subnet: Any) -> None:
 def try_glow_coupling(coupling: Any) -> None:
     """That :class:`FastGlowCoupling` equals CS-Flow's coupling; random subnets stand in for its own."""
     left, right = coupling.split_len1, coupling.split_len2
-    device = next(coupling.parameters()).device
-    with _quiet(device):
+    with _quiet(coupling) as device:
         stubs = {
-            coupling.cross_convolution1: Mixer(left, 2 * right, 3.0, device),
-            coupling.cross_convolution2: Mixer(right, 2 * left, 3.0, device),
+            coupling.cross_convolution1: Mixer(left, 2 * right, 3.0),
+            coupling.cross_convolution2: Mixer(right, 2 * left, 3.0),
         }
-        copy: Any = bare(coupling, stubs)
+        copy = bare(coupling, stubs).to(device)
 
         def forward(*x: Tensor) -> Any:
             return copy.forward(list(x))
@@ -142,9 +142,9 @@ def try_glow_coupling(coupling: Any) -> None:
 class Mixer(nn.Module):
     """A random subnet without structure; of several scales it mixes each on its own."""
 
-    def __init__(self, channels_in: int, channels_out: int, strength: float, device: Any) -> None:
+    def __init__(self, channels_in: int, channels_out: int, strength: float) -> None:
         super().__init__()
-        (weight,) = _normal([(channels_in, channels_out)], device)
+        (weight,) = _normal([(channels_in, channels_out)])
         self.weight = nn.Parameter(weight / max(1, channels_in) ** 0.5)
         self.strength = strength
 
@@ -152,7 +152,7 @@ class Mixer(nn.Module):
     def of(cls, block: Any, strength: float) -> Mixer:
         """In place of the subnet of an ``AllInOneBlock``."""
         channels = block.splits[0] + block.condition_channels
-        return cls(channels, 2 * block.splits[1], strength, block.global_scale.device)
+        return cls(channels, 2 * block.splits[1], strength)
 
     def forward(self, *x: Tensor) -> Any:
         y = [self.strength * torch.tanh(t.movedim(1, -1) @ self.weight).movedim(-1, 1) for t in x]
@@ -160,7 +160,7 @@ class Mixer(nn.Module):
 
 
 def bare(module: nn.Module, stubs: Mapping[nn.Module, nn.Module]) -> Any:
-    """A float64 copy without hooks, in which ``stubs`` stand for submodules; other attributes are shared."""
+    """A float64 copy without hooks on the CPU, where ``stubs`` replace submodules; other attributes are shared."""
     copy = nn.Module.__new__(getattr(type(module), "_original", type(module)))
     nn.Module.__init__(copy)
     for name, value in vars(module).items():
@@ -210,7 +210,7 @@ def _results(
     device = next(module.parameters()).device
     found: list[Tensor] = []
     for call in calls:
-        inputs = [t.requires_grad_(gradients) for t in _normal(shapes, device)]
+        inputs = [t.to(device).requires_grad_(gradients) for t in _normal(shapes)]
         outputs = list(_leaves(call(*inputs)))
         found += outputs
         if gradients:
@@ -230,24 +230,26 @@ def _leaves(value: Any) -> Iterator[Tensor]:
             yield from _leaves(each)
 
 
-def _normal(shapes: Iterable[tuple[int, ...]], device: Any) -> list[Tensor]:
+def _normal(shapes: Iterable[tuple[int, ...]]) -> list[Tensor]:
     """Standard normal numbers, always the same, and none of those that the user's program draws."""
     generator = torch.Generator("cpu").manual_seed(0)
     options: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
-    return [torch.randn(shape, **options).to(device) for shape in shapes]
+    return [torch.randn(shape, **options) for shape in shapes]
 
 
 def _wide(t: Tensor) -> Tensor:
-    return t.detach().clone().double() if t.is_floating_point() else t.detach().clone()
+    dtype = torch.float64 if t.is_floating_point() else t.dtype
+    return t.detach().to("cpu", dtype, copy=True)
 
 
 @contextmanager
-def _quiet(device: torch.device) -> Iterator[None]:
-    """Gradients, full precision, and the program's random numbers undisturbed."""
+def _quiet(module: nn.Module) -> Iterator[torch.device]:
+    """Gradients, full precision, the program's random numbers undisturbed, and the device to compute on."""
+    device = next(module.parameters()).device
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
     ):
-        yield
+        yield torch.device("cpu") if device.type == "mps" else device  # which has no float64

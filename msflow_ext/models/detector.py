@@ -94,7 +94,7 @@ class FlowHead(nn.Module):
             raise ValueError(
                 f"{name} must be {len(self.channels)} tensors (N, C, H, W), got shapes {got}"
             )
-        if tuple(s[1] for s in got) != self.channels or len({s[0] for s in got}) != 1:
+        if tuple(s[1] for s in got) != self.channels or any(s[0] != got[0][0] for s in got):
             raise ValueError(
                 f"{name} must have one N and channels {self.channels}, got shapes {got}"
             )

@@ -32,12 +32,12 @@ def freia() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def anomalib() -> Callable[[str], ModuleType]:
-    """``anomalib(name)``: the module that holds a model of anomalib."""
+    """``anomalib(name)``: a module of the package anomalib."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for package in ("FrEIA", "anomalib.models"):
             pytest.importorskip(package)
-    return lambda name: importlib.import_module(f"anomalib.models.image.{name}.torch_model")
+    return lambda name: importlib.import_module(f"anomalib.{name}")
 
 
 @pytest.fixture(scope="session")

@@ -248,7 +248,8 @@ def test_anomalibs_models_give_the_same_anomaly_maps(
     monkeypatch.setattr(
         timm, "create_model", lambda *a, **o: create(*a, **{**o, "pretrained": False})
     )
-    net = getattr(anomalib(name.removesuffix("Model").lower()), name)(**options).eval()
+    module = anomalib(f"models.image.{name.removesuffix('Model').lower()}.torch_model")
+    net = getattr(module, name)(**options).eval()
     with torch.no_grad():
         for name, p in net.named_parameters():
             if "global_" in name:
@@ -262,3 +263,27 @@ def test_anomalibs_models_give_the_same_anomaly_maps(
     assert relative_error(got.anomaly_map, wanted.anomaly_map) <= 1e-5
     assert relative_error(got.pred_score, wanted.pred_score) <= 1e-5
     assert wanted.anomaly_map.std() > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_anomalibs_fastflow_trains_to_the_weights_of_the_original_run(anomalib):
+    Model = anomalib("models.image.fastflow.torch_model").FastflowModel
+    loss_of = anomalib("models.image.fastflow.loss").FastflowLoss()
+    net = Model(**RESNET, input_size=(32, 32), flow_steps=2).double()
+    ends = []
+    for accelerated in (False, True):
+        model = copy.deepcopy(net).train()
+        if accelerated:
+            mx.accelerate(model)
+        numbers = torch.Generator().manual_seed(0)
+        adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        for _ in range(100):
+            z, log_det = model(torch.rand(1, 3, 32, 32, generator=numbers, dtype=torch.float64))
+            loss = loss_of(z, log_det)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        ends.append(model.state_dict())
+    assert any(float((ends[0][k] - v).abs().max()) > 0.05 for k, v in net.state_dict().items())
+    for key, value in ends[0].items():
+        assert relative_error(ends[1][key], value) <= 1e-8, key

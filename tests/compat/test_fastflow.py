@@ -184,13 +184,22 @@ def weights_of(**options: Any) -> dict[str, Tensor]:
 
 
 FLOW = "nf_flows.0.module_list.0"
-BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "missing": (lambda w: w.pop(f"{FLOW}.subnet.2.bias"), r"missing flows\.0\.0\.subnet\.2\.bias"),
     "unexpected": (lambda w: w.update({f"{FLOW}.x": torch.ones(1)}), r"unexpected flows\.0\.0\.x"),
     "misshapen": (
         lambda w: w.update({f"{FLOW}.global_offset": torch.ones(1, 5, 1, 1)}),
         r"flows\.0\.0\.global_offset is \(1, 5, 1, 1\), not \(1, 6, 1, 1\)",
     ),
+    "integers": (
+        lambda w: w.update({f"{FLOW}.global_offset": torch.ones(1, 6, 1, 1).long()}),
+        r"flows\.0\.0\.global_offset is torch\.int64",
+    ),
+    "no tensor": (
+        lambda w: w.update({f"{FLOW}.global_offset": 3.0}),
+        r"nf_flows\.0\.module_list\.0\.global_offset is no tensor but float",
+    ),
+    "foreign": (lambda w: w.update({"other.weight": torch.ones(1)}), r"unexpected other\.weight"),
     "no scale": (lambda w: w.pop(f"{FLOW}.global_scale"), r"flows\.0\.0\.global_scale is missing"),
     "soft": (
         lambda w: w.update({f"{FLOW}.w_perm": torch.full((6, 6, 1, 1), 0.5)}),

@@ -275,7 +275,7 @@ def test_a_permutation_that_shall_be_learned_is_multiplied_with_and_gets_its_gra
 
 
 def test_csflows_coupling_gives_the_same_and_its_inverse_is_left_alone(anomalib):
-    csflow = anomalib("csflow")
+    csflow = anomalib("models.image.csflow.torch_model")
     sizes = [(7, 8, 4), (7, 4, 2), (7, 2, 1)]
     layer = csflow.ParallelGlowCouplingLayer(sizes, {"channels_hidden": 5}, clamp=3).double()
     for p in layer.parameters():

@@ -182,11 +182,15 @@ class Scores(nn.Module):
         return ops.aggregate(self.head.log_likelihood(x), 16).log_score
 
 
-def test_an_exported_head_is_plain_pytorch(native: None, normal: Normal) -> None:
+def test_an_exported_head_is_plain_pytorch_for_any_number_of_images(
+    native: None, normal: Normal
+) -> None:
     scores, x = Scores(make(dtype=torch.float32)), draw(normal, dtype=torch.float32)
-    exported = torch.export.export(scores, (x,))
+    any_number = [{0: torch.export.Dim.DYNAMIC} for _ in x]
+    exported = torch.export.export(scores, (x,), dynamic_shapes=(any_number,))
     assert "msflow_ext" not in exported.graph_module.code
-    assert relative_error(exported.module()(x), scores(x)) <= 1e-5
+    for images in ([f[:1] for f in x], x, [torch.cat((f, f)) for f in x]):
+        assert relative_error(exported.module()(images), scores(images)) <= 1e-5
 
 
 def test_the_inference_form_is_a_snapshot(normal: Normal, memory_format: Layout) -> None:

@@ -232,6 +232,8 @@ def test_flows_with_odd_channels_reproduce_everything_recorded(
 class Recorded(nn.Module):
     """A backbone that saw one batch."""
 
+    is_flat = False
+
     def __init__(self, maps: list[Tensor]) -> None:
         super().__init__()
         self.maps = maps
