@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out / data
         command = ["train", "--data", data, *chosen, *MODEL, *more, "--out", str(out)]
         worst = max(worst, cli.main([*command, "--resume"]))
+        if not (out / "table.json").exists():  # it did not even begin
+            continue
         found = json.loads((out / "table.json").read_text())
         document["commands"].append(" ".join(["msflow", *command]))
         document["runs"] += found["runs"]

@@ -163,7 +163,7 @@ def map_paths(out_dir: str | Path, names: Iterable[str]) -> Iterator[Path]:
     """The file of each name that :func:`save_maps` writes."""
     taken: set[str] = set()
     for name in names:
-        yield Path(out_dir) / "maps" / _file_name(name, taken)
+        yield Path(out_dir) / "maps" / file_name(name, taken)
 
 
 def read_panels(path: Path) -> list[Image]:
@@ -195,7 +195,7 @@ def _check_image(image: np.ndarray) -> None:
         raise ValueError(f"image: (H, W, 3) is wanted, got {image.shape}")
 
 
-def _file_name(name: str, taken: set[str]) -> str:
+def file_name(name: str, taken: set[str]) -> str:
     """Flatten ``name`` to a PNG file name that no entry of ``taken`` has, and add it there."""
     stem = re.sub(r"[^\w.-]+", "-", name).strip(".-").encode()[-200:].decode(errors="ignore")
     stem = stem or "image"

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from msflow_ext.data import Images
+from msflow_ext.data import Images, Item
+
+if TYPE_CHECKING:
+    from msflow_ext.recipe import Recipe
 
 CACHES = ("memory", "disk", "off")
 
 Decoded = TypeVar("Decoded")
+
+log = logging.getLogger(__name__)
 
 
 class Features:
@@ -153,6 +160,46 @@ class Features:
                 os.posix_fallocate(file.fileno(), 0, wanted)
         whole = torch.from_file(str(self._file), shared=True, size=sum(sizes), dtype=dtype)
         return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
+
+
+def features_of_parts(
+    stack: ExitStack,
+    model: Any,
+    parts: Mapping[str, Sequence[Item]],
+    run: Path,
+    recipe: Recipe,
+    progress: bool,
+) -> list[Features]:
+    """Features of each part of the images, closed with ``stack``.
+
+    If the model wants that, all are standardised by the first part, the images to train on.
+    """
+
+    def compute(name: str) -> Features:
+        features = Features(
+            model,
+            Images(parts[name], model.image_size, recipe.fit),
+            cache=recipe.cache,
+            dtype=torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32,
+            file=run / f"features-{name}.cache",
+            batch_size=recipe.batch_size,
+            workers=recipe.workers,
+            progress=f"{name} features" if progress else None,
+        )
+        return stack.enter_context(closing(features))
+
+    if model.standardize:  # what a former training left would count twice
+        channels = model.head.channels
+        model.set_statistics([torch.zeros(c) for c in channels], [torch.ones(c) for c in channels])
+    trained, *others = parts
+    found = [compute(trained)]
+    if model.standardize:
+        found[0].standardize(recipe.batch_size)
+    found += map(compute, others)
+    megabytes = sum(each.nbytes for each in found) / 1e6
+    counts = " + ".join(str(len(each)) for each in found if len(each))
+    log.info("features of %s images: %.0f MB (cache: %s)", counts, megabytes, recipe.cache)
+    return found
 
 
 def decoded(

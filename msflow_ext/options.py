@@ -181,7 +181,7 @@ def _evaluate(part: ArgumentParser) -> None:
 def _predict(part: ArgumentParser) -> None:
     _add_run(part)
     part.add_argument("paths", nargs="+", help="images, and folders with all that is in them")
-    _add_out(part, "folder for scores.csv and maps/*.png")
+    _add_out(part, "folder for scores.csv, maps/*.png and, of a run with thresholds, masks/*.png")
     _add_false_alarms(part)
     part.add_argument("--threshold", type=float | None, help="label by this score instead")
     part.add_argument("--score-only", action="store_true", help="write no maps")

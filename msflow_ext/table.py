@@ -91,18 +91,8 @@ def write(folder: Path, runs: Sequence[Run]) -> list[Line]:
 
 def brief(run: Run) -> dict[str, Any]:
     """A run in plain values, without what changes with every epoch."""
-    kept = (
-        *RESULTS,
-        "epochs",
-        "seconds",
-        "best",
-        "baseline",
-        "decisions",
-        "recipe",
-        "model",
-        "data",
-    )
-    found = {name: run.metrics[name] for name in kept if name in run.metrics} if run.metrics else {}
+    left_out = ("losses", "evaluations")
+    found = {name: value for name, value in (run.metrics or {}).items() if name not in left_out}
     return {**asdict(run), "metrics": found or None}
 
 

@@ -6,8 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,10 @@ from msflow_ext.checkpoint import (
     save_checkpoint,
     write_text,
 )
-from msflow_ext.data import DataSet, Images, Item
+from msflow_ext.data import DataSet, Images
 from msflow_ext.decisions import Calibration, judged
 from msflow_ext.evaluation import RESULTS, Evaluation, Truth, evaluate
-from msflow_ext.features import Features
+from msflow_ext.features import Features, features_of_parts
 from msflow_ext.inference import pick_device
 from msflow_ext.models.padim import Padim
 from msflow_ext.recipe import Recipe
@@ -162,7 +162,7 @@ def train(
             "held-out": [dataset.train[i] for i in held],
             "test": dataset.test,
         }
-        trained, held_out, tested = _features(stack, model, items, run, recipe, progress)
+        trained, held_out, tested = features_of_parts(stack, model, items, run, recipe, progress)
         if overwrite:  # now that all images and masks are known to be sound
             clear_run(run)
         write_text(run / "config.yaml", yaml.safe_dump(dict(settings or {}), sort_keys=False))
@@ -226,43 +226,6 @@ def _fabric(device: torch.device, recipe: Recipe) -> Fabric:
     )
     fabric.launch()
     return fabric
-
-
-def _features(
-    stack: ExitStack,
-    model: Any,
-    items: Mapping[str, Sequence[Item]],
-    run: Path,
-    recipe: Recipe,
-    progress: bool,
-) -> list[Features]:
-    """Features of each part, standardised by the first, the training images, if the model wants that."""
-
-    def compute(name: str) -> Features:
-        features = Features(
-            model,
-            Images(items[name], model.image_size, recipe.fit),
-            cache=recipe.cache,
-            dtype=torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32,
-            file=run / f"features-{name}.cache",
-            batch_size=recipe.batch_size,
-            workers=recipe.workers,
-            progress=f"{name} features" if progress else None,
-        )
-        return stack.enter_context(closing(features))
-
-    if model.standardize:  # what a former training left would count twice
-        channels = model.head.channels
-        model.set_statistics([torch.zeros(c) for c in channels], [torch.ones(c) for c in channels])
-    trained, *others = items
-    found = [compute(trained)]
-    if model.standardize:
-        found[0].standardize(recipe.batch_size)
-    found += map(compute, others)
-    megabytes = sum(each.nbytes for each in found) / 1e6
-    counts = " + ".join(str(len(each)) for each in found if len(each))
-    log.info("features of %s images: %.0f MB (cache: %s)", counts, megabytes, recipe.cache)
-    return found
 
 
 def _bar(recipe: Recipe, epoch: int, images: int, progress: bool) -> tqdm:

@@ -146,6 +146,11 @@ def test_a_run_with_images_held_out_labels_images(data, tmp_path, capsys):
     assert header == "name,defect,label,score,p_value"
     for label, score, p_value in (row.split(",")[2:] for row in rows):
         assert (label == "1") == (float(score) > threshold) == (float(p_value) <= 0.4)
+    assert {path.name for path in (tmp_path / "out/masks").iterdir()} == {
+        path.name for path in (tmp_path / "out/maps").iterdir()
+    }
+    with Image.open(tmp_path / "out/masks/square-0.png.png") as mask:
+        assert (mask.mode, mask.size) == ("1", (64, 64))
     assert "needs 9 held-out" in _fails(capsys, *predict, "--out", "x", "--false-alarms", "0.1")
 
     evaluate = ["evaluate", "--run", str(run), "--device", "cpu", "--out", str(tmp_path / "e")]

@@ -112,6 +112,17 @@ def test_what_is_written_reads_back_unchanged(tmp_path):
     ] == list(ROWS)
 
 
+def test_further_columns_of_scores_are_empty_where_nothing_is_known(tmp_path):
+    rows = [("a", "good", 0, 1.0), ("b", "scar", 1, 2.0), ("c", "scar", 1, 3.0)]
+    report.write_scores(tmp_path / "s.csv", rows, p_value=[0.5, None, float("nan")], aupimo=None)
+    assert (tmp_path / "s.csv").read_text().splitlines() == [
+        "name,defect,label,score,p_value",
+        "a,good,0,1.0,0.5",
+        "b,scar,1,2.0,",
+        "c,scar,1,3.0,",
+    ]
+
+
 def test_a_file_name_that_is_not_unicode_keeps_its_bytes(tmp_path):
     report.write_scores(tmp_path / "scores.csv", [(os.fsdecode(b"\xff.png"), "good", 0, 1.0)])
     assert b"\n\xff.png,good,0,1.0\n" in (tmp_path / "scores.csv").read_bytes()
