@@ -16,10 +16,7 @@ from msflow_ext.models.msflow_flows import FusionFlow
 from msflow_ext.recipe import PRESETS, Recipe
 
 PAPER, FASTFLOW = PRESETS["paper"]["msflow"].recipe, PRESETS["paper"]["fastflow"].recipe
-COSINE = replace(PAPER, batch_size=16, lr=2e-3, warmup=0.0, schedule="cosine")
-NOISE = replace(COSINE, noise=0.3)
-SMALL = {"blocks": (1, 1, 2)}
-SMALL_4 = {"blocks": (1, 1, 2, 2)}  # stride 32 too
+ROBUST = PRESETS["robust"]["msflow"]
 
 
 @dataclass(frozen=True)
@@ -39,39 +36,36 @@ class Variant:
     epochs: int | None = None
 
 
-def robust(name: str, model: Callable[..., Any], **options: Any) -> Variant:
-    preset = PRESETS["robust"][name]
-    return Variant(model, preset.model, preset.recipe, **options)
+def robust(arguments: Mapping[str, Any] | None = None, **changes: Any) -> Variant:
+    """MSFlow's robust preset but for these arguments and this of the recipe."""
+    whole = {**ROBUST.model, **(arguments or {})}
+    return Variant(arguments=whole, recipe=replace(ROBUST.recipe, **changes))
 
 
 def variants() -> dict[str, Variant]:
     """By name; a name is the key of its rows, and is not given to another variant."""
+    fastflow = PRESETS["robust"]["fastflow"]
     return {
         "MSFlow paper": Variant(),
-        "MSFlow robust": robust("msflow", MSFlow),
-        "FastFlow paper, 8 epochs": Variant(FastFlow, recipe=FASTFLOW, epochs=8),
-        "FastFlow paper, batch 8, 12 epochs": Variant(
-            FastFlow, recipe=replace(FASTFLOW, batch_size=8), epochs=12
-        ),
-        "FastFlow paper": Variant(FastFlow, recipe=FASTFLOW),
-        "FastFlow robust": robust("fastflow", FastFlow),
         "no fusion flow": Variant(change=without_fusion),
         "no condition": Variant(change=without_condition),
         "blocks 5 5 5": Variant(arguments={"blocks": (5, 5, 5)}),
         "blocks 8 5 2": Variant(arguments={"blocks": (8, 5, 2)}),
         "reflect padding": Variant(change=reflect),
         "stride 32": Variant(arguments={"blocks": (2, 5, 8, 8)}),
-        "cosine": Variant(recipe=COSINE),
-        "small, cosine": Variant(arguments=SMALL, recipe=COSINE),
-        "small, cosine, noise 0.3": Variant(arguments=SMALL, recipe=NOISE),
-        "stride 32, small, cosine": Variant(arguments=SMALL_4, recipe=COSINE),
-        "stride 32, small, cosine, noise 0.3": Variant(arguments=SMALL_4, recipe=NOISE),
-        "small, cosine, weight decay 1e-4": Variant(
-            arguments=SMALL, recipe=replace(COSINE, weight_decay=1e-4)
+        "MSFlow robust": robust(),
+        "robust, stride 32": robust({"blocks": (1, 1, 2, 2)}),
+        "robust, noise 0.3": robust(noise=0.3),
+        "robust, stride 32, noise 0.3": robust({"blocks": (1, 1, 2, 2)}, noise=0.3),
+        "robust, weight decay 1e-4": robust(weight_decay=1e-4),
+        "robust, clamp 1": robust({"clamp": 1.0}),
+        "robust, learnable base": replace(robust(), change=with_learnable_base),
+        "FastFlow paper": Variant(FastFlow, recipe=FASTFLOW),
+        "FastFlow paper, 8 epochs": Variant(FastFlow, recipe=FASTFLOW, epochs=8),
+        "FastFlow paper, batch 8, 12 epochs": Variant(
+            FastFlow, recipe=replace(FASTFLOW, batch_size=8), epochs=12
         ),
-        "small, cosine, learnable base": Variant(
-            arguments=SMALL, recipe=COSINE, change=with_learnable_base
-        ),
+        "FastFlow robust": Variant(FastFlow, fastflow.model, fastflow.recipe),
     }
 
 

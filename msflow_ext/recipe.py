@@ -179,7 +179,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "msflow": Preset(
             Recipe(**_COSINE),
             {
-                "blocks": (1, 1, 2, 2),  # stride 32 too
+                "blocks": (1, 1, 2),
                 "standardize": True,
                 "score": "nll",
                 "anomaly_map": "clamped",

@@ -152,7 +152,13 @@ def test_the_demo_trains_the_model_that_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models: list[str] = []
-    monkeypatch.setattr(cli, "_train", lambda options: models.append(options.model) or [])
+
+    def record(options: Any) -> dict[str, Any]:
+        models.append(options.model)
+        about = {"data": {"name": "", "category": ""}, "model": {"name": ""}, "baseline": None}
+        return {**about, "image_auroc": None, "pixel_auroc": None, "aupro": None}
+
+    monkeypatch.setattr(cli, "_train", record)
     for flags in ([], ["--model", "fastflow"]):
         assert cli.main(["demo", "--out", str(tmp_path), *flags]) == 0
     assert models == ["msflow"] * 2 + ["fastflow"] * 2
