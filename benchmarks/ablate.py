@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
@@ -33,11 +33,34 @@ EPOCHS = {"mono": 24, "poly": 24, "brick": 40}
 BATCH = 16  # of tests
 BASELINES = ("Gaussian", "1-NN")
 
+#: Columns of a table: data, ways to score of which a row has one, and which of its numbers.
+Column = tuple[str, Sequence[str], int]
+SCORES: dict[str, Column] = {
+    f"{data}, {title}": (data, how, 0)
+    for data in EPOCHS
+    for title, how in {
+        "own score": ("paper", "log 3%"),
+        "NLL": ("nll 3%",),
+        "NLL, position base": ("nll 3%, position base",),
+    }.items()
+}
+MAPS: dict[str, Column] = {
+    f"brick, {way}, {metric}": ("brick", ("paper", way) if way == "additive" else (way,), i)
+    for way in ("additive", "multiplicative", "clamped", "additive, position base")
+    for i, metric in ((1, "pixel AUROC"), (2, "AUPRO"))
+}
+TOP_K: dict[str, Column] = {
+    f"{data}, NLL top {share}": (data, (f"nll {share}",), 0)
+    for data in EPOCHS
+    for share in ("1%", "3%", "10%")
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     o = parser().parse_args(arguments)
     if o.table:
-        print("\n".join(table(rows(o.file))))
+        for columns in (SCORES, MAPS, TOP_K):
+            print("\n".join((*table(rows(o.file), columns), "")))
         return 0
     done = {(row["variant"], row["data"], row["seed"]) for row in rows(o.file)}
     for seed, data, name in product(o.seeds, o.data, o.variants or [*BASELINES, *variants()]):
@@ -71,16 +94,13 @@ def rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(found: Sequence[Row]) -> Iterator[str]:
-    """Percent, mean and spread over seeds: a line per variant and way to score, a column per data set."""
-    yield "| variant | score or map | mono, image | poly, image | brick, image | brick, pixel | brick, AUPRO |"
-    yield "|---|---|---:|---:|---:|---:|---:|"
+def table(found: Sequence[Row], columns: Mapping[str, Column]) -> Iterator[str]:
+    """Percent, mean and spread over (so many) seeds, a line per variant."""
+    yield f"| variant | {' | '.join(columns)} |"
+    yield "|---|" + "---:|" * len(columns)
     for name in dict.fromkeys(row["variant"] for row in found):
         mine = [row for row in found if row["variant"] == name]
-        for how in dict.fromkeys(key for row in mine for key in row["scores"]):
-            cells = [_cell(mine, data, how, 0) for data in ("mono", "poly", "brick")]
-            cells += [_cell(mine, "brick", how, i) for i in (1, 2)]
-            yield f"| {name} | {how} | {' | '.join(cells)} |"
+        yield f"| {name} | {' | '.join(_cell(mine, *column) for column in columns.values())} |"
 
 
 def run(name: str, data: str, seed: int, brick: Path | None, epochs: int | None) -> Row:
@@ -233,11 +253,13 @@ def _embedded(features: Sequence[Tensor]) -> Tensor:
     return whole.flatten(2).permute(2, 0, 1)
 
 
-def _cell(found: Sequence[Row], data: str, how: str, i: int) -> str:
+def _cell(found: Sequence[Row], data: str, how: Sequence[str], i: int) -> str:
     values = [
-        r["scores"][how][i]
-        for r in found
-        if r["data"] == data and len(r["scores"].get(how, ())) > i
+        row["scores"][way][i]
+        for row in found
+        if row["data"] == data
+        for way in [next((way for way in how if way in row["scores"]), "")]
+        if len(row["scores"].get(way, ())) > i
     ]
     if not values:
         return "-"
