@@ -177,11 +177,14 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "robust": {
         "msflow": Preset(
-            Recipe(**_COSINE, noise=0.3),
-            {"blocks": (1, 1, 2), "standardize": True, "score": "nll"},
+            Recipe(**_COSINE),
+            {
+                "blocks": (1, 1, 2),
+                "standardize": True,
+                "score": "nll",
+                "anomaly_map": "clamped",
+            },
         ),
-        "fastflow": Preset(
-            Recipe(**_COSINE, noise=0.3), {"steps": 2, "standardize": True, "score": "nll"}
-        ),
+        "fastflow": Preset(Recipe(**_COSINE), {"steps": 2, "standardize": True, "score": "nll"}),
     },
 }

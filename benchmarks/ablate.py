@@ -1,0 +1,272 @@
+"""What the parts of models and recipes are worth on the packaged data: `python -m benchmarks.ablate [VARIANT ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.ablations import variants
+from msflow_ext import FastFlow, MSFlow, metrics, ops
+from msflow_ext.data import DataSet, Images, open_dataset
+from msflow_ext.evaluation import Truth
+from msflow_ext.features import Features
+from msflow_ext.models.padim import Padim, PadimPrediction
+from msflow_ext.training import make_optimizer
+
+Row = dict[str, Any]
+FILE = Path(__file__).parent / "results" / "ablations.jsonl"
+BACKBONE, SIZE = "efficientnet_lite0", 192
+EPOCHS = {"mono": 24, "poly": 24, "brick": 40}
+BATCH = 16  # of tests
+BASELINES = ("Gaussian", "1-NN")
+
+#: Columns of a table: data, ways to score of which a row has one, and which of its numbers.
+Column = tuple[str, Sequence[str], int]
+SCORES: dict[str, Column] = {
+    f"{data}, {title}": (data, how, 0)
+    for data in EPOCHS
+    for title, how in {
+        "own score": ("paper", "log 3%"),
+        "NLL": ("nll 3%",),
+        "NLL, position base": ("nll 3%, position base",),
+    }.items()
+}
+MAPS: dict[str, Column] = {
+    f"brick, {way}, {metric}": ("brick", ("paper", way) if way == "additive" else (way,), i)
+    for way in ("additive", "multiplicative", "clamped", "additive, position base")
+    for i, metric in ((1, "pixel AUROC"), (2, "AUPRO"))
+}
+TOP_K: dict[str, Column] = {
+    f"{data}, NLL top {share}": (data, (f"nll {share}",), 0)
+    for data in EPOCHS
+    for share in ("1%", "3%", "10%")
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    o = parser().parse_args(arguments)
+    if o.table:
+        for columns in (SCORES, MAPS, TOP_K):
+            print("\n".join((*table(rows(o.file), columns), "")))
+        return 0
+    done = {(row["variant"], row["data"], row["seed"]) for row in rows(o.file)}
+    for seed, data, name in product(o.seeds, o.data, o.variants or [*BASELINES, *variants()]):
+        if (name, data, seed) in done:
+            continue
+        began = time.monotonic()
+        found = run(name, data, seed, o.brick, o.epochs)
+        seconds = round(time.monotonic() - began)
+        row = {"variant": name, "data": data, "seed": seed, "seconds": seconds, **found}
+        o.file.parent.mkdir(parents=True, exist_ok=True)
+        with o.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{name}, {data} {seed}: {seconds} s", flush=True)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m benchmarks.ablate", description=__doc__)
+    add = found.add_argument
+    add("variants", nargs="*", help=f"default: all; {', '.join((*BASELINES, *variants()))}")
+    add("--data", nargs="+", choices=tuple(EPOCHS), default=list(EPOCHS))
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of split, weights and order")
+    add("--epochs", type=int, help="instead of the variant's or the data set's")
+    add("--brick", type=Path, help="folder in the layout of MVTec (default: the texture's own)")
+    add("--file", type=Path, default=FILE, help="rows that are there are not computed again")
+    add("--table", action="store_true", help="print the rows as Markdown, and stop")
+    return found
+
+
+def rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(found: Sequence[Row], columns: Mapping[str, Column]) -> Iterator[str]:
+    """Percent, mean and spread over (so many) seeds, a line per variant."""
+    yield f"| variant | {' | '.join(columns)} |"
+    yield "|---|" + "---:|" * len(columns)
+    for name in dict.fromkeys(row["variant"] for row in found):
+        mine = [row for row in found if row["variant"] == name]
+        yield f"| {name} | {' | '.join(_cell(mine, *column) for column in columns.values())} |"
+
+
+def run(name: str, data: str, seed: int, brick: Path | None, epochs: int | None) -> Row:
+    """Train and test one variant; its epochs, last loss, and what each way to score reaches."""
+    dataset = load(data, seed, brick)
+    if name in BASELINES:
+        model = MSFlow(BACKBONE, image_size=SIZE, seed=seed)
+        return {"scores": {"paper": baseline(name, features_of(model, dataset, data, seed, None))}}
+    variant = variants()[name]
+    epochs = epochs or variant.epochs or EPOCHS[data]
+    options = {**variant.arguments, "image_size": SIZE, "position_base": True, "seed": seed}
+    model = variant.model(BACKBONE, **options)
+    if variant.change:
+        variant.change(model)
+    cached = features_of(model, dataset, data, seed, variant.change)
+    loss = fit(model, cached.trained, replace(variant.recipe, epochs=epochs, seed=seed))
+    return {"epochs": epochs, "loss": loss, "scores": scores(model, cached)}
+
+
+@lru_cache(maxsize=1)
+def load(data: str, seed: int, brick: Path | None) -> DataSet:
+    if data != "brick":
+        return open_dataset("elpv", category=data, split_seed=seed)
+    if brick is None:
+        return open_dataset("textures", category="brick")
+    return open_dataset(str(brick.parent), "mvtec", brick.name)
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Features of a data set that are in memory: those of a variant serve the next that has the same backbone."""
+
+    trained: Features
+    tested: Features
+    truth: Truth
+
+
+_kept: dict[Any, Cached] = {}
+
+
+def features_of(model: Any, dataset: DataSet, *key: Any) -> Cached:
+    """``key`` says what else they depend on."""
+    key = (*key, type(model), model.head.channels, model.standardize)
+    if key not in _kept:
+        while len(_kept) > 1:
+            _kept.pop(next(iter(_kept)))
+        trained = Features(model, Images(dataset.train, SIZE))
+        if model.standardize:
+            trained.standardize()
+        images = Images(dataset.test, SIZE)
+        _kept[key] = Cached(trained, Features(model, images), Truth.of(images))
+    return _kept[key]
+
+
+def fit(model: Any, features: Features, recipe: Any) -> float:
+    """Train as :func:`msflow_ext.training.train` does, without its folder; the mean loss of the last epoch."""
+    head, adam, losses = model.head.train(), make_optimizer(model.head, recipe.weight_decay), []
+    clip = recipe.clip or float("inf")
+    for epoch in range(recipe.epochs):
+        adam.param_groups[0]["lr"] = recipe.learning_rate(epoch)
+        chunks = recipe.order(epoch, len(features)).split(recipe.batch_size)
+        losses = []
+        for batch in recipe.disturbed(epoch, (features[chunk] for chunk in chunks)):
+            loss = head.loss(batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(head.parameters(), clip)
+            adam.step()
+            adam.zero_grad()
+            losses.append(loss.item() / sum(x[0].numel() for x in batch))
+    head.eval()
+    return round(mean(losses), 4)
+
+
+@torch.no_grad()
+def scores(model: Any, cached: Cached) -> dict[str, list[float]]:
+    """Image AUROC, and with masks pixel AUROC and AUPRO, of every way to score, without and with a position base."""
+    base, model.base = model.base, None
+    found = ways(model, cached)
+    model.base = base
+    base.fit(model.head(batch).z for batch in cached.trained.batches(BATCH))
+    based = ways(model, cached)
+    return found | {f"{how}, position base": value for how, value in based.items()}
+
+
+def ways(model: Any, cached: Cached) -> dict[str, list[float]]:
+    normal, maps = (_likelihoods(model, each) for each in (cached.trained, cached.tested))
+    truth = cached.truth
+    found: dict[str, list[float]] = {}
+    if isinstance(model, FastFlow):
+        means = _in_batches(maps, lambda part: ops.mean_aggregate(part, SIZE))
+        found["paper"] = judge(truth, *(_joined(means, n) for n in ("score", "anomaly_map")))
+    for top_k in (0.01, 0.1, 0.03):
+        parts = _in_batches(maps, partial(ops.aggregate, size=SIZE, top_k=top_k))
+        for score in ("log", "nll"):
+            found[f"{score} {top_k:.0%}"] = judge(truth, _joined(parts, f"{score}_score"))
+    nll = _joined(parts, "nll_score")
+    found["additive"] = judge(truth, nll, _joined(parts, "anomaly_map"))
+    found["multiplicative"] = judge(truth, nll, _joined(parts, "image_map"))
+    clamped = torch.zeros(len(maps[0]), SIZE, SIZE)
+    for usual, m in zip(normal, maps, strict=True):
+        unusual = ((usual.mean() - m) / usual.std()).clamp_max(8)[:, None]
+        clamped += F.interpolate(unusual, (SIZE, SIZE), mode="bilinear", align_corners=True)[:, 0]
+    found["clamped"] = judge(truth, nll, clamped)
+    return found
+
+
+def baseline(name: str, cached: Cached) -> list[float]:
+    """A Gaussian per position, or the distance to the nearest training image's feature there."""
+    trained, tested = cached.trained, cached.tested
+    if name == "Gaussian":
+        padim = Padim().fit(trained.batches(BATCH))
+        parts = [padim.predict(batch, SIZE) for batch in tested.batches(BATCH)]
+    else:
+        seen = _embedded(next(trained.batches(len(trained))))
+        parts = []
+        for batch in tested.batches(BATCH):
+            near = torch.cdist(_embedded(batch), seen).amin(2).T
+            near = near.reshape(-1, 1, *batch[0].shape[2:])
+            maps = F.interpolate(near, (SIZE, SIZE), mode="bilinear")[:, 0]
+            parts.append(PadimPrediction(maps.amax((1, 2)), maps))
+    return judge(cached.truth, *(_joined(parts, part) for part in ("score", "anomaly_map")))
+
+
+def judge(truth: Truth, score: Tensor, maps: Tensor | None = None) -> list[float]:
+    assert truth.labels is not None
+    found = [metrics.auroc(truth.labels, score.numpy())]
+    if truth.masks is not None and maps is not None:
+        judges = (metrics.auroc, metrics.aupro)
+        found += [measure(truth.masks, maps.numpy()) for measure in judges]
+    return [round(float(value), 5) for value in found]
+
+
+def _likelihoods(model: Any, features: Features) -> list[Tensor]:
+    parts = [model.log_likelihood(batch) for batch in features.batches(BATCH)]
+    return [torch.cat(scale) for scale in zip(*parts, strict=True)]
+
+
+def _in_batches(maps: Sequence[Tensor], function: Callable[[list[Tensor]], Any]) -> list[Any]:
+    return [function(list(part)) for part in zip(*(m.split(BATCH) for m in maps), strict=True)]
+
+
+def _joined(parts: Sequence[Any], name: str) -> Tensor:
+    return torch.cat([getattr(part, name) for part in parts])
+
+
+def _embedded(features: Sequence[Tensor]) -> Tensor:
+    """All scales on the finest grid, ``(H * W, N, C)``."""
+    grid = features[0].shape[2:]
+    whole = torch.cat([F.interpolate(x, grid, mode="bilinear") for x in features], 1)
+    return whole.flatten(2).permute(2, 0, 1)
+
+
+def _cell(found: Sequence[Row], data: str, how: Sequence[str], i: int) -> str:
+    values = [
+        row["scores"][way][i]
+        for row in found
+        if row["data"] == data
+        for way in [next((way for way in how if way in row["scores"]), "")]
+        if len(row["scores"].get(way, ())) > i
+    ]
+    if not values:
+        return "-"
+    spread = f" +- {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread} ({len(values)})"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""The table of variants: models and recipes that differ from a paper's in one thing each, or in what a preset gathers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msflow_ext import FastFlow, MSFlow
+from msflow_ext.models.msflow_flows import FusionFlow
+from msflow_ext.recipe import PRESETS, Recipe
+
+PAPER, FASTFLOW = PRESETS["paper"]["msflow"].recipe, PRESETS["paper"]["fastflow"].recipe
+ROBUST = PRESETS["robust"]["msflow"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model and how it is trained.
+
+    Attributes:
+        arguments: of the model.
+        change: edits the model before it is trained.
+        epochs: where they are not those of the data set.
+    """
+
+    model: Callable[..., Any] = MSFlow
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe = PAPER
+    change: Callable[[Any], None] | None = None
+    epochs: int | None = None
+
+
+def robust(arguments: Mapping[str, Any] | None = None, **changes: Any) -> Variant:
+    """MSFlow's robust preset but for these arguments and this of the recipe."""
+    whole = {**ROBUST.model, **(arguments or {})}
+    return Variant(arguments=whole, recipe=replace(ROBUST.recipe, **changes))
+
+
+def variants() -> dict[str, Variant]:
+    """By name; a name is the key of its rows, and is not given to another variant."""
+    fastflow = PRESETS["robust"]["fastflow"]
+    return {
+        "MSFlow paper": Variant(),
+        "no fusion flow": Variant(change=without_fusion),
+        "no condition": Variant(change=without_condition),
+        "blocks 5 5 5": Variant(arguments={"blocks": (5, 5, 5)}),
+        "blocks 8 5 2": Variant(arguments={"blocks": (8, 5, 2)}),
+        "reflect padding": Variant(change=reflect),
+        "stride 32": Variant(arguments={"blocks": (2, 5, 8, 8)}),
+        "MSFlow robust": robust(),
+        "robust, stride 32": robust({"blocks": (1, 1, 2, 2)}),
+        "robust, noise 0.3": robust(noise=0.3),
+        "robust, stride 32, noise 0.3": robust({"blocks": (1, 1, 2, 2)}, noise=0.3),
+        "robust, weight decay 1e-4": robust(weight_decay=1e-4),
+        "robust, clamp 1": robust({"clamp": 1.0}),
+        "robust, learnable base": replace(robust(), change=with_learnable_base),
+        "FastFlow paper": Variant(FastFlow, recipe=FASTFLOW),
+        "FastFlow paper, 8 epochs": Variant(FastFlow, recipe=FASTFLOW, epochs=8),
+        "FastFlow paper, batch 8, 12 epochs": Variant(
+            FastFlow, recipe=replace(FASTFLOW, batch_size=8), epochs=12
+        ),
+        "FastFlow robust": Variant(FastFlow, fastflow.model, fastflow.recipe),
+    }
+
+
+def without_fusion(model: Any) -> None:
+    """The scales stay apart: the flows' results are the latent tensors."""
+
+    class Apart(FusionFlow):
+        def couple(self, halves: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
+            z = [torch.cat(pair, 1) for pair in halves]
+            return z, z[0].new_zeros(len(z[0]))
+
+    model.head.fusion = Apart(model.head.channels, clamp=model.head.clamp).requires_grad_(False)
+
+
+def without_condition(model: Any) -> None:
+    """The subnets are not told where in the map they are."""
+    for flow in model.head.flows:
+        for step in flow.steps:
+            step.subnet.conv_cond.weight.requires_grad_(False).zero_()
+
+
+def reflect(model: Any) -> None:
+    """Convolutions of the backbone mirror their input, those that pad unevenly too (TF-SAME)."""
+
+    def mirrored(layer: torch.nn.Conv2d, x: Tensor) -> Tensor:
+        borders: list[int] = []
+        each = (x.shape[2:], layer.kernel_size, layer.stride, layer.padding)
+        for side, kernel, stride, padding in reversed(list(zip(*each, strict=True))):
+            both = 2 * int(padding) or max((-(-side // stride) - 1) * stride + kernel - side, 0)
+            borders += [both // 2, both - both // 2]
+        x = F.pad(x, borders, mode="reflect")
+        return F.conv2d(x, layer.weight, layer.bias, layer.stride, 0, layer.dilation, layer.groups)
+
+    for layer in model.backbone.network.modules():
+        if isinstance(layer, torch.nn.Conv2d) and max(layer.kernel_size) > 1:
+            layer.forward = partial(mirrored, layer)  # type: ignore[method-assign]
+
+
+def with_learnable_base(model: Any) -> None:
+    """A mean and a deviation of its own for each latent channel at each position, trained with the flow."""
+    head = model.head
+    grids = [model.pooled_size(*grid) for grid in model.backbone.grids(model.image_size)]
+    shapes = [(c, *grid) for c, grid in zip(head.channels, grids, strict=True)]
+    head.base_mean, head.base_scale = (
+        torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(shape)) for shape in shapes)
+        for _ in range(2)
+    )
+    plain = head.forward
+
+    def forward(features: Any) -> Any:
+        out = plain(features)
+        parts = zip(out.z, head.base_mean, head.base_scale, strict=True)
+        z = [(t - mean) * scale.exp() for t, mean, scale in parts]
+        return type(out)(z, out.log_det + sum(scale.sum() for scale in head.base_scale))
+
+    head.forward = forward
