@@ -13,7 +13,8 @@ namespace msflow {
 namespace {
 
 constexpr int64_t panel = winograd_panel;
-constexpr int64_t cached = 4 << 20;  // bytes of intermediate results at once
+// Bytes of intermediate results at once, but tiles enough for the weights' way from memory.
+constexpr int64_t cached = 4 << 20, enough = 64;
 
 HD int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
@@ -36,7 +37,9 @@ struct Job : Winograd {
     v_step = round_up(words, 16) + 16;
     m_step = round_up(out_channels, panel) + 16;
     const int64_t per_tile = points * (v_step + m_step) * 4;
-    block = std::min(tiles, std::max<int64_t>(16, cached / per_tile / 16 * 16));
+    const int64_t most = std::max(enough, cached / per_tile);
+    const int64_t blocks = std::max<int64_t>(1, (tiles + most - 1) / most);
+    block = round_up((tiles + blocks - 1) / blocks, 8);
     v = scratch<uint32_t>(points * block * v_step);
     m = scratch<float>(points * block * m_step);
     zeros.reset(new uint32_t[channels + 16]());
@@ -140,26 +143,31 @@ HD void transform_products(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
+#define PREFETCH(x) __builtin_prefetch(x, 0, 2)
+#define PREFETCH_W(x) __builtin_prefetch(x, 1, 3)
 // ---- products: rows of tiles times panels of channels ----
 
 struct MultiplyFloat {
-  HD static void add(Vector& sum, const uint32_t* a, const Vector& b) {
-    float f;
-    memcpy(&f, a, sizeof f);
-    sum += f * b;
-  }
+  HD static void add(Vector& sum, const Vector& a, const Vector& b) { sum += a * b; }
 };
 
 // A row's words times a panel's: sums stay in registers from the first channel to the last.
 template <class Multiply, int rows, int vectors>
 HD void multiply_block(const uint32_t* a, int64_t a_step, const float* b, int64_t words, float* m,
-                       int64_t m_step) {
+                       int64_t m_step, const float* soon) {
   Vector sum[rows][vectors] = {};
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < vectors; ++j) PREFETCH_W(m + i * m_step + j * vector_size);
   for (int64_t k = 0; k < words; ++k) {
+    PREFETCH(soon + k * vector_size);
     Vector w[vectors];
     for (int j = 0; j < vectors; ++j) load(b + k * panel + j * vector_size, w[j]);
-    for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < vectors; ++j) Multiply::add(sum[i][j], a + i * a_step + k, w[j]);
+    for (int i = 0; i < rows; ++i) {
+      const Words word = Words{} + a[i * a_step + k];
+      Vector x;
+      memcpy(&x, &word, sizeof x);
+      for (int j = 0; j < vectors; ++j) Multiply::add(sum[i][j], x, w[j]);
+    }
   }
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < vectors; ++j) store(m + i * m_step + j * vector_size, sum[i][j]);
@@ -178,10 +186,10 @@ HD void multiply(const Job& job, int64_t begin, int64_t end) {
       int64_t i = 0;
       for (; i + rows <= size; i += rows)
         multiply_block<Multiply, rows, vectors>(a + i * job.v_step, job.v_step, b + c, job.words,
-                                                m + i * job.m_step + c, job.m_step);
+                                                m + i * job.m_step + c, job.m_step, b + c + job.words * (panel + i / rows % 2 * vector_size));
       for (; i < size; ++i)
         multiply_block<Multiply, 1, vectors>(a + i * job.v_step, job.v_step, b + c, job.words,
-                                             m + i * job.m_step + c, job.m_step);
+                                             m + i * job.m_step + c, job.m_step, b);
     }
   }
 }
@@ -198,8 +206,8 @@ MSFLOW_CLONES void multiply_narrow(int64_t begin, int64_t end, void* context) {
 #if defined(__GNUC__) && defined(__x86_64__)
 struct MultiplyPairs {
   // Not the intrinsic, which no template without the target's attribute may hold.
-  HD static void add(Vector& sum, const uint32_t* a, const Vector& b) {
-    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+  HD static void add(Vector& sum, const Vector& a, const Vector& b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   }
 };
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))) void multiply_pairs(

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from msflow_ext import ops
+
 
 class PackedConv2d(nn.Module):
     """A convolution whose weight waits in the layout that the library would otherwise make at every call.
@@ -37,6 +39,8 @@ class PackedConv2d(nn.Module):
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
         self.relu = relu
         self.packed: Tensor | None = None
+        self.winograd = False
+        self.full = conv.weight.detach()
         self.packable = (
             dtype in (torch.float32, torch.bfloat16)
             and weight.device.type == "cpu"
@@ -48,6 +52,8 @@ class PackedConv2d(nn.Module):
             x = F.pad(x, self.border, mode=self.mode)
         if self.packable and self.packed is None:
             self._pack(x)
+        if self.winograd:
+            return ops.winograd_conv2d(x, self.packed, self.wbias, padding=tuple(self.padding), relu=self.relu)
         if self.packed is None:
             assert self.weight is not None
             options = (self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -58,6 +64,17 @@ class PackedConv2d(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *options)
 
     def _pack(self, x: Tensor) -> None:
+        import os
+        w = self.weight
+        spec = os.environ.get("WINO", "")
+        if spec and w.shape[2:] == (3, 3) and tuple(self.stride) == (1, 1) and tuple(self.dilation) == (1, 1) and self.groups == 1:
+            tile, dt = eval(spec)(x.size(0), w.size(1), w.size(0), x.size(2), x.size(3), w.dtype) or (None, None)
+            if tile:
+                self.packed = ops.winograd_weight(self.full, tile, dt)
+                self.winograd = True
+                self.weight = None
+                self.wbias = torch.zeros(w.size(0)) if self.bias is None else self.bias.float()
+                return
         try:
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
