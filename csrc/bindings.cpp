@@ -181,7 +181,11 @@ PYBIND11_MODULE(_C, m) {
       },
       nogil);
   m.def("winograd_cpu", &winograd_cpu, nogil);
-  m.def("winograd_has_bfloat16", &winograd_has_bfloat16);
+  m.def("winograd_factors_cpu", [] {
+    std::vector<int> numbers;
+    for (DType type : winograd_factors_cpu()) numbers.push_back(int(type));
+    return numbers;
+  });
 }
 
 }  // namespace msflow

@@ -30,12 +30,19 @@ HD void store(bfloat16* to, const Vector& v) {
   memcpy(to, &h, sizeof h);
 }
 HD void raise(Vector& v, float floor) { v = v < floor ? Vector{} + floor : v; }
+HD void spread(uint32_t word, Vector& v) {
+  const Words w = Words{} + word;
+  memcpy(&v, &w, sizeof v);
+}
+#define PREFETCH(address, write, locality) __builtin_prefetch(address, write, locality)
 #else
 using Vector = float;
 
 HD void load(const float* from, Vector& v) { v = *from; }
 HD void load(const bfloat16* from, Vector& v) { v = to_float(*from); }
 HD void raise(Vector& v, float floor) { v = v < floor ? floor : v; }
+HD void spread(uint32_t word, Vector& v) { memcpy(&v, &word, sizeof v); }
+#define PREFETCH(address, write, locality)
 #endif
 
 constexpr int64_t vector_size = sizeof(Vector) / sizeof(float);

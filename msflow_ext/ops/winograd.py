@@ -34,7 +34,8 @@ def winograd_conv2d(
 
     of overlapping tiles :math:`d` of the input. Fewer multiplications cost digits: where a direct convolution in
     float32 errs by 1.7e-7 of the result's root mean square (192 channels), tiles of 2 err by 3.7e-7 and of 4 by 1.1e-6
-    (the usual points 0, 1, -1, 2, -2: 2.3e-6). Factors in bfloat16 err by 3.9e-3 with tiles of 2, against 2.4e-3.
+    (the usual points 0, 1, -1, 2, -2: 2.3e-6). Factors in bfloat16 err by 3.9e-3 with tiles of 2, against 2.4e-3;
+    with tiles of 4 it would be 1.0e-2, so there are none.
 
     Args:
         x: ``(N, C_in, H, W)``, float32, float64 or bfloat16 (float16: reference).
@@ -53,8 +54,8 @@ def winograd_conv2d(
     """
     _check(x, weight, bias, padding)
     arguments = (x, weight, bias, *padding, bool(relu))
-    native = x.dtype is not torch.float64 and _backend.is_native(x, weight, bias)
-    if native and (weight.dtype is torch.float32 or has_bfloat16()):
+    fast = weight.dtype is torch.float32 or weight.dtype in factor_dtypes()
+    if fast and _backend.is_native(x, weight, bias):
         return _winograd(*arguments)[0]
     return winograd_conv2d_reference(*arguments)
 
@@ -65,7 +66,7 @@ def winograd_weight(weight: Tensor, tile: int, dtype: torch.dtype = torch.float3
     Args:
         weight: ``(C_out, C_in, 3, 3)``, floating.
         tile: 2 or 4: results of a tile in each direction.
-        dtype: of the factors: float32, float64, or bfloat16 (sums are float32).
+        dtype: of the factors: float32, float64, or bfloat16 (tiles of 2, sums in float32).
 
     Returns:
         ``((tile + 2)^2, ceil(C_out / 32), ceil(C_in / k), 32, k)``, k = 2 for bfloat16 and 1 otherwise, missing
@@ -80,6 +81,8 @@ def winograd_weight(weight: Tensor, tile: int, dtype: torch.dtype = torch.float3
         )
     if tile not in _POINTS:
         raise ValueError(f"winograd_weight: tile must be 2 or 4, got {tile}")
+    if dtype is torch.bfloat16 and tile != 2:
+        raise ValueError(f"winograd_weight: tile must be 2 for bfloat16, got {tile}")
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise TypeError(f"winograd_weight: dtype must be float32, float64 or bfloat16, got {dtype}")
     g = _matrices(tile, weight.double())[1]
@@ -90,9 +93,13 @@ def winograd_weight(weight: Tensor, tile: int, dtype: torch.dtype = torch.float3
     return values.reshape(panels).transpose(2, 3).contiguous()
 
 
-def has_bfloat16() -> bool:
-    """Whether kernels are built and this processor multiplies pairs of bfloat16 (AVX-512 BF16)."""
-    return _backend.C is not None and _backend.C.winograd_has_bfloat16()
+def factor_dtypes() -> tuple[torch.dtype, ...]:
+    """The factors' dtypes that kernels multiply on this machine at the speed of its widest registers (AVX-512).
+
+    bfloat16 needs the processor's instruction for it; none where there are no kernels.
+    """
+    found = _backend.C.winograd_factors_cpu() if _backend.is_native() else ()
+    return tuple(dtype for dtype, number in _backend.DTYPES.items() if number in found)
 
 
 def winograd_conv2d_reference(
@@ -104,9 +111,7 @@ def winograd_conv2d_reference(
     a, _, b = _matrices(tile, x.to(wide))
     height, width = _out_size(x, pad_rows, pad_columns)
     more = (-width % tile, -height % tile)  # so that the last tiles are whole
-    x_padded = F.pad(
-        x.to(wide), (pad_columns, pad_columns + more[0], pad_rows, pad_rows + more[1])
-    )
+    x_padded = F.pad(x.to(wide), (pad_columns, pad_columns + more[0], pad_rows, pad_rows + more[1]))
     tiles = x_padded.unfold(2, tile + 2, tile).unfold(3, tile + 2, tile)  # N, C, down, across, *
     inputs = (b @ tiles @ b.mT).to(weight.dtype).to(wide)
     factors = weight.transpose(2, 3).flatten(3).flatten(1, 2)[:, : bias.numel(), : x.size(1)]
@@ -117,16 +122,8 @@ def winograd_conv2d_reference(
     return (torch.relu(y) if relu else y).to(x.dtype)
 
 
-def _matrices(tile: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Winograd's A^T, G and B^T: evaluation of a polynomial's product at the points, and interpolation, transposed."""
-    points = _POINTS[tile]
-    others = [[q for q in points if q != p] for p in points]
-    a = [[*(p**i for p in points), float(i == tile - 1)] for i in range(tile)]
-    scales = [math.prod(p - q for q in rest) for p, rest in zip(points, others, strict=True)]
-    g = [[p**i / s for i in range(3)] for p, s in zip(points, scales, strict=True)]
-    b = [[*np.poly(rest)[::-1].tolist(), 0.0] for rest in others]
-    b.append(np.poly(points)[::-1].tolist())
-    return like.new_tensor(a), like.new_tensor([*g, [0.0, 0.0, 1.0]]), like.new_tensor(b)
+def _matrices(tile: int, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_tensor(m) for m in _MATRICES[tile])
 
 
 def _tile(weight: Tensor) -> int:
@@ -151,10 +148,12 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) ->
             f"{weight.dtype}"
         )
     if bias.dim() != 1 or bias.numel() == 0 or bias.dtype is not wide:
-        raise TypeError(f"{name}: bias must be {wide} (C_out,), got {bias.dtype} {tuple(bias.shape)}")
+        raise TypeError(
+            f"{name}: bias must be {wide} (C_out,), got {bias.dtype} {tuple(bias.shape)}"
+        )
     k = 2 if weight.dtype is torch.bfloat16 else 1
     panels = (-(-bias.numel() // _PANEL), -(-x.size(1) // k), _PANEL, k)
-    if weight.shape not in [((tile + 2) ** 2, *panels) for tile in _POINTS]:
+    if weight.shape[1:] != panels or weight.size(0) not in ((16,) if k == 2 else (16, 36)):
         raise ValueError(
             f"{name}: weight must be winograd_weight's (16 or 36, {str(panels)[1:]} for {x.size(1)} channels "
             f"in and {bias.numel()} out, got {tuple(weight.shape)}"
@@ -185,11 +184,24 @@ def _run(results, x, weight, bias, pad_rows, pad_columns, relu):
     _backend.C.winograd_cpu(job, *v)
 
 
+def _toom_cook(points: tuple[float, ...]) -> tuple[list[list[float]], ...]:
+    """A^T, G and B^T: interpolation, transposed, of a polynomial's product from its values at points and infinity."""
+    others = [[q for q in points if q != p] for p in points]
+    scales = [math.prod(p - q for q in rest) for p, rest in zip(points, others, strict=True)]
+    last = len(points) - 2
+    a = [[*(p**i for p in points), float(i == last)] for i in range(last + 1)]
+    g = [[p**i / s for i in range(3)] for p, s in zip(points, scales, strict=True)]
+    b = [[*np.poly(rest)[::-1].tolist(), 0.0] for rest in others]
+    return a, [*g, [0.0, 0.0, 1.0]], [*b, np.poly(points)[::-1].tolist()]
+
+
+_MATRICES = {tile: _toom_cook(points) for tile, points in _POINTS.items()}
+
 _winograd = _backend.NativeOp(
     "winograd_conv2d",
     "(Tensor x, Tensor weight, Tensor bias, int pad_rows, int pad_columns, bool relu) -> Tensor",
     allocate=_allocate,
     run=_run,
-    reference=winograd_conv2d_reference,
+    reference=lambda *args: (winograd_conv2d_reference(*args),),
     tensors=3,
 )
