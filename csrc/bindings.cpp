@@ -9,6 +9,7 @@
 #include "ranking/ranking.h"
 #include "resample/resample.h"
 #include "score/score.h"
+#include "winograd/winograd.h"
 
 namespace py = pybind11;
 
@@ -61,6 +62,29 @@ Resample resample(const std::tuple<int64_t, int64_t>& sizes,
   return {samples, channels, height, width, low_height, low_width, interleaved};
 }
 
+Winograd winograd(const std::tuple<int64_t, int64_t, int64_t, int64_t>& input,
+                  const std::tuple<int64_t, int64_t, int64_t>& output, int64_t tile,
+                  const std::tuple<int64_t, int64_t>& padding, bool relu, int product,
+                  Address weight, Address bias) {
+  const auto& [samples, channels, height, width] = input;
+  const auto& [out_channels, out_height, out_width] = output;
+  const auto& [pad_top, pad_left] = padding;
+  return {samples,
+          channels,
+          height,
+          width,
+          out_channels,
+          out_height,
+          out_width,
+          tile,
+          pad_top,
+          pad_left,
+          relu,
+          DType(product),
+          pointer(weight),
+          static_cast<const float*>(pointer(bias))};
+}
+
 // Dense maps (N, height, width): address, height, width of each.
 using Maps = std::vector<std::tuple<Address, int64_t, int64_t>>;
 
@@ -78,6 +102,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Coupling>(m, "Coupling").def(py::init(&coupling));
   py::class_<Norm>(m, "Norm").def(py::init(&norm));
   py::class_<Resample>(m, "Resample").def(py::init(&resample));
+  py::class_<Winograd>(m, "Winograd").def(py::init(&winograd));
 
   m.def("set_parallel_for",
         [](Address f) { torch_parallel_for = reinterpret_cast<ParallelFor>(f); });
@@ -155,6 +180,12 @@ PYBIND11_MODULE(_C, m) {
                     static_cast<int64_t*>(pointer(above)), static_cast<int64_t*>(pointer(reached)));
       },
       nogil);
+  m.def("winograd_cpu", &winograd_cpu, nogil);
+  m.def("winograd_factors_cpu", [] {
+    std::vector<int> numbers;
+    for (DType type : winograd_factors_cpu()) numbers.push_back(int(type));
+    return numbers;
+  });
 }
 
 }  // namespace msflow

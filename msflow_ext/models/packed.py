@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,61 +13,90 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from msflow_ext import ops
+from msflow_ext.models.winograd import winograd_form
+
 
 class PackedConv2d(nn.Module):
-    """A convolution whose weight waits in the layout that the library would otherwise make at every call.
+    """A convolution in the form that is fastest for its sizes, with the weight as that form wants it.
 
-    The layout comes from what torch's own freezing emits, which is private: where it is missing or refuses, plain
-    ``conv2d`` on a channels_last weight is the same convolution.
+    The first input decides: Winograd's form where it pays (:func:`~msflow_ext.models.winograd.winograd_form`), else
+    the layout that the library would otherwise make at every call. That layout comes from what torch's own freezing
+    emits, which is private: where it is missing or refuses, plain ``conv2d`` on a channels_last weight is the same
+    convolution.
 
     Args:
         conv: any ``Conv2d``; a snapshot is taken.
-        dtype: of weight, input and output.
+        dtype: of input and output.
         relu: whether a ReLU follows, in the same pass.
     """
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, relu: bool = False) -> None:
         super().__init__()
-        weight = conv.weight.detach().to(dtype)
-        self.weight: Tensor | None = weight.clone(memory_format=torch.channels_last)
-        self.bias = None if conv.bias is None else conv.bias.detach().to(dtype).clone()
+        self.weight: Tensor | None = conv.weight.detach().clone()
+        self.bias = None if conv.bias is None else conv.bias.detach().clone()
         self.border: list[int] = []
         self.padding: Any = conv.padding
         if conv.padding_mode != "zeros":  # as Conv2d does: pad first, then convolve without padding
             self.border, self.padding = list(conv._reversed_padding_repeated_twice), (0, 0)
         self.mode = conv.padding_mode
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
-        self.relu = relu
-        self.packed: Tensor | None = None
-        self.packable = (
-            dtype in (torch.float32, torch.bfloat16)
-            and weight.device.type == "cpu"
-            and not isinstance(conv.padding, str)
-        )
+        self.dtype, self.relu = dtype, relu
+        self.convolve: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.border:
             x = F.pad(x, self.border, mode=self.mode)
-        if self.packable and self.packed is None:
-            self._pack(x)
-        if self.packed is None:
-            assert self.weight is not None
-            options = (self.bias, self.stride, self.padding, self.dilation, self.groups)
-            y = F.conv2d(x, self.weight, *options)
-            return F.relu_(y) if self.relu else y
-        attribute = "relu" if self.relu else "none"
-        options = (self.padding, self.stride, self.dilation, self.groups, attribute, [], "")
-        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *options)
+        if self.convolve is None:
+            self.convolve = self._form(x)
+            self.weight = self.bias = None
+        return self.convolve(x)
 
-    def _pack(self, x: Tensor) -> None:
-        try:
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
+    def _form(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        assert self.weight is not None
+        options = (self.padding, self.stride, self.dilation, self.groups)
+        form = winograd_form(x, self.weight, *options)
+        if form is not None:
+            wide = ops.accumulation_dtype(self.dtype)
+            bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+            return partial(
+                ops.winograd_conv2d,
+                weight=ops.winograd_weight(self.weight, *form),
+                bias=bias.to(wide),
+                padding=self.padding,
+                relu=self.relu,
             )
-        except (AttributeError, RuntimeError):
-            self.packable = False
-        else:
-            self.weight = None
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        weight = self.weight.to(self.dtype, memory_format=torch.channels_last)
+        packable = (
+            self.dtype in (torch.float32, torch.bfloat16)
+            and x.device.type == "cpu"
+            and not isinstance(self.padding, str)
+        )
+        if packable:
+            try:
+                packed = torch.ops.mkldnn._reorder_convolution_weight(
+                    weight, *options, list(x.shape)
+                )
+            except (AttributeError, RuntimeError):
+                pass
+            else:
+                return partial(_packed, packed, bias, options, "relu" if self.relu else "none")
+        options = (self.stride, self.padding, self.dilation, self.groups)
+        return partial(_plain, weight, bias, options, self.relu)
+
+
+def _packed(
+    weight: Tensor, bias: Tensor | None, options: tuple[Any, ...], activation: str, x: Tensor
+) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *options, activation, [], "")
+
+
+def _plain(
+    weight: Tensor, bias: Tensor | None, options: tuple[Any, ...], relu: bool, x: Tensor
+) -> Tensor:
+    y = F.conv2d(x, weight, bias, *options)
+    return F.relu_(y) if relu else y
 
 
 def optimize_network(network: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:

@@ -17,6 +17,7 @@ from msflow_ext.ops.score import (
     log_likelihood_map,
     mean_aggregate,
 )
+from msflow_ext.ops.winograd import winograd_conv2d, winograd_weight
 
 __all__ = [
     "Aggregate",
@@ -33,4 +34,6 @@ __all__ = [
     "passive_half",
     "pool_and_concatenate",
     "upsample_and_add",
+    "winograd_conv2d",
+    "winograd_weight",
 ]

@@ -1,0 +1,50 @@
+// Winograd's transforms of one row of a tile: F(2, 3) with points 0, 1, -1, infinity, and F(4, 3)
+// with points 0, r, -r, 1/r, -1/r, infinity for r = sqrt(1/2), which halve the error of 0, 1, -1,
+// 2, -2 and make all even coefficients exact.
+#pragma once
+
+#include "common/host_device.h"
+
+namespace msflow {
+
+constexpr float winograd_r = 0.70710678118654752f, winograd_1_r = 1.41421356237309505f;
+
+// The input's values at the points; x: 4 or 6 numbers side by side, as far apart as `step`.
+template <class V>
+HD void input_transform(const V (&x)[4], V (&t)[4]) {
+  t[0] = x[2] - x[0];
+  t[1] = x[2] + x[1];
+  t[2] = x[2] - x[1];
+  t[3] = x[3] - x[1];
+}
+
+template <class V>
+HD void input_transform(const V (&x)[6], V (&t)[6]) {
+  t[0] = x[0] - 2.5f * x[2] + x[4];
+  const V even = x[4] - 2.f * x[2], odd = winograd_r * (x[3] - 2.f * x[1]);
+  t[1] = even + odd;
+  t[2] = even - odd;
+  const V even_1 = x[4] - 0.5f * x[2], odd_1 = winograd_1_r * (x[3] - 0.5f * x[1]);
+  t[3] = even_1 + odd_1;
+  t[4] = even_1 - odd_1;
+  t[5] = x[1] - 2.5f * x[3] + x[5];
+}
+
+// The results from the products at the points.
+template <class V>
+HD void output_transform(const V (&m)[4], V (&y)[2]) {
+  y[0] = m[0] + m[1] + m[2];
+  y[1] = m[1] - m[2] + m[3];
+}
+
+template <class V>
+HD void output_transform(const V (&m)[6], V (&y)[4]) {
+  const V even = m[1] + m[2], even_1 = m[3] + m[4];
+  const V odd = winograd_r * (m[1] - m[2]), odd_1 = winograd_1_r * (m[3] - m[4]);
+  y[0] = m[0] + even + even_1;
+  y[1] = odd + odd_1;
+  y[2] = 0.5f * even + 2.f * even_1;
+  y[3] = 0.5f * odd + 2.f * odd_1 + m[5];
+}
+
+}  // namespace msflow

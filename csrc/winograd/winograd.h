@@ -1,0 +1,25 @@
+// Entry points of Winograd's convolution; msflow_ext/ops/winograd.py says what they compute.
+#pragma once
+
+#include <vector>
+
+#include "common/tensor.h"
+
+namespace msflow {
+
+// A convolution in tiles of `tile` x `tile` results, each from (tile + 2) x (tile + 2) points.
+struct Winograd {
+  int64_t samples, channels, height, width, out_channels, out_height, out_width;
+  int64_t tile, pad_top, pad_left;
+  bool relu;
+  DType factors;
+  const void* weight;  // (points, panels of 32 channels, 32-bit words of channels in, 32)
+  const float* bias;   // (out_channels)
+};
+
+// Factors for which this processor has the registers and instructions that make them fast.
+std::vector<DType> winograd_factors_cpu();
+
+void winograd_cpu(const Winograd&, Tensor x, Tensor y);
+
+}  // namespace msflow

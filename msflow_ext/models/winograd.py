@@ -1,0 +1,45 @@
+"""Where a convolution is faster in Winograd's form: decided by sizes and element types, measured in benchmarks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msflow_ext.ops.winograd import factor_dtypes
+
+
+def winograd_form(
+    x: Tensor,
+    weight: Tensor,
+    padding: tuple[int, int] | str,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> tuple[int, torch.dtype] | None:
+    """Tile and factors' dtype for inputs like ``x``, None where the direct convolution is the faster one.
+
+    * The transforms handle every channel, the products every pair of channels: they pay from 32 channels on, in
+      bfloat16, whose direct convolution takes half the time, from 64.
+    * Sixteen tiles keep the registers of the product busy; smaller maps do not have them.
+    * Tiles of 4 want 36 instead of 16 weights per pair of channels. They pay where 1024 positions share them; below,
+      they take longer to come from memory than to multiply on more than two cores, and four times the memory.
+    * With factors in bfloat16, tiles of 2 are as fast as tiles of 4 in float32, and tiles of 4 are not accurate enough.
+    * Matrix units (AMX) make the direct convolution in bfloat16 eight times faster, which Winograd's cannot follow.
+    """
+    c_out, c_in, *kernel = weight.shape
+    factors = factor_dtypes()
+    if (x.dtype not in factors and x.dtype is not torch.bfloat16) or not factors:
+        return None
+    if (kernel, tuple(stride), tuple(dilation), groups) != ([3, 3], (1, 1), (1, 1), 1):
+        return None
+    half = x.dtype is torch.bfloat16 and torch.bfloat16 in factors
+    positions = x.size(0) * x.size(2) * x.size(3)
+    if isinstance(padding, str) or min(c_in, c_out) < (64 if half else 32) or positions < 64:
+        return None
+    if half:
+        return None if _has_amx() else (2, torch.bfloat16)
+    return (4 if positions >= 1024 else 2), torch.float32
+
+
+def _has_amx() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())

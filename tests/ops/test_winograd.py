@@ -1,0 +1,201 @@
+"""Laws of Winograd's convolution: it is torch's convolution, kernels equal the reference, errors keep their bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msflow_ext import ops
+from msflow_ext.ops.winograd import factor_dtypes
+from msflow_ext.testing import relative_error, tolerance
+
+Normal = Callable[..., Tensor]
+Layout = Callable[[Tensor], Tensor]
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+# (N, C_in, H, W), C_out, padding.
+SHAPES: dict[str, tuple[tuple[int, int, int, int], int, tuple[int, int]]] = {
+    "whole-tiles": ((1, 16, 8, 12), 32, (1, 1)),
+    "cut-tiles": ((2, 17, 9, 11), 33, (1, 1)),
+    "one-pixel": ((1, 3, 1, 1), 1, (1, 1)),
+    "no-padding": ((2, 5, 7, 3), 48, (0, 0)),
+    "wide-padding": ((1, 7, 2, 5), 40, (3, 2)),
+    "many-blocks": ((3, 40, 42, 38), 64, (1, 1)),
+}
+
+
+@pytest.fixture(params=[2, 4])
+def tile(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+def make(normal: Normal, shape: str, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, kernel and bias of a convolution that keeps the magnitude."""
+    size, c_out, _ = SHAPES[shape]
+    x = normal(*size, dtype=dtype)
+    weight = normal(c_out, size[1], 3, 3, dtype=F64) / (9 * size[1]) ** 0.5
+    return x, weight, normal(c_out, dtype=F64)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+def test_it_is_the_convolution_of_torch(normal: Normal, shape: str, tile: int, relu: bool) -> None:
+    x, weight, bias = make(normal, shape)
+    padding = SHAPES[shape][2]
+    got = ops.winograd_conv2d(
+        x, ops.winograd_weight(weight, tile, F64), bias, padding=padding, relu=relu
+    )
+    wanted = F.conv2d(x, weight, bias, padding=padding)
+    assert relative_error(got, wanted.relu() if relu else wanted) <= 1e-13
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_kernels_equal_the_reference(
+    native: None, normal: Normal, shape: str, tile: int, dtype: torch.dtype, layout: Layout
+) -> None:
+    x, weight, bias = make(normal, shape, dtype)
+    values, options = ops.winograd_weight(weight, tile), {"padding": SHAPES[shape][2], "relu": True}
+    got = ops.winograd_conv2d(layout(x), values, bias.float(), **options)
+    assert got.dtype is dtype and got.is_contiguous(memory_format=torch.channels_last)
+    wanted = F.conv2d(x.double(), weight, bias, padding=SHAPES[shape][2]).relu()
+    # What the points cost: six times the error of a direct sum, which the tolerance of 36 products each holds.
+    assert relative_error(got, wanted) <= tolerance(dtype, 36 * x.size(1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_factors_in_bfloat16_equal_the_reference_and_stay_near(
+    native: None, normal: Normal, shape: str
+) -> None:
+    if BF16 not in factor_dtypes():
+        pytest.skip("this processor does not multiply bfloat16")
+    x, weight, bias = make(normal, shape, BF16)
+    arguments = (x, ops.winograd_weight(weight, 2, BF16), bias.float())
+    got = ops.winograd_conv2d(*arguments, padding=SHAPES[shape][2])
+    with ops.backend("reference"):
+        wanted = ops.winograd_conv2d(*arguments, padding=SHAPES[shape][2])
+    # Sums of the same factors: another order, one rounding.
+    assert relative_error(got, wanted) <= tolerance(BF16, 16 * x.size(1))
+    exact = F.conv2d(x.double(), weight, bias, padding=SHAPES[shape][2])
+    assert relative_error(got, exact) <= 0.02
+
+
+def test_points_cost_the_digits_that_are_stated(each_backend: str, normal: Normal) -> None:
+    x = normal(1, 192, 24, 24).relu()
+    weight, bias = normal(64, 192, 3, 3) * (2 / (9 * 192)) ** 0.5, torch.zeros(64)
+    wanted = F.conv2d(x.double(), weight.double(), padding=1)
+    for tile, stated in ((2, 3.7e-7), (4, 1.1e-6)):
+        got = ops.winograd_conv2d(x, ops.winograd_weight(weight, tile), bias)
+        error = float((got.double() - wanted).norm() / wanted.norm())
+        assert error <= 1.3 * stated
+
+
+def test_an_image_alone_has_the_bits_that_it_has_in_a_batch(
+    native: None, normal: Normal, tile: int
+) -> None:
+    x, weight, bias = make(normal, "many-blocks", F32)
+    values = ops.winograd_weight(weight, tile)
+    whole = ops.winograd_conv2d(x, values, bias.float())
+    for k in range(3):
+        assert torch.equal(ops.winograd_conv2d(x[k : k + 1], values, bias.float())[0], whole[k])
+
+
+def test_nan_spreads_to_its_tiles_only(native: None, normal: Normal, tile: int) -> None:
+    x, weight, bias = make(normal, "whole-tiles", F32)
+    values = ops.winograd_weight(weight, tile)
+    wanted = ops.winograd_conv2d(x, values, bias.float(), relu=True)
+    x[0, 3, 7, 11] = torch.nan
+    got = ops.winograd_conv2d(x, values, bias.float(), relu=True)
+    assert got[..., -1, -1].isnan().all()
+    assert torch.equal(got[..., :4, :8], wanted[..., :4, :8])
+
+
+def test_an_empty_batch_stays_empty(each_backend: str, tile: int) -> None:
+    values = ops.winograd_weight(torch.zeros(5, 2, 3, 3), tile)
+    assert ops.winograd_conv2d(X(0, 2, 4, 6), values, X(5)).shape == (0, 5, 4, 6)
+
+
+def test_derivatives_are_those_of_finite_differences(normal: Normal) -> None:
+    x, weight, bias = make(normal, "one-pixel")
+    x = normal(1, 3, 2, 3, dtype=F64)
+    for tile in (2, 4):
+        inputs = tuple(t.requires_grad_() for t in (x, weight, bias))
+        assert torch.autograd.gradcheck(
+            lambda x, w, b, tile=tile: ops.winograd_conv2d(x, ops.winograd_weight(w, tile, F64), b),
+            inputs,
+        )
+
+
+X = torch.zeros
+VALUES = ops.winograd_weight(X(5, 2, 3, 3), 4)
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "5x5": (
+        lambda: ops.winograd_weight(X(5, 2, 5, 5), 2),
+        ValueError,
+        r"weight must be \(C_out, C_in, 3, 3\), got \(5, 2, 5, 5\)",
+    ),
+    "tile 3": (lambda: ops.winograd_weight(X(5, 2, 3, 3), 3), ValueError, "tile must be 2 or 4"),
+    "tile 4 of bfloat16": (
+        lambda: ops.winograd_weight(X(5, 2, 3, 3), 4, BF16),
+        ValueError,
+        "tile must be 2 for bfloat16, got 4",
+    ),
+    "float16 factors": (
+        lambda: ops.winograd_weight(X(5, 2, 3, 3), 2, torch.float16),
+        TypeError,
+        "dtype must be float32, float64 or bfloat16, got torch.float16",
+    ),
+    "too small": (
+        lambda: ops.winograd_conv2d(X(1, 2, 2, 4), VALUES, X(5), padding=(0, 1)),
+        ValueError,
+        r"of at least 3x3 with its padding, got \(1, 2, 2, 4\) and padding \(0, 1\)",
+    ),
+    "negative padding": (
+        lambda: ops.winograd_conv2d(X(1, 2, 9, 9), VALUES, X(5), padding=(0, -1)),
+        ValueError,
+        r"padding \(0, -1\)",
+    ),
+    "plain weight": (
+        lambda: ops.winograd_conv2d(X(1, 2, 4, 4), X(5, 2, 3, 3), X(5)),
+        ValueError,
+        r"winograd_weight's \(16 or 36, 1, 2, 32, 1\) for 2 channels in and 5 out",
+    ),
+    "other channels": (
+        lambda: ops.winograd_conv2d(X(1, 3, 4, 4), VALUES, X(5)),
+        ValueError,
+        "for 3 channels in",
+    ),
+    "other dtype": (
+        lambda: ops.winograd_conv2d(X(1, 2, 4, 4, dtype=F64), VALUES, X(5, dtype=F64)),
+        TypeError,
+        "got torch.float64 and torch.float32",
+    ),
+    "bias of half": (
+        lambda: ops.winograd_conv2d(X(1, 2, 4, 4), VALUES, X(5, dtype=BF16)),
+        TypeError,
+        r"bias must be torch.float32 \(C_out,\), got torch.bfloat16 \(5,\)",
+    ),
+    "no bias": (
+        lambda: ops.winograd_conv2d(X(1, 2, 4, 4), VALUES, X(0)),
+        TypeError,
+        r"bias must be .* got torch.float32 \(0,\)",
+    ),
+    "elsewhere": (
+        lambda: ops.winograd_conv2d(X(1, 2, 4, 4), VALUES, X(5, device="meta")),
+        ValueError,
+        "bias must be on cpu, got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_refuses(case: str) -> None:
+    call, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        call()
