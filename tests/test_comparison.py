@@ -128,7 +128,7 @@ def test_a_terminal_and_a_page_tell_the_same(write_run, tmp_path, capsys):
     for text in ("90.00%", "\u22125.00", "above 2 of 2 defective", "1 better, 1 worse"):
         assert text in html
     assert html.count("data:image/jpeg") == 4 * 3  # image and two heat maps where they disagree
-    assert "http" not in html
+    assert "http:" not in html and "https:" not in html
 
 
 def test_a_page_is_written_when_the_maps_are_gone(write_run, tmp_path):
