@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace msflow {
 
 enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
@@ -13,7 +15,7 @@ struct Tensor {
   int64_t n = 0, c = 0, p = 0;  // strides of sample, channel and position, in elements
 
   template <class T>
-  T* at(int64_t sample, int64_t channel, int64_t position = 0) const {
+  HD T* at(int64_t sample, int64_t channel, int64_t position = 0) const {
     // In integers, because an empty tensor's address is null.
     return reinterpret_cast<T*>(data + (sample * n + channel * c + position * p) * sizeof(T));
   }
