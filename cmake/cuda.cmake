@@ -55,7 +55,8 @@ else()
 endif()
 
 target_sources(_C PRIVATE ${cuda_kernels})
-target_compile_definitions(_C PRIVATE MSFLOW_EXT_CUDA)
+list(JOIN architectures " " names)
+target_compile_definitions(_C PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:MSFLOW_EXT_CUDA=\"${names}\">")
 set_target_properties(_C PROPERTIES
   CUDA_ARCHITECTURES "${architectures}"
   CUDA_STANDARD 17
@@ -73,5 +74,4 @@ endif()
 target_compile_options(_C PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_flags}>")
 # Only what the module exports is visible, of the static CUDA runtime too.
 target_link_options(_C PRIVATE $<$<CXX_COMPILER_ID:GNU,Clang>:LINKER:--exclude-libs,ALL>)
-list(JOIN architectures ", " names)
 message(STATUS "CUDA kernels for ${names} by ${CMAKE_CUDA_COMPILER} ${CMAKE_CUDA_COMPILER_VERSION}")

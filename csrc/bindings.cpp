@@ -13,10 +13,6 @@
 #include "common/device.h"
 #endif
 
-#ifndef MSFLOW_EXT_MODULE
-#define MSFLOW_EXT_MODULE _C
-#endif
-
 namespace py = pybind11;
 
 namespace pybind11::detail {
@@ -80,11 +76,11 @@ std::vector<Scale> scales(const Maps& maps) {
 
 }  // namespace
 
-PYBIND11_MODULE(MSFLOW_EXT_MODULE, m) {
+PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> nogil;
-  py::class_<Coupling>(m, "Coupling", py::module_local()).def(py::init(&coupling));
-  py::class_<Norm>(m, "Norm", py::module_local()).def(py::init(&norm));
-  py::class_<Resample>(m, "Resample", py::module_local()).def(py::init(&resample));
+  py::class_<Coupling>(m, "Coupling").def(py::init(&coupling));
+  py::class_<Norm>(m, "Norm").def(py::init(&norm));
+  py::class_<Resample>(m, "Resample").def(py::init(&resample));
 
   m.def("set_parallel_for",
         [](Address f) { torch_parallel_for = reinterpret_cast<ParallelFor>(f); });
@@ -166,6 +162,7 @@ PYBIND11_MODULE(MSFLOW_EXT_MODULE, m) {
 #if defined(MSFLOW_EXT_CUDA)
   // The last two arguments are scratch memory, of as many bytes as *_scratch says, and a stream of
   // the current device.
+  m.attr("cuda_architectures") = MSFLOW_EXT_CUDA;
   m.def("cuda_problem", &cuda_problem, nogil);
   m.def("coupling_scratch", [](const Coupling& c, int x, int a, bool backward) {
     return coupling_scratch(c, DType(x), DType(a), backward);

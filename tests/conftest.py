@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Where nothing is compiled the tests run on the reference, which says so once.
     config.addinivalue_line("filterwarnings", "ignore:msflow_ext runs its slower reference")
     # The same laws for the CUDA kernels without a GPU: see tests/cuda_emulator.
-    if path := os.environ.get("MSFLOW_EXT_EMULATED"):
-        spec = importlib.util.spec_from_file_location("_C_emulated", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        _backend.emulate(module)
+    if os.environ.get("MSFLOW_EXT_EMULATED"):
+        _backend.emulate()
 
 
 @pytest.fixture

@@ -113,14 +113,19 @@ def cuda_problem(device: int) -> str | None:
 
 _cuda_problems: dict[int, str | None] = {}
 
-# Tests: the CUDA kernels, built to run on the CPU, serve its tensors.
 _emulated = False
 
 
-def emulate(module: ModuleType) -> None:
-    """Let the CUDA kernels of the emulated module serve tensors on the CPU, for tests."""
-    global C, STATUS, _emulated
-    C, STATUS, _emulated = module, "compiled; CUDA kernels emulated", True
+def emulate() -> None:
+    """Let CUDA kernels that were built to run on the CPU (``MSFLOW_EXT_EMULATE``) serve its tensors, for tests.
+
+    Raises:
+        RuntimeError: this build has none.
+    """
+    global STATUS, _emulated
+    if getattr(C, "cuda_architectures", None) != "emulated":
+        raise RuntimeError(f"emulate: the kernels are {STATUS}, without emulated CUDA kernels")
+    STATUS, _emulated = "compiled; CUDA kernels emulated", True
     _NATIVE["cpu"] = _NATIVE["cuda"]
 
 

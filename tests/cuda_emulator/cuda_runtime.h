@@ -45,7 +45,7 @@ struct dim3 {
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorNotSupported };
 using cudaStream_t = void*;
 struct cudaFuncAttributes {};
 struct cudaLaunchConfig_t {
@@ -53,9 +53,14 @@ struct cudaLaunchConfig_t {
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
 };
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorNotSupported ? "emulated kernels serve the CPU"
+                                        : "invalid configuration argument";
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return cudaErrorNotSupported;
+}
 
 namespace emulator {
 
