@@ -17,7 +17,13 @@ struct Tensor {
   template <class T>
   HD T* at(int64_t sample, int64_t channel, int64_t position = 0) const {
     // In integers, because an empty tensor's address is null.
-    return reinterpret_cast<T*>(data + (sample * n + channel * c + position * p) * sizeof(T));
+    const uintptr_t address = data + (sample * n + channel * c + position * p) * sizeof(T);
+#if defined(__CUDA_ARCH__)
+    // Tells the compiler that this is global memory: without it, loads would have to ask.
+    return static_cast<T*>(__cvta_global_to_generic(address));
+#else
+    return reinterpret_cast<T*>(address);
+#endif
   }
 };
 
