@@ -10,6 +10,9 @@
 #include "resample/resample.h"
 #include "score/score.h"
 #include "winograd/winograd.h"
+#if defined(MSFLOW_EXT_CUDA)
+#include "common/device.h"
+#endif
 
 namespace py = pybind11;
 
@@ -186,6 +189,117 @@ PYBIND11_MODULE(_C, m) {
     for (DType type : winograd_factors_cpu()) numbers.push_back(int(type));
     return numbers;
   });
+
+#if defined(MSFLOW_EXT_CUDA)
+  // The last two arguments are scratch memory, of as many bytes as *_scratch says, and a stream of
+  // the current device.
+  m.attr("cuda_architectures") = MSFLOW_EXT_CUDA;
+  m.def("cuda_problem", &cuda_problem, nogil);
+  m.def("coupling_scratch", [](const Coupling& c, int x, int a, bool backward) {
+    return coupling_scratch(c, DType(x), DType(a), backward);
+  });
+  m.def(
+      "coupling_forward_cuda",
+      [](const Coupling& c, Tensor x1, Tensor x2, Tensor a, Tensor y1, Tensor y2, Address log_det,
+         Address scratch, Address stream) {
+        coupling_forward_cuda(c, x1, x2, a, y1, y2, pointer(log_det), pointer(scratch),
+                              pointer(stream));
+      },
+      nogil);
+  m.def(
+      "coupling_inverse_cuda",
+      [](const Coupling& c, Tensor y1, Tensor y2, Tensor a, Tensor x2, Address log_det,
+         Address scratch, Address stream) {
+        coupling_inverse_cuda(c, y1, y2, a, x2, pointer(log_det), pointer(scratch),
+                              pointer(stream));
+      },
+      nogil);
+  m.def(
+      "coupling_backward_cuda",
+      [](const Coupling& c, Tensor gy1, Tensor gy2, Address grad_log_det, Tensor x1, Tensor x2,
+         Tensor a, Tensor gx1, Tensor gx2, Tensor ga, Address grad_scale, Address grad_offset,
+         Address scratch, Address stream) {
+        coupling_backward_cuda(c, gy1, gy2, pointer(grad_log_det), x1, x2, a, gx1, gx2, ga,
+                               pointer(grad_scale), pointer(grad_offset), pointer(scratch),
+                               pointer(stream));
+      },
+      nogil);
+  m.def("norm_scratch",
+        [](const Norm& n, int x, bool with_map) { return norm_scratch(n, DType(x), with_map); });
+  m.def(
+      "norm_forward_cuda",
+      [](const Norm& n, Tensor x, Tensor map, Tensor y, Address statistics, Address scratch,
+         Address stream) {
+        norm_forward_cuda(n, x, map, y, pointer(statistics), pointer(scratch), pointer(stream));
+      },
+      nogil);
+  m.def(
+      "norm_backward_cuda",
+      [](const Norm& n, Tensor gy, Tensor x, Tensor map, Address statistics, Tensor gx, Tensor gmap,
+         Address grad_weight, Address grad_bias, Address scratch, Address stream) {
+        norm_backward_cuda(n, gy, x, map, pointer(statistics), gx, gmap, pointer(grad_weight),
+                           pointer(grad_bias), pointer(scratch), pointer(stream));
+      },
+      nogil);
+  m.def(
+      "pool_forward_cuda",
+      [](const Resample& r, Tensor x, Tensor low, Address scratch, Address stream) {
+        pool_forward_cuda(r, x, low, pointer(scratch), pointer(stream));
+      },
+      nogil);
+  m.def(
+      "pool_backward_cuda",
+      [](const Resample& r, Tensor grad_low, Tensor grad_x, Address scratch, Address stream) {
+        pool_backward_cuda(r, grad_low, grad_x, pointer(scratch), pointer(stream));
+      },
+      nogil);
+  m.def(
+      "upsample_forward_cuda",
+      [](const Resample& r, Tensor x, Tensor low, Tensor y, Address scratch, Address stream) {
+        upsample_forward_cuda(r, x, low, y, pointer(scratch), pointer(stream));
+      },
+      nogil);
+  m.def(
+      "upsample_backward_cuda",
+      [](const Resample& r, Tensor grad_y, Tensor grad_low, Address scratch, Address stream) {
+        upsample_backward_cuda(r, grad_y, grad_low, pointer(scratch), pointer(stream));
+      },
+      nogil);
+  m.def("square_sums_scratch",
+        [](int64_t samples, int64_t channels, int64_t positions, bool interleaved, int dtype) {
+          return square_sums_scratch(samples, channels, positions, interleaved, DType(dtype));
+        });
+  m.def(
+      "square_sums_cuda",
+      [](int64_t samples, int64_t channels, int64_t positions, bool interleaved, Tensor z,
+         Address per_position, Address per_sample, Address scratch, Address stream) {
+        square_sums_cuda(samples, channels, positions, interleaved, z, pointer(per_position),
+                         pointer(per_sample), pointer(scratch), pointer(stream));
+      },
+      nogil);
+  m.def("aggregate_scratch",
+        [](int dtype, int64_t samples, int64_t height, int64_t width, const Maps& maps) {
+          return aggregate_scratch(DType(dtype), samples, height, width, scales(maps));
+        });
+  m.def(
+      "aggregate_cuda",
+      [](int dtype, int64_t samples, int64_t height, int64_t width, int64_t k, const Maps& maps,
+         Address score, Address log_score, Address nll_score, Address anomaly_map,
+         Address image_map, Address scratch, Address stream) {
+        aggregate_cuda(DType(dtype), samples, height, width, k, scales(maps), pointer(score),
+                       pointer(log_score), pointer(nll_score), pointer(anomaly_map),
+                       pointer(image_map), pointer(scratch), pointer(stream));
+      },
+      nogil);
+  m.def(
+      "mean_aggregate_cuda",
+      [](int dtype, int64_t samples, int64_t height, int64_t width, const Maps& maps, Address score,
+         Address anomaly_map, Address scratch, Address stream) {
+        mean_aggregate_cuda(DType(dtype), samples, height, width, scales(maps), pointer(score),
+                            pointer(anomaly_map), pointer(scratch), pointer(stream));
+      },
+      nogil);
+#endif
 }
 
 }  // namespace msflow

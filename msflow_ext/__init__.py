@@ -16,6 +16,7 @@ _HOME = {
     "MSFlowHead": "msflow_ext.models.msflow",
     "Prediction": "msflow_ext.models.detector",
     "accelerate": "msflow_ext.compat.accelerate",
+    "graphed": "msflow_ext.graphs",
     "info": "msflow_ext.testing",
     "load": "msflow_ext.inference",
     "restore": "msflow_ext.compat.accelerate",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from msflow_ext import compat, data, flows, inference, metrics, models, ops, testing, training
     from msflow_ext.compat.accelerate import accelerate, restore
     from msflow_ext.flows import FlowOutput
+    from msflow_ext.graphs import graphed
     from msflow_ext.inference import load
     from msflow_ext.models.detector import Prediction
     from msflow_ext.models.fastflow import FastFlow, FastFlowHead
@@ -53,6 +55,7 @@ __all__ = [
     "compat",
     "data",
     "flows",
+    "graphed",
     "inference",
     "info",
     "load",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 import msflow_ext
 from msflow_ext import ops
 from msflow_ext.ops import _backend
+from msflow_ext.ops.coupling import CLAMP_FORMS
 
 OPS = ("coupling", "norm", "resample", "score")
 
@@ -29,14 +31,24 @@ def info() -> dict[str, Any]:
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "kernels": _backend.STATUS,
-        "backends": {
-            op: {
-                "cpu": f"{cpu}: {_backend.STATUS}",
-                "cuda": "reference: no CUDA kernel is built",
-            }
-            for op in OPS
-        },
+        "cuda_architectures": getattr(_backend.C, "cuda_architectures", ""),
+        "backends": {op: {"cpu": f"{cpu}: {_backend.STATUS}", "cuda": _cuda()} for op in OPS},
     }
+
+
+def _cuda() -> str:
+    """The backend of tensors on CUDA, on every device of this machine."""
+    if _backend.C is None or not hasattr(_backend.C, "cuda_problem"):
+        return "reference: no CUDA kernel is built"
+    if not torch.cuda.is_available():
+        return "native: compiled; this machine has no CUDA device to run them"
+    problems = [_backend.cuda_problem(i) for i in range(torch.cuda.device_count())]
+    said = (
+        f"{torch.cuda.get_device_name(i)}: {'native' if p is None else f'reference, {p}'}"
+        for i, p in enumerate(problems)
+    )
+    kind = "native" if None in problems else "reference"
+    return f"{kind}: {'; '.join(said)}"
 
 
 def tolerance(dtype: torch.dtype, terms: int = 1) -> float:
@@ -62,7 +74,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def check() -> list[tuple[str, float, float]]:
-    """Run every compiled kernel against its float64 reference on this machine.
+    """Run every compiled kernel against its float64 reference on this machine, on the CPU and on each GPU.
 
     Returns:
         (case, relative error, tolerance) of each; a case is wrong where the error exceeds the tolerance or is NaN.
@@ -71,72 +83,123 @@ def check() -> list[tuple[str, float, float]]:
         RuntimeError: nothing is compiled.
     """
     rows = []
-    for case, run, tensors in _cases():
-        with ops.backend("native"):
-            got = run(*tensors)
-        with ops.backend("reference"):
-            wanted = run(*(t.double() if t.is_floating_point() else t for t in tensors))
-        bound = tolerance(tensors[0].dtype, tensors[0][0].numel())
-        errors = [relative_error(g, w) for g, w in zip(got, wanted, strict=True)]
-        error = math.nan if any(map(math.isnan, errors)) else max(errors)
-        rows.append((case, error, bound))
+    for device in _devices():
+        where = "" if device.type == "cpu" else f" {device}"
+        for case, run, tensors in _cases(_backend.runs_cuda(torch.empty(0, device=device))):
+            tensors = [t.to(device) for t in tensors]
+            with ops.backend("native"):
+                got = run(*tensors)
+            with ops.backend("reference"):
+                wanted = run(*(t.double() if t.is_floating_point() else t for t in tensors))
+            bound = max(tolerance(g.dtype, tensors[0][0].numel()) for g in got)
+            errors = [relative_error(g, w) for g, w in zip(got, wanted, strict=True)]
+            error = math.nan if any(map(math.isnan, errors)) else max(errors)
+            rows.append((case + where, error, bound))
     return rows
 
 
-def _cases() -> Iterator[tuple[str, Any, list[Tensor]]]:
+def _devices() -> list[torch.device]:
+    """Those that compiled kernels serve."""
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    served = (torch.device("cuda", i) for i in gpus if _backend.cuda_problem(i) is None)
+    return [torch.device("cpu"), *served]
+
+
+# Channels of both halves and positions: tails everywhere, and sizes that move in whole packets of 16 bytes.
+_SIZES = {"": (9, 8, (7, 9)), " in packets": (16, 16, (8, 8))}
+_LAYOUTS = {"planar": torch.contiguous_format, "interleaved": torch.channels_last}
+
+
+def _cases(cuda: bool) -> Iterator[tuple[str, Any, list[Tensor]]]:
+    for size, sides in _SIZES.items():
+        for layout, memory_format in _LAYOUTS.items():
+            for x, a in _element_types(cuda):
+                mixed = "" if x is a else f" with {str(a).removeprefix('torch.')}"
+                label = f"{str(x).removeprefix('torch.')}{mixed} {layout}{size}"
+                yield from _coupling_cases(label, x, a, sides, memory_format)
+                if x is a:
+                    yield from _other_cases(label, x, sides, memory_format)
+    for dtype in (torch.float32, torch.float64):
+        normal = _normal(dtype, torch.contiguous_format)
+        maps = [-normal(2, s, s).square() for s in (8, 4, 3)]
+        for size in (33, 64):
+            label = f"{dtype} to {size} px"
+            yield f"aggregate {label}", partial(_aggregate, size), maps
+            yield f"mean aggregate {label}", partial(_mean_aggregate, size), maps
+
+
+def _element_types(cuda: bool) -> Iterator[tuple[torch.dtype, torch.dtype]]:
+    """Of the stream and of the subnet's output."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        yield dtype, dtype
+    yield torch.float32, torch.bfloat16
+    if cuda:
+        yield torch.float16, torch.float16
+        yield torch.float32, torch.float16
+
+
+def _normal(dtype: torch.dtype, layout: torch.memory_format) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(0)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        x = torch.randn(*shape, generator=generator).to(dtype)
+        return x.contiguous(memory_format=layout) if x.dim() == 4 else x
 
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        wide = torch.float64 if dtype is torch.float64 else torch.float32
-        for name, layout in (
-            ("planar", torch.contiguous_format),
-            ("interleaved", torch.channels_last),
-        ):
-            x1, x2, a, x = (
-                normal(3, c, 7, 9).to(dtype).contiguous(memory_format=layout)
-                for c in (9, 8, 16, 17)
-            )
-            scale, offset = (normal(17).exp().to(wide), normal(17).to(wide))
-            perm = torch.randperm(17, generator=generator)
-            label = f"{str(dtype).removeprefix('torch.')} {name}"
-            for form in ("0.2", "head", "atan"):
+    return draw
 
-                def couple(*t: Tensor, form: str = form) -> tuple[Tensor, ...]:
-                    return ops.affine_coupling(*t, clamp_form=form)
 
-                def uncouple(*t: Tensor, form: str = form) -> tuple[Tensor, ...]:
-                    return ops.affine_coupling_inverse(*t, clamp_form=form)
+def _coupling_cases(
+    label: str,
+    dtype: torch.dtype,
+    subnet: torch.dtype,
+    sides: tuple[int, int, tuple[int, int]],
+    layout: torch.memory_format,
+) -> Iterator[tuple[str, Any, list[Tensor]]]:
+    normal, (c1, c2, size) = _normal(dtype, layout), sides
+    wide = ops.accumulation_dtype(dtype)
+    halves = [normal(3, c, *size) for c in (c1, c2)]
+    a, scale = normal(3, 2 * c2, *size, dtype=subnet), normal(c1 + c2, dtype=wide).exp()
+    operands = [*halves, a, scale, normal(c1 + c2, dtype=wide), torch.randperm(c1 + c2)]
+    for form in CLAMP_FORMS:
 
-                operands = [x1, x2, a, scale, offset, perm]
-                yield f"coupling {form} {label}", couple, operands
-                yield f"coupling inverse {form} {label}", uncouple, operands
-                yield f"coupling backward {form} {label}", _gradients(couple), operands
-            norm_operands = [x, scale, offset, normal(1, 17, 7, 9).to(dtype)]
-            yield f"norm {label}", lambda *t: (ops.channel_norm(*t),), norm_operands
-            yield (
-                f"norm backward {label}",
-                _gradients(lambda *t: (ops.channel_norm(*t),)),
-                norm_operands,
-            )
-            maps = [x1, x2[..., :4, :5].contiguous(memory_format=layout)]
-            yield f"pooling {label}", _pool, maps
-            yield f"pooling backward {label}", _gradients(_pool), maps
-            maps = [x1, normal(3, 9, 4, 5).to(dtype).contiguous(memory_format=layout)]
-            yield f"upsampling {label}", _upsample, maps
-            yield f"upsampling backward {label}", _gradients(_upsample), maps
-            likelihoods = [x]
-            yield (
-                f"score {label}",
-                lambda z: (ops.log_likelihood_map(z), ops.half_square_norm(z)),
-                likelihoods,
-            )
-        if dtype is not torch.bfloat16:
-            maps = [-normal(2, s, s).square().to(dtype) for s in (8, 4, 3)]
-            yield f"aggregate {dtype}", _aggregate, maps
-            yield f"mean aggregate {dtype}", _mean_aggregate, maps
+        def couple(*t: Tensor, form: str = form) -> tuple[Tensor, ...]:
+            return ops.affine_coupling(*t, clamp_form=form)
+
+        def uncouple(*t: Tensor, form: str = form) -> tuple[Tensor, ...]:
+            return ops.affine_coupling_inverse(*t, clamp_form=form)
+
+        yield f"coupling {form} {label}", couple, operands
+        yield f"coupling inverse {form} {label}", uncouple, operands
+        yield f"coupling backward {form} {label}", _gradients(couple), operands
+
+
+def _other_cases(
+    label: str,
+    dtype: torch.dtype,
+    sides: tuple[int, int, tuple[int, int]],
+    layout: torch.memory_format,
+) -> Iterator[tuple[str, Any, list[Tensor]]]:
+    normal, (c1, c2, size) = _normal(dtype, layout), sides
+    wide = ops.accumulation_dtype(dtype)
+    x = normal(3, c1 + c2, *size)
+    vectors = [normal(c1 + c2, dtype=wide) for _ in range(2)]
+    functions: dict[str, tuple[Any, list[Tensor]]] = {
+        "norm": (_norm, [x, *vectors, normal(1, c1 + c2, *size)]),
+        "pooling": (_pool, [normal(3, c1, *size), normal(3, c2, 4, 5)]),
+        "upsampling": (_upsample, [normal(3, c1, *size), normal(3, c1, 4, 5)]),
+        "score": (_score, [x]),
+    }
+    for name, (function, operands) in functions.items():
+        yield f"{name} {label}", function, operands
+        yield f"{name} backward {label}", _gradients(function), operands
+
+
+def _norm(*t: Tensor) -> tuple[Tensor]:
+    return (ops.channel_norm(*t),)
+
+
+def _score(z: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.log_likelihood_map(z), ops.half_square_norm(z)
 
 
 def _pool(*maps: Tensor) -> tuple[Tensor]:
@@ -147,8 +210,8 @@ def _upsample(x: Tensor, low: Tensor) -> tuple[Tensor]:
     return (ops.upsample_and_add(x, low),)
 
 
-def _aggregate(*maps: Tensor) -> tuple[Tensor, ...]:
-    result = ops.aggregate(maps, 33)
+def _aggregate(size: int, *maps: Tensor) -> tuple[Tensor, ...]:
+    result = ops.aggregate(maps, size)
     return (
         result.score,
         result.log_score,
@@ -158,8 +221,8 @@ def _aggregate(*maps: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _mean_aggregate(*maps: Tensor) -> tuple[Tensor, ...]:
-    result = ops.mean_aggregate(maps, 33)
+def _mean_aggregate(size: int, *maps: Tensor) -> tuple[Tensor, ...]:
+    result = ops.mean_aggregate(maps, size)
     return result.score, result.anomaly_map
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,9 @@ Golden = tuple[dict[str, Tensor], dict[str, Any]]
 def pytest_configure(config: pytest.Config) -> None:
     # Where nothing is compiled the tests run on the reference, which says so once.
     config.addinivalue_line("filterwarnings", "ignore:msflow_ext runs its slower reference")
+    # The same laws for the CUDA kernels without a GPU: see tests/cuda_emulator.
+    if os.environ.get("MSFLOW_EXT_EMULATED"):
+        _backend.emulate()
 
 
 @pytest.fixture

@@ -36,6 +36,12 @@ HD Tap<W> tap(const Resampling& resampling, int64_t output, int64_t input_size) 
   return {low, low + 1 < input_size ? low + 1 : low, W(where - double(low))};
 }
 
+// What a tap reads, in torch's form: what is infinite or huge comes out as it does there.
+template <class W>
+HD W between(W low, W high, W weight) {
+  return (1 - weight) * low + weight * high;
+}
+
 // The taps of every output coordinate of one axis.
 template <class W>
 struct Axis {

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace msflow {
 
 enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
@@ -13,9 +15,15 @@ struct Tensor {
   int64_t n = 0, c = 0, p = 0;  // strides of sample, channel and position, in elements
 
   template <class T>
-  T* at(int64_t sample, int64_t channel, int64_t position = 0) const {
+  HD T* at(int64_t sample, int64_t channel, int64_t position = 0) const {
     // In integers, because an empty tensor's address is null.
-    return reinterpret_cast<T*>(data + (sample * n + channel * c + position * p) * sizeof(T));
+    const uintptr_t address = data + (sample * n + channel * c + position * p) * sizeof(T);
+#if defined(__CUDA_ARCH__)
+    // Tells the compiler that this is global memory: without it, loads would have to ask.
+    return static_cast<T*>(__cvta_global_to_generic(address));
+#else
+    return reinterpret_cast<T*>(address);
+#endif
   }
 };
 

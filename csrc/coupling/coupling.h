@@ -18,7 +18,7 @@ struct Coupling {
   const void* offset;
   const int64_t* perm;
 
-  int64_t channels() const { return passive + active; }
+  HD int64_t channels() const { return passive + active; }
 };
 
 void coupling_forward_cpu(const Coupling&, Tensor x1, Tensor x2, Tensor a, Tensor y1, Tensor y2,
@@ -28,5 +28,17 @@ void coupling_inverse_cpu(const Coupling&, Tensor y1, Tensor y2, Tensor a, Tenso
 void coupling_backward_cpu(const Coupling&, Tensor grad_y1, Tensor grad_y2,
                            const void* grad_log_det, Tensor x1, Tensor x2, Tensor a, Tensor grad_x1,
                            Tensor grad_x2, Tensor grad_a, void* grad_scale, void* grad_offset);
+
+// The same on CUDA's current device and this stream; `scratch` is memory of as many bytes as
+// coupling_scratch says.
+int64_t coupling_scratch(const Coupling&, DType x, DType a, bool backward);
+void coupling_forward_cuda(const Coupling&, Tensor x1, Tensor x2, Tensor a, Tensor y1, Tensor y2,
+                           void* log_det, void* scratch, void* stream);
+void coupling_inverse_cuda(const Coupling&, Tensor y1, Tensor y2, Tensor a, Tensor x2,
+                           void* log_det, void* scratch, void* stream);
+void coupling_backward_cuda(const Coupling&, Tensor grad_y1, Tensor grad_y2,
+                            const void* grad_log_det, Tensor x1, Tensor x2, Tensor a,
+                            Tensor grad_x1, Tensor grad_x2, Tensor grad_a, void* grad_scale,
+                            void* grad_offset, void* scratch, void* stream);
 
 }  // namespace msflow

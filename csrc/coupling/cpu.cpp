@@ -103,7 +103,7 @@ HD void forward_planar(const Job<W>& job, int64_t begin, int64_t end) {
         INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
           s[i] = log_scale<Atan>(k, W(load(a_s[start + i])));
-          const W u = W(load(x[start + i])) * exp_(s[i]) + k.shift * W(load(a_t[start + i]));
+          const W u = coupled(W(load(x[start + i])), s[i], k.shift * W(load(a_t[start + i])));
           store(y + start + i, affine(u, gain, shift, limit));
         }
         sum += ordered_sum(s, size);
@@ -132,8 +132,8 @@ HD void inverse_planar(const Job<W>& job, int64_t begin, int64_t end) {
         INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
           s[i] = log_scale<Atan>(k, W(load(a_s[start + i])));
-          const W u = (W(load(y[start + i])) - shift) / gain;
-          store(x + start + i, (u - k.shift * W(load(a_t[start + i]))) * exp_(-s[i]));
+          const W t = k.shift * W(load(a_t[start + i]));
+          store(x + start + i, uncoupled(W(load(y[start + i])), s[i], t, gain, shift));
         }
         sum += ordered_sum(s, size);
       }
@@ -160,10 +160,10 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
         X* grad_x = job.grad_x1.template at<X>(n, c, start);
         INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
-          const W u = W(load(x[i]));
-          gv[i] = through_limit(W(load(grad_y[start + i])), u, gain, shift, limit);
-          gu[i] = gv[i] * u;
-          store(grad_x + i, gv[i] * gain);
+          const auto g =
+              passive_gradients(W(load(grad_y[start + i])), W(load(x[i])), gain, shift, limit);
+          gu[i] = g.scale, gv[i] = g.offset;
+          store(grad_x + i, g.x);
         }
       } else {
         const X* x = job.x2.template at<X>(n, j, start);
@@ -174,16 +174,13 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
         A* grad_t_row = job.grad_a.template at<A>(n, j + job.active, start);
         INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
-          W slope;
-          const W e = exp_(log_scale<Atan>(k, W(load(a_s[i])), slope));
-          const W scaled = W(load(x[i])) * e;
-          const W u = scaled + k.shift * W(load(a_t[i]));
-          gv[i] = through_limit(W(load(grad_y[start + i])), u, gain, shift, limit);
-          gu[i] = gv[i] * u;
-          const W g = gv[i] * gain;
-          store(grad_x + i, g * e);
-          store(grad_s_row + i, (g * scaled + grad_s) * slope);
-          store(grad_t_row + i, g * k.shift);
+          const auto g =
+              active_gradients<Atan>(k, W(load(grad_y[start + i])), grad_s, W(load(x[i])),
+                                     W(load(a_s[i])), W(load(a_t[i])), gain, shift, limit);
+          gu[i] = g.scale, gv[i] = g.offset;
+          store(grad_x + i, g.x);
+          store(grad_s_row + i, g.a_s);
+          store(grad_t_row + i, g.a_t);
         }
       }
       sum_scale += ordered_sum(gu, size);
@@ -222,7 +219,7 @@ HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
       INDEPENDENT
       for (int64_t j = 0; j < active; ++j) {
         s[j] = log_scale<Atan>(k, W(load(a_s[j])));
-        const W u = W(load(x2[j])) * exp_(s[j]) + k.shift * W(load(a_t[j]));
+        const W u = coupled(W(load(x2[j])), s[j], k.shift * W(load(a_t[j])));
         v[passive + j] = affine(u, gain[passive + j], shift[passive + j], limit);
       }
       add_to_lanes(s, active, lane);
@@ -277,8 +274,7 @@ HD void inverse_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
       INDEPENDENT
       for (int64_t j = 0; j < active; ++j) {
         s[j] = log_scale<Atan>(k, W(load(a_s[j])));
-        const W value = (u[j] - shift[j]) / gain[j] - k.shift * W(load(a_t[j]));
-        store(x2 + j, value * exp_(-s[j]));
+        store(x2 + j, uncoupled(u[j], s[j], k.shift * W(load(a_t[j])), gain[j], shift[j]));
       }
       add_to_lanes(s, active, lane);
     }
@@ -314,26 +310,21 @@ HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
       A* grad_a_t = grad_a_s + active;
       INDEPENDENT
       for (int64_t c = 0; c < passive; ++c) {
-        const W u = W(load(x1[c]));
-        const W g = through_limit(grad[c], u, gain[c], shift[c], limit);
-        sum_scale[c] += g * u;
-        sum_offset[c] += g;
-        store(grad_x1 + c, g * gain[c]);
+        const auto g = passive_gradients(grad[c], W(load(x1[c])), gain[c], shift[c], limit);
+        sum_scale[c] += g.scale;
+        sum_offset[c] += g.offset;
+        store(grad_x1 + c, g.x);
       }
       INDEPENDENT
       for (int64_t j = 0; j < active; ++j) {
         const int64_t c = passive + j;
-        W slope;
-        const W e = exp_(log_scale<Atan>(k, W(load(a_s[j])), slope));
-        const W scaled = W(load(x2[j])) * e;
-        const W u = scaled + k.shift * W(load(a_t[j]));
-        const W gv = through_limit(grad[c], u, gain[c], shift[c], limit);
-        const W g = gv * gain[c];
-        sum_scale[c] += gv * u;
-        sum_offset[c] += gv;
-        store(grad_x2 + j, g * e);
-        store(grad_a_s + j, (g * scaled + grad_s) * slope);
-        store(grad_a_t + j, g * k.shift);
+        const auto g = active_gradients<Atan>(k, grad[c], grad_s, W(load(x2[j])), W(load(a_s[j])),
+                                              W(load(a_t[j])), gain[c], shift[c], limit);
+        sum_scale[c] += g.scale;
+        sum_offset[c] += g.offset;
+        store(grad_x2 + j, g.x);
+        store(grad_a_s + j, g.a_s);
+        store(grad_a_t + j, g.a_t);
       }
     }
   }

@@ -60,4 +60,41 @@ HD W through_limit(W gradient, W u, W scale, W offset, W limit) {
   return limited(v, limit) == v ? gradient : W(0);
 }
 
+// The active half's value before the global affine, and its inverse; t = shift * a_t.
+template <class W>
+HD W coupled(W x, W s, W t) {
+  return x * exp_(s) + t;
+}
+
+template <class W>
+HD W uncoupled(W y, W s, W t, W scale, W offset) {
+  return ((y - offset) / scale - t) * exp_(-s);
+}
+
+// What the gradient of a result becomes: those of x, a_s and a_t, and the terms of the gradients of
+// scale and offset.
+template <class W>
+struct Gradients {
+  W x, a_s, a_t, scale, offset;
+};
+
+template <class W>
+HD Gradients<W> passive_gradients(W grad_y, W x, W scale, W offset, W limit) {
+  const W g = through_limit(grad_y, x, scale, offset, limit);
+  return {g * scale, 0, 0, g * x, g};
+}
+
+// grad_s is the gradient of the sample's log_det, which every s is a term of.
+template <bool Atan, class W>
+HD Gradients<W> active_gradients(const Clamp<W>& k, W grad_y, W grad_s, W x, W a_s, W a_t, W scale,
+                                 W offset, W limit) {
+  W slope;
+  const W e = exp_(log_scale<Atan>(k, a_s, slope));
+  const W scaled = x * e;
+  const W u = scaled + k.shift * a_t;
+  const W gv = through_limit(grad_y, u, scale, offset, limit);
+  const W g = gv * scale;
+  return {g * e, (g * scaled + grad_s) * slope, g * k.shift, gv * u, gv};
+}
+
 }  // namespace msflow

@@ -19,4 +19,13 @@ void norm_backward_cpu(const Norm&, Tensor grad_y, Tensor x, Tensor bias_map,
                        const void* statistics, Tensor grad_x, Tensor grad_map, void* grad_weight,
                        void* grad_bias);
 
+// The same on CUDA's current device and this stream; the backward's `scratch` is memory of as many
+// bytes as norm_scratch says.
+int64_t norm_scratch(const Norm&, DType x, bool with_map);
+void norm_forward_cuda(const Norm&, Tensor x, Tensor bias_map, Tensor y, void* statistics,
+                       void* scratch, void* stream);
+void norm_backward_cuda(const Norm&, Tensor grad_y, Tensor x, Tensor bias_map,
+                        const void* statistics, Tensor grad_x, Tensor grad_map, void* grad_weight,
+                        void* grad_bias, void* scratch, void* stream);
+
 }  // namespace msflow

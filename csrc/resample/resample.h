@@ -18,4 +18,13 @@ void pool_backward_cpu(const Resample&, Tensor grad_low, Tensor grad_x);
 void upsample_forward_cpu(const Resample&, Tensor x, Tensor low, Tensor y);
 void upsample_backward_cpu(const Resample&, Tensor grad_y, Tensor grad_low);
 
+// The same on CUDA's current device and this stream.
+void pool_forward_cuda(const Resample&, Tensor x, Tensor low, void* scratch, void* stream);
+void pool_backward_cuda(const Resample&, Tensor grad_low, Tensor grad_x, void* scratch,
+                        void* stream);
+void upsample_forward_cuda(const Resample&, Tensor x, Tensor low, Tensor y, void* scratch,
+                           void* stream);
+void upsample_backward_cuda(const Resample&, Tensor grad_y, Tensor grad_low, void* scratch,
+                            void* stream);
+
 }  // namespace msflow

@@ -6,6 +6,7 @@
 #include "common/elementary.h"
 #include "common/half.h"
 #include "common/parallel.h"
+#include "score/formula.h"
 #include "score/score.h"
 #include "score/upsample.h"
 
@@ -241,12 +242,10 @@ void select(int64_t begin, int64_t end, void* context) {
       sum += double(value);
       exponentials += std::exp(double(value) - largest);
     }
-    // -log(mean exp(L - max L)) over the k pixels; the paper's score is 1 - exp(-that).
-    const double log_score =
-        double(maps.high[n]) - largest - std::log(exponentials / double(job.k));
-    job.score[n] = W(-std::expm1(-log_score));
-    job.log_score[n] = W(log_score);
-    job.nll_score[n] = W(-sum / double(job.k));
+    const auto scores = scores_of(double(maps.high[n]), largest, sum, exponentials, double(job.k));
+    job.score[n] = W(scores.score);
+    job.log_score[n] = W(scores.log_score);
+    job.nll_score[n] = W(scores.nll_score);
   }
 }
 

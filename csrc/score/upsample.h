@@ -27,19 +27,19 @@ HD void add_row(const W* map, const Upsampling<W>& up, int64_t y, W* scratch, W*
                 int64_t to_width, bool first) {
   const W* upper = map + up.rows.low[y] * up.width;
   const W* lower = map + up.rows.high[y] * up.width;
-  const W between = up.rows.weight[y];
-  for (int64_t x = 0; x < up.width; ++x) scratch[x] = upper[x] + between * (lower[x] - upper[x]);
+  const W share = up.rows.weight[y];
+  for (int64_t x = 0; x < up.width; ++x) scratch[x] = between(upper[x], lower[x], share);
   const int32_t* low = up.columns.low.data();
   const int32_t* high = up.columns.high.data();
   const W* weight = up.columns.weight.data();
   if (first) {
     INDEPENDENT
     for (int64_t x = 0; x < to_width; ++x)
-      to[x] = scratch[low[x]] + weight[x] * (scratch[high[x]] - scratch[low[x]]);
+      to[x] = between(scratch[low[x]], scratch[high[x]], weight[x]);
   } else {
     INDEPENDENT
     for (int64_t x = 0; x < to_width; ++x)
-      to[x] += scratch[low[x]] + weight[x] * (scratch[high[x]] - scratch[low[x]]);
+      to[x] += between(scratch[low[x]], scratch[high[x]], weight[x]);
   }
 }
 

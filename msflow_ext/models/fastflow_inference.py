@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msflow_ext.models.frozen import FrozenFlow, FrozenHead
+from msflow_ext.models.frozen import FrozenFlow, FrozenHead, each_scale
 from msflow_ext.models.packed import PackedConv2d
 
 
@@ -36,7 +36,7 @@ class OptimizedFastFlowHead(FrozenHead):
         if self.norms:
             pairs: Any = zip(features, self.norms, strict=True)
             features = [norm(f.to(norm.weight.dtype)) for f, norm in pairs]
-        results = [flow(x) for x, flow in zip(features, self._flows, strict=True)]
+        results = each_scale(lambda flow, x: flow(x), self._flows, features)
         log_dets = [log_det for _, _, log_det in results]
         return [z for z, _, _ in results], sum(log_dets[1:], log_dets[0])
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msflow_ext import ops
-from msflow_ext.models.frozen import FrozenFlow, FrozenHead
+from msflow_ext.models.frozen import FrozenFlow, FrozenHead, each_scale
 from msflow_ext.models.msflow_flows import (
     LIMIT,
     ConditionalFlow,
@@ -48,11 +48,9 @@ class OptimizedHead(FrozenHead):
 
     def latent(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         self._check(features)
-        halves, log_dets = [], []
-        for x, flow in zip(features, self._flows, strict=True):
-            x1, x2, log_det = flow(x)
-            halves.append((x1, x2))
-            log_dets.append(log_det)
+        results = each_scale(lambda flow, x: flow(x), self._flows, features)
+        halves = [(x1, x2) for x1, x2, _ in results]
+        log_dets = [log_det for _, _, log_det in results]
         z, y1 = [], []
         for (x1, _), a in zip(halves, self._subnet_2([x2 for _, x2 in halves]), strict=True):
             _, y, log_det = self._couple(x1[:, :0], x1, a, split=0)

@@ -17,8 +17,9 @@ from torch import Tensor
 #: Element types of the kernels, in the order of ``csrc/common/tensor.h``.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-# Of these, what kernels on the CPU take; int64 are permutations.
-_NATIVE = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
+# Of these, what kernels take on each type of device; int64 are permutations.
+_WIDE = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
+_NATIVE = {"cpu": _WIDE, "cuda": (*_WIDE, torch.float16)}
 
 View = tuple[int, int, int, int, int] | None
 
@@ -72,14 +73,18 @@ def is_native(*tensors: Tensor | None) -> bool:
     """True if compiled kernels exist for these tensors and no transform stands in the way.
 
     Graphs that leave PyTorch (export, ONNX, tracing), functorch transforms, forward-mode differentiation,
-    tensor subclasses, float16 and devices other than the CPU take the reference.
+    tensor subclasses, float16 on the CPU, GPUs that nothing was built for and other devices take the reference.
     """
     if C is None or _forced == "reference":
         if C is None:
             _warn_once()
         return False
     for tensor in tensors:
-        if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype not in _NATIVE):
+        if tensor is None:
+            continue
+        if tensor.dtype not in _NATIVE.get(tensor.device.type, ()):
+            return False
+        if tensor.is_cuda and cuda_problem(tensor.device.index) is not None:
             return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
@@ -91,6 +96,58 @@ def is_native(*tensors: Tensor | None) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+@torch.compiler.assume_constant_result
+def cuda_problem(device: int) -> str | None:
+    """Why no compiled kernel serves this CUDA device; None if one does."""
+    if C is None:
+        return f"kernels {STATUS}"
+    if not hasattr(C, "cuda_problem"):
+        return "no CUDA kernel is built"
+    if device not in _cuda_problems:
+        with torch.cuda.device(device):
+            _cuda_problems[device] = C.cuda_problem() or None
+    return _cuda_problems[device]
+
+
+_cuda_problems: dict[int, str | None] = {}
+
+_emulated = False
+
+
+def emulate() -> None:
+    """Let CUDA kernels that were built to run on the CPU (``MSFLOW_EXT_EMULATE``) serve its tensors, for tests.
+
+    Raises:
+        RuntimeError: this build has none.
+    """
+    global STATUS, _emulated
+    if getattr(C, "cuda_architectures", None) != "emulated":
+        raise RuntimeError(f"emulate: the kernels are {STATUS}, without emulated CUDA kernels")
+    STATUS, _emulated = "compiled; CUDA kernels emulated", True
+    _NATIVE["cpu"] = _NATIVE["cuda"]
+
+
+def runs_cuda(x: Tensor) -> bool:
+    """True if it is CUDA kernels that serve ``x``."""
+    return x.is_cuda or _emulated
+
+
+def run(entry: str, on: Tensor, *arguments: Any, scratch: Callable[[], int] | None = None) -> Any:
+    """Call an entry point of the compiled module for the device of ``on``.
+
+    On CUDA that is the current stream, and ``scratch`` says how many bytes of memory the kernels need besides.
+    """
+    if not runs_cuda(on):
+        return getattr(C, f"{entry}_cpu")(*arguments)
+    memory = None if scratch is None else on.new_empty(scratch(), dtype=torch.uint8)
+    address = 0 if memory is None else memory.data_ptr()
+    if not on.is_cuda:
+        return getattr(C, f"{entry}_cuda")(*arguments, address, 0)
+    with torch.cuda.device(on.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        return getattr(C, f"{entry}_cuda")(*arguments, address, stream)
 
 
 _warned = False

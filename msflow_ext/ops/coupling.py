@@ -36,10 +36,11 @@ def affine_coupling(
 
     Args:
         x1: passive half, ``(N, C1, *)``; ``C1`` may be 0.
-        x2: active half, ``(N, C2, *)``, float32, float64 or bfloat16 (float16: reference).
-        a: ``(N, 2 * C2, *)``, first :math:`a_s`, then :math:`a_t`; bfloat16 may go with a float32 ``x2``.
+        x2: active half, ``(N, C2, *)``, float32, float64, bfloat16 or float16 (on the CPU: reference).
+        a: ``(N, 2 * C2, *)``, first :math:`a_s`, then :math:`a_t`; half precision may go with a float32 ``x2``.
         scale, offset: ``(C1 + C2,)`` in the dtype of the accumulation (float64 for float64, else float32).
-        perm: ``(C1 + C2,)`` int64, a permutation; the kernels check that it is one, the reference takes it on trust.
+        perm: ``(C1 + C2,)`` int64, a permutation; the CPU's kernels check that it is one, the reference takes it on
+            trust; on CUDA a channel whose index lies outside becomes NaN.
         clamp: :math:`\alpha > 0`.
         clamp_form: ``"0.2"`` as above; ``"head"``: :math:`\alpha \tanh(0.1 a_s / \alpha)`;
             ``"atan"``: :math:`0.636\, \alpha \arctan(a_s / \alpha)` and a shift by :math:`a_t` itself.
@@ -306,7 +307,7 @@ def _check_vectors(
 
 
 def _allocate(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split):
-    inter = _backend.is_interleaved(x2)
+    inter = _is_interleaved(x2, x1.size(1) + x2.size(1))
     y1 = _backend.empty(x2, split, inter)
     y2 = _backend.empty(x2, x1.size(1) + x2.size(1) - split, inter)
     return y1, y2, x2.new_empty(x2.size(0), dtype=accumulation_dtype(x2.dtype))
@@ -314,40 +315,57 @@ def _allocate(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split):
 
 def _run(results, x1, x2, a, scale, offset, perm, *options):
     y1, y2, log_det = results
-    inter = _backend.is_interleaved(x2)
+    inter = _is_interleaved(x2, x1.size(1) + x2.size(1))
     _keep, v = _backend.views(inter, x1, x2, a, y1, y2)
     job, _dense = _job(x1.size(1), x2, inter, scale, offset, perm, *options)
-    _backend.C.coupling_forward_cpu(job, *v, log_det.data_ptr())
+    _launch("coupling_forward", job, x2, a, *v, log_det.data_ptr())
 
 
 def _allocate_grads(x1, x2, a, scale, offset, *_):
-    inter = _backend.is_interleaved(x2)
+    inter = _is_interleaved(x2, x1.size(1) + x2.size(1))
     halves = (_backend.empty(t, t.size(1), inter) for t in (x1, x2, a))
     return *halves, *(None if t is None else t.new_empty(t.shape) for t in (scale, offset)), None
 
 
 def _run_backward(upstream, grads, _extra, x1, x2, a, scale, offset, perm, *options):
-    inter = _backend.is_interleaved(x2)
+    inter = _is_interleaved(x2, x1.size(1) + x2.size(1))
     _keep, v = _backend.views(inter, *upstream[:2], x1, x2, a, *grads[:3])
     _keep2, (grad_log_det, *grad_vectors) = _backend.addresses(upstream[2], *grads[3:5])
     job, _dense = _job(x1.size(1), x2, inter, scale, offset, perm, *options)
-    _backend.C.coupling_backward_cpu(job, *v[:2], grad_log_det, *v[2:], *grad_vectors)
+    _launch("coupling_backward", job, x2, a, *v[:2], grad_log_det, *v[2:], *grad_vectors)
 
 
 def _allocate_inverse(y1, y2, a, *_):
-    inter = _backend.is_interleaved(y2)
+    inter = _is_interleaved(y2, y1.size(1) + y2.size(1))
     x2 = _backend.empty(a, a.size(1) // 2, inter, y2.dtype)
     return x2, y2.new_empty(y2.size(0), dtype=accumulation_dtype(y2.dtype))
 
 
 def _run_inverse(results, y1, y2, a, scale, offset, perm, clamp, clamp_form):
     x2, log_det = results
-    inter = _backend.is_interleaved(y2)
+    inter = _is_interleaved(y2, y1.size(1) + y2.size(1))
     _keep, v = _backend.views(inter, y1, y2, a, x2)
     passive = y1.size(1) + y2.size(1) - x2.size(1)
     options = (clamp, clamp_form, math.inf, y1.size(1))
     job, _dense = _job(passive, x2, inter, scale, offset, perm, *options)
-    _backend.C.coupling_inverse_cpu(job, *v, log_det.data_ptr())
+    _launch("coupling_inverse", job, x2, a, *v, log_det.data_ptr())
+
+
+# CUDA keeps all channels of a position in shared memory, of which every GPU grants this much.
+_SHARED_BYTES = 24 * 1024
+
+
+def _is_interleaved(x, channels):
+    fits = not _backend.runs_cuda(x) or channels * x.element_size() <= _SHARED_BYTES
+    return fits and _backend.is_interleaved(x)
+
+
+def _launch(entry, job, x2, a, *arguments):
+    def scratch():
+        types = _backend.DTYPES[x2.dtype], _backend.DTYPES[a.dtype]
+        return _backend.C.coupling_scratch(job, *types, entry == "coupling_backward")
+
+    _backend.run(entry, x2, job, *arguments, scratch=scratch)
 
 
 def _job(passive, x2, interleaved, scale, offset, perm, clamp, clamp_form, limit, split):

@@ -23,7 +23,7 @@ def channel_norm(
     .. math:: y = \max\!\Big(0,\; \frac{h - \bar h}{\sqrt{\mathrm{var}(h) + \epsilon}}\, w + b\Big), \quad h = x + m
 
     Args:
-        x: ``(N, C, *)``, float32, float64 or bfloat16 (float16: reference).
+        x: ``(N, C, *)``, float32, float64, bfloat16 or float16 (on the CPU: reference).
         weight, bias: ``(C,)`` in the dtype of the accumulation (float64 for float64, else float32).
         bias_map: ``(1, C, *)`` in the dtype of ``x`` or of the accumulation; added to every sample. In MSFlow it is
             the condition's share of the convolution before.
@@ -103,7 +103,7 @@ def _run(results, x, weight, bias, bias_map, relu, eps):
     inter = _backend.is_interleaved(x)
     _keep, v = _backend.views(inter, x, bias_map, y)
     job, _dense = _job(x, inter, weight, bias, relu, eps)
-    _backend.C.norm_forward_cpu(job, *v, statistics.data_ptr())
+    _backend.run("norm_forward", x, job, *v, statistics.data_ptr())
 
 
 def _allocate_grads(x, weight, bias, bias_map, *_):
@@ -121,7 +121,12 @@ def _run_backward(upstream, grads, extra, x, weight, bias, bias_map, relu, eps):
     _keep, v = _backend.views(inter, upstream[0], x, bias_map, grad_x, grad_map)
     job, _dense = _job(x, inter, weight, bias, relu, eps)
     vectors = (grad_weight.data_ptr(), grad_bias.data_ptr())
-    _backend.C.norm_backward_cpu(job, *v[:3], extra[0].data_ptr(), *v[3:], *vectors)
+
+    def scratch():
+        return _backend.C.norm_scratch(job, _backend.DTYPES[x.dtype], bias_map is not None)
+
+    arguments = (*v[:3], extra[0].data_ptr(), *v[3:], *vectors)
+    _backend.run("norm_backward", x, job, *arguments, scratch=scratch)
 
 
 def _job(x, interleaved, weight, bias, relu, eps):

@@ -19,7 +19,8 @@ def pool_and_concatenate(x: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Average-pool maps of several scales to one size and concatenate them over channels.
 
     Args:
-        x: maps ``(N, C_i, H_i, W_i)`` of one N and one dtype: float32, float64 or bfloat16 (float16: reference).
+        x: maps ``(N, C_i, H_i, W_i)`` of one N and one dtype: float32, float64, bfloat16 or float16 (on
+            the CPU: reference).
         size: ``(h, w)`` of the result; the windows are those of ``torch.nn.AdaptiveAvgPool2d``.
 
     Returns:
@@ -45,7 +46,7 @@ def upsample_and_add(x: Tensor, low: Tensor) -> Tensor:
     r"""``x`` plus a coarser map upsampled to its size, bilinear with the corners aligned.
 
     Args:
-        x: ``(N, C, H, W)``, float32, float64 or bfloat16 (float16: reference).
+        x: ``(N, C, H, W)``, float32, float64, bfloat16 or float16 (on the CPU: reference).
         low: ``(N, C, h, w)`` of the same dtype, or of half precision beside float32; a slice of channels is read in
             place.
 
@@ -144,7 +145,7 @@ def _run_pool(results, *args):
     interleaved = _backend.is_interleaved(results[0])
     for x, low in zip(maps, _slices(results[0], maps), strict=True):
         _keep, v = _backend.views(interleaved, x, low)
-        _backend.C.pool_forward_cpu(_job(x, low, interleaved), *v)
+        _backend.run("pool_forward", x, _job(x, low, interleaved), *v)
 
 
 def _allocate_pool_grads(*args):
@@ -159,7 +160,7 @@ def _run_pool_backward(upstream, grads, _extra, *args):
     for grad_x, grad_low in zip(grads, _slices(upstream[0], maps), strict=False):
         interleaved = _backend.is_interleaved(grad_x)
         _keep, v = _backend.views(interleaved, grad_low, grad_x)
-        _backend.C.pool_backward_cpu(_job(grad_x, grad_low, interleaved), *v)
+        _backend.run("pool_backward", grad_x, _job(grad_x, grad_low, interleaved), *v)
 
 
 def _allocate_upsample(x, low):
@@ -169,7 +170,7 @@ def _allocate_upsample(x, low):
 def _run_upsample(results, x, low):
     interleaved = _backend.is_interleaved(x)
     _keep, v = _backend.views(interleaved, x, low, *results)
-    _backend.C.upsample_forward_cpu(_job(x, low, interleaved), *v)
+    _backend.run("upsample_forward", x, _job(x, low, interleaved), *v)
 
 
 def _allocate_upsample_grads(x, low):
@@ -180,7 +181,7 @@ def _run_upsample_backward(upstream, grads, _extra, x, low):
     grads[0].copy_(upstream[0])
     interleaved = _backend.is_interleaved(grads[1])
     _keep, v = _backend.views(interleaved, upstream[0], grads[1])
-    _backend.C.upsample_backward_cpu(_job(x, low, interleaved), *v)
+    _backend.run("upsample_backward", upstream[0], _job(x, low, interleaved), *v)
 
 
 _pool = _backend.NativeOp(

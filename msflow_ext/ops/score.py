@@ -53,7 +53,7 @@ def log_likelihood_map(z: Tensor) -> Tensor:
     .. math:: \log p_{n,h,w} = -\tfrac{1}{2C} \textstyle\sum_c z_{n,c,h,w}^2
 
     Args:
-        z: ``(N, C, *)``, float32, float64 or bfloat16; ``C`` at least 1.
+        z: ``(N, C, *)``, any floating dtype; ``C`` at least 1.
 
     Returns:
         ``(N, *)``, float64 for float64 and float32 else.
@@ -68,7 +68,7 @@ def half_square_norm(z: Tensor) -> Tensor:
     r"""Negative log-likelihood of each sample in nats, without its constant: :math:`\tfrac12 \lVert z_n \rVert^2`.
 
     Args:
-        z: ``(N, C, *)``, float32, float64 or bfloat16.
+        z: ``(N, C, *)``, any floating dtype.
 
     Returns:
         ``(N,)``, float64 for float64 and float32 else.
@@ -181,8 +181,14 @@ def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
+# What the CUDA kernels have room for; more maps take the reference.
+_MAX_SCALES = 16
+
+
 def _is_native(maps: Sequence[Tensor]) -> bool:
     differentiable = torch.is_grad_enabled() and any(m.requires_grad for m in maps)
+    if _backend.runs_cuda(maps[0]) and len(maps) > _MAX_SCALES:
+        return False
     return not differentiable and not torch.compiler.is_compiling() and _backend.is_native(*maps)
 
 
@@ -195,6 +201,10 @@ def _check_maps(name: str, maps: Sequence[Tensor], size: tuple[int, int]) -> Non
         if m.dtype not in (torch.float32, torch.float64) or m.dtype is not maps[0].dtype:
             raise TypeError(
                 f"{name}: log_likelihood must be all float32 or all float64, got {[m.dtype for m in maps]}"
+            )
+        if m.device != maps[0].device:
+            raise ValueError(
+                f"{name}: log_likelihood must be on one device, got {[str(m.device) for m in maps]}"
             )
         if m.dim() != 3 or m.size(0) != maps[0].size(0) or 0 in m.shape[1:]:
             raise ValueError(
@@ -212,35 +222,38 @@ def _check_latent(name: str, z: Tensor) -> None:
 
 def _aggregate(maps: Sequence[Tensor], size: tuple[int, int], k: int) -> Aggregate | None:
     """The native result, or None where a map is not finite, which the reference treats as torch does."""
-    maps = [m.contiguous() for m in maps]
-    n, like = maps[0].size(0), maps[0]
+    maps, n, like = [m.contiguous() for m in maps], maps[0].size(0), maps[0]
     score, log_score, nll_score = (like.new_empty(n) for _ in range(3))
     anomaly_map, image_map = (like.new_empty((n, *size)) for _ in range(2))
-    finite = _backend.C.aggregate_cpu(
-        _backend.DTYPES[like.dtype],
-        n,
-        *size,
-        k,
-        [(m.data_ptr(), m.size(1), m.size(2)) for m in maps],
-        *(t.data_ptr() for t in (score, log_score, nll_score, anomaly_map, image_map)),
-    )
-    return Aggregate(score, log_score, nll_score, anomaly_map, image_map) if finite else None
+    results = (score, log_score, nll_score, anomaly_map, image_map)
+    finite = _run_aggregate("aggregate", maps, (*size, k), results)
+    return Aggregate(*results) if finite else None
 
 
 def _mean_aggregate(maps: Sequence[Tensor], size: tuple[int, int]) -> MeanAggregate | None:
     """As :func:`_aggregate`."""
-    maps = [m.contiguous() for m in maps]
-    n, like = maps[0].size(0), maps[0]
-    score, anomaly_map = like.new_empty(n), like.new_empty((n, *size))
-    finite = _backend.C.mean_aggregate_cpu(
-        _backend.DTYPES[like.dtype],
-        n,
-        *size,
-        [(m.data_ptr(), m.size(1), m.size(2)) for m in maps],
-        score.data_ptr(),
-        anomaly_map.data_ptr(),
+    maps, n, like = [m.contiguous() for m in maps], maps[0].size(0), maps[0]
+    results = (like.new_empty(n), like.new_empty((n, *size)))
+    finite = _run_aggregate("mean_aggregate", maps, size, results)
+    return MeanAggregate(*results) if finite else None
+
+
+def _run_aggregate(
+    entry: str, maps: Sequence[Tensor], sizes: tuple[int, ...], results: tuple[Tensor, ...]
+) -> bool:
+    """False where the CPU's kernel met values that are not finite; CUDA's treats them as the reference does."""
+    described = [(m.data_ptr(), m.size(1), m.size(2)) for m in maps]
+    start = (_backend.DTYPES[maps[0].dtype], maps[0].size(0))
+    finite = _backend.run(
+        entry,
+        maps[0],
+        *start,
+        *sizes,
+        described,
+        *(t.data_ptr() for t in results),
+        scratch=lambda: _backend.C.aggregate_scratch(*start, *sizes[:2], described),
     )
-    return MeanAggregate(score, anomaly_map) if finite else None
+    return finite is not False
 
 
 def _square_sums_reference(z):
@@ -256,8 +269,15 @@ def _allocate(z):
 def _run(results, z):
     inter = _backend.is_interleaved(z)
     _keep, v = _backend.views(inter, z)
-    pointers = (r.data_ptr() for r in results)
-    _backend.C.square_sums_cpu(z.size(0), z.size(1), positions(z), inter, *v, *pointers)
+    sizes = (z.size(0), z.size(1), positions(z), inter)
+    _backend.run(
+        "square_sums",
+        z,
+        *sizes,
+        *v,
+        *(r.data_ptr() for r in results),
+        scratch=lambda: _backend.C.square_sums_scratch(*sizes, _backend.DTYPES[z.dtype]),
+    )
 
 
 def _allocate_grads(z):

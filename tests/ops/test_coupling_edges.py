@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from msflow_ext import ops
+from msflow_ext.ops import _backend
 
 Normal = Callable[..., Tensor]
 Layout = Callable[[Tensor], Tensor]
@@ -152,9 +153,26 @@ def test_the_passive_half_refuses_more_channels_than_there_are() -> None:
 @pytest.mark.parametrize("perm", [[0, 1, 2, 3, 3], [0, 1, 2, 3, 5], [0, 1, 2, 3, -1]], ids=str)
 def test_kernels_refuse_a_perm_that_is_not_a_permutation(native: None, perm: list[int]) -> None:
     operands = (X(2, 3, 4), X(2, 2, 4), X(2, 4, 4), None, None, torch.tensor(perm))
+    if _backend.runs_cuda(operands[0]):
+        pytest.skip("no exception leaves a CUDA kernel")
     for function in (ops.affine_coupling, ops.affine_coupling_inverse):
         with pytest.raises(ValueError, match="perm must hold every channel once"):
             function(*operands)
+
+
+@pytest.mark.parametrize("outside", [5, -1, 2**40])
+def test_on_cuda_a_channel_from_outside_is_nan_and_all_others_are_right(
+    native: None, normal: Normal, outside: int, memory_format: Layout
+) -> None:
+    x1, x2, a = (memory_format(normal(2, c, 3, 4)) for c in (3, 2, 4))
+    if not _backend.runs_cuda(x1):
+        pytest.skip("the CPU's kernels refuse such a perm")
+    perm = torch.tensor([0, 4, 2, 3, 1], device=x1.device)
+    wanted = torch.cat(ops.affine_coupling(x1, x2, a, perm=perm)[:2], 1)
+    perm[1] = outside
+    got = torch.cat(ops.affine_coupling(x1, x2, a, perm=perm)[:2], 1)
+    assert bool(got[:, 1].isnan().all())
+    assert torch.equal(got[:, [0, 2, 3, 4]], wanted[:, [0, 2, 3, 4]])
 
 
 def test_results_that_depend_on_nothing_wanted_do_not_stop_a_second_derivative(

@@ -1,0 +1,142 @@
+"""What the compiler made of the CUDA kernels, read from the built module: `python -m benchmarks.cuda_kernels`.
+
+Registers, memory and the width of loads and stores per kernel and architecture, without a GPU; the table goes to
+`results/cuda_kernels.md`, and the tests hold the hot kernels to it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from msflow_ext.ops import _backend
+
+TABLE = Path(__file__).parent / "results" / "cuda_kernels.md"
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_WIDE = re.compile(r"\b(LDG|STG)\.E\S*\b(?:128|256)\b")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel for one architecture: registers of a thread, bytes of its stack and local and of static shared memory."""
+
+    name: str
+    architecture: str
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+
+def module() -> Path | None:
+    """The compiled module if it holds CUDA kernels."""
+    built = getattr(_backend.C, "cuda_architectures", "")
+    return Path(_backend.C.__file__) if built and built != "emulated" else None
+
+
+def cuobjdump() -> str | None:
+    """The disassembler: of a CUDA toolkit, of NVIDIA's packages, or the one that comes with triton."""
+    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
+    folders = [Path(home) / "bin" for home in (*homes, "/usr/local/cuda") if home]
+    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "*/bin")):
+        spec = importlib.util.find_spec(package)
+        for root in spec.submodule_search_locations or () if spec else ():
+            folders += sorted(Path(root).glob(inside))
+    path = os.pathsep.join(map(str, [os.environ.get("PATH", ""), *folders]))
+    return shutil.which("cuobjdump", path=path)
+
+
+def kernels(file: Path) -> list[Kernel]:
+    """All kernels of a module, for every architecture that it has machine code for."""
+    architecture, name, found = "", "", []
+    for line in _dump(file, "-res-usage"):
+        if line.startswith("arch = "):
+            architecture = line.split()[-1]
+        elif line.startswith(" Function "):
+            name = line.split()[-1].rstrip(":")
+        elif usage := _USAGE.search(line):
+            registers, stack, shared, local = map(int, usage.groups())
+            found.append(Kernel(name, architecture, registers, stack, local, shared))
+    return found
+
+
+def wide_accesses(file: Path, architecture: str) -> dict[str, set[str]]:
+    """Which of LDG and STG each kernel uses at 16 bytes or more."""
+    name, found = "", {}
+    for line in _dump(file, "-arch", architecture, "-sass"):
+        if "Function :" in line:
+            name = line.split()[-1]
+            found[name] = set()
+        elif access := _WIDE.search(line):
+            found[name].add(access[1])
+    return found
+
+
+def readable(names: list[str]) -> list[str]:
+    """Demangled and without namespaces, where the system has c++filt."""
+    tool = shutil.which("c++filt")
+    if tool is None:
+        return names
+    done = subprocess.run(
+        [tool], input="\n".join(names), capture_output=True, text=True, check=True
+    )
+    plain = (re.sub(r"msflow::|\(anonymous namespace\)::", "", n) for n in done.stdout.splitlines())
+    return [re.sub(r"^void |\(.*\)$", "", n).replace(" >", ">") for n in plain]
+
+
+def _dump(file: Path, *options: str) -> Iterator[str]:
+    tool = cuobjdump()
+    if tool is None:
+        raise FileNotFoundError("cuobjdump: not in PATH, in a CUDA toolkit, nor in triton")
+    # It runs nvdisasm, which lies beside it.
+    path = os.pathsep.join((str(Path(tool).parent), os.environ.get("PATH", "")))
+    with subprocess.Popen(
+        [tool, *options, str(file)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PATH": path},
+    ) as process:
+        assert process.stdout is not None
+        yield from process.stdout
+    if process.returncode:
+        raise RuntimeError(f"cuobjdump {' '.join(options)} failed on {file}")
+
+
+def main() -> int:
+    file = module()
+    if file is None:
+        print("the installed msflow_ext has no CUDA kernels", file=sys.stderr)
+        return 2
+    found = kernels(file)
+    names = sorted({k.name for k in found})
+    shown = dict(zip(names, readable(names), strict=True))
+    architectures = sorted({k.architecture for k in found}, key=lambda a: int(a[3:].rstrip("af")))
+    registers = {(k.name, k.architecture): k.registers for k in found}
+    lines = [
+        "# What the compiler made of the CUDA kernels",
+        "",
+        f"Registers of a thread per architecture, by `python -m benchmarks.cuda_kernels`. {len(found)} kernels; bytes of",
+        f"stack or local memory in any of them: {max(k.stack + k.local for k in found)}. Not run on a GPU yet.",
+        "",
+        f"| kernel | {' | '.join(architectures)} | static shared memory |",
+        f"|---|{'---|' * (len(architectures) + 1)}",
+    ]
+    for name in sorted(names, key=shown.__getitem__):
+        row = [str(registers.get((name, a), "")) for a in architectures]
+        shared = max(k.shared for k in found if k.name == name)
+        lines.append(f"| `{shown[name]}` | {' | '.join(row)} | {shared} |")
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text("\n".join(lines) + "\n")
+    print(f"{TABLE}: {len(found)} kernels")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
