@@ -71,14 +71,18 @@ def markdown(document: dict[str, Any]) -> Iterator[str]:
     """The README's table: a line per category and method, the last epoch in percent."""
     lines = [Line(**each) for each in document["lines"]]
     lines = [each for each in lines if BEST not in each.source and each.category != MEAN]
-    trained = (run["metrics"] for run in document["runs"])
+    trained = [run["metrics"] for run in document["runs"]]
     epochs = {each["data"]["name"]: each["epochs"] for each in trained}
-    cells = {(each.data, each.category, each.source, each.metric): percent(each) for each in lines}
-    runs = max(each.runs for each in lines)
-    yield f"| percent, {runs} runs | | {' | '.join(RESULTS.values())} |"
+    model, runs = trained[0]["model"], max(each.runs for each in lines)
+    yield f"{model['backbone']} at {model['image_size']} px, last epoch, mean ± standard deviation of"
+    yield f"{runs} runs; `python -m benchmarks.accuracy` repeats it."
+    yield ""
+    yield f"| percent | | {' | '.join(RESULTS.values())} |"
     yield "|---|---|" + "---:|" * len(RESULTS)
+    cells = {(each.data, each.category, each.source, each.metric): percent(each) for each in lines}
+    places = list(dict.fromkeys((each.data, each.category) for each in lines))
     rows = dict.fromkeys((each.data, each.category, each.source) for each in lines)
-    for data, category, source in rows:
+    for data, category, source in sorted(rows, key=lambda row: places.index(row[:2])):
         values = (cells.get((data, category, source, metric), "-") for metric in RESULTS)
         yield f"| {data} {category}, {epochs[data]} epochs | {source} | {' | '.join(values)} |"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -155,11 +156,20 @@ class Features:
         wanted, free = sum(sizes) * dtype.itemsize, shutil.disk_usage(self._file.parent).free
         if wanted > free:
             raise OSError(f"{self._file} needs {wanted:,} bytes, the disk has {free:,} left")
-        if hasattr(os, "posix_fallocate"):  # a disk that fills up is an error now, no crash later
-            with self._file.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, wanted)
+        _reserve(self._file, wanted)
         whole = torch.from_file(str(self._file), shared=True, size=sum(sizes), dtype=dtype)
         return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes, so that a disk that fills up is an error now and no crash later."""
+    with path.open("wb") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):  # else it knows no way
+                raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def features_of_parts(

@@ -69,8 +69,7 @@ def lines(runs: Sequence[Run]) -> list[Line]:
 
 def published(data: str, model: str, backbone: str) -> list[dict[str, Any]]:
     """What others reached on a data set with this backbone or, if that is not known, with the paper's."""
-    records = json.loads(files("msflow_ext").joinpath("published.json").read_text("utf-8"))
-    known = [each for each in records if (each["data"], each["model"]) == (data, model)]
+    known = [each for each in _records(data) if each["model"] == model]
     chosen = backbone if backbone in {each["backbone"] for each in known} else None
     return [each for each in known if each["backbone"] == (chosen or known[0]["backbone"])]
 
@@ -104,7 +103,7 @@ def markdown(found: Sequence[Line], runs: Sequence[Run]) -> Iterator[str]:
             continue
         sources = list(dict.fromkeys(line.source for line in chosen))
         cells = {(line.category, line.source): percent(line) for line in chosen}
-        yield from (f"## {title}, percent", "")
+        yield from (f"## {title[:1].upper()}{title[1:]}, percent", "")
         yield f"| | {' | '.join(sources)} |"
         yield "|---|" + "---:|" * len(sources)
         for category in dict.fromkeys(line.category for line in chosen):
@@ -144,15 +143,19 @@ def _lines_of(metric: str, done: Sequence[Run]) -> Iterator[Line]:
             yield Line(data, category, metric, source, *_spread(values.values()))
         if len(column) > 1:
             yield Line(data, MEAN, metric, source, *_mean(list(column.values())))
-    categories = list(dict.fromkeys(run.category for run in done))
-    for record in _published(done[0].metrics or {}) if done else ():
-        values = record["values"]
-        whole = {*values} - {MEAN} <= {*categories}
-        for category in [*categories, MEAN] if whole and len(categories) > 1 else categories:
-            value = values.get(category, {}).get(metric)
-            if value is not None:
-                data = record["data"]
-                yield Line(data, category, metric, _titled(record), value, None, 0)
+    if done:
+        yield from _published_lines(metric, done[0].metrics or {}, {run.category for run in done})
+
+
+def _published_lines(metric: str, metrics: Mapping[str, Any], ours: set[str]) -> Iterator[Line]:
+    """What others say of our categories, and their mean if it is that of the same ones."""
+    data = metrics["data"]["name"]
+    everything = {name for record in _records(data) for name in record["values"]}
+    shown = everything if everything == {*ours, MEAN} else ours
+    for record in _published(metrics):
+        for category, values in record["values"].items():
+            if category in shown and metric in values:
+                yield Line(data, category, metric, _titled(record), values[metric], None, 0)
 
 
 def _values(metrics: Mapping[str, Any], metric: str) -> Iterator[tuple[str, float]]:
@@ -180,6 +183,11 @@ def _spread(values: Iterable[float]) -> tuple[float, float | None, int]:
 def _published(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     model = metrics["model"]
     return published(metrics["data"]["name"], model["name"], model["backbone"])
+
+
+def _records(data: str) -> list[dict[str, Any]]:
+    records = json.loads(files("msflow_ext").joinpath("published.json").read_text("utf-8"))
+    return [each for each in records if each["data"] == data]
 
 
 def _titled(record: Mapping[str, Any]) -> str:

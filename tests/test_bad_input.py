@@ -176,25 +176,30 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
-@pytest.mark.parametrize("command", [0, 2], ids=["train", "predict"])
+@pytest.mark.parametrize(
+    ("command", "more", "file", "kept"),
+    [
+        (0, [], "model.safetensors", "config.yaml"),
+        (0, ["--cache", "disk"], "features-training.cache", ""),
+        (2, [], "maps/good-0.png.png", "scores.csv"),
+    ],
+    ids=["train", "cache", "predict"],
+)
 def test_a_full_disk_is_one_sentence_and_what_was_written_before_stays(
-    run, data, tmp_path, command
+    run, data, tmp_path, command, more, file, kept
 ):
     out = tmp_path / "out"
-    arguments = [*map(str, _commands(run, data, out)[command])]
+    arguments = [*map(str, _commands(run, data, out)[command]), *more]
     ended = subprocess.run(
         [sys.executable, "-c", FULL, *arguments], capture_output=True, text=True, check=False
     )
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
-    file, kept = [("model.safetensors", "config.yaml"), ("maps/good-0.png.png", "scores.csv")][
-        command // 2
-    ]
     last = ended.stderr.splitlines()[-1]
     assert last.startswith(f"msflow: error: {out / file} cannot be written: ")
     assert "too large" in last
     assert (out / kept).exists()
-    assert not list(out.rglob("*.tmp"))
+    assert not [*out.rglob("*.tmp"), *out.rglob("*.cache")]
 
 
 def test_what_cannot_be_replaced_stays(tmp_path):

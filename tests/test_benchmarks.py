@@ -218,8 +218,9 @@ def test_the_accuracy_of_the_packaged_sets_is_one_table(
         ]
         out = Path(arguments[arguments.index("--out") + 1])
         out.mkdir(parents=True)
+        model = {"backbone": "resnet18", "image_size": 192}
         document = {
-            "runs": [{"metrics": {"epochs": 4, "data": {"name": given["--data"]}}}],
+            "runs": [{"metrics": {"epochs": 4, "data": {"name": given["--data"]}, "model": model}}],
             "lines": [asdict(each) for each in lines],
         }
         (out / "table.json").write_text(json.dumps(document))
@@ -237,6 +238,7 @@ def test_the_accuracy_of_the_packaged_sets_is_one_table(
     assert {line["data"] for line in json.loads(file.read_text())["lines"]} == {"elpv", "textures"}
     text = page.read_text()
     assert "| elpv a, 4 epochs | MSFlow | 95.00 ± 0.40 | - | - |" in text
+    assert "resnet18 at 192 px" in text
     assert "97.00" not in text
     with pytest.raises(SystemExit, match="no results"):
         load("results").newest()

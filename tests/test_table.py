@@ -72,6 +72,15 @@ def test_published_numbers_stand_beside_ours_and_their_mean_only_beside_a_mean_o
     assert not found(table.lines([run("candle", 0.9)]), source)
 
 
+def test_a_mean_alone_is_shown_beside_a_mean_of_all_categories_only():
+    categories = list(table.published("mvtec", "MSFlow", "wide_resnet50_2")[0]["values"])[:-1]
+    for chosen, shown in ((categories[:3], set()), (categories, {"mean"})):
+        model = {"name": "FastFlow", "backbone": "resnet18"}
+        pixel = {"pixel_auroc": 0.9, "best": {"pixel_auroc": 0.9}}
+        lines = table.lines([run(each, 0.9, data="mvtec", model=model, **pixel) for each in chosen])
+        assert {each.category for each in lines if not each.runs} == shown
+
+
 def test_the_backbone_chooses_among_the_published_numbers_of_a_model():
     (paper, *_) = table.published("mvtec", "FastFlow", "resnet18")
     assert (paper["backbone"], paper["values"]) == ("resnet18", {"mean": {"pixel_auroc": 0.972}})
