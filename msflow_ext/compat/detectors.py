@@ -16,16 +16,13 @@ from msflow_ext.models.detector import Detector
 from msflow_ext.models.fastflow import FastFlow
 from msflow_ext.models.msflow import MSFlow
 
+_PLAIN: dict[str, Any] = {"standardize": False, "position_base": False}
+
 #: By format, what its code does without a word of it in the file.
 PEERS: dict[str, dict[str, Any]] = {
-    "msflow": {"padding_mode": "reflect", "standardize": False},
-    "gathierry": {"padding_mode": "zeros", "standardize": False, "clamp": 2.0},
-    "anomalib": {
-        "padding_mode": "zeros",
-        "standardize": False,
-        "clamp": 2.0,
-        "clamp_form": "0.2",
-    },
+    "msflow": {**_PLAIN, "padding_mode": "reflect"},
+    "gathierry": {**_PLAIN, "padding_mode": "zeros", "clamp": 2.0},
+    "anomalib": {**_PLAIN, "padding_mode": "zeros", "clamp": 2.0, "clamp_form": "0.2"},
 }
 
 
