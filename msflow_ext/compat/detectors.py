@@ -65,7 +65,8 @@ def for_peer(model: Detector, to: str) -> dict[str, Any]:
     """What a checkpoint of another package holds of ``model``, ready for ``torch.save``.
 
     FastFlow's have the backbone, too, unless it is a transformer, of which we keep a part only. anomalib reads it with
-    ``Fastflow.load_from_checkpoint``; where images are not of 256 pixels, it must be told so (``pre_processor``).
+    ``Fastflow.load_from_checkpoint`` or as ``ckpt_path``; where images are not of 256 pixels, its ``pre_processor`` must
+    say so. Its thresholds are not set before ``Engine.validate``.
 
     Args:
         to: ``"msflow"`` (the authors' code), ``"gathierry"`` or ``"anomalib"`` (their FastFlow).
