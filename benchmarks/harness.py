@@ -23,6 +23,7 @@ MODULES = (
     "pipeline",
     "training",
     "models",
+    "accelerate",
     "metrics",
 )
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}

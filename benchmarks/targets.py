@@ -51,6 +51,10 @@ TARGETS = (
     Target(10, "AUPRO, 800 thresholds", "AUPRO 83 images 512 px", "800 thresholds", "ours", 100, 500),
     Target(11, "saved activations fp32, official", f"{STEP} b1", "official fp32", "ours fp32", 0.5, 0.4, saved=True),
     Target(11, "the same, reversible", f"{STEP} b1", "official fp32", "ours reversible fp32", 0.15, 0.1, saved=True),
+    Target(13, "accelerated FastFlow fp32, eager", "flows FastFlow *", "eager fp32", "ours fp32", 1.3, 2),
+    Target(13, "the same, training step", "training step FastFlow *", "eager fp32", "ours fp32", 1.3, 2),
+    Target(13, "accelerated U-Flow fp32, eager", "flows U-Flow *", "eager fp32", "ours fp32", 1.3, 2),
+    Target(13, "the same, training step", "training step U-Flow *", "eager fp32", "ours fp32", 1.3, 2),
 )
 # fmt: on
 

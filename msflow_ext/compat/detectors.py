@@ -16,16 +16,13 @@ from msflow_ext.models.detector import Detector
 from msflow_ext.models.fastflow import FastFlow
 from msflow_ext.models.msflow import MSFlow
 
+_PLAIN: dict[str, Any] = {"standardize": False, "position_base": False}
+
 #: By format, what its code does without a word of it in the file.
 PEERS: dict[str, dict[str, Any]] = {
-    "msflow": {"padding_mode": "reflect", "standardize": False},
-    "gathierry": {"padding_mode": "zeros", "standardize": False, "clamp": 2.0},
-    "anomalib": {
-        "padding_mode": "zeros",
-        "standardize": False,
-        "clamp": 2.0,
-        "clamp_form": "0.2",
-    },
+    "msflow": {**_PLAIN, "padding_mode": "reflect"},
+    "gathierry": {**_PLAIN, "padding_mode": "zeros", "clamp": 2.0},
+    "anomalib": {**_PLAIN, "padding_mode": "zeros", "clamp": 2.0, "clamp_form": "0.2"},
 }
 
 
@@ -68,7 +65,8 @@ def for_peer(model: Detector, to: str) -> dict[str, Any]:
     """What a checkpoint of another package holds of ``model``, ready for ``torch.save``.
 
     FastFlow's have the backbone, too, unless it is a transformer, of which we keep a part only. anomalib reads it with
-    ``Fastflow.load_from_checkpoint``; where images are not of 256 pixels, it must be told so (``pre_processor``).
+    ``Fastflow.load_from_checkpoint`` or as ``ckpt_path``; where images are not of 256 pixels, its ``pre_processor`` must
+    say so. Its thresholds are not set before ``Engine.validate``.
 
     Args:
         to: ``"msflow"`` (the authors' code), ``"gathierry"`` or ``"anomalib"`` (their FastFlow).
