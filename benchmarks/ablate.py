@@ -23,6 +23,7 @@ from msflow_ext import FastFlow, MSFlow, metrics, ops
 from msflow_ext.data import DataSet, Images, open_dataset
 from msflow_ext.evaluation import Truth
 from msflow_ext.features import Features
+from msflow_ext.models.clamped_map import ClampedMap
 from msflow_ext.models.padim import Padim, PadimPrediction
 from msflow_ext.training import make_optimizer
 
@@ -42,6 +43,8 @@ SCORES: dict[str, Column] = {
         "own score": ("paper", "log 3%"),
         "NLL": ("nll 3%",),
         "NLL, position base": ("nll 3%, position base",),
+        "clamped": ("clamped score",),
+        "clamped, position base": ("clamped score, position base",),
     }.items()
 }
 MAPS: dict[str, Column] = {
@@ -199,11 +202,12 @@ def ways(model: Any, cached: Cached) -> dict[str, list[float]]:
     nll = _joined(parts, "nll_score")
     found["additive"] = judge(truth, nll, _joined(parts, "anomaly_map"))
     found["multiplicative"] = judge(truth, nll, _joined(parts, "image_map"))
-    clamped = torch.zeros(len(maps[0]), SIZE, SIZE)
-    for usual, m in zip(normal, maps, strict=True):
-        unusual = ((usual.mean() - m) / usual.std()).clamp_max(8)[:, None]
-        clamped += F.interpolate(unusual, (SIZE, SIZE), mode="bilinear", align_corners=True)[:, 0]
-    found["clamped"] = judge(truth, nll, clamped)
+    clamped = ClampedMap(len(maps))
+    clamped.fit([normal])
+    whole = torch.cat(_in_batches(maps, lambda part: clamped(part, SIZE)))
+    found["clamped"] = judge(truth, nll, whole)
+    highest = whole.flatten(1).topk(int(0.03 * SIZE**2)).values
+    found["clamped score"] = judge(truth, highest.mean(1))
     return found
 
 

@@ -62,8 +62,8 @@ def variants() -> dict[str, Variant]:
         "robust, learnable base": replace(robust(), change=with_learnable_base),
         "FastFlow paper": Variant(FastFlow, recipe=FASTFLOW),
         "FastFlow paper, 8 epochs": Variant(FastFlow, recipe=FASTFLOW, epochs=8),
-        "FastFlow paper, batch 8, 12 epochs": Variant(
-            FastFlow, recipe=replace(FASTFLOW, batch_size=8), epochs=12
+        "FastFlow standardised, batch 8, 12 epochs": Variant(
+            FastFlow, {"standardize": True}, replace(FASTFLOW, batch_size=8), epochs=12
         ),
         "FastFlow robust": Variant(FastFlow, fastflow.model, fastflow.recipe),
     }

@@ -122,7 +122,7 @@ def _train(part: ArgumentParser) -> None:
         (
             "--anomaly-map",
             str | None,
-            "of MSFlow: additive, or clamped for no scale to outshout others",
+            "paper, or clamped for no scale to outshout others",
         ),
         ("--epochs", int | None, "passes over the training images"),
         ("--batch-size", int | None, "images per step"),

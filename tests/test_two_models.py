@@ -127,7 +127,11 @@ def test_only_msflow_takes_transistors_at_256_pixels(
     [
         ("msflow", ["--steps", "4"], "--steps is not an option of --model msflow"),
         ("fastflow", ["--blocks", "1", "2"], "--blocks is not an option of --model fastflow"),
-        ("fastflow", ["--score", "best"], "score must be 'log', 'paper' or 'nll', got 'best'"),
+        (
+            "fastflow",
+            ["--score", "best"],
+            "score must be one of paper, log, nll, got 'best'",
+        ),
         ("fastflow", ["--steps", "0"], "steps must be at least 1, got 0"),
         ("fastflow", ["--hidden-ratio", "0.01"], "hidden_ratio 0.01 leaves no hidden channels of"),
         ("fastflow", ["--out-indices", "3", "1"], "out_indices must be increasing, 0 or more"),

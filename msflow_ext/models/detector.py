@@ -16,10 +16,15 @@ from torch import Tensor, nn
 from msflow_ext import ops
 from msflow_ext.flows import MEMORY
 from msflow_ext.models.backbone import Backbone
+from msflow_ext.models.clamped_map import ClampedMap
 from msflow_ext.models.position_base import PositionBase
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+SCORES = ("paper", "log", "nll")
+MAPS = ("paper", "clamped")
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,9 @@ class Detector(nn.Module, ABC):
         standardize: whether features are standardised per channel by statistics of the training set, once
             :meth:`set_statistics` was called.
         position_base: whether :meth:`fit_latents` puts a :class:`PositionBase` behind the flow.
+        score: of an image: ``paper``, ``log`` or ``nll``.
+        top_k: share of the pixels that make it.
+        anomaly_map: ``paper`` or ``clamped``.
         config: further arguments of the subclass.
 
     Attributes:
@@ -128,9 +136,19 @@ class Detector(nn.Module, ABC):
         image_size: int | None,
         standardize: bool,
         position_base: bool,
+        score: str,
+        top_k: float,
+        anomaly_map: str,
         **config: Any,
     ) -> None:
         super().__init__()
+        choices = (("score", score, SCORES), ("anomaly_map", anomaly_map, MAPS))
+        for name, value, known in choices:
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if not 0 < top_k <= 1:
+            raise ValueError(f"top_k must be in (0, 1], got {top_k}")
+        self.score, self.top_k = score, top_k
         self.image_size = side(image_size, backbone)
         self.standardize = standardize
         self.backbone = backbone
@@ -139,6 +157,7 @@ class Detector(nn.Module, ABC):
         if position_base:
             sizes = [self.pooled_size(*grid) for grid in backbone.grids(self.image_size)]
             self.base = PositionBase(head.channels, sizes)
+        self.clamped = ClampedMap(len(head.channels)) if anomaly_map == "clamped" else None
         for i, c in enumerate(backbone.channels):
             self.register_buffer(f"feature_mean{i}", torch.zeros(c))
             self.register_buffer(f"feature_std{i}", torch.ones(c))
@@ -149,6 +168,9 @@ class Detector(nn.Module, ABC):
             "padding_mode": backbone.padding_mode,
             "standardize": standardize,
             "position_base": position_base,
+            "score": score,
+            "top_k": top_k,
+            "anomaly_map": anomaly_map,
             "clamp": head.clamp,
             "clamp_form": head.clamp_form,
             **config,
@@ -184,15 +206,21 @@ class Detector(nn.Module, ABC):
             return self.head.log_likelihood(features)
         return [ops.log_likelihood_map(z) for z in self.base(self.head(features).z)]
 
+    def localize(self, log_likelihood: Sequence[Tensor], paper: Tensor) -> Tensor:
+        """The anomaly map: the clamped one where the model wants that, else the paper's."""
+        return paper if self.clamped is None else self.clamped(log_likelihood, self.image_size)
+
     @torch.no_grad()
     def fit_latents(self, batches: Callable[[], Iterable[Sequence[Tensor]]]) -> None:
-        """Fit what comes behind the trained head, where the model has such: here the position base.
+        """Fit what comes behind the trained head, where the model has it: position base, clamped map.
 
         Args:
             batches: gives the features of all normal images, from the first on at every call.
         """
         if self.base is not None:
             self.base.fit(self.head(features).z for features in batches())
+        if self.clamped is not None:
+            self.clamped.fit(self.log_likelihood(features) for features in batches())
 
     @abstractmethod
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
@@ -228,14 +256,6 @@ def side(image_size: int | None, backbone: Backbone) -> int:
     if image_size is not None:
         return image_size
     return 256 if backbone.image_size is None else backbone.image_size[0]
-
-
-def check_score(score: str, top_k: float) -> None:
-    """Refuse an image score that no model has, and a share of pixels that is none."""
-    if score not in ("log", "paper", "nll"):
-        raise ValueError(f"score must be 'log', 'paper' or 'nll', got {score!r}")
-    if not 0 < top_k <= 1:
-        raise ValueError(f"top_k must be in (0, 1], got {top_k}")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ from msflow_ext.models.detector import (
     Detector,
     FlowHead,
     Prediction,
-    check_score,
     refuse_non_finite,
     seeded,
     side,
@@ -184,6 +183,8 @@ class FastFlow(Detector):
         score: ``"paper"``, the maximum of the map; ``"log"`` or ``"nll"``, which cannot saturate, as in
             :class:`~msflow_ext.MSFlow`.
         top_k: share of the pixels that make the latter two.
+        anomaly_map: ``"paper"``, the mean over scales; or ``"clamped"``: see
+            :class:`~msflow_ext.models.clamped_map.ClampedMap`.
         position_base: for parts that always lie alike: Gaussians at every position of the latent maps, fitted to the
             training set after training; see :class:`~msflow_ext.models.position_base.PositionBase`.
 
@@ -208,10 +209,10 @@ class FastFlow(Detector):
         standardize: bool = False,
         score: str = "paper",
         top_k: float = 0.03,
+        anomaly_map: str = "paper",
         position_base: bool = False,
         seed: int | None = None,
     ) -> None:
-        check_score(score, top_k)
         preset = PRESETS.get(backbone, {})
         size = preset.get("image_size") if image_size is None else int(image_size)
         network = Backbone(
@@ -246,9 +247,8 @@ class FastFlow(Detector):
             layer_norm=bool(layer_norm),
             score=score,
             top_k=float(top_k),
+            anomaly_map=anomaly_map,
         )
-        self.score = score
-        self.top_k = float(top_k)
 
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
         """Score features as :meth:`features` gives them."""
@@ -258,4 +258,5 @@ class FastFlow(Detector):
         if self.score != "paper":
             others = ops.aggregate(log_likelihood, self.image_size, top_k=self.top_k)
             score = others.log_score if self.score == "log" else others.nll_score
-        return Prediction(score, maps.anomaly_map, maps.anomaly_map, log_likelihood)
+        anomaly_map = self.localize(log_likelihood, maps.anomaly_map)
+        return Prediction(score, anomaly_map, maps.anomaly_map, log_likelihood)

@@ -5,7 +5,7 @@ Source: Zhou et al., "MSFlow: Multi-Scale Flow-based Framework for Unsupervised 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,6 @@ from msflow_ext.models.detector import (
     Detector,
     FlowHead,
     Prediction,
-    check_score,
     refuse_non_finite,
     seeded,
 )
@@ -36,9 +35,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "efficientnet_lite0": {"image_size": 192, "padding_mode": "zeros", "standardize": True},
 }
 OTHER: dict[str, Any] = {"image_size": None, "padding_mode": "zeros", "standardize": True}
-
-#: A scale's share of a clamped map, at most.
-MOST = 8.0
 
 
 class MSFlowHead(FlowHead):
@@ -148,9 +144,8 @@ class MSFlow(Detector):
         score: ``"log"``, the paper's image score as ``-log(1 - score)``, which has the same order and cannot saturate;
             ``"paper"``, the value itself; ``"nll"``, the mean of the largest summed negative log-likelihoods.
         top_k: share of the pixels that make the score.
-        anomaly_map: ``"additive"``, the paper's; or ``"clamped"``, the sum over scales of the upsampled negative
-            log-likelihoods in standard deviations of the training set's from their mean, at most 8 each: no scale
-            outshouts the others.
+        anomaly_map: ``"paper"``, additive over scales; or ``"clamped"``: see
+            :class:`~msflow_ext.models.clamped_map.ClampedMap`.
         position_base: for parts that always lie alike: Gaussians at every position of the latent maps, fitted to the
             training set after training; see :class:`~msflow_ext.models.position_base.PositionBase`.
 
@@ -173,13 +168,10 @@ class MSFlow(Detector):
         standardize: bool | None = None,
         score: str = "log",
         top_k: float = 0.03,
-        anomaly_map: str = "additive",
+        anomaly_map: str = "paper",
         position_base: bool = False,
         seed: int | None = None,
     ) -> None:
-        check_score(score, top_k)
-        if anomaly_map not in ("additive", "clamped"):
-            raise ValueError(f"anomaly_map must be 'additive' or 'clamped', got {anomaly_map!r}")
         preset = PRESETS.get(backbone, OTHER)
         size = preset["image_size"] if image_size is None else int(image_size)
         network = Backbone(
@@ -209,11 +201,6 @@ class MSFlow(Detector):
             top_k=float(top_k),
             anomaly_map=anomaly_map,
         )
-        self.score = score
-        self.top_k = float(top_k)
-        self.usual: Tensor | None
-        usual = torch.tensor([[0.0], [1.0]]).repeat(1, len(head.channels))  # means, deviations
-        self.register_buffer("usual", usual if anomaly_map == "clamped" else None)
         smallest = -(-self.image_size // network.strides[-1])
         if self.pooled and smallest < 3:
             raise ValueError(
@@ -237,28 +224,5 @@ class MSFlow(Detector):
         log_likelihood = self.log_likelihood(features)
         maps = ops.aggregate(log_likelihood, self.image_size, top_k=self.top_k)
         score = {"log": maps.log_score, "paper": maps.score, "nll": maps.nll_score}[self.score]
-        anomaly_map = maps.anomaly_map if self.usual is None else self._clamped(log_likelihood)
+        anomaly_map = self.localize(log_likelihood, maps.anomaly_map)
         return Prediction(score, anomaly_map, maps.image_map, log_likelihood)
-
-    @torch.no_grad()
-    def fit_latents(self, batches: Callable[[], Iterable[Sequence[Tensor]]]) -> None:
-        """Fit the position base and what a clamped map takes as usual, where the model has them."""
-        super().fit_latents(batches)
-        if self.usual is None:
-            return
-        sums = torch.zeros(3, len(self.head.channels), dtype=torch.float64)
-        for features in batches():
-            for i, m in enumerate(self.log_likelihood(features)):
-                sums[:, i] += torch.stack([(-m.double()).pow(k).sum() for k in range(3)]).cpu()
-        mean = sums[1] / sums[0]
-        deviation = (sums[2] / sums[0] - mean.square()).clamp_min(1e-12).sqrt()
-        self.usual.copy_(torch.stack((mean, deviation)))
-
-    def _clamped(self, log_likelihood: Sequence[Tensor]) -> Tensor:
-        assert self.usual is not None
-        total = 0.0
-        for m, (mean, deviation) in zip(log_likelihood, self.usual.T.tolist(), strict=True):
-            unusual = ((-m - mean) / deviation).clamp_max(MOST)[:, None]
-            size = (self.image_size, self.image_size)
-            total = total + F.interpolate(unusual, size, mode="bilinear", align_corners=True)[:, 0]
-        return torch.as_tensor(total)

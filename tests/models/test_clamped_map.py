@@ -1,4 +1,4 @@
-"""The map of MSFlow in which no scale outshouts the others."""
+"""The map in which no scale outshouts the others."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from msflow_ext import MSFlow
+from msflow_ext import FastFlow, MSFlow, ops
 
 OPTIONS = {"image_size": 64, "pretrained": False, "blocks": (1, 1), "cond_channels": 8, "seed": 0}
 
 
 def build(**options: object) -> MSFlow:
-    model = MSFlow("test_resnet", **{**OPTIONS, "anomaly_map": "clamped", **options})  # type: ignore[arg-type]
+    model = MSFlow(
+        "test_resnet",
+        **{**OPTIONS, "anomaly_map": "clamped", **options},
+    )  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     for parameter in model.head.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -39,6 +42,7 @@ def test_it_sums_deviations_from_the_normal_images_of_at_most_eight(position_bas
         ]
     torch.testing.assert_close(got.anomaly_map, wanted, rtol=1e-4, atol=1e-3)
     assert got.anomaly_map.max() <= 16
+    assert torch.equal(got.score, ops.aggregate(unusual, 64).log_score)
     assert unusual[0].min() < 100 * usual[0].min()
 
 
@@ -49,9 +53,24 @@ def test_its_statistics_are_kept_with_the_weights() -> None:
     again.load_state_dict(model.state_dict())
     one = images(1, 2)
     assert torch.equal(again(one).anomaly_map, model(one).anomaly_map)
-    assert "usual" not in build(anomaly_map="additive").state_dict()
+    plain = build(anomaly_map="paper").state_dict()
+    assert not any(name.startswith("clamped") for name in plain)
+
+
+def test_fastflow_takes_it_too() -> None:
+    options = {"image_size": 64, "pretrained": False, "steps": 1, "seed": 0}
+    model = FastFlow("test_resnet", anomaly_map="clamped", **options)  # type: ignore[arg-type]
+    paper = FastFlow("test_resnet", **options)  # type: ignore[arg-type]
+    paper.load_state_dict(model.state_dict(), strict=False)
+    features = model.features(images(3, 0))
+    model.fit_latents(lambda: [features])
+    got, plain = model.predict_features(features), paper.predict_features(features)
+    assert torch.equal(got.score, plain.score)
+    assert torch.equal(got.image_map, plain.anomaly_map)
+    assert model.clamped is not None
+    assert torch.equal(got.anomaly_map, model.clamped(got.log_likelihood, 64))
 
 
 def test_a_map_of_another_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="anomaly_map must be 'additive' or 'clamped', got 'sum'"):
+    with pytest.raises(ValueError, match="anomaly_map must be one of paper, clamped, got 'sum'"):
         build(anomaly_map="sum")

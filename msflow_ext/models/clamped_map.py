@@ -1,0 +1,51 @@
+"""An anomaly map in which no scale outshouts the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: A scale's share of the map, at most.
+MOST = 8.0
+
+
+class ClampedMap(nn.Module):
+    r"""The sum over scales of how unusual a position is.
+
+    .. math:: A = \textstyle\sum_i U\left(\min\left(\frac{-\log p_i - m_i}{s_i}, 8\right)\right)
+
+    with the mean m and the standard deviation s of each scale's negative log-likelihood over the normal images, and U
+    the bilinear upsampling (``align_corners=True``).
+
+    Args:
+        scales: how many.
+    """
+
+    usual: Tensor
+
+    def __init__(self, scales: int) -> None:
+        super().__init__()
+        self.register_buffer("usual", torch.tensor([[0.0, 1.0]]).repeat(scales, 1))
+
+    @torch.no_grad()
+    def fit(self, likelihoods: Iterable[Sequence[Tensor]]) -> None:
+        """Measure what is usual from the log-likelihood maps ``[(N, H_i, W_i)]`` of batches of normal images."""
+        sums = torch.zeros(len(self.usual), 3, dtype=torch.float64)
+        for maps in likelihoods:
+            for i, m in enumerate(maps):
+                wide = -m.double()
+                sums[i] += torch.stack([wide.pow(k).sum() for k in range(3)]).cpu()
+        mean = sums[:, 1] / sums[:, 0]
+        variance = (sums[:, 2] / sums[:, 0] - mean.square()).clamp_min(1e-12)
+        self.usual.copy_(torch.stack((mean, variance.sqrt()), 1))
+
+    def forward(self, log_likelihood: Sequence[Tensor], size: int) -> Tensor:
+        """The map ``(N, size, size)`` of log-likelihood maps ``[(N, H_i, W_i)]``."""
+        scales = []
+        for m, (mean, deviation) in zip(log_likelihood, self.usual.tolist(), strict=True):
+            unusual = ((-m - mean) / deviation).clamp_max(MOST)[:, None]
+            scales.append(F.interpolate(unusual, (size, size), mode="bilinear", align_corners=True))
+        return torch.cat(scales, 1).sum(1)
