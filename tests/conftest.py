@@ -32,13 +32,26 @@ def pytest_configure(config: pytest.Config) -> None:
         _backend.emulate()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    # The laws of the ops hold on every device that this machine has.
+    laws = metafunc.definition.path.parent.name == "ops" and "normal" in metafunc.fixturenames
+    if laws and torch.cuda.is_available():
+        metafunc.parametrize("device", ["cpu", "cuda"], indirect=True)
+
+
 @pytest.fixture
-def normal() -> Normal:
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where ``normal`` draws: the CPU, and for the laws of the ops also CUDA where there is one."""
+    return torch.device(getattr(request, "param", "cpu"))
+
+
+@pytest.fixture
+def normal(device: torch.device) -> Normal:
     """``normal(*shape, dtype=float32)``: standard normal numbers, the same in every run."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
     return draw
 

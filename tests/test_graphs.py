@@ -23,7 +23,9 @@ def features(seed: int, device: str) -> list[torch.Tensor]:
 
 def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match=r"^graphed: CUDA graphs need a GPU, and torch sees none"):
+    with pytest.raises(
+        RuntimeError, match=r"^graphed: CUDA graphs need a GPU, and torch sees none"
+    ):
         mx.graphed(head(), features(0, "cpu"))
 
 

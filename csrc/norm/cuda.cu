@@ -20,6 +20,7 @@ struct Job : Norm {
   W* grad_parts = nullptr;  // (grad_rows, 2, C)
   W floor, share;           // of the ReLU, if there is one; 1 / C
   bool whole = false;       // packets are aligned
+  bool dense;               // and so are those of statistics and means
   bool stashed = false;     // all channels of a block wait in shared memory
   bool per_sample;          // a block of the last kernel takes one sample, not all of them
   Planar planar, pieces;    // blocks with all channels; blocks with some
@@ -29,6 +30,7 @@ struct Job : Norm {
       : Norm(norm),
         floor(relu ? W(0) : -std::numeric_limits<W>::infinity()),
         share(W(1) / W(channels)),
+        dense(positions % 2 == 0),
         per_sample(!with_map),
         planar(channels, positions, V, max_depth_width, 1, true),
         pieces(channels, positions, V, max_depth_width, 1, false),
@@ -178,7 +180,7 @@ __global__ void __launch_bounds__(threads) means_planar(const __grid_constant__ 
   const bool whole = job.whole && count >= V;
   const int64_t where = (at.sample * job.positions + at.first) * 2;
   W statistics[2 * V], sums[2 * V] = {};
-  load(statistics, job.statistics + where, 2 * count, false);
+  load(statistics, job.statistics + where, 2 * count, job.dense && count >= V);
   for (int64_t c = at.channel; c < job.channels; c += job.planar.depth) {
     const W weight = job.weight_of(c), bias = job.bias_of(c);
     W h[V], g[V];
@@ -195,7 +197,7 @@ __global__ void __launch_bounds__(threads) means_planar(const __grid_constant__ 
   if (threadIdx.x / job.planar.width > 0) return;
 #pragma unroll
   for (int i = 0; i < 2 * V; ++i) sums[i] *= job.share;
-  store(job.means + where, sums, 2 * count, false);
+  store(job.means + where, sums, 2 * count, job.dense && count >= V);
 }
 
 template <class J>
@@ -257,8 +259,8 @@ __global__ void __launch_bounds__(threads) backward_planar(const __grid_constant
       const int64_t where = (n * job.positions + p) * 2;
       job.load_sum(h, n, c, p, count);
       load(g, job.y.template at<typename J::X>(n, c, p), count, whole);
-      load(statistics, job.statistics + where, 2 * count, false);
-      load(means, job.means + where, 2 * count, false);
+      load(statistics, job.statistics + where, 2 * count, job.dense && count >= V);
+      load(means, job.means + where, 2 * count, job.dense && count >= V);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const W inverse = statistics[2 * v + 1];

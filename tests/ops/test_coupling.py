@@ -29,13 +29,15 @@ DTYPES = {
     "bfloat16-subnet": (F32, BF16),
 }
 
-# (samples, passive, active, positions, split); a kernel's chunk is 256 positions, its lanes are 16.
+# (samples, passive, active, positions, split); on the CPU a chunk is 256 positions and lanes are 16, on CUDA a packet
+# is 16 bytes.
 SHAPES = {
     "even": (2, 4, 4, (4, 6), 4),
     "odd-channels": (2, 4, 3, (5, 3), 4),
     "one-pixel": (3, 5, 4, (1, 1), 2),
     "many-blocks": (2, 9, 8, (21, 19), 8),
     "tail-lanes": (1, 19, 18, (17, 1), 37),
+    "whole-packets": (2, 16, 16, (8, 40), 8),
     "one-channel": (2, 1, 1, (3, 3), 1),
     "tiny": (1, 2, 3, (2, 1), 4),
     "empty-batch": (0, 4, 3, (2, 2), 4),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msflow_ext import ops
 from msflow_ext.ops import _backend
+from msflow_ext.testing import relative_error, tolerance
 
 Normal = Callable[..., Tensor]
 Layout = Callable[[Tensor], Tensor]
@@ -148,6 +149,18 @@ def test_the_passive_half_refuses_more_channels_than_there_are() -> None:
         ops.passive_half(X(2, 3, 4), X(2, 2, 4), 6)
     with pytest.raises(ValueError, match=r"offset must be \(5,\)"):
         ops.passive_half(X(2, 3, 4), X(2, 2, 4), 3, offset=X(4))
+
+
+def test_more_channels_than_shared_memory_holds_are_right(
+    native: None, normal: Normal, memory_format: Layout
+) -> None:
+    operands = [memory_format(normal(2, c, 1, 2, dtype=F64)) for c in (2000, 1500, 3000)]
+    perm = normal(3500).argsort()
+    got = ops.affine_coupling(*operands, perm=perm)
+    with ops.backend("reference"):
+        wanted = ops.affine_coupling(*operands, perm=perm)
+    for g, w in zip(got, wanted, strict=True):
+        assert relative_error(g, w) <= tolerance(F64, 6000)
 
 
 @pytest.mark.parametrize("perm", [[0, 1, 2, 3, 3], [0, 1, 2, 3, 5], [0, 1, 2, 3, -1]], ids=str)

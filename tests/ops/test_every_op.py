@@ -22,7 +22,7 @@ F32, F64 = torch.float32, torch.float64
 
 
 def couple(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
-    perm = torch.arange(len(scale) - 1, -1, -1)
+    perm = torch.arange(len(scale) - 1, -1, -1, device=scale.device)
     return ops.affine_coupling(x1, x2, a, scale, offset, perm, limit=3.0, split=2)
 
 
@@ -184,7 +184,7 @@ def test_registered_ops_pass_the_checks_of_torch(
     native: None, normal: Normal, name: str, memory_format: Layout
 ) -> None:
     operands = [t.requires_grad_() for t in make(normal, name, layout=memory_format)]
-    perm = torch.arange(6, -1, -1)
+    perm = torch.arange(6, -1, -1, device=operands[0].device)
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "coupling": (torch.ops.msflow_ext.coupling, (*operands, perm, 2.0, "0.2", 3.0, 2)),
         "coupling-bare": (

@@ -27,6 +27,8 @@ SHAPES = {
     "one-pixel": (3, 5, (1, 1)),
     "many-blocks": (2, 19, (13, 17)),
     "tail-lanes": (1, 37, (67, 1)),
+    "whole-packets": (2, 32, (8, 10)),
+    "more-channels-than-shared-memory-holds": (1, 4100, (3, 1)),
     "one-channel": (2, 1, (3, 3)),
     "empty-batch": (0, 4, (2, 2)),
     "no-positions": (2, 4, (0, 5)),

@@ -75,7 +75,7 @@ def test_non_finite_latents_do_what_they_do_in_the_reference(
 ) -> None:
     z = memory_format(normal(2, 3, 4, 5))
     z[1, 2, 3, 4] = value
-    wanted = torch.full((), -math.inf if value > 0 else math.nan)
+    wanted = z.new_tensor(-math.inf if value > 0 else math.nan)
     maps, norm = ops.log_likelihood_map(z), ops.half_square_norm(z)
     torch.testing.assert_close(maps[1, 3, 4], wanted, equal_nan=True)
     torch.testing.assert_close(norm[1], -wanted, equal_nan=True)
