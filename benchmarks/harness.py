@@ -14,7 +14,7 @@ from torch import Tensor
 from msflow_ext.bench import Case, machine
 from msflow_ext.bench.harness import prepare
 
-MODULES = ("coupling", "norm", "score", "flow", "pipeline", "training", "metrics")
+MODULES = ("coupling", "norm", "winograd", "score", "flow", "pipeline", "training", "metrics")
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
