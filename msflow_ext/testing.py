@@ -15,7 +15,7 @@ import msflow_ext
 from msflow_ext import ops
 from msflow_ext.ops import _backend
 
-OPS = ("coupling", "norm", "resample", "score")
+OPS = ("coupling", "norm", "resample", "score", "winograd")
 
 
 def info() -> dict[str, Any]:
@@ -127,6 +127,8 @@ def _cases() -> Iterator[tuple[str, Any, list[Tensor]]]:
             maps = [x1, normal(3, 9, 4, 5).to(dtype).contiguous(memory_format=layout)]
             yield f"upsampling {label}", _upsample, maps
             yield f"upsampling backward {label}", _gradients(_upsample), maps
+            if dtype is not torch.float64:
+                yield f"winograd {label}", _convolve, [x, normal(5, 17, 3, 3) / 9, normal(5)]
             likelihoods = [x]
             yield (
                 f"score {label}",
@@ -145,6 +147,12 @@ def _pool(*maps: Tensor) -> tuple[Tensor]:
 
 def _upsample(x: Tensor, low: Tensor) -> tuple[Tensor]:
     return (ops.upsample_and_add(x, low),)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """With both sizes of tiles; factors as wide as the bias."""
+    values = [ops.winograd_weight(weight, tile, bias.dtype) for tile in (2, 4)]
+    return tuple(ops.winograd_conv2d(x, v, bias) for v in values)
 
 
 def _aggregate(*maps: Tensor) -> tuple[Tensor, ...]:
