@@ -200,6 +200,7 @@ MSFLOW_CLONES void multiply_float(int64_t begin, int64_t end, void* context) {
 }
 
 #if defined(__GNUC__) && defined(__x86_64__)
+#define SUPPORTS(set) __builtin_cpu_supports(set)
 struct MultiplyPairs {
   // Not the intrinsic, which no template without the target's attribute may hold.
   HD static void add(Vector& sum, const Vector& a, const Vector& b) {
@@ -210,34 +211,36 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))) void multiply_
     int64_t begin, int64_t end, void* context) {
   multiply<MultiplyPairs, 8, 2>(*static_cast<const Job*>(context), begin, end);
 }
+#else
+#define SUPPORTS(set) false
+constexpr Body multiply_pairs = nullptr;
 #endif
 
-#define BODIES(X, F, tile)                                                                 \
+#define INPUT(X, F, tile)                                                                  \
   MSFLOW_CLONES void input_##X##_##F##_##tile(int64_t begin, int64_t end, void* context) { \
     transform_tiles<X, F, tile>(*static_cast<const Job*>(context), begin, end);            \
   }
-#define RESULTS(X, tile)                                                              \
+#define OUTPUT(X, tile)                                                               \
   MSFLOW_CLONES void output_##X##_##tile(int64_t begin, int64_t end, void* context) { \
     transform_products<X, tile>(*static_cast<const Job*>(context), begin, end);       \
   }
-BODIES(float, float, 2)
-BODIES(float, float, 4)
-BODIES(bfloat16, float, 2)
-BODIES(bfloat16, float, 4)
-BODIES(bfloat16, bfloat16, 2)
-RESULTS(float, 2)
-RESULTS(float, 4)
-RESULTS(bfloat16, 2)
-RESULTS(bfloat16, 4)
+INPUT(float, float, 2)
+INPUT(float, float, 4)
+INPUT(bfloat16, float, 2)
+INPUT(bfloat16, float, 4)
+INPUT(bfloat16, bfloat16, 2)
+OUTPUT(float, 2)
+OUTPUT(float, 4)
+OUTPUT(bfloat16, 2)
+OUTPUT(bfloat16, 4)
 
 }  // namespace
 
 std::vector<DType> winograd_factors_cpu() {
   std::vector<DType> types;
-#if defined(__GNUC__) && defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) types.push_back(DType::float32);
-  if (__builtin_cpu_supports("avx512bf16")) types.push_back(DType::bfloat16);
-#endif
+  if (!SUPPORTS("avx512vl") || !SUPPORTS("avx512bw") || !SUPPORTS("avx512dq")) return types;
+  types.push_back(DType::float32);
+  if (SUPPORTS("avx512bf16")) types.push_back(DType::bfloat16);
   return types;
 }
 
@@ -251,6 +254,8 @@ void winograd_cpu(const Winograd& winograd, Tensor x, Tensor y) {
   if (half) output = large ? output_bfloat16_4 : output_bfloat16_2;
   Body products = multiply_float;
   if (job.factors == DType::bfloat16) {
+    if (!SUPPORTS("avx512bf16"))
+      throw std::invalid_argument("winograd: this processor does not multiply bfloat16");
     input = input_bfloat16_bfloat16_2;
     products = multiply_pairs;
   }
