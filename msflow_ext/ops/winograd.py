@@ -97,9 +97,9 @@ def winograd_weight(weight: Tensor, tile: int, dtype: torch.dtype = torch.float3
 
 
 def factor_dtypes() -> tuple[torch.dtype, ...]:
-    """The factors' dtypes that kernels multiply on this machine at the speed of its widest registers (AVX-512).
+    """The factors' dtypes that kernels multiply on this machine at the speed of its registers (AVX2, AVX-512).
 
-    bfloat16 needs the processor's instruction for it; none where there are no kernels.
+    bfloat16 needs the processor's instruction for it (AVX-512 BF16); none where there are no kernels.
     """
     found = _backend.C.winograd_factors_cpu() if _backend.is_native() else ()
     return tuple(dtype for dtype, number in _backend.DTYPES.items() if number in found)
