@@ -18,6 +18,7 @@ MODULES = (
     "coupling",
     "norm",
     "resample",
+    "winograd",
     "score",
     "flow",
     "pipeline",

@@ -17,7 +17,8 @@ from msflow_ext import ops
 from msflow_ext.ops import _backend
 from msflow_ext.ops.coupling import CLAMP_FORMS
 
-OPS = ("coupling", "norm", "resample", "score")
+CUDA = ("coupling", "norm", "resample", "score")
+OPS = (*CUDA, "winograd")
 
 
 def info() -> dict[str, Any]:
@@ -32,7 +33,13 @@ def info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "kernels": _backend.STATUS,
         "cuda_architectures": getattr(_backend.C, "cuda_architectures", ""),
-        "backends": {op: {"cpu": f"{cpu}: {_backend.STATUS}", "cuda": _cuda()} for op in OPS},
+        "backends": {
+            op: {
+                "cpu": f"{cpu}: {_backend.STATUS}",
+                "cuda": _cuda() if op in CUDA else "reference: cuDNN's own convolutions serve GPUs",
+            }
+            for op in OPS
+        },
     }
 
 
@@ -192,6 +199,9 @@ def _other_cases(
     for name, (function, operands) in functions.items():
         yield f"{name} {label}", function, operands
         yield f"{name} backward {label}", _gradients(function), operands
+    if dtype in (torch.float32, torch.bfloat16):
+        weight, bias = (normal(*s, dtype=torch.float32) for s in ((5, c1 + c2, 3, 3), (5,)))
+        yield f"winograd {label}", _convolve, [x, weight / 9, bias]
 
 
 def _norm(*t: Tensor) -> tuple[Tensor]:
@@ -208,6 +218,12 @@ def _pool(*maps: Tensor) -> tuple[Tensor]:
 
 def _upsample(x: Tensor, low: Tensor) -> tuple[Tensor]:
     return (ops.upsample_and_add(x, low),)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """With both sizes of tiles; factors as wide as the bias."""
+    values = [ops.winograd_weight(weight, tile, bias.dtype) for tile in (2, 4)]
+    return tuple(ops.winograd_conv2d(x, v, bias) for v in values)
 
 
 def _aggregate(size: int, *maps: Tensor) -> tuple[Tensor, ...]:

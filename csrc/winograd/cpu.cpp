@@ -18,7 +18,7 @@ constexpr int64_t line = 16;   // words
 constexpr int64_t cached = 4 << 20, enough = 64;
 
 // Channels: the transforms wait for memory (64x64 192 -> 256, tiles of 4: 1.9 -> 1.1 ms).
-constexpr int64_t ahead = 2 * vector_size;
+constexpr int64_t ahead = 2 * line;
 
 HD int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
@@ -61,24 +61,24 @@ struct Place {
         column(tile % job.across * job.tile) {}
 };
 
-template <class T>
-HD void load_part(const T* from, int64_t size, Vector& v) {
-  if (size >= vector_size) return load(from, v);
-  T part[vector_size] = {};
+template <class V, class T>
+HD void load_part(const T* from, int64_t size, V& v) {
+  if (size >= size_of<V>) return load(from, v);
+  T part[size_of<V>] = {};
   memcpy(part, from, size * sizeof(T));
   load(part, v);
 }
 
-template <class T>
-HD void store_part(T* to, int64_t size, const Vector& v) {
-  if (size >= vector_size) return store(to, v);
-  T part[vector_size];
+template <class V, class T>
+HD void store_part(T* to, int64_t size, const V& v) {
+  if (size >= size_of<V>) return store(to, v);
+  T part[size_of<V>];
   store(part, v);
   memcpy(to, part, size * sizeof(T));
 }
 
 // F: type of the factors.
-template <class X, class F, int tile>
+template <class V, class X, class F, int tile>
 HD void transform_tiles(const Job& job, int64_t begin, int64_t end) {
   constexpr int side = tile + 2;
   const int64_t step = job.v_step * 4 / int64_t(sizeof(F));
@@ -94,10 +94,10 @@ HD void transform_tiles(const Job& job, int64_t begin, int64_t end) {
       }
     }
     F* to = reinterpret_cast<F*>(job.v) + item * step;
-    for (int64_t c = 0; c < job.channels; c += vector_size) {
-      Vector half[side][side];
+    for (int64_t c = 0; c < job.channels; c += size_of<V>) {
+      V half[side][side];
       for (int j = 0; j < side; ++j) {
-        Vector x[side], t[side];
+        V x[side], t[side];
         for (int i = 0; i < side; ++i) {
           PREFETCH(from[i][j] + c + ahead, 0, 3);
           load_part(from[i][j] + c, job.channels - c, x[i]);
@@ -106,7 +106,7 @@ HD void transform_tiles(const Job& job, int64_t begin, int64_t end) {
         for (int i = 0; i < side; ++i) half[i][j] = t[i];
       }
       for (int i = 0; i < side; ++i) {
-        Vector t[side];
+        V t[side];
         input_transform(half[i], t);
         for (int j = 0; j < side; ++j) store(to + (i * side + j) * job.block * step + c, t[j]);
       }
@@ -114,7 +114,7 @@ HD void transform_tiles(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-template <class X, int tile>
+template <class V, class X, int tile>
 HD void transform_products(const Job& job, int64_t begin, int64_t end) {
   constexpr int side = tile + 2;
   const float floor = job.relu ? 0.f : -std::numeric_limits<float>::infinity();
@@ -123,18 +123,18 @@ HD void transform_products(const Job& job, int64_t begin, int64_t end) {
     const float* from = job.m + item * job.m_step;
     const int64_t rows = std::min<int64_t>(tile, job.out_height - place.row);
     const int64_t columns = std::min<int64_t>(tile, job.out_width - place.column);
-    for (int64_t c = 0; c < job.out_channels; c += vector_size) {
-      Vector half[tile][side], bias;
+    for (int64_t c = 0; c < job.out_channels; c += size_of<V>) {
+      V half[tile][side], bias;
       load_part(job.bias + c, job.out_channels - c, bias);
       for (int j = 0; j < side; ++j) {
-        Vector m[side], y[tile];
+        V m[side], y[tile];
         for (int i = 0; i < side; ++i)
           load(from + (i * side + j) * job.block * job.m_step + c, m[i]);
         output_transform(m, y);
         for (int i = 0; i < tile; ++i) half[i][j] = y[i];
       }
       for (int i = 0; i < rows; ++i) {
-        Vector y[tile];
+        V y[tile];
         output_transform(half[i], y);
         X* to = job.y.at<X>(place.n, 0, (place.row + i) * job.out_width + place.column) + c;
         for (int j = 0; j < columns; ++j) {
@@ -151,42 +151,45 @@ HD void transform_products(const Job& job, int64_t begin, int64_t end) {
 // ---- products: rows of tiles times panels of channels ----
 
 struct MultiplyFloats {
-  HD static void add(Vector& sum, const Vector& a, const Vector& b) { sum += a * b; }
+  template <class V>
+  HD static void add(V& sum, const V& a, const V& b) {
+    sum += a * b;
+  }
 };
 
 // Some tiles' words times a panel's: sums stay in registers from the first channel to the last.
 // `soon`: half of the next panel, to be in the near cache by then (16x16 576 -> 1024, float32, from
 // memory: 7.1 -> 5.5 ms).
-template <class Multiply, int rows, int vectors>
+template <class Multiply, class V, int rows, int vectors>
 HD void multiply_block(const uint32_t* a, int64_t a_step, const float* b, const float* soon,
                        int64_t words, float* m, int64_t m_step) {
-  Vector sum[rows][vectors] = {};
+  V sum[rows][vectors] = {};
   for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < vectors; ++j) PREFETCH(m + i * m_step + j * vector_size, 1, 3);
+    for (int j = 0; j < vectors; ++j) PREFETCH(m + i * m_step + j * size_of<V>, 1, 3);
   for (int64_t k = 0; k < words; ++k) {
-    PREFETCH(soon + k * vector_size, 0, 2);
-    Vector w[vectors], x;
-    for (int j = 0; j < vectors; ++j) load(b + k * panel + j * vector_size, w[j]);
+    PREFETCH(soon + k * line, 0, 2);
+    V w[vectors], x;
+    for (int j = 0; j < vectors; ++j) load(b + k * panel + j * size_of<V>, w[j]);
     for (int i = 0; i < rows; ++i) {
       spread(a[i * a_step + k], x);
       for (int j = 0; j < vectors; ++j) Multiply::add(sum[i][j], x, w[j]);
     }
   }
   for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < vectors; ++j) store(m + i * m_step + j * vector_size, sum[i][j]);
+    for (int j = 0; j < vectors; ++j) store(m + i * m_step + j * size_of<V>, sum[i][j]);
 }
 
 // An item is a panel at a point. The last rows may be none of a tile: a block has room for them.
-template <class Multiply, int rows, int vectors>
+template <class Multiply, class V, int rows, int vectors>
 HD void multiply(const Job& job, int64_t begin, int64_t end) {
   const int64_t size = job.words * panel;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t point = item / job.panels(), channel = item % job.panels() * panel;
     const float* b = static_cast<const float*>(job.weight) + item * size;
-    for (int64_t c = 0; c < panel; c += vectors * vector_size) {
+    for (int64_t c = 0; c < panel; c += vectors * size_of<V>) {
       for (int64_t i = 0; i < job.size(); i += rows) {
         const float* soon = b + size + i / rows % 2 * (size / 2);
-        multiply_block<Multiply, rows, vectors>(
+        multiply_block<Multiply, V, rows, vectors>(
             job.v + (point * job.block + i) * job.v_step, job.v_step, b + c, soon, job.words,
             job.m + (point * job.block + i) * job.m_step + channel + c, job.m_step);
       }
@@ -194,50 +197,69 @@ HD void multiply(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-// Sixteen sums in 512-bit registers hide the latency of their additions.
-MSFLOW_CLONES void multiply_float(int64_t begin, int64_t end, void* context) {
-  multiply<MultiplyFloats, 8, 2>(*static_cast<const Job*>(context), begin, end);
-}
-
 #if defined(__GNUC__) && defined(__x86_64__)
+#define SUPPORTS(set) __builtin_cpu_supports(set)
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 struct MultiplyPairs {
   // Not the intrinsic, which no template without the target's attribute may hold.
-  HD static void add(Vector& sum, const Vector& a, const Vector& b) {
+  HD static void add(Floats16& sum, const Floats16& a, const Floats16& b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   }
 };
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))) void multiply_pairs(
-    int64_t begin, int64_t end, void* context) {
-  multiply<MultiplyPairs, 8, 2>(*static_cast<const Job*>(context), begin, end);
+WIDE void multiply_pairs(int64_t begin, int64_t end, void* context) {
+  multiply<MultiplyPairs, Floats16, 8, 2>(*static_cast<const Job*>(context), begin, end);
 }
+#else
+#define SUPPORTS(set) false
+#define WIDE
+constexpr Body multiply_pairs = nullptr;
 #endif
 
-#define BODIES(X, F, tile)                                                                 \
-  MSFLOW_CLONES void input_##X##_##F##_##tile(int64_t begin, int64_t end, void* context) { \
-    transform_tiles<X, F, tile>(*static_cast<const Job*>(context), begin, end);            \
+// Sixteen sums in 512-bit registers hide the latency of their additions, and so do eight where
+// there are sixteen of 256 bits.
+WIDE void multiply_wide(int64_t begin, int64_t end, void* context) {
+  multiply<MultiplyFloats, Floats16, 8, 2>(*static_cast<const Job*>(context), begin, end);
+}
+MSFLOW_CLONES void multiply_narrow(int64_t begin, int64_t end, void* context) {
+  multiply<MultiplyFloats, Floats8, 4, 2>(*static_cast<const Job*>(context), begin, end);
+}
+
+#define TRANSFORM(mark, V, name, function, ...)                              \
+  mark void name##_##V(int64_t begin, int64_t end, void* context) {          \
+    function<V, __VA_ARGS__>(*static_cast<const Job*>(context), begin, end); \
   }
-#define RESULTS(X, tile)                                                              \
-  MSFLOW_CLONES void output_##X##_##tile(int64_t begin, int64_t end, void* context) { \
-    transform_products<X, tile>(*static_cast<const Job*>(context), begin, end);       \
-  }
-BODIES(float, float, 2)
-BODIES(float, float, 4)
-BODIES(bfloat16, float, 2)
-BODIES(bfloat16, float, 4)
-BODIES(bfloat16, bfloat16, 2)
-RESULTS(float, 2)
-RESULTS(float, 4)
-RESULTS(bfloat16, 2)
-RESULTS(bfloat16, 4)
+#define INPUT(X, F, tile)                                                          \
+  TRANSFORM(WIDE, Floats16, input_##X##_##F##_##tile, transform_tiles, X, F, tile) \
+  TRANSFORM(MSFLOW_CLONES, Floats8, input_##X##_##F##_##tile, transform_tiles, X, F, tile)
+#define OUTPUT(X, tile)                                                       \
+  TRANSFORM(WIDE, Floats16, output_##X##_##tile, transform_products, X, tile) \
+  TRANSFORM(MSFLOW_CLONES, Floats8, output_##X##_##tile, transform_products, X, tile)
+INPUT(float, float, 2)
+INPUT(float, float, 4)
+INPUT(bfloat16, float, 2)
+INPUT(bfloat16, float, 4)
+TRANSFORM(WIDE, Floats16, input_bfloat16_bfloat16_2, transform_tiles, bfloat16, bfloat16, 2)
+OUTPUT(float, 2)
+OUTPUT(float, 4)
+OUTPUT(bfloat16, 2)
+OUTPUT(bfloat16, 4)
+
+#define BODIES(V, multiply)                                               \
+  {large ? (half ? input_bfloat16_float_4_##V : input_float_float_4_##V)  \
+         : (half ? input_bfloat16_float_2_##V : input_float_float_2_##V), \
+   multiply,                                                              \
+   large ? (half ? output_bfloat16_4_##V : output_float_4_##V)            \
+         : (half ? output_bfloat16_2_##V : output_float_2_##V)}
+
+bool has_wide() { return SUPPORTS("avx512vl") && SUPPORTS("avx512bw") && SUPPORTS("avx512dq"); }
+bool has_pairs() { return has_wide() && SUPPORTS("avx512bf16"); }
 
 }  // namespace
 
 std::vector<DType> winograd_factors_cpu() {
   std::vector<DType> types;
-#if defined(__GNUC__) && defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) types.push_back(DType::float32);
-  if (__builtin_cpu_supports("avx512bf16")) types.push_back(DType::bfloat16);
-#endif
+  if (has_wide() || (SUPPORTS("avx2") && SUPPORTS("fma"))) types.push_back(DType::float32);
+  if (has_pairs()) types.push_back(DType::bfloat16);
   return types;
 }
 
@@ -245,20 +267,18 @@ void winograd_cpu(const Winograd& winograd, Tensor x, Tensor y) {
   Job job(winograd);
   job.x = x, job.y = y;
   const bool large = job.tile == 4, half = x.dtype == DType::bfloat16;
-  Body input = large ? input_float_float_4 : input_float_float_2;
-  if (half) input = large ? input_bfloat16_float_4 : input_bfloat16_float_2;
-  Body output = large ? output_float_4 : output_float_2;
-  if (half) output = large ? output_bfloat16_4 : output_bfloat16_2;
-  Body products = multiply_float;
+  Body wide[] = BODIES(Floats16, multiply_wide), narrow[] = BODIES(Floats8, multiply_narrow);
+  Body* bodies = has_wide() ? wide : narrow;
   if (job.factors == DType::bfloat16) {
-    input = input_bfloat16_bfloat16_2;
-    products = multiply_pairs;
+    if (!has_pairs())
+      throw std::invalid_argument("winograd: this processor does not multiply bfloat16");
+    bodies[0] = input_bfloat16_bfloat16_2_Floats16, bodies[1] = multiply_pairs;
   }
   for (; job.first < job.tiles; job.first += job.block) {
     const int64_t work = job.size() * job.words * panel;
-    parallel_for(job.size(), job.points * job.channels, input, job);
-    parallel_for(job.points * job.panels(), work, products, job);
-    parallel_for(job.size(), job.points * job.out_channels, output, job);
+    parallel_for(job.size(), job.points * job.channels, bodies[0], job);
+    parallel_for(job.points * job.panels(), work, bodies[1], job);
+    parallel_for(job.size(), job.points * job.out_channels, bodies[2], job);
   }
 }
 

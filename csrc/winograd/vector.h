@@ -1,4 +1,5 @@
-// Vectors of sixteen floats as GCC and clang know them; one float elsewhere.
+// Vectors of floats as GCC and clang know them, one float elsewhere: the widest registers' and
+// those that every processor of today has.
 #pragma once
 
 #include <cstdint>
@@ -9,42 +10,68 @@
 namespace msflow {
 
 #if defined(__GNUC__)
-using Vector = float __attribute__((vector_size(64)));
-using Words = uint32_t __attribute__((vector_size(64)));
-using Halves = uint16_t __attribute__((vector_size(32)));
+template <int n>
+struct Of {
+  typedef float floats __attribute__((vector_size(4 * n)));
+  typedef uint32_t words __attribute__((vector_size(4 * n)));
+  typedef uint16_t halves __attribute__((vector_size(2 * n)));
+};
+using Floats16 = Of<16>::floats;
+using Floats8 = Of<8>::floats;
 
-HD void load(const float* from, Vector& v) { memcpy(&v, from, sizeof v); }
-HD void load(const bfloat16* from, Vector& v) {
-  Halves h;
+template <class V>
+constexpr int64_t size_of = sizeof(V) / sizeof(float);
+template <class V>
+using WordsOf = typename Of<size_of<V>>::words;
+template <class V>
+using HalvesOf = typename Of<size_of<V>>::halves;
+
+template <class V>
+HD void load(const float* from, V& v) {
+  memcpy(&v, from, sizeof v);
+}
+template <class V>
+HD void load(const bfloat16* from, V& v) {
+  HalvesOf<V> h;
   memcpy(&h, from, sizeof h);
-  const Words w = __builtin_convertvector(h, Words) << 16;
+  const WordsOf<V> w = __builtin_convertvector(h, WordsOf<V>) << 16;
   memcpy(&v, &w, sizeof v);
 }
-HD void store(float* to, const Vector& v) { memcpy(to, &v, sizeof v); }
-HD void store(bfloat16* to, const Vector& v) {
-  Words w;
+template <class V>
+HD void store(float* to, const V& v) {
+  memcpy(to, &v, sizeof v);
+}
+template <class V>
+HD void store(bfloat16* to, const V& v) {
+  WordsOf<V> w;
   memcpy(&w, &v, sizeof w);
   w = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
-  w = v != v ? Words{} + 0x7fc0u : w;
-  const Halves h = __builtin_convertvector(w, Halves);
+  w = v != v ? WordsOf<V>{} + 0x7fc0u : w;
+  const HalvesOf<V> h = __builtin_convertvector(w, HalvesOf<V>);
   memcpy(to, &h, sizeof h);
 }
-HD void raise(Vector& v, float floor) { v = v < floor ? Vector{} + floor : v; }
-HD void spread(uint32_t word, Vector& v) {
-  const Words w = Words{} + word;
+template <class V>
+HD void raise(V& v, float floor) {
+  v = v < floor ? V{} + floor : v;
+}
+template <class V>
+HD void spread(uint32_t word, V& v) {
+  const WordsOf<V> w = WordsOf<V>{} + word;
   memcpy(&v, &w, sizeof v);
 }
 #define PREFETCH(address, write, locality) __builtin_prefetch(address, write, locality)
 #else
-using Vector = float;
+using Floats16 = float;
+using Floats8 = float;
 
-HD void load(const float* from, Vector& v) { v = *from; }
-HD void load(const bfloat16* from, Vector& v) { v = to_float(*from); }
-HD void raise(Vector& v, float floor) { v = v < floor ? floor : v; }
-HD void spread(uint32_t word, Vector& v) { memcpy(&v, &word, sizeof v); }
+template <class V>
+constexpr int64_t size_of = 1;
+
+HD void load(const float* from, float& v) { v = *from; }
+HD void load(const bfloat16* from, float& v) { v = to_float(*from); }
+HD void raise(float& v, float floor) { v = v < floor ? floor : v; }
+HD void spread(uint32_t word, float& v) { memcpy(&v, &word, sizeof v); }
 #define PREFETCH(address, write, locality)
 #endif
-
-constexpr int64_t vector_size = sizeof(Vector) / sizeof(float);
 
 }  // namespace msflow

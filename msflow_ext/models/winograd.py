@@ -12,8 +12,8 @@ def winograd_form(
     x: Tensor,
     weight: Tensor,
     padding: tuple[int, int] | str,
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
     groups: int,
 ) -> tuple[int, torch.dtype] | None:
     """Tile and factors' dtype for inputs like ``x``, None where the direct convolution is the faster one.

@@ -55,7 +55,7 @@ def winograd_conv2d(
     _check(x, weight, bias, padding)
     arguments = (x, weight, bias, *padding, bool(relu))
     fast = weight.dtype is torch.float32 or weight.dtype in factor_dtypes()
-    if fast and _backend.is_native(x, weight, bias):
+    if fast and x.device.type == "cpu" and _backend.is_native(x, weight, bias):
         return _winograd(*arguments)[0]
     return winograd_conv2d_reference(*arguments)
 
@@ -85,18 +85,21 @@ def winograd_weight(weight: Tensor, tile: int, dtype: torch.dtype = torch.float3
         raise ValueError(f"winograd_weight: tile must be 2 for bfloat16, got {tile}")
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise TypeError(f"winograd_weight: dtype must be float32, float64 or bfloat16, got {dtype}")
-    g = _matrices(tile, weight.double())[1]
-    values = (g @ weight.double() @ g.mT).permute(2, 3, 0, 1).flatten(0, 1)
     k = 2 if dtype is torch.bfloat16 else 1
-    values = F.pad(values, (0, -values.size(2) % k, 0, -values.size(1) % _PANEL)).to(dtype)
-    panels = (values.size(0), values.size(1) // _PANEL, _PANEL, values.size(2) // k, k)
-    return values.reshape(panels).transpose(2, 3).contiguous()
+    padded = F.pad(
+        weight.double(), (0, 0, 0, 0, 0, -weight.size(1) % k, 0, -weight.size(0) % _PANEL)
+    )
+    panels = padded.flatten(2).reshape(-1, _PANEL, padded.size(1) // k, k, 9)
+    panels = panels.permute(4, 0, 2, 1, 3)
+    g = _matrices(tile, padded)[1]
+    values = torch.kron(g, g) @ panels.flatten(1)
+    return values.to(dtype).view(-1, *panels.shape[1:])
 
 
 def factor_dtypes() -> tuple[torch.dtype, ...]:
-    """The factors' dtypes that kernels multiply on this machine at the speed of its widest registers (AVX-512).
+    """The factors' dtypes that kernels multiply on this machine at the speed of its registers (AVX2, AVX-512).
 
-    bfloat16 needs the processor's instruction for it; none where there are no kernels.
+    bfloat16 needs the processor's instruction for it (AVX-512 BF16); none where there are no kernels.
     """
     found = _backend.C.winograd_factors_cpu() if _backend.is_native() else ()
     return tuple(dtype for dtype, number in _backend.DTYPES.items() if number in found)
