@@ -9,11 +9,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from msflow_ext.metrics import roc_curve
-
 Curve: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 LEFT, TOP, RIGHT, BOTTOM = 36.0, 24.0, 330.0, 200.0  # the plot area in a 340 x 236 picture
+
+CHANCE = ("chance", "chance", np.array([0.0, 100.0]), np.array([0.0, 100.0]))
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Chart:
     x: tuple[float, float] = (0.0, 1.0)
     y: tuple[float, float] = (0.0, 1.0)
     curves: tuple[tuple[str, str, np.ndarray, np.ndarray], ...] = ()  # legend, class, xs, ys
-    dots: tuple[tuple[str, str, np.ndarray, np.ndarray], ...] = ()
+    dots: tuple[tuple[str, str, np.ndarray, np.ndarray], ...] = ()  # the same
     note: str = ""
 
     def points(self, xs: np.ndarray, ys: np.ndarray) -> str:
@@ -48,48 +48,37 @@ class Chart:
         return [(BOTTOM - scale * (v - self.y[0]), text) for v, text in _ticks(*self.y)]
 
 
-def histogram(good: np.ndarray, defective: np.ndarray, scores: Sequence[float]) -> Chart:
+def histogram(
+    good: np.ndarray,
+    defective: np.ndarray,
+    scores: Sequence[float],
+    threshold: float | None = None,
+) -> Chart:
     """Percent of each class per score bin, so that unequal numbers stay comparable."""
     chart = Chart("Scores", "anomaly score", "% of each class")
     if not len(good) and not len(defective):
         return replace(chart, note="no test image has a label")
-    edges = np.linspace(*_span(scores), 31)
+    marked = [] if threshold is None else [threshold]
+    edges = np.linspace(*_span([*scores, *marked]), 31)
     curves = []
     for name, values in (("good", good), ("defective", defective)):
         if len(values):
             share = 100.0 * np.histogram(values, edges)[0] / len(values)
             xs, ys = np.repeat(edges, 2), np.pad(np.repeat(share, 2), 1)
             curves.append((f"{name} ({len(values)})", name, xs, ys))
-    top = max(float(ys.max()) for *_, ys in curves)
-    return replace(chart, x=(edges[0], edges[-1]), y=(0.0, 1.05 * top), curves=tuple(curves))
+    top = 1.05 * max(float(ys.max()) for *_, ys in curves)
+    for mark in marked:
+        curves.append(("threshold", "threshold", np.full(2, mark), np.array([0.0, top])))
+    return replace(chart, x=(edges[0], edges[-1]), y=(0.0, top), curves=tuple(curves))
 
 
-def roc(good: np.ndarray, defective: np.ndarray, pixels: Curve | None = None) -> Chart:
-    """Percent of defects found against percent of false alarms, over all thresholds."""
+def roc(curves: Sequence[tuple[str, str, Curve]]) -> Chart:
+    """Percent of defects found against percent of false alarms; each curve with its legend and class."""
     chart = Chart("ROC curve", "% of good flagged", "% of defects found")
-    curves = []
-    if len(good) and len(defective):
-        labels = np.repeat([0, 1], [len(good), len(defective)])
-        curves.append(("images", "line", roc_curve(labels, np.concatenate([good, defective]))))
-    if pixels is not None:
-        curves.append(("pixels", "second", pixels))
     if not curves:
         return replace(chart, note="needs good and defective test images")
     drawn = [(name, kind, *_thinned(100.0 * x, 100.0 * y)) for name, kind, (x, y) in curves]
-    whole = np.array([0.0, 100.0])
-    drawn.append(("chance", "chance", whole, whole))
-    return replace(chart, x=(0.0, 100.0), y=(0.0, 100.0), curves=tuple(drawn))
-
-
-def rocs(labels: np.ndarray, runs: Sequence[tuple[str, np.ndarray]]) -> Chart:
-    """The ROC curve of each named run over the same images."""
-    if labels.all() or not labels.any():
-        return roc(labels[:0], labels[:0])
-    curves = []
-    for number, (name, scores) in enumerate(runs):
-        x, y = roc_curve(labels, scores)
-        curves.append((name, f"run-{number % 6}", *_thinned(100.0 * x, 100.0 * y)))
-    return replace(roc(labels[labels == 0], labels[labels == 1]), curves=tuple(curves))
+    return replace(chart, x=(0.0, 100.0), y=(0.0, 100.0), curves=(*drawn, CHANCE))
 
 
 def ranks(
@@ -103,14 +92,13 @@ def ranks(
     for label, kind in ((0, "good"), (1, "defective"), (-1, "unlabelled")):
         if (chosen := few[truth[few] == label]).size:
             dots.append((kind, kind, xs[chosen], ys[chosen]))
-    whole = np.array([0.0, 100.0])
     return Chart(
         "Order of the scores",
         f"percentile in {first[0]}",
         f"percentile in {second[0]}",
         x=(0.0, 100.0),
         y=(0.0, 100.0),
-        curves=(("", "chance", whole, whole),),
+        curves=(("", *CHANCE[1:]),),
         dots=tuple(dots),
     )
 

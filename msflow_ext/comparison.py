@@ -15,6 +15,7 @@ from msflow_ext._gallery import jpeg_uri, worst_first
 from msflow_ext._heat_maps import map_paths, read_panels
 from msflow_ext._pages import metric_name, percent, plain, points, score_format, write_page
 from msflow_ext.checkpoint import read_json
+from msflow_ext.metrics import roc_curve
 from msflow_ext.run_folder import METRICS
 
 PICTURED = 24  # images that a page shows with the heat maps of all runs
@@ -32,6 +33,12 @@ class TestedRun:
     maps: tuple[Path, ...]
     scores: np.ndarray
     aupimo: np.ndarray
+
+    @property
+    def flagged(self) -> np.ndarray | None:
+        """Which images exceed the run's threshold, ``(N,)`` bool; None without one."""
+        threshold = (self.metrics.get("decisions") or {}).get("threshold")
+        return None if threshold is None else self.scores > threshold
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[TestedRun]:
 def disagreements(runs: Sequence[TestedRun]) -> list[Disagreement]:
     """The images of the runs, those first on which they disagree most."""
     labels = [label for *_, label in runs[0].images]
-    columns = [_shares(labels, run.scores) for run in runs]
+    columns = [_shares(labels, run) for run in runs]
     found = []
     for i, values in enumerate(zip(*columns, strict=True)):
         shares, verdicts = zip(*values, strict=True)
@@ -84,12 +91,29 @@ def disagreements(runs: Sequence[TestedRun]) -> list[Disagreement]:
 def table(runs: Sequence[TestedRun]) -> list[tuple[str, list[tuple[float | None, float | None]]]]:
     """For each metric its name and, for each run, the value and the difference from the first run's."""
     keys = dict.fromkeys(key for run in runs for key in run.metrics["best"])
+    keys = [key for key in keys if key not in ("chosen", "epochs")]  # how the best were found
     rows = []
     for key in keys:
         values = [_number(run.metrics.get(key)) for run in runs]
         if any(value is not None for value in values):
             differences = [None, *(_difference(value, values[0]) for value in values[1:])]
             rows.append((key, list(zip(values, differences, strict=True))))
+    return rows
+
+
+def decisions(runs: Sequence[TestedRun]) -> list[tuple[str, list[float | None]]]:
+    """The shares of good and of defective images over each run's threshold, if a run has one."""
+    rows = []
+    for wanted, kind in enumerate(("good", "defective")):
+        members = np.array([label == wanted for *_, label in runs[0].images], bool)
+        shares: list[float | None] = []
+        for run in runs:
+            over = run.flagged
+            shares.append(
+                None if over is None or not members.any() else float(over[members].mean())
+            )
+        if any(share is not None for share in shares):
+            rows.append((f"{kind} images flagged", shares))
     return rows
 
 
@@ -110,15 +134,17 @@ def lines(runs: Sequence[TestedRun], count: int = 10) -> list[str]:
     for key, values in table(runs):
         cells = ["-" if v is None else f"{percent(v)} {points(d):>7}" for v, d in values]
         rows.append((metric_name(key), cells))
-    rows += [(key, [plain(value) for value in values]) for key, values in settings(runs)]
+    rows += [(kind, [percent(share) for share in shares]) for kind, shares in decisions(runs)]
+    rows += [(key, [plain(value)[:30] for value in values]) for key, values in settings(runs)]
     found = [each for each in disagreements(runs)[:count] if each.spread > 0]
     if found:
         rows += [("", []), ("images on which the runs disagree most", [])]
-    rows += [(runs[0].images[each.image][0], list(each.verdicts)) for each in found]
+    rows += [(runs[0].images[each.image][0][-40:], list(each.verdicts)) for each in found]
     margin = 2 + max(len(head) for head, cells in rows if cells)
     width = 2 + max(len(cell) for _, cells in rows for cell in cells)
     return [
-        f"{head:{margin}}" + "".join(f"{cell:>{width}}" for cell in cells) for head, cells in rows
+        (f"{head:{margin}}" + "".join(f"{cell:>{width}}" for cell in cells)).rstrip()
+        for head, cells in rows
     ]
 
 
@@ -129,9 +155,6 @@ def write_comparison(path: str | Path, runs: Sequence[TestedRun]) -> None:
     as ``maps/`` of the run folders still holds them; the 200 next ones are listed.
     """
     labels = [label for *_, label in runs[0].images]
-    known = np.array([label is not None for label in labels], bool)
-    truth = np.array([label == 1 for label in labels], bool)[known]
-    curves = [(run.name, run.scores[known]) for run in runs]
     scored = [(run.name, run.scores) for run in runs]
     found = [each for each in disagreements(runs) if each.spread > 0]
     write_page(
@@ -140,9 +163,10 @@ def write_comparison(path: str | Path, runs: Sequence[TestedRun]) -> None:
         runs=runs,
         formats=[score_format(run.scores.tolist()) for run in runs],
         table=table(runs),
+        decisions=decisions(runs),
         settings=settings(runs),
         wins=[_wins(runs[0], run) for run in runs],
-        charts=[_charts.rocs(truth, curves)]
+        charts=[_roc(runs, labels)]
         + [_charts.ranks(labels, scored[0], other) for other in scored[1:]],
         cards=[(each, _pictures(runs, each.image)) for each in found[:PICTURED]],
         rest=found[PICTURED : PICTURED + 200],
@@ -207,20 +231,36 @@ def _difference(value: float | None, first: float | None) -> float | None:
     return None if value is None or first is None else value - first
 
 
-def _shares(labels: Sequence[int | None], scores: np.ndarray) -> list[tuple[float, str]]:
+def _shares(labels: Sequence[int | None], run: TestedRun) -> list[tuple[float, str]]:
     """Share and verdict of each image, as :class:`Disagreement` has them."""
-    _, confused = worst_first(labels, scores.tolist())
+    _, confused = worst_first(labels, run.scores.tolist())
     others = {0: labels.count(1), 1: labels.count(0)}
-    ranked = np.sort(scores)
+    ranked, flagged = np.sort(run.scores), run.flagged
     values = []
-    for label, wrong, score in zip(labels, confused, scores, strict=True):
+    for i, (label, wrong) in enumerate(zip(labels, confused, strict=True)):
+        decided = "" if flagged is None else "flagged, " if flagged[i] else "passed, "
         if wrong is None or label is None:
-            below = int(np.searchsorted(ranked, score))
-            values.append((below / len(ranked), f"above {below} of {len(ranked)}"))
+            below = int(np.searchsorted(ranked, run.scores[i]))
+            values.append((below / len(ranked), f"{decided}above {below} of {len(ranked)}"))
         else:
             side, other = (("above", "defective"), ("below", "good"))[label]
-            values.append((wrong / others[label], f"{side} {wrong} of {others[label]} {other}"))
+            verdict = f"{decided}{side} {wrong} of {others[label]} {other}"
+            values.append((wrong / others[label], verdict))
     return values
+
+
+def _roc(runs: Sequence[TestedRun], labels: Sequence[int | None]) -> _charts.Chart:
+    known = np.array([label is not None for label in labels], bool)
+    truth = np.array([label == 1 for label in labels], bool)[known]
+    if truth.all() or not truth.any():
+        return _charts.roc([])
+    curves = (roc_curve(truth, run.scores[known]) for run in runs)
+    return _charts.roc(
+        [
+            (run.name, f"run-{k % 6}", each)
+            for k, (run, each) in enumerate(zip(runs, curves, strict=True))
+        ]
+    )
 
 
 def _wins(first: TestedRun, run: TestedRun) -> tuple[int, int] | None:

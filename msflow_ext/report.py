@@ -17,7 +17,7 @@ from msflow_ext._gallery import MOST, Picture, draw_layers, worst_first
 from msflow_ext._heat_maps import colour_range, heat_map, mask_contour, outline, save_maps
 from msflow_ext._pages import score_format, write_page
 from msflow_ext.checkpoint import replacing
-from msflow_ext.metrics import auroc
+from msflow_ext.metrics import auroc, roc_curve
 
 __all__ = [
     "Run",
@@ -66,7 +66,8 @@ class Run:
     ``names``, ``defects``, ``labels`` (0 good, 1 defective, None unknown), ``scores`` and, when not
     empty, ``aupimo`` (NaN: none) and ``pictures`` have one entry per test image. A picture is
     (image ``(H, W, 3)`` uint8, anomaly map ``(H, W)``, mask ``(H, W)`` bool or None); any sequence
-    will do, each entry is asked for once and only if it is shown.
+    will do, each entry is asked for once and only if it is shown. ``decisions`` is what
+    :func:`msflow_ext.decisions.judged` says.
     """
 
     title: str
@@ -79,6 +80,7 @@ class Run:
     labels: Sequence[int | None]
     scores: Sequence[float]
     aupimo: Sequence[float] = ()
+    decisions: Mapping[str, Any] | None = None
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     baseline: Mapping[str, float | None] | None = None
     baseline_name: str = "Gaussian baseline"
@@ -101,6 +103,7 @@ def write_report(path: str | Path, run: Run) -> None:
     labels, scores = np.array(run.labels, dtype=object), np.asarray(run.scores, dtype=float)
     good, defective = scores[labels == 0], scores[labels == 1]
     kinds = _kinds(run, good)
+    threshold = run.decisions["threshold"] if run.decisions else None
     write_page(
         Path(path),
         "report.html",
@@ -112,8 +115,8 @@ def write_report(path: str | Path, run: Run) -> None:
             "unlabelled": len(run.names) - len(good) - len(defective),
         },
         charts=[
-            _charts.histogram(good, defective, run.scores),
-            _charts.roc(good, defective, run.curves.get("pixel_roc")),
+            _charts.histogram(good, defective, run.scores, threshold),
+            _charts.roc(_rocs(run, good, defective)),
             _charts.pro(run.curves.get("pro")),
             _charts.loss(run.losses),
         ],
@@ -134,6 +137,19 @@ def _check_run(run: Run) -> None:
             raise ValueError(f"run: the score of {name!r} is {score}, a finite number is wanted")
         if label not in (0, 1, None):
             raise ValueError(f"run: the label of {name!r} is {label!r}, 0, 1 or None is wanted")
+
+
+def _rocs(
+    run: Run, good: np.ndarray, defective: np.ndarray
+) -> list[tuple[str, str, _charts.Curve]]:
+    """The curve of the images and that of the pixels, where they are known."""
+    curves = []
+    if len(good) and len(defective):
+        labels = np.repeat([0, 1], [len(good), len(defective)])
+        curves.append(("images", "line", roc_curve(labels, np.concatenate([good, defective]))))
+    if "pixel_roc" in run.curves:
+        curves.append(("pixels", "second", run.curves["pixel_roc"]))
+    return curves
 
 
 def _kinds(run: Run, good: np.ndarray) -> list[dict[str, Any]]:

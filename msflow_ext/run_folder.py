@@ -144,6 +144,7 @@ def write_results(
         labels=labels,
         scores=scores,
         aupimo=() if found.aupimo is None else found.aupimo.tolist(),
+        decisions=metrics.get("decisions"),
         curves=found.curves,
         losses=metrics["losses"],
         pictures=_Pictures(images, found.maps),

@@ -18,8 +18,9 @@ def area(curve) -> float:
 
 
 def test_the_area_under_the_roc_curve_is_the_auroc():
-    images, chance = _charts.roc(GOOD, DEFECTIVE).curves
-    wanted = auroc([0] * 40 + [1] * 25, [*GOOD, *DEFECTIVE])
+    labels, scores = [0] * 40 + [1] * 25, [*GOOD, *DEFECTIVE]
+    images, chance = _charts.roc([("images", "line", roc_curve(labels, scores))]).curves
+    wanted = auroc(labels, scores)
     assert area(images) == pytest.approx(1e4 * wanted, rel=1e-12)
     assert area(chance) == pytest.approx(5e3)
 
@@ -29,7 +30,7 @@ def test_a_curve_of_very_many_points_is_thinned_and_keeps_its_ends_and_area():
     scores[labels] **= 0.2
     many = roc_curve(labels, scores)
     assert len(many[0]) > 20_000
-    _, pixels, _ = _charts.roc(GOOD, DEFECTIVE, many).curves
+    pixels, _ = _charts.roc([("pixels", "second", many)]).curves
     *_, alarms, found = pixels
     assert len(alarms) <= 501
     assert (alarms[0], found[0], alarms[-1], found[-1]) == (0.0, 0.0, 100.0, 100.0)
@@ -45,9 +46,15 @@ def test_the_area_under_the_pro_curve_is_the_aupro():
     assert area(curve) == pytest.approx(100 * 30 * aupro(masks, maps), rel=1e-9)
 
 
-def test_a_roc_curve_of_pixels_alone_is_drawn():
-    chart = _charts.roc(GOOD[:0], DEFECTIVE, roc_curve([0, 1], [0.0, 1.0]))
-    assert [name for name, *_ in chart.curves] == ["pixels", "chance"]
+def test_dots_lie_at_the_percentile_of_their_score_ties_in_the_middle():
+    chart = _charts.ranks(
+        [0, 1, None, 1], ("a", np.array([1, 2, 3, 4])), ("b", np.array([5, 0, 5, 5]))
+    )
+    assert [(kind, xs.tolist(), ys.tolist()) for _, kind, xs, ys in chart.dots] == [
+        ("good", [12.5], [62.5]),
+        ("defective", [37.5, 87.5], [12.5, 62.5]),
+        ("unlabelled", [62.5], [62.5]),
+    ]
 
 
 def test_the_bins_of_each_class_add_up_to_all_its_images():
@@ -59,6 +66,14 @@ def test_the_bins_of_each_class_add_up_to_all_its_images():
         assert shares.max() <= chart.y[1]
 
 
+def test_a_threshold_outside_all_scores_widens_the_histogram():
+    chart = _charts.histogram(GOOD, DEFECTIVE, [*GOOD, *DEFECTIVE], 9.0)
+    *_, xs, ys = chart.curves[-1]
+    assert xs.tolist() == [9.0, 9.0]
+    assert ys.tolist() == list(chart.y)
+    assert chart.x[0] < 0 < 9 < chart.x[1]
+
+
 def test_the_loss_curve_skips_what_is_not_finite_and_keeps_the_epoch_numbers():
     (curve,) = _charts.loss([3.0, float("nan"), 1.0, float("inf")]).curves
     assert curve[2].tolist() == [1.0, 3.0]
@@ -68,13 +83,12 @@ def test_the_loss_curve_skips_what_is_not_finite_and_keeps_the_epoch_numbers():
 @pytest.mark.parametrize(
     ("chart", "note"),
     [
-        (_charts.roc(GOOD, DEFECTIVE[:0]), "needs good and defective test images"),
-        (_charts.roc(GOOD[:0], DEFECTIVE), "needs good and defective test images"),
+        (_charts.roc([]), "needs good and defective test images"),
         (_charts.pro(None), "needs masks of good and defective test images"),
         (_charts.histogram(GOOD[:0], GOOD[:0], [1.0]), "no test image has a label"),
         (_charts.loss([1.0]), "needs two epochs or more"),
     ],
-    ids=["all-good", "all-defective", "no-masks", "unlabelled", "one-epoch"],
+    ids=["one-class", "no-masks", "unlabelled", "one-epoch"],
 )
 def test_a_chart_that_cannot_be_drawn_says_why(chart, note):
     assert (chart.curves, chart.note) == ((), note)

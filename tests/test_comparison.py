@@ -32,18 +32,22 @@ def write_run(tmp_path: Path) -> WriteRun:
         labels: Sequence[int | None] = LABELS,
         aupimo: Sequence[float] | None = (NAN, NAN, NAN, 0.5, 0.25),
         recipe: dict[str, Any] | None = None,
+        threshold: float | None = None,
         **metrics: float | None,
     ) -> Path:
         folder = tmp_path / name
         known = {"image_auroc": 0.9, "aupro": None, **metrics}
         content = {
             **known,
+            "epochs": 3,
             "best": {"chosen": "on the test set", **known, "epochs": {"image_auroc": 1}},
             "model": {"name": "MSFlow"},
             "recipe": {"epochs": 2, "lr": 1e-4, **(recipe or {})},
             "data": {"name": "squares", "category": "white"},
             "versions": {"torch": "2.15"},
         }
+        if threshold is not None:
+            content["decisions"] = {"threshold": threshold}
         rows = zip(names, DEFECTS, labels, scores, strict=True)
         report.write_scores(folder / "scores.csv", rows, aupimo=aupimo)
         (folder / "metrics.json").write_text(json.dumps(content))
@@ -63,7 +67,7 @@ def test_the_table_has_values_and_differences_from_the_first_run(write_run):
     assert table["image_auroc"] == [(0.9, None), (0.95, pytest.approx(0.05))]
     assert table["pixel_auroc"] == [(0.8, None), (None, None)]
     assert table["extra"] == [(None, None), (0.5, None)]
-    assert "aupro" not in table  # nobody measured it
+    assert table.keys() == {"image_auroc", "pixel_auroc", "extra"}  # nobody measured the others
 
 
 def test_only_settings_that_differ_are_named(write_run):
@@ -85,6 +89,25 @@ def test_the_image_that_runs_judge_most_differently_comes_first(write_run):
     ]
     assert found[0].verdicts == ("above 0 of 2 defective", "above 2 of 2 defective")
     assert found[1].verdicts == ("below 0 of 3 good", "below 2 of 3 good")
+
+
+def test_thresholds_tell_what_they_flag(write_run):
+    a = write_run("a", (0.1, 0.2, 0.3, 0.4, 0.5), threshold=0.25)
+    b = write_run("b", (0.1, 0.2, 9.0, 1.0, 0.15))
+    runs = comparison.read_runs([a, b])
+    assert comparison.decisions(runs) == [
+        ("good images flagged", [pytest.approx(1 / 3), None]),
+        ("defective images flagged", [1.0, None]),
+    ]
+    assert comparison.disagreements(runs)[0].verdicts == (
+        "flagged, above 0 of 2 defective",
+        "above 2 of 2 defective",
+    )
+    assert any(
+        line.startswith("good images flagged") and "33.33%" in line
+        for line in comparison.lines(runs)
+    )
+    assert comparison.decisions(runs[1:]) == []
 
 
 def test_without_another_class_the_order_of_the_scores_is_compared(write_run):
@@ -128,7 +151,7 @@ def test_a_terminal_and_a_page_tell_the_same(write_run, tmp_path, capsys):
     for text in ("90.00%", "\u22125.00", "above 2 of 2 defective", "1 better, 1 worse"):
         assert text in html
     assert html.count("data:image/jpeg") == 4 * 3  # image and two heat maps where they disagree
-    assert "http:" not in html and "https:" not in html
+    assert "://" not in html
 
 
 def test_a_page_is_written_when_the_maps_are_gone(write_run, tmp_path):

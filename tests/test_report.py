@@ -129,9 +129,12 @@ def test_a_file_name_that_is_not_unicode_keeps_its_bytes(tmp_path):
 
 
 def test_the_aupimo_of_each_image_is_a_fifth_column(tmp_path):
-    report.write_scores(tmp_path / "scores.csv", ROWS, aupimo=[0.5, float("nan"), 0.0])
+    columns = {"aupimo": [0.5, float("nan"), 0.0], "p_value": None}
+    report.write_scores(tmp_path / "scores.csv", ROWS, **columns)
     with open(tmp_path / "scores.csv", newline="", encoding="utf-8") as file:
-        assert [row["aupimo"] for row in csv.DictReader(file)] == ["0.5", "", "0.0"]
+        rows = list(csv.DictReader(file))
+    assert rows[0].keys() == {"name", "defect", "label", "score", "aupimo"}
+    assert [row["aupimo"] for row in rows] == ["0.5", "", "0.0"]
 
 
 def test_a_score_that_is_not_finite_is_refused_and_the_old_file_stays(tmp_path):
@@ -234,6 +237,23 @@ def test_metrics_are_percent_with_two_decimals_and_unknown_ones_say_so(tmp_path)
         *("Image AUROC", "Pixel AUROC", "AUPRO"),
     ]
     assert " ".join(page.within("small")) == "best on the test set, for comparison only"
+
+
+def test_a_threshold_is_drawn_and_what_it_does_is_told(tmp_path):
+    decisions = {
+        "false_alarms": 0.05,
+        "held_out": 24,
+        "threshold": 0.55,
+        "pixel_threshold": 1.0,
+        "on_test": {"false_alarms": 1 / 3, "detected": None},
+    }
+    page, _ = page_of(a_run(decisions=decisions), tmp_path)
+    text = " ".join(page.within("p"))
+    assert "Over the threshold 0.550: 33.3% of the good and none known of the defective" in text
+    assert "5% false alarms on 24 good images" in " ".join(page.within("span"))
+    (line,) = (points_of(a) for a in page.all("polyline", **{"class": "threshold"}))
+    assert line[0, 0] == line[1, 0]
+    assert not page_of(a_run(), tmp_path)[0].all("polyline", **{"class": "threshold"})
 
 
 def test_columns_that_nobody_measured_are_left_out(tmp_path):

@@ -9,6 +9,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
+# The browser reads from descriptor 3 and writes to 4; a fork that runs Python to arrange that is unsafe.
+LAUNCHER = "import os, sys; _, i, o, *a = sys.argv; os.dup2(int(i), 3); os.dup2(int(o), 4); os.execvp(a[0], a)"
 PATIENCE = 60.0  # seconds for one answer, on a busy machine
 
 
@@ -40,14 +43,10 @@ class Browser:
         to_browser, self._write = _pipe()
         self._read, from_browser = _pipe()
 
-        def at_three_and_four() -> None:
-            os.dup2(to_browser, 3)
-            os.dup2(from_browser, 4)
-
-        command = [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-        self._process = subprocess.Popen(
-            command, stderr=subprocess.DEVNULL, close_fds=False, preexec_fn=at_three_and_four
-        )
+        ends = to_browser, from_browser
+        launch = [sys.executable, "-I", "-S", "-c", LAUNCHER, *map(str, ends)]
+        command = [*launch, program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL, pass_fds=ends)
         os.close(to_browser)
         os.close(from_browser)
         self._buffer, self._asked, self._session = b"", 0, ""
