@@ -27,6 +27,7 @@ class Chart:
     y: tuple[float, float] = (0.0, 1.0)
     curves: tuple[tuple[str, str, np.ndarray, np.ndarray], ...] = ()  # legend, class, xs, ys
     dots: tuple[tuple[str, str, np.ndarray, np.ndarray], ...] = ()  # the same
+    whole: bool = False  # x is counted, in steps of 1 or more
     note: str = ""
 
     def points(self, xs: np.ndarray, ys: np.ndarray) -> str:
@@ -41,7 +42,7 @@ class Chart:
 
     def x_ticks(self) -> list[tuple[float, str]]:
         scale = (RIGHT - LEFT) / (self.x[1] - self.x[0])
-        return [(LEFT + scale * (v - self.x[0]), text) for v, text in _ticks(*self.x)]
+        return [(LEFT + scale * (v - self.x[0]), text) for v, text in _ticks(*self.x, self.whole)]
 
     def y_ticks(self) -> list[tuple[float, str]]:
         scale = (BOTTOM - TOP) / (self.y[1] - self.y[0])
@@ -118,7 +119,7 @@ def pro(curve: Curve | None) -> Chart:
 
 def loss(losses: Sequence[float]) -> Chart:
     """The training loss of every epoch, in nats per dimension."""
-    chart = Chart("Training loss", "epoch", "nats per dimension")
+    chart = Chart("Training loss", "epoch", "nats per dimension", whole=True)
     values = np.asarray(losses, float)
     known = np.flatnonzero(np.isfinite(values))
     if len(known) < 2:
@@ -157,10 +158,11 @@ def _span(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _ticks(low: float, high: float) -> list[tuple[float, str]]:
+def _ticks(low: float, high: float, whole: bool = False) -> list[tuple[float, str]]:
     """Round numbers, four to six or so of them, from ``low`` to ``high``."""
     step = 10.0 ** math.floor(math.log10((high - low) / 5.0))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 5.0)
+    step = max(step, 1.0) if whole else step
     values = np.arange(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1) * step
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     return [(float(v), f"{v:.{digits}f}" if 1e-4 <= step < 1e5 else f"{v:.2g}") for v in values]

@@ -117,6 +117,11 @@ def test_ticks_are_round_numbers_with_the_digits_they_need(low, high, labels):
     assert all(36.0 - 1e-6 <= place <= 330.0 + 1e-6 for place, _ in ticks)
 
 
+def test_epochs_are_counted_in_whole_numbers():
+    assert [text for _, text in _charts.loss([3.0, 2.0, 1.0]).x_ticks()] == ["1", "2", "3"]
+    assert [text for _, text in _charts.loss([1.0] * 40).x_ticks()] == ["10", "20", "30", "40"]
+
+
 def test_a_strip_has_one_tick_per_distinct_place_on_the_axis_of_all_scores():
     path = _charts.strip([0.0, 0.0, 5.0], scores=[0.0, 5.0, 10.0])
     places = [float(tick.split()[0]) for tick in path.split("M")[1:]]
