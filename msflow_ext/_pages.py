@@ -56,7 +56,10 @@ def percent(fraction: float | None) -> str:
 
 def points(difference: float | None) -> str:
     """A difference of fractions, in percentage points with its sign."""
-    return "" if difference is None else f"{100 * difference:+.2f}".replace("-", "\u2212")
+    if difference is None:
+        return ""
+    text = f"{100 * difference:+.2f}"
+    return "0.00" if float(text) == 0 else text.replace("-", "\u2212")
 
 
 def score_format(scores: Sequence[float]) -> Callable[[float], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,14 @@ def test_the_table_has_values_and_differences_from_the_first_run(write_run):
     assert table["pixel_auroc"] == [(0.8, None), (None, None)]
     assert table["extra"] == [(None, None), (0.5, None)]
     assert table.keys() == {"image_auroc", "pixel_auroc", "extra"}  # nobody measured the others
+
+
+@pytest.mark.parametrize(
+    ("difference", "text"),
+    [(0.05, "+5.00"), (-0.00126, "−0.13"), (-1e-9, "0.00"), (0.0, "0.00"), (None, "")],
+)
+def test_a_difference_has_its_sign_unless_it_rounds_to_nothing(difference, text):
+    assert comparison.points(difference) == text
 
 
 def test_only_settings_that_differ_are_named(write_run):
@@ -148,7 +157,8 @@ def test_a_terminal_and_a_page_tell_the_same(write_run, tmp_path, capsys):
     assert worst.split(maxsplit=1)[1] == "above 0 of 2 defective  above 2 of 2 defective"
     assert printed[-1] == str(page)
     html = page.read_text()
-    for text in ("90.00%", "\u22125.00", "above 2 of 2 defective", "1 better, 1 worse"):
+    assert len(re.findall('<td class="worse">85.00%<small>\u22125.00', html)) == 1
+    for text in ("90.00%", "above 2 of 2 defective", "1 better, 1 worse"):
         assert text in html
     assert html.count("data:image/jpeg") == 4 * 3  # image and two heat maps where they disagree
     assert "://" not in html
