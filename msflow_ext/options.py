@@ -196,11 +196,7 @@ def _compare(part: ArgumentParser) -> None:
 
 def _convert(part: ArgumentParser) -> None:
     part.add_argument("source", help="run folder, .safetensors, or a checkpoint of another package")
-    part.add_argument(
-        "--to",
-        default="msflow_ext",
-        help="msflow_ext, msflow (its authors), gathierry or anomalib (their FastFlow)",
-    )
+    part.add_argument("--to", default="msflow_ext", help="or msflow, gathierry, anomalib")
     _add_out(part, "file to write, .safetensors for one of ours")
     part.add_argument("--backbone", type=str | None, help="of a file that does not name its own")
     part.add_argument("--weights", type=str | None, help="file of backbone weights")
