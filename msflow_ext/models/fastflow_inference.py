@@ -37,7 +37,7 @@ class OptimizedFastFlowHead(FrozenHead):
             pairs: Any = zip(features, self.norms, strict=True)
             features = [norm(f.to(norm.weight.dtype)) for f, norm in pairs]
         results = each_scale(lambda flow, x: flow(x), self._flows, features)
-        log_dets = [log_det for _, _, log_det in results]
+        log_dets: list[Tensor] = [log_det for _, _, log_det in results]
         return [z for z, _, _ in results], sum(log_dets[1:], log_dets[0])
 
 

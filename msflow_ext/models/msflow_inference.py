@@ -50,7 +50,7 @@ class OptimizedHead(FrozenHead):
         self._check(features)
         results = each_scale(lambda flow, x: flow(x), self._flows, features)
         halves = [(x1, x2) for x1, x2, _ in results]
-        log_dets = [log_det for _, _, log_det in results]
+        log_dets: list[Tensor] = [log_det for _, _, log_det in results]
         z, y1 = [], []
         for (x1, _), a in zip(halves, self._subnet_2([x2 for _, x2 in halves]), strict=True):
             _, y, log_det = self._couple(x1[:, :0], x1, a, split=0)
