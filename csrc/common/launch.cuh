@@ -16,7 +16,9 @@
 
 namespace msflow {
 
-constexpr int threads = 256;  // of every block
+// Of every block. Kernels say __launch_bounds__(threads, 1): with the number of blocks left open,
+// ptxas spills some bytes to fit one block more.
+constexpr int threads = 256;
 constexpr int warp_size = 32;
 constexpr int warps = threads / warp_size;
 constexpr size_t shared_limit =

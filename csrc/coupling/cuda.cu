@@ -100,7 +100,7 @@ struct Affine {
 // ---- planar: a block is some rows of results, or a piece of one ----
 
 template <class J>
-__global__ void __launch_bounds__(threads) forward_planar(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1) forward_planar(const __grid_constant__ J job) {
   using X = typename J::X;
   using W = typename J::W;
   constexpr int V = J::V;
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(threads) forward_planar(const __grid_constant_
 }
 
 template <class J>
-__global__ void __launch_bounds__(threads) inverse_planar(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1) inverse_planar(const __grid_constant__ J job) {
   using X = typename J::X;
   using W = typename J::W;
   constexpr int V = J::V;
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(threads) inverse_planar(const __grid_constant_
 }
 
 template <class J>
-__global__ void __launch_bounds__(threads) backward_planar(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1) backward_planar(const __grid_constant__ J job) {
   using X = typename J::X;
   using A = typename J::A;
   using W = typename J::W;
@@ -276,7 +276,7 @@ __device__ __forceinline__ void read_results(const J& job, const InterleavedPlac
 }
 
 template <class J>
-__global__ void __launch_bounds__(threads) forward_interleaved(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1) forward_interleaved(const __grid_constant__ J job) {
   using X = typename J::X;
   using A = typename J::A;
   using W = typename J::W;
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(threads) forward_interleaved(const __grid_cons
 }
 
 template <class J>
-__global__ void __launch_bounds__(threads) inverse_interleaved(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1) inverse_interleaved(const __grid_constant__ J job) {
   using X = typename J::X;
   using A = typename J::A;
   using W = typename J::W;
@@ -355,7 +355,7 @@ __global__ void __launch_bounds__(threads) inverse_interleaved(const __grid_cons
 }
 
 template <class J>
-__global__ void __launch_bounds__(threads) backward_interleaved(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1) backward_interleaved(const __grid_constant__ J job) {
   using X = typename J::X;
   using A = typename J::A;
   using W = typename J::W;
@@ -414,7 +414,7 @@ __global__ void __launch_bounds__(threads) backward_interleaved(const __grid_con
 
 // A block sums the parts of one sample's log_det and adds that of the global scale.
 template <class W>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 1)
     finish_log_det(const __grid_constant__ Coupling job, const W* parts, int64_t size, W sign,
                    W* log_det) {
   double sum = 0, scales = 0;
@@ -428,7 +428,7 @@ __global__ void __launch_bounds__(threads)
 
 // A block sums the parts (rows, 2, C) of warp_size channels.
 template <class W>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 1)
     finish_gradients(const __grid_constant__ Coupling job, const W* parts, int64_t rows,
                      const W* grad_log_det, W* grad_scale, W* grad_offset) {
   double constant = 0;

@@ -66,7 +66,7 @@ struct Job : Norm {
 
 // Threads along positions, and along channels.
 template <class J>
-__global__ void __launch_bounds__(threads) forward_planar(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1) forward_planar(const __grid_constant__ J job) {
   using W = typename J::W;
   constexpr int V = J::V;
   const PlanarPlace at(job.planar, job.positions);
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(threads) forward_planar(const __grid_constant_
 
 // A warp per position.
 template <class J>
-__global__ void __launch_bounds__(threads) forward_interleaved(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1) forward_interleaved(const __grid_constant__ J job) {
   using W = typename J::W;
   constexpr int V = J::V;
   const int64_t row = int64_t(blockIdx.x) * warps + threadIdx.x / warp_size;
@@ -172,7 +172,7 @@ struct Element {
 };
 
 template <class J>
-__global__ void __launch_bounds__(threads) means_planar(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1) means_planar(const __grid_constant__ J job) {
   using W = typename J::W;
   constexpr int V = J::V;
   const PlanarPlace at(job.planar, job.positions);
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(threads) means_planar(const __grid_constant__ 
 }
 
 template <class J>
-__global__ void __launch_bounds__(threads) means_interleaved(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1) means_interleaved(const __grid_constant__ J job) {
   using W = typename J::W;
   constexpr int V = J::V;
   const int64_t row = int64_t(blockIdx.x) * warps + threadIdx.x / warp_size;
@@ -243,7 +243,7 @@ __device__ __forceinline__ W differentiate(const Element<W>& e, W weight, W inve
 // A block takes some channels and positions of one sample, or of all: the map's gradient sums over
 // them.
 template <class J>
-__global__ void __launch_bounds__(threads) backward_planar(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1) backward_planar(const __grid_constant__ J job) {
   using W = typename J::W;
   constexpr int V = J::V;
   const PlanarPlace at(job.pieces, job.positions);
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(threads) backward_planar(const __grid_constant
 }
 
 template <class J>
-__global__ void __launch_bounds__(threads) backward_interleaved(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1) backward_interleaved(const __grid_constant__ J job) {
   using W = typename J::W;
   constexpr int V = J::V;
   const InterleavedPlace at(job.rows, job.positions);
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(threads) backward_interleaved(const __grid_con
 // ---- backward, third: a block sums the parts (rows, 2, C) of warp_size channels ----
 
 template <class W>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 1)
     finish_gradients(const W* parts, int64_t rows, int64_t channels, W* grad_weight, W* grad_bias) {
   const int64_t c = int64_t(blockIdx.x) * warp_size + threadIdx.x % warp_size;
   const double weights = column_sum(parts, rows, 2 * channels, c);

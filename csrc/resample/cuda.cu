@@ -85,7 +85,7 @@ __device__ __forceinline__ W weight_of(const J& job, const Line<W>* lines, int s
 
 // A thread takes some packets of results of one sample, far apart.
 template <class J>
-__global__ void __launch_bounds__(threads) resample(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1) resample(const __grid_constant__ J job) {
   using X = typename J::X;
   using W = typename J::W;
   constexpr int V = J::V;

@@ -143,7 +143,7 @@ __device__ __forceinline__ T block_max(T value) {
 
 // A block takes one map of one image: its exponentials, and empty histograms.
 template <class W>
-__global__ void __launch_bounds__(threads) prepare(const __grid_constant__ Job<W> job) {
+__global__ void __launch_bounds__(threads, 1) prepare(const __grid_constant__ Job<W> job) {
   const int64_t n = blockIdx.x / job.count, level = blockIdx.x % job.count;
   const auto& map = job.levels[level];
   const W* from = map.log_likelihood + n * map.size();
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(threads) prepare(const __grid_constant__ Job<W
 
 // V neighbouring pixels of the sums over scales, and the extremes of a block.
 template <class W>
-__global__ void __launch_bounds__(threads) upsample(const __grid_constant__ Job<W> job) {
+__global__ void __launch_bounds__(threads, 1) upsample(const __grid_constant__ Job<W> job) {
   constexpr int V = Job<W>::V;
   const int64_t n = blockIdx.x / job.blocks();
   const int64_t packet = blockIdx.x % job.blocks() * threads + threadIdx.x;
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(threads) upsample(const __grid_constant__ Job<
 
 // A block takes the extremes of one image: what the search begins with.
 template <class W>
-__global__ void __launch_bounds__(threads) range(const __grid_constant__ Job<W> job) {
+__global__ void __launch_bounds__(threads, 1) range(const __grid_constant__ Job<W> job) {
   const int64_t n = blockIdx.x, all = job.samples * job.blocks();
   key_t<W> best[3] = {};
   for (int64_t i = threadIdx.x; i < job.blocks(); i += threads)
@@ -270,7 +270,7 @@ __device__ Search<W> refined(const Job<W>& job, int64_t n, int64_t block, int pa
 
 // Counts the next digit of those pixels of a piece that the search has narrowed down to.
 template <class W>
-__global__ void __launch_bounds__(threads) count(const __grid_constant__ Job<W> job, int pass) {
+__global__ void __launch_bounds__(threads, 1) count(const __grid_constant__ Job<W> job, int pass) {
   __shared__ unsigned counts[bins];
   const int64_t n = blockIdx.x / job.pieces(), block = blockIdx.x % job.pieces();
   for (int i = int(threadIdx.x); i < bins; i += threads) counts[i] = 0;
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(threads) count(const __grid_constant__ Job<W> 
 
 // The maps of a piece, and what its pixels below the k-th lowest add to the scores.
 template <class W>
-__global__ void __launch_bounds__(threads) finish(const __grid_constant__ Job<W> job) {
+__global__ void __launch_bounds__(threads, 1) finish(const __grid_constant__ Job<W> job) {
   const int64_t n = blockIdx.x / job.pieces(), block = blockIdx.x % job.pieces();
   const key_t<W> bound = refined(job, n, block, job.passes).low;
   const W largest = value_of<W>(bound);
@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(threads) finish(const __grid_constant__ Job<W>
 
 // A block takes one image.
 template <class W>
-__global__ void __launch_bounds__(threads) scores(const __grid_constant__ Job<W> job) {
+__global__ void __launch_bounds__(threads, 1) scores(const __grid_constant__ Job<W> job) {
   const int64_t n = blockIdx.x;
   double sum = 0, exponentials = 0;
   for (int64_t i = threadIdx.x; i < job.pieces(); i += threads) {

@@ -33,7 +33,7 @@ struct Squares {
 
 // Threads along positions, and along channels.
 template <class J>
-__global__ void __launch_bounds__(threads) square_sums_planar(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1) square_sums_planar(const __grid_constant__ J job) {
   using W = typename J::W;
   constexpr int V = J::V;
   const PlanarPlace at(job.planar, job.positions);
@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(threads) square_sums_planar(const __grid_const
 
 // A warp takes every 8th position of its block.
 template <class J>
-__global__ void __launch_bounds__(threads) square_sums_interleaved(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1)
+    square_sums_interleaved(const __grid_constant__ J job) {
   using W = typename J::W;
   constexpr int V = J::V;
   const InterleavedPlace at(job.rows, job.positions);
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(threads) square_sums_interleaved(const __grid_
 }
 
 template <class W>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 1)
     finish_samples(const W* parts, int64_t size, W* per_sample) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < size; i += threads) sum += double(parts[blockIdx.x * size + i]);

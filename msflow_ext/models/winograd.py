@@ -18,6 +18,7 @@ def winograd_form(
 ) -> tuple[int, torch.dtype] | None:
     """Tile and factors' dtype for inputs like ``x``, None where the direct convolution is the faster one.
 
+    * The kernels are for the CPU.
     * The transforms handle every channel, the products every pair of channels: they pay from 32 channels on, in
       bfloat16, whose direct convolution takes half the time, from 64.
     * Sixteen tiles keep the registers of the product busy; smaller maps do not have them.
@@ -28,6 +29,8 @@ def winograd_form(
     """
     c_out, c_in, *kernel = weight.shape
     factors = factor_dtypes()
+    if x.device.type != "cpu":
+        return None
     if (x.dtype not in factors and x.dtype is not torch.bfloat16) or not factors:
         return None
     if (kernel, tuple(stride), tuple(dilation), groups) != ([3, 3], (1, 1), (1, 1), 1):

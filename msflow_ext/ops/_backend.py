@@ -69,8 +69,10 @@ if _forced is not None:
     _checked(_forced, "MSFLOW_EXT_BACKEND")
 
 
-def is_native(*tensors: Tensor | None) -> bool:
+def is_native(*tensors: Tensor | None, cuda: bool = True) -> bool:
     """True if compiled kernels exist for these tensors and no transform stands in the way.
+
+    ``cuda`` says whether the op has CUDA kernels.
 
     Graphs that leave PyTorch (export, ONNX, tracing), functorch transforms, forward-mode differentiation,
     tensor subclasses, float16 on the CPU, GPUs that nothing was built for and other devices take the reference.
@@ -83,6 +85,8 @@ def is_native(*tensors: Tensor | None) -> bool:
         if tensor is None:
             continue
         if tensor.dtype not in _NATIVE.get(tensor.device.type, ()):
+            return False
+        if not cuda and (tensor.is_cuda or tensor.dtype not in _WIDE):
             return False
         if tensor.is_cuda and cuda_problem(tensor.device.index) is not None:
             return False

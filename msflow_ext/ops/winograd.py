@@ -55,7 +55,7 @@ def winograd_conv2d(
     _check(x, weight, bias, padding)
     arguments = (x, weight, bias, *padding, bool(relu))
     fast = weight.dtype is torch.float32 or weight.dtype in factor_dtypes()
-    if fast and x.device.type == "cpu" and _backend.is_native(x, weight, bias):
+    if fast and _backend.is_native(x, weight, bias, cuda=False):
         return _winograd(*arguments)[0]
     return winograd_conv2d_reference(*arguments)
 
