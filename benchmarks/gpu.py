@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     today = datetime.now(timezone.utc).date().isoformat()
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     file = options.file or ROOT / "benchmarks" / "results" / f"{slug}-{today}.json"
-    document = json.loads(file.read_text()) if file.exists() else {"device": name, "date": today}
+    document: Measured = (
+        json.loads(file.read_text()) if file.exists() else {"device": name, "date": today}
+    )
     end = time.monotonic() + 60 * options.minutes
     for step in options.steps or STEPS:
         if step in document and "error" not in document[step]:
@@ -159,24 +161,25 @@ def _kernel_cases(
 
     half, hidden = c // 2, c // 2 + 64
     x1, x2, a = (normal(8, d, size, size) for d in (half, half, c))
-    affine = (torch.rand(c, device="cuda") + 0.5, torch.randn(c, device="cuda"))
-    perm = torch.randperm(c, device="cuda")
+    scale, offset = torch.rand(c, device="cuda") + 0.5, torch.randn(c, device="cuda")
+    vectors = (scale, offset, torch.randperm(c, device="cuda"))
     x, bias_map = normal(8, hidden, size, size), normal(1, hidden, size, size).float()
-    vectors = [torch.randn(hidden, device="cuda") for _ in range(2)]
+    weight, bias = torch.randn(hidden, device="cuda"), torch.randn(hidden, device="cuda")
     leaves = [t.detach().requires_grad_() for t in (x1, x2, a)]
-    y = ops.affine_coupling(*leaves, *affine, perm)
+    l1, l2, l3 = leaves
+    y = ops.affine_coupling(l1, l2, l3, *vectors)
     upstream = [torch.ones_like(t) for t in y]
     n = x1.nbytes
     return {
-        "coupling forward": (6 * n, lambda: ops.affine_coupling(x1, x2, a, *affine, perm)),
-        "coupling inverse": (5 * n, lambda: ops.affine_coupling_inverse(x1, x2, a, *affine, perm)),
+        "coupling forward": (6 * n, lambda: ops.affine_coupling(x1, x2, a, *vectors)),
+        "coupling inverse": (5 * n, lambda: ops.affine_coupling_inverse(x1, x2, a, *vectors)),
         "coupling backward": (
             10 * n,
             lambda: torch.autograd.grad(y, leaves, upstream, retain_graph=True),
         ),
         "norm forward": (
             2 * x.nbytes + bias_map.nbytes,
-            lambda: ops.channel_norm(x, *vectors, bias_map),
+            lambda: ops.channel_norm(x, weight, bias, bias_map),
         ),
         "square sums": (x2.nbytes, lambda: ops.log_likelihood_map(x2)),
     }
