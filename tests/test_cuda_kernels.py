@@ -46,7 +46,7 @@ def test_nothing_spills_and_no_kernel_has_a_stack() -> None:
 
 def test_a_block_needs_no_more_than_every_gpu_grants() -> None:
     assert max(k.shared for k in kernels()) <= 24 * 1024
-    assert max(k.registers for k in kernels()) <= 65536 // 256 // 2, "two blocks of 256 threads"
+    assert max(k.registers for k in kernels()) <= 65536 // 256
 
 
 @pytest.mark.parametrize("kernel", HOT)
