@@ -185,6 +185,5 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 "anomaly_map": "clamped",
             },
         ),
-        "fastflow": Preset(Recipe(**_COSINE), {"steps": 2, "standardize": True, "score": "nll"}),
     },
 }
