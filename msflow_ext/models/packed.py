@@ -21,9 +21,9 @@ class PackedConv2d(nn.Module):
     """A convolution in the form that is fastest for its sizes, with the weight as that form wants it.
 
     The first input decides: Winograd's form where it pays (:func:`~msflow_ext.models.winograd.winograd_form`; its
-    weight takes 1.8 or 4 times the memory), else the layout that the library would otherwise make at every call. That layout comes from what torch's own freezing
-    emits, which is private: where it is missing or refuses, plain ``conv2d`` on a channels_last weight is the same
-    convolution.
+    weight takes 1.8 or 4 times the memory), else the layout that the library would otherwise make at every call. That
+    layout comes from what torch's own freezing emits, which is private: where it is missing or refuses, plain
+    ``conv2d`` on a channels_last weight is the same convolution.
 
     Args:
         conv: any ``Conv2d``; a snapshot is taken.
