@@ -215,6 +215,7 @@ HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
       const X* x2 = job.x2.template at<X>(n, 0, p);
       const A* a_s = job.a.template at<A>(n, 0, p);
       const A* a_t = a_s + active;
+      INDEPENDENT
       for (int64_t c = 0; c < passive; ++c) v[c] = affine(W(load(x1[c])), gain[c], shift[c], limit);
       INDEPENDENT
       for (int64_t j = 0; j < active; ++j) {

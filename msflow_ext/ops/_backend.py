@@ -84,7 +84,7 @@ def is_native(*tensors: Tensor | None, cuda: bool = True) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.dtype not in _NATIVE.get(tensor.device.type, ()):
+        if tensor.dtype not in _NATIVE.get("cpu" if tensor.is_cpu else tensor.device.type, ()):
             return False
         if not cuda and (tensor.is_cuda or tensor.dtype not in _WIDE):
             return False
@@ -166,17 +166,18 @@ def _warn_once() -> None:
 
 def strides(x: Tensor) -> tuple[int, int, int] | None:
     """Steps from sample to sample, channel to channel, position to position; None if positions have no one step."""
+    shape, stride = x.shape, x.stride()  # once each: this runs for every operand of every call
     step: int | None = None
     following = 0
-    for d in range(x.dim() - 1, 1, -1):
-        if x.size(d) == 1:
+    for size, s in zip(shape[:1:-1], stride[:1:-1], strict=True):
+        if size == 1:
             continue
         if step is None:
-            step = x.stride(d)
-        elif x.stride(d) != following:
+            step = s
+        elif s != following:
             return None
-        following = x.stride(d) * x.size(d)
-    return x.stride(0), x.stride(1) if x.size(1) > 1 else 1, 1 if step is None else step
+        following = s * size
+    return stride[0], stride[1] if shape[1] > 1 else 1, 1 if step is None else step
 
 
 def is_interleaved(x: Tensor) -> bool:
