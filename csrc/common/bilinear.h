@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "common/host_device.h"
 
@@ -41,24 +40,5 @@ template <class W>
 HD W between(W low, W high, W weight) {
   return (1 - weight) * low + weight * high;
 }
-
-// The taps of every output coordinate of one axis.
-template <class W>
-struct Axis {
-  std::vector<int32_t> low, high;
-  std::vector<W> weight;
-
-  Axis(int64_t input_size, int64_t output_size, bool align_corners) {
-    const auto grid = resampling(input_size, output_size, align_corners);
-    for (int64_t i = 0; i < output_size; ++i) {
-      const auto t = tap<W>(grid, i, input_size);
-      low.push_back(int32_t(t.low));
-      high.push_back(int32_t(t.high));
-      weight.push_back(t.weight);
-    }
-  }
-
-  HD Tap<W> operator[](int64_t i) const { return {low[i], high[i], weight[i]}; }
-};
 
 }  // namespace msflow

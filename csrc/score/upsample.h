@@ -1,10 +1,29 @@
 // Bilinear upsampling of a map, row by row.
 #pragma once
 
+#include <vector>
+
 #include "common/bilinear.h"
 #include "common/host_device.h"
 
 namespace msflow {
+
+// The taps of every output coordinate of one axis.
+template <class W>
+struct Axis {
+  std::vector<int32_t> low, high;
+  std::vector<W> weight;
+
+  Axis(int64_t input_size, int64_t output_size, bool align_corners) {
+    const auto grid = resampling(input_size, output_size, align_corners);
+    for (int64_t i = 0; i < output_size; ++i) {
+      const auto t = tap<W>(grid, i, input_size);
+      low.push_back(int32_t(t.low));
+      high.push_back(int32_t(t.high));
+      weight.push_back(t.weight);
+    }
+  }
+};
 
 // How maps of one size become maps of another.
 template <class W>
