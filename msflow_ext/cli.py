@@ -156,7 +156,7 @@ def convert(options: Any) -> int:
 
 
 def bench(options: Any) -> int:
-    """Measure flows, pipeline and a training step against the alternatives on this machine, in three minutes."""
+    """Measure flows, pipeline and a training step against the alternatives on this machine."""
     from msflow_ext.bench import compare
 
     for line in compare(options.threads, seconds=options.seconds, tiny=options.tiny):

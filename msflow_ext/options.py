@@ -147,7 +147,7 @@ def _train(part: ArgumentParser) -> None:
         "--memory",
         choices=MEMORY,
         default=Recipe.memory,
-        help="of training; reversible saves no activations, and takes a third longer",
+        help="of training; reversible saves no activations, and takes longer",
     )
     part.add_argument(
         "--cache", choices=CACHES, default=Recipe.cache, help="where features are kept"

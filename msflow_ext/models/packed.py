@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from msflow_ext import ops
 from msflow_ext.models.winograd import winograd_form
+
+_DECIDING = Lock()
 
 
 class PackedConv2d(nn.Module):
@@ -48,8 +51,10 @@ class PackedConv2d(nn.Module):
         if self.border:
             x = F.pad(x, self.border, mode=self.mode)
         if self.convolve is None:
-            self.convolve = self._form(x)
-            self.weight = self.bias = None
+            with _DECIDING:
+                if self.convolve is None:  # or another thread has decided meanwhile
+                    self.convolve = self._form(x)
+                    self.weight = self.bias = None
         return self.convolve(x)
 
     def _form(self, x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -92,6 +92,7 @@ def aggregate(
         \text{anomaly\_map} = \max \textstyle\sum_i P_i - \sum_i P_i
 
     and ``score`` the mean of the ``floor(top_k * H * W)`` largest values of ``image_map`` (at least one).
+    On CUDA, an image whose likelihoods are infinite or near the largest float has results that may differ from torch's.
 
     Args:
         log_likelihood: maps ``(N, H_i, W_i)``, float32 or float64, from :func:`log_likelihood_map`.

@@ -191,6 +191,10 @@ def test_equal_likelihoods_score_zero_and_ties_are_cut_anywhere(each_backend: st
     assert relative_error(got.log_score, torch.tensor([2.0], dtype=F64)) <= 1e-15
 
 
+# Scales, size and first value; see the docstring of the aggregation.
+UNLIKE_TORCH_ON_CUDA = {(1, 4, -math.inf), (1, 9, -3e38), (1, 9, 3e38)}
+
+
 @pytest.mark.parametrize("scales", [1, 2])
 @pytest.mark.parametrize("size", [4, 9])
 @pytest.mark.parametrize(
@@ -200,8 +204,8 @@ def test_non_finite_and_huge_likelihoods_do_what_they_do_in_the_reference(
     native: None, normal: Normal, values: tuple[float, ...], size: int, scales: int
 ) -> None:
     maps = squares(normal, [(4, 4), (2, 2)], F32)[:scales]
-    if _backend.runs_cuda(maps[0]) and scales == 1 and not math.isnan(values[0]):
-        pytest.skip("on CUDA the weights of one scale meet infinities otherwise than in torch")
+    if _backend.runs_cuda(maps[0]) and (scales, size, values[0]) in UNLIKE_TORCH_ON_CUDA:
+        pytest.skip("known: on CUDA the weights of one scale meet these otherwise than in torch")
     maps[-1][1, 0, 1] = maps[0][1, 1, 2] = values[0]
     maps[0][1, 1, 1] = maps[0][1, 2, 2] = values[-1]
     got = ops.aggregate(maps, size)
