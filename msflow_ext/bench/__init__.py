@@ -29,7 +29,7 @@ TINY = {"channels": (8, 16), "blocks": (1, 1), "size": 32}
 def compare(
     thread_count: int | None = None, *, seconds: float = 20.0, tiny: bool = False
 ) -> Iterator[str]:
-    """Compare flows, pipeline and training step with the alternatives in about three minutes: lines to print.
+    """Compare flows, pipeline and training step with the alternatives: lines to print.
 
     Every provider must give the same numbers before it is timed; the providers take turns round by round.
 
