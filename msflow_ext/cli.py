@@ -13,7 +13,8 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.options import MODEL, RECIPE, SETTINGS, open_data, parser
+from msflow_ext.options import open_data, parser
+from msflow_ext.options.training import MODEL, RECIPE, SETTINGS
 from msflow_ext.printing import print_lines, print_table, rows_of, sentence
 from msflow_ext.recipe import PRESETS
 from msflow_ext.using import evaluate, predict

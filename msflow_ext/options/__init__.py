@@ -1,0 +1,73 @@
+"""The flags of every command; those of train may also stand in a YAML file that ``--config`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from msflow_ext.options import training, using
+from msflow_ext.options.shared import DATA_HELP, add_layout, add_threads
+from msflow_ext.options.training import DATA
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from msflow_ext.data import DataSet
+
+
+def parser(commands: Mapping[str, Callable[[Any], int]]) -> ArgumentParser:
+    """The parser of ``msflow``; a command's docstring is its help."""
+    import jsonargparse
+
+    whole = jsonargparse.ArgumentParser(
+        prog="msflow",
+        exit_on_error=False,
+        description="Anomaly detection with normalizing flows. --debug shows where an error arose.",
+    )
+    subcommands = whole.add_subcommands(dest="command")
+    for name, command in commands.items():
+        part = jsonargparse.ArgumentParser(exit_on_error=False, description=command.__doc__)
+        subcommands.add_subcommand(name, part, help=command.__doc__)
+        _FLAGS[name](part)
+    return whole
+
+
+def open_data(options: Mapping[str, Any], *, strict: bool = True) -> DataSet:
+    """The data set that the options name; ``strict`` as :func:`msflow_ext.data.open_dataset` has it."""
+    from msflow_ext.data import open_dataset
+
+    given = {name: options[name] for name in DATA if name in options}
+    return open_dataset(**given, strict=strict)
+
+
+def _info(part: ArgumentParser) -> None:
+    part.add_argument("--check", action="store_true", help="run every kernel against its reference")
+
+
+def _data(part: ArgumentParser) -> None:
+    import jsonargparse
+
+    text = "report what a data set holds and what is wrong with it"
+    check = jsonargparse.ArgumentParser(exit_on_error=False, description=text)
+    check.add_argument("data", type=str | None, nargs="?", help=DATA_HELP)
+    add_layout(check)
+    part.add_subcommands(dest="action").add_subcommand("check", check, help=text)
+
+
+def _bench(part: ArgumentParser) -> None:
+    add_threads(part)
+    part.add_argument("--seconds", type=float, default=20.0, help="of timing each comparison")
+    part.add_argument("--tiny", action="store_true", help="toy sizes, to see that it works")
+
+
+_FLAGS: dict[str, Callable[[ArgumentParser], None]] = {
+    "info": _info,
+    "data": _data,
+    "demo": training.demo,
+    "train": training.train,
+    "evaluate": using.evaluate,
+    "predict": using.predict,
+    "compare": using.compare,
+    "convert": using.convert,
+    "bench": _bench,
+}

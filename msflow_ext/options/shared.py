@@ -1,0 +1,77 @@
+"""Flags that several commands have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from msflow_ext.data import LAYOUTS, PACKAGED
+from msflow_ext.recipe import PRESETS
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+DATA_HELP = f"{' or '.join(PACKAGED)} (packages), or a folder"
+
+
+def add_model(part: ArgumentParser) -> None:
+    models, presets = tuple(PRESETS["paper"]), tuple(PRESETS)
+    part.add_argument("--model", choices=models, default="msflow", help="what to train")
+    part.add_argument(
+        "--preset",
+        choices=presets,
+        default="paper",
+        help="as in its paper, or as was better and steadier on average",
+    )
+
+
+def add_data(part: ArgumentParser) -> None:
+    part.add_argument("--data", type=str | None, help=DATA_HELP)
+    add_layout(part)
+
+
+def add_layout(part: ArgumentParser) -> None:
+    part.add_argument("--layout", type=str | None, help=f"of a folder: {' or '.join(LAYOUTS)}")
+    part.add_argument(
+        "--category",
+        type=str | None,
+        help="mono, brick, bottle, ...; train: also several (a,b), or all",
+    )
+    part.add_argument("--split-seed", type=int, default=0, help="where the set has no fixed split")
+    for name in ("normal", "abnormal", "masks"):
+        part.add_argument(
+            f"--{name}", type=str | None, help=f"folder of {name}, with layout folder"
+        )
+    part.add_argument(
+        "--csv", type=str | None, help="list of path, label, mask, split, with layout folder"
+    )
+
+
+def add_run(part: ArgumentParser) -> None:
+    part.add_argument("--run", required=True, help="run folder, or a checkpoint file")
+
+
+def add_false_alarms(part: ArgumentParser) -> None:
+    part.add_argument(
+        "--false-alarms",
+        type=float | None,
+        help="share of normal images that may exceed the thresholds (default: the run's)",
+    )
+
+
+def add_out(part: ArgumentParser, text: str) -> None:
+    part.add_argument("--out", required=True, help=text)
+
+
+def add_device(part: ArgumentParser) -> None:
+    part.add_argument(
+        "--device", type=str | None, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
+    )
+
+
+def add_threads(part: ArgumentParser) -> None:
+    part.add_argument("--threads", type=int | None, help="CPU threads of torch")
+
+
+def add_again(part: ArgumentParser) -> None:
+    part.add_argument("--resume", action="store_true", help="continue the run in the folder")
+    part.add_argument("--overwrite", action="store_true", help="remove the run in the folder")

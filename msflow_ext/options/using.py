@@ -1,0 +1,50 @@
+"""The flags of the commands that use trained runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from msflow_ext.options.shared import add_data, add_device, add_false_alarms, add_out, add_run
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+def evaluate(part: ArgumentParser) -> None:
+    add_run(part)
+    add_data(part)
+    add_device(part)
+    add_false_alarms(part)
+    part.add_argument(
+        "--tune-thresholds",
+        action="store_true",
+        help="also find the thresholds of the largest F1 on these very images",
+    )
+    part.add_argument("--out", type=str | None, help="folder for scores.csv and evaluation.json")
+
+
+def predict(part: ArgumentParser) -> None:
+    add_run(part)
+    part.add_argument("paths", nargs="+", help="images, and folders with all that is in them")
+    add_out(part, "folder for scores.csv, maps/*.png and, of a run with thresholds, masks/*.png")
+    add_false_alarms(part)
+    part.add_argument("--threshold", type=float | None, help="label by this score instead")
+    part.add_argument("--score-only", action="store_true", help="write no maps")
+    part.add_argument("--batch-size", type=int, default=8, help="images at a time")
+    add_device(part)
+
+
+def compare(part: ArgumentParser) -> None:
+    part.add_argument("runs", nargs="+", help="run folders; differences are from the first")
+    part.add_argument("--out", default="comparison.html", help="page to write")
+
+
+def convert(part: ArgumentParser) -> None:
+    part.add_argument("source", help="run folder, .safetensors, or a checkpoint of another package")
+    part.add_argument("--to", default="msflow_ext", help="or msflow, gathierry, anomalib")
+    add_out(part, "file to write, .safetensors for one of ours")
+    part.add_argument("--backbone", type=str | None, help="of a file that does not name its own")
+    part.add_argument("--weights", type=str | None, help="file of backbone weights")
+    part.add_argument("--image-size", type=int | None, help="side of the square input in pixels")
+    part.add_argument("--clamp", type=float | None, help="it was trained with (default: 1.9 or 2)")
+    part.add_argument("--clamp-form", type=str | None, help="0.2 or head, by the version of FrEIA")
