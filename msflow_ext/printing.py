@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 from msflow_ext import table
 from msflow_ext.evaluation import RESULTS
 
+POSITIONAL = ("paths", "runs", "source")
+REQUIRED = re.compile(  # as jsonargparse 4.53 says it, and as 4.46 did
+    r"arguments are required: (.+)$|^Option '(.+)' is required but not provided"
+)
 Row = tuple[str, str, Mapping[str, Any]]
 
 
@@ -17,9 +22,9 @@ def sentence(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
-    if isinstance(error, ArgumentError) and "arguments are required" in text:
-        names = (name.split(".")[-1] for name in text.rpartition(": ")[2].split(", "))
-        flags = (name if name == "paths" else f"--{name.replace('_', '-')}" for name in names)
+    if isinstance(error, ArgumentError) and (missing := REQUIRED.search(text)):
+        names = (name.split(".")[-1] for name in (missing[1] or missing[2]).split(", "))
+        flags = (n if n in POSITIONAL else f"--{n.replace('_', '-')}" for n in names)
         text = f"required but not given: {', '.join(flags)}"
     return " ".join(text.split()) or type(error).__name__
 
