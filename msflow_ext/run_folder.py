@@ -96,7 +96,8 @@ def summary(state: Mapping[str, Any], result: Mapping[str, float | None]) -> dic
     best: dict[str, Any] = {"chosen": BEST}
     epochs = {}
     for name, value in result.items():
-        top = max(evaluations, key=lambda each: each[name]) if value is not None else None
+        known = [each for each in evaluations if each.get(name) is not None]
+        top = max(known, key=lambda each: each[name]) if value is not None and known else None
         best[name] = top and top[name]
         epochs[name] = top and top["epoch"]
     return {

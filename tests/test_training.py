@@ -23,6 +23,7 @@ from msflow_ext.data import DataSet, Images, Item
 from msflow_ext.features import Features
 from msflow_ext.flows import MEMORY
 from msflow_ext.recipe import PRESETS
+from msflow_ext.run_folder import summary
 from msflow_ext.training import Recipe, TrainingDiverged, make_optimizer, train, train_epoch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -545,3 +546,12 @@ def test_a_cache_that_the_disk_cannot_hold_is_refused(tmp_path, monkeypatch, squ
     with pytest.raises(OSError, match=r"features needs [\d,]+ bytes, the disk has 100 left"):
         Features(build_model(), Images(squares.train, 64), cache="disk", file=file)
     assert not file.exists()
+
+
+def test_a_measure_that_older_evaluations_lack_has_its_best_among_the_others() -> None:
+    old = [{"epoch": 1, "image_auroc": 0.9}, {"epoch": 2, "image_auroc": 0.8, "aupimo": 0.5}]
+    parts = dict.fromkeys(("losses", "recipe", "data"), {})
+    state = {"model": "MSFlow", "config": {}, "epoch": 2, "evaluations": old, **parts}
+    best = summary(state, {"image_auroc": 0.8, "aupimo": 0.5})["best"]
+    assert (best["image_auroc"], best["aupimo"]) == (0.9, 0.5)
+    assert best["epochs"] == {"image_auroc": 1, "aupimo": 2}
