@@ -550,7 +550,7 @@ def test_a_cache_that_the_disk_cannot_hold_is_refused(tmp_path, monkeypatch, squ
 
 def test_a_measure_that_older_evaluations_lack_has_its_best_among_the_others() -> None:
     old = [{"epoch": 1, "image_auroc": 0.9}, {"epoch": 2, "image_auroc": 0.8, "aupimo": 0.5}]
-    parts = dict.fromkeys(("losses", "recipe", "data"), {})
+    parts = dict.fromkeys(("losses", "recipe", "data"))
     state = {"model": "MSFlow", "config": {}, "epoch": 2, "evaluations": old, **parts}
     best = summary(state, {"image_auroc": 0.8, "aupimo": 0.5})["best"]
     assert (best["image_auroc"], best["aupimo"]) == (0.9, 0.5)
