@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 import msflow_ext as mx
 from msflow_ext.checkpoint import read_checkpoint, save_checkpoint
 from msflow_ext.data import Images, Item
+from msflow_ext.decisions import Calibration
 from msflow_ext.evaluation import Truth, evaluate, measure
 from msflow_ext.features import Features
-from msflow_ext.decisions import Calibration
 from msflow_ext.inference import Detector, load
 
 

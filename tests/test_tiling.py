@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -33,7 +35,7 @@ def test_tiles_cover_the_image_and_overlap_as_asked(sizes):
         starts = sorted({box[axis].start for box in boxes})
         assert starts[0] == 0
         assert starts[-1] + side == length
-        assert all(0 < b - a <= side - overlap for a, b in zip(starts, starts[1:], strict=False))
+        assert all(0 < b - a <= side - overlap for a, b in pairwise(starts))
         least = -(-(length - side) // (side - overlap)) + 1
         assert len(starts) == least
 
