@@ -63,8 +63,11 @@ def load(
     It has thresholds if its training held normal images out (``Recipe(hold_out=...)``).
 
     >>> detector = load("runs/mine")
-    >>> for result in detector.predict("photos"):
-    ...     print(result.name, f"{result.score:.3f}", result.label)
+    >>> [result.name for result in detector.predict("photos")]
+    ['large.jpg', 'small.png']
+    >>> stricter = load("runs/mine", false_alarms=0.2)  # fewer normal images are labelled 1
+    >>> stricter.threshold >= detector.threshold
+    True
 
     Args:
         path: what training wrote; an unfinished run gives the model of its last checkpoint.
@@ -87,7 +90,7 @@ def load(
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ValueError(f"{path} holds a model {header.get('model')!r}, unknown to this version")
     try:
-        model = kind(**header["config"], pretrained=False)
+        model: Any = kind(**header["config"], pretrained=False)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its configuration builds no {kind.__name__}: {error}") from error
     restore(path, tensors, model)
@@ -165,6 +168,10 @@ class Detector:
         that scale. Thresholds and p-values of a calibrated detector are of whole images and do not
         hold for tiles: label, mask and p-value are None. To judge tiles by thresholds of your own,
         set these, and ``calibration`` to None.
+
+        >>> (large,) = load("runs/mine").predict("photos/large.jpg", tile=True)
+        >>> large.map.shape, large.label
+        ((90, 160), None)
 
         Args:
             source: a file; a folder, searched with all its folders; a PIL image; an array ``(H, W)``
