@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import msflow_ext
+from msflow_ext import tiling
 from msflow_ext.checkpoint import CHECKPOINT, read_checkpoint, restore
 from msflow_ext.data import Images, Item
 from msflow_ext.data.images import Box
-from msflow_ext.data.items import SUFFIXES
 from msflow_ext.decisions import Calibration
 from msflow_ext.features import decoded
+from msflow_ext.recipe import PRECISIONS
+from msflow_ext.sources import images_of, own_size
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Result:
             ``"pad"`` is cut off, here and below.
         mask: ``(S, S)`` bool, where the map exceeds the pixel threshold; None without one.
         image: ``(S, S, 3)`` uint8, RGB: what the model saw.
+
+    Of an image in tiles, map, mask and image have the image's own size ``(H, W)``.
     """
 
     name: str
@@ -52,21 +56,33 @@ def load(
     device: str | torch.device | None = None,
     *,
     false_alarms: float | None = None,
+    precision: str | None = None,
 ) -> Detector:
     """Load a detector from a run folder, or from a checkpoint file.
 
     It has thresholds if its training held normal images out (``Recipe(hold_out=...)``).
 
+    >>> detector = load("runs/mine")
+    >>> [result.name for result in detector.predict("photos")]
+    ['large.jpg', 'small.png']
+    >>> stricter = load("runs/mine", false_alarms=0.2)  # fewer normal images are labelled 1
+    >>> stricter.threshold >= detector.threshold
+    True
+
     Args:
         path: what training wrote; an unfinished run gives the model of its last checkpoint.
         device: where to compute; by default on the GPU if there is one.
         false_alarms: share of normal images that may exceed the thresholds; by default the recipe's.
+        precision: ``"float32"`` or ``"bfloat16"`` for the prepacked form, ``model.optimize(dtype)``, of
+            which the first call is slower and the others are faster; by default the model as it trained.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: not a checkpoint, or a damaged one; ``false_alarms`` for a model without held-out
-            images, or with too few of them.
+            images, or with too few of them; another ``precision``.
     """
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     path = Path(path)
     path = path / CHECKPOINT if path.is_dir() else path
     header, tensors = read_checkpoint(path)
@@ -74,7 +90,7 @@ def load(
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ValueError(f"{path} holds a model {header.get('model')!r}, unknown to this version")
     try:
-        model = kind(**header["config"], pretrained=False)
+        model: Any = kind(**header["config"], pretrained=False)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its configuration builds no {kind.__name__}: {error}") from error
     restore(path, tensors, model)
@@ -83,8 +99,9 @@ def load(
         raise ValueError(f"{path} knows no rate of false alarms: its training held no images out")
     calibration = Calibration(**held_out) if held_out else None
     rate = recipe.get("false_alarms") if false_alarms is None else false_alarms
+    model = model.eval().to(pick_device(device))
     return Detector(
-        model.eval().to(pick_device(device)),
+        model if precision is None else model.optimize(getattr(torch, precision)),
         threshold=calibration.threshold(rate) if calibration else None,
         pixel_threshold=calibration.pixel_threshold(rate) if calibration else None,
         calibration=calibration,
@@ -105,7 +122,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 class Detector:
-    """A trained model that takes images as they come.
+    """A trained model that takes images as they come; several threads may use one at once.
 
     Args:
         model: as training made it.
@@ -133,46 +150,107 @@ class Detector:
         self.colours = colours
         self.fit = fit
 
-    def predict(self, source: Any, *, batch_size: int = 8, workers: int = 2) -> list[Result]:
+    def predict(
+        self,
+        source: Any,
+        *,
+        batch_size: int = 8,
+        workers: int = 2,
+        tile: bool = False,
+        overlap: float = 0.25,
+    ) -> list[Result]:
         """Score one image or many.
+
+        With ``tile``, an image is not resized but cut into squares of the model's size ``S``, which
+        overlap. Its score is the largest of theirs; its map, of the image's own size, joins theirs
+        (:func:`msflow_ext.tiling.stitch`). A side below ``S`` is filled up with black. The model
+        then sees things as large as they are in the file: it should have been trained on pieces of
+        that scale. Thresholds and p-values of a calibrated detector are of whole images and do not
+        hold for tiles: label, mask and p-value are None. To judge tiles by thresholds of your own,
+        set these, and ``calibration`` to None.
+
+        >>> (large,) = load("runs/mine").predict("photos/large.jpg", tile=True)
+        >>> large.map.shape, large.label
+        ((90, 160), None)
 
         Args:
             source: a file; a folder, searched with all its folders; a PIL image; an array ``(H, W)``
                 or ``(H, W, 3)`` as :func:`msflow_ext.data.load_image` takes it; a float tensor
-                ``(3, S, S)`` or ``(N, 3, S, S)``, RGB in 0..1, of the model's size; or an iterable of these.
-            batch_size: images per call of the model.
+                ``(3, S, S)`` or ``(N, 3, S, S)``, RGB in 0..1, of the model's size, or with ``tile``
+                of any; or an iterable of these.
+            batch_size: images, or tiles of one image, per call of the model.
             workers: threads that decode images.
+            tile: whether to cut images into tiles.
+            overlap: of neighbouring tiles, as a share of their side, at least; 0 <= overlap < 1.
 
         Raises:
             FileNotFoundError: no such file or folder.
-            ValueError: a file that is no image, a folder without images, a wrong shape.
+            ValueError: a file that is no image, a folder without images, a wrong shape or overlap.
             TypeError: a source of another type.
             FloatingPointError: a score or a map is not finite; its image is named.
         """
-        return list(self.stream(source, batch_size=batch_size, workers=workers))
+        return list(
+            self.stream(source, batch_size=batch_size, workers=workers, tile=tile, overlap=overlap)
+        )
 
-    def stream(self, source: Any, *, batch_size: int = 8, workers: int = 2) -> Iterator[Result]:
+    def stream(
+        self,
+        source: Any,
+        *,
+        batch_size: int = 8,
+        workers: int = 2,
+        tile: bool = False,
+        overlap: float = 0.25,
+    ) -> Iterator[Result]:
         """As :meth:`predict`, one result after the other: of a large folder, little is in memory."""
         if batch_size < 1 or workers < 1:
             raise ValueError(
                 f"batch_size and workers must be 1 or more, got {batch_size}, {workers}"
             )
+        shared = tiling.pixels_of(overlap, self.model.image_size)
         names: deque[str] = deque()
 
-        def chunks() -> Iterator[list[tuple[str, Any]]]:
-            images = _images_of(source)
-            while chunk := list(islice(images, batch_size)):
+        def chunks(size: int) -> Iterator[list[tuple[str, Any]]]:
+            images = images_of(source)
+            while chunk := list(islice(images, size)):
                 names.extend(name for name, _ in chunk)
                 yield chunk
 
-        device = next(self.model.parameters()).device
-        for chunk in decoded(self._decode, chunks(), workers):
-            with torch.inference_mode():
-                found = self.model(torch.stack([pixels for pixels, _ in chunk]).to(device))
-            maps = found.anomaly_map.float().cpu().numpy()
-            for (pixels, box), score, each in zip(chunk, found.score.tolist(), maps, strict=True):
+        if tile:
+            for (image,) in decoded(own_size, chunks(1), workers):
+                yield self._tiled(names.popleft(), image, shared, batch_size)
+            return
+        for chunk in decoded(self._decode, chunks(batch_size), workers):
+            scores, maps = self._score([pixels for pixels, _ in chunk])
+            for (pixels, box), score, each in zip(chunk, scores, maps, strict=True):
                 image = to_pixels(pixels)
                 yield self._result(names.popleft(), score, each[box], image[box])
+
+    def _score(self, images: list[Tensor]) -> tuple[list[float], np.ndarray]:
+        """Scores and maps ``(N, S, S)`` of images ``(3, S, S)``."""
+        device = next(chain(self.model.parameters(), self.model.buffers())).device
+        with torch.inference_mode():
+            found = self.model(torch.stack(images).to(device))
+        return found.score.tolist(), found.anomaly_map.float().cpu().numpy()
+
+    def _tiled(self, name: str, image: Tensor, overlap: int, batch_size: int) -> Result:
+        """The result of an image ``(3, H, W)``, from tiles that overlap by so many pixels."""
+        side = self.model.image_size
+        whole, inside = tiling.padded(image, side)
+        height, width = whole.shape[1:]
+        boxes = tiling.grid(height, width, side, overlap)
+        scores: list[float] = []
+
+        def tiles() -> Iterator[tuple[Box, np.ndarray]]:
+            for first in range(0, len(boxes), batch_size):
+                chunk = boxes[first : first + batch_size]
+                found, maps = self._score([tiling.cut(whole, box) for box in chunk])
+                scores.extend(found)
+                yield from zip(chunk, maps, strict=True)
+
+        joined = tiling.stitch(tiles(), height, width)[inside]
+        judged = self.calibration is None
+        return self._result(name, float(np.max(scores)), joined, to_pixels(image), judged)
 
     def _decode(self, named: tuple[str, Any]) -> tuple[Tensor, Box]:
         """The square that the model sees, and where in it the image is."""
@@ -188,9 +266,13 @@ class Detector:
             )
         return image.float(), (slice(0, size), slice(0, size))
 
-    def _result(self, name: str, score: float, each: np.ndarray, image: np.ndarray) -> Result:
+    def _result(
+        self, name: str, score: float, each: np.ndarray, image: np.ndarray, judged: bool = True
+    ) -> Result:
         if not np.isfinite(each.sum() + score):
             raise FloatingPointError(f"score or map of image {name} is not finite")
+        if not judged:
+            return Result(name, score, None, None, each, None, image)
         label = None if self.threshold is None else int(score > self.threshold)
         mask = None if self.pixel_threshold is None else each > self.pixel_threshold
         p_value = None if self.calibration is None else self.calibration.p_value(score)
@@ -198,42 +280,7 @@ class Detector:
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
-    """``(3, H, W)`` float in 0..1 as ``(H, W, 3)`` uint8."""
-    return (image * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
-
-
-def _images_of(source: Any, numbers: Iterator[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """Every image in ``source`` with its name: a path, an array or a tensor."""
-    from PIL import Image
-
-    numbers = count() if numbers is None else numbers
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
-        folder = Path(source)
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not found:
-            raise ValueError(f"{folder} holds no images ({', '.join(s[1:] for s in SUFFIXES)})")
-        yield from ((path.relative_to(folder).as_posix(), path) for path in found)
-    elif isinstance(source, (str, Path)):
-        yield str(source), Path(source)
-    elif isinstance(source, Image.Image):
-        yield f"image {next(numbers)}", _pixels(source)
-    elif isinstance(source, (np.ndarray, Tensor)) and source.ndim != 4:
-        yield f"image {next(numbers)}", source
-    elif isinstance(source, Iterable):
-        for one in source:
-            yield from _images_of(one, numbers)
-    else:
-        raise TypeError(
-            "source must be a path, a PIL image, an array, a tensor or an iterable of these, "
-            f"got {type(source).__name__}"
-        )
-
-
-def _pixels(image: Any) -> np.ndarray:
-    """A PIL image as an array that :func:`msflow_ext.data.load_image` reads without loss."""
-    from PIL import ImageOps
-
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):
-        return np.asarray(upright).astype(np.uint16)
-    return np.asarray(upright if upright.mode in ("I", "F") else upright.convert("RGBA"))
+    """``(3, H, W)``, float in 0..1 or uint8, as ``(H, W, 3)`` uint8."""
+    if image.dtype != torch.uint8:
+        image = (image * 255).round().clamp(0, 255).byte()
+    return image.permute(1, 2, 0).cpu().numpy()

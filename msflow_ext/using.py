@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from msflow_ext.data import DataSet, Images
     from msflow_ext.evaluation import Evaluation, Truth
     from msflow_ext.inference import Detector, Result
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(options: Any) -> int:
@@ -49,23 +53,22 @@ def evaluate(options: Any) -> int:
 
 
 def predict(options: Any) -> int:
-    """Score images: files, or folders with all that is in them."""
+    """Score images: files, or folders with all that is in them, or all that comes into one folder."""
     from tqdm import tqdm
 
-    from msflow_ext.inference import load
     from msflow_ext.report import write_scores
 
     out = _checked_out(options.out)
-    detector = load(options.run, options.device, false_alarms=options.false_alarms)
-    if options.threshold is not None:
-        detector.threshold = options.threshold
+    if options.watch:
+        return _watch(options, out)
+    detector, chosen = _detector(options)
     rows: list[tuple[str, str, int | None, float]] = []
     p_values: list[float | None] = []
 
     named: set[str] = set()
 
     def noted() -> Iterator[Result]:
-        found = detector.stream(options.paths, batch_size=options.batch_size)
+        found = detector.stream(options.paths, **chosen)
         for result in tqdm(found, unit="image", disable=None):
             if result.name in named:
                 raise ValueError(f"two images are called {result.name}: predict them apart")
@@ -85,6 +88,71 @@ def predict(options: Any) -> int:
             write_scores(out / "scores.csv", rows, p_value=known)
     print(f"{len(rows)} images: {out / 'scores.csv'}")
     return 0
+
+
+def _detector(options: Any) -> tuple[Detector, dict[str, Any]]:
+    """The detector that the options ask for, and how it is to predict."""
+    from msflow_ext.inference import load
+
+    if options.tile and options.false_alarms is not None:
+        raise ValueError("--false-alarms is of whole images and says nothing of tiles (--tile)")
+    detector = load(
+        options.run,
+        options.device,
+        false_alarms=options.false_alarms,
+        precision=options.precision,
+    )
+    if options.tile and detector.calibration:
+        log.info("the run's thresholds are of whole images: tiles get no label, p-value or mask")
+        detector.threshold = detector.pixel_threshold = detector.calibration = None
+    if options.threshold is not None:
+        detector.threshold = options.threshold
+    return detector, {name: options[name] for name in ("batch_size", "tile", "overlap")}
+
+
+def _watch(options: Any, out: Path) -> int:
+    """Score what arrives in a folder: first the pictures of an image are written, then its row."""
+    from msflow_ext._heat_maps import file_name
+    from msflow_ext.printing import sentence
+    from msflow_ext.report import colour_range
+    from msflow_ext.watching import ScoreLog, arrivals, stopped_by_signals
+
+    folder = _watched(options.paths, out)
+    with stopped_by_signals() as stop:
+        detector, chosen = _detector(options)
+        scores = ScoreLog(out / "scores.csv", *(["p_value"] if detector.calibration else []))
+        before, colours, taken = len(scores.names), detector.colours, set()
+        for name in scores.names:  # so that pictures are called as if there was no interruption
+            file_name(name, taken)
+        log.info("watching %s, %d images scored before", folder, before)
+        for name, path in arrivals(folder, scores.names, stop):
+            try:
+                (result,) = detector.predict(path, workers=1, **chosen)
+            except (OSError, ValueError, ArithmeticError) as error:
+                log.warning("%s is passed over: %s", name, sentence(error))
+                continue
+            if not options.score_only:
+                colours = colours or colour_range([result.map])
+                stem = file_name(name, taken).removesuffix(".png")
+                _draw(out, iter([replace(result, name=stem)]), colours)
+            more = [] if result.p_value is None else [result.p_value]
+            scores.append(name, result.label, result.score, *more)
+    print(f"{len(scores.names) - before} images: {scores.path}")
+    return 0
+
+
+def _watched(paths: Sequence[str], out: Path) -> Path:
+    """The one folder to watch; pictures that are written must not come in there."""
+    if len(paths) > 1:
+        raise ValueError(f"--watch wants one folder, got {' '.join(paths)}")
+    folder = Path(paths[0])
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder to watch")
+    for written in (out / "maps", out / "masks"):
+        inner, outer = written.resolve(), folder.resolve()
+        if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+            raise ValueError(f"--out {out} writes images into {folder}, which is watched")
+    return folder
 
 
 def _settings(run: Path) -> dict[str, Any]:

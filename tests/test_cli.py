@@ -191,6 +191,32 @@ def test_predict_writes_scores_and_maps_of_files_and_folders(run, data, tmp_path
     assert (tmp_path / "scores/scores.csv").read_text() == (tmp_path / "all/scores.csv").read_text()
 
 
+def test_tiles_are_scored_without_the_thresholds_of_the_run(data, tmp_path, capsys):
+    run, image = tmp_path / "run", tmp_path / "large.png"
+    assert cli.main(_train(data, run, "--hold-out", "0.5", "--false-alarms", "0.4")) == 0
+    pixels = np.random.default_rng(0).integers(90, 110, (70, 150), dtype=np.uint8)
+    Image.fromarray(pixels).save(image)
+    predict = ["predict", "--run", str(run), str(image), "--device", "cpu", "--tile"]
+    assert cli.main([*predict, "--out", str(tmp_path / "out")]) == 0
+    assert "thresholds are of whole images" in capsys.readouterr().err
+    header, row = (tmp_path / "out/scores.csv").read_text().splitlines()
+    assert header == "name,defect,label,score"
+    assert row.split(",")[2] == ""
+    (picture,) = (tmp_path / "out/maps").iterdir()
+    with Image.open(picture) as panels:
+        assert panels.size == (2 * 150 + 2, 70)
+    assert not (tmp_path / "out/masks").exists()
+    own = [*predict, "--threshold=-1e9", "--overlap", "0.5", "--precision", "float32"]
+    assert cli.main([*own, "--out", str(tmp_path / "own")]) == 0
+    assert (tmp_path / "own/scores.csv").read_text().splitlines()[1].split(",")[2] == "1"
+    for flags, sentence in (
+        (["--overlap", "1"], "overlap must be at least 0 and below 1, got 1.0"),
+        (["--false-alarms", "0.5"], "--false-alarms is of whole images"),
+        (["--precision", "int8"], "int8"),
+    ):
+        assert sentence in _fails(capsys, *predict, *flags, "--out", str(tmp_path / "wrong"))
+
+
 def test_predict_keeps_what_it_had_when_it_meets_a_broken_image(run, data, tmp_path, capsys):
     broken = tmp_path / "broken.png"
     broken.write_bytes((data / "plate/test/good/0.png").read_bytes()[:100])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 import msflow_ext as mx
 from msflow_ext.checkpoint import read_checkpoint, save_checkpoint
 from msflow_ext.data import Images, Item
+from msflow_ext.decisions import Calibration
 from msflow_ext.evaluation import Truth, evaluate, measure
 from msflow_ext.features import Features
 from msflow_ext.inference import Detector, load
@@ -293,3 +295,93 @@ def test_maps_of_padded_images_are_cut_back_and_stretched_to_the_masks_of_resize
             stretched[rows][:, columns], each.map, atol=0.1 * np.ptp(each.map)
         )
     np.testing.assert_allclose(found.maps[1], cut[1].map, rtol=1e-5)
+
+
+def _noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+
+
+def test_an_image_of_exactly_one_tile_is_scored_as_it_is_whole(detector):
+    image = _noise(64, 64, 3)
+    (whole,), (tiled,) = detector.predict(image), detector.predict(image, tile=True)
+    assert tiled.score == whole.score
+    assert np.array_equal(tiled.map, whole.map)
+    assert np.array_equal(tiled.image, whole.image)
+
+
+@pytest.mark.parametrize("shape", [(64, 65), (100, 150), (128, 128), (30, 40), (20, 130), (1, 1)])
+@pytest.mark.parametrize("overlap", [0.0, 1 / 64, 0.25])
+def test_tiles_give_map_mask_and_image_the_size_of_the_file(detector, tmp_path, shape, overlap):
+    Image.fromarray(_noise(*shape)).save(tmp_path / "image.png")
+    judging = Detector(detector.model, threshold=0.0, pixel_threshold=0.0)
+    (found,) = judging.predict(tmp_path / "image.png", tile=True, overlap=overlap, batch_size=3)
+    assert found.mask is not None
+    assert found.map.shape == found.mask.shape == shape
+    assert found.map.dtype == np.float32
+    assert np.array_equal(found.image, np.dstack([_noise(*shape)] * 3))
+    assert found.label == int(found.score > 0.0)
+
+
+def test_the_score_of_tiles_is_the_largest_and_their_maps_stand_side_by_side(detector):
+    image = _noise(64, 192, 3)
+    parts = detector.predict([image[:, i : i + 64] for i in (0, 64, 128)])
+    (found,) = detector.predict(image, tile=True, overlap=0)
+    assert found.score == pytest.approx(max(part.score for part in parts), rel=1e-6)
+    wanted = np.hstack([part.map for part in parts])
+    np.testing.assert_allclose(found.map, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tensor_of_any_size_is_cut_like_the_array_that_it_is_of(detector):
+    image = _noise(70, 90, 3)
+    tensor = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+    (from_array,), (from_tensor,) = (detector.predict(x, tile=True) for x in (image, tensor))
+    assert from_tensor.score == from_array.score
+    assert np.array_equal(from_tensor.map, from_array.map)
+    assert np.array_equal(from_tensor.image, from_array.image)
+    for wrong in (torch.zeros(1, 70, 90), torch.zeros(3, 0, 9), torch.zeros(3, 9, 9).byte()):
+        with pytest.raises(ValueError, match=r"image 0: a tensor must be \(3, H, W\)"):
+            detector.predict(wrong, tile=True)
+
+
+def test_what_was_calibrated_on_whole_images_does_not_judge_tiles(detector):
+    scores = [0.0, 1.0]
+    options = {"threshold": 0.5, "pixel_threshold": 0.5, "calibration": Calibration(scores, scores)}
+    judging = Detector(detector.model, **options)
+    (whole,), (tiled,) = (judging.predict(_noise(64, 64), tile=tile) for tile in (False, True))
+    assert None not in (whole.label, whole.p_value)
+    assert whole.mask is not None
+    assert (tiled.label, tiled.p_value, tiled.mask) == (None, None, None)
+
+
+@pytest.mark.parametrize("overlap", [-0.1, 1, float("nan")])
+def test_an_overlap_out_of_range_is_named(detector, overlap):
+    with pytest.raises(ValueError, match="overlap must be at least 0 and below 1"):
+        detector.predict(_noise(64, 64), tile=True, overlap=overlap)
+
+
+@pytest.mark.parametrize("precision", [None, "float32", "bfloat16"])
+def test_threads_that_share_a_detector_get_the_bits_that_each_would_alone(run, precision):
+    images = [np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8) for i in range(6)]
+    alone = load(run, device="cpu", precision=precision)
+    wanted = [alone.predict(image)[0] for image in images]
+    shared = load(run, device="cpu", precision=precision)  # its first calls meet, too
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda image: shared.predict(image)[0], images * 4))
+    for result, other in zip(found, wanted * 4, strict=True):
+        assert result.score == other.score
+        assert np.array_equal(result.map, other.map)
+
+
+@pytest.mark.parametrize(("precision", "error"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_the_prepacked_form_says_nearly_the_same(run, detector, folder, precision, error):
+    packed = load(run, device="cpu", precision=precision)
+    assert type(packed.model.head) is not type(detector.model.head)
+    for result, wanted in zip(packed.predict(folder), detector.predict(folder), strict=True):
+        assert result.map.dtype == np.float32
+        assert result.score == pytest.approx(wanted.score, rel=error)
+        assert np.abs(result.map - wanted.map).max() <= error * np.abs(wanted.map).max()
+
+
+def test_another_precision_is_refused(run):
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'int8'"):
+        load(run, precision="int8")

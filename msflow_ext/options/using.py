@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from msflow_ext.options.shared import add_data, add_device, add_false_alarms, add_out, add_run
+from msflow_ext.recipe import PRECISIONS
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -26,11 +27,27 @@ def evaluate(part: ArgumentParser) -> None:
 def predict(part: ArgumentParser) -> None:
     add_run(part)
     part.add_argument("paths", nargs="+", help="images, and folders with all that is in them")
+    part.add_argument(
+        "--watch",
+        action="store_true",
+        help="score images as they arrive in the one folder given, until interrupted",
+    )
+    part.add_argument(
+        "--tile",
+        action="store_true",
+        help="cut images into tiles of the model's size; no thresholds or p-values of the run",
+    )
+    part.add_argument("--overlap", type=float, default=0.25, help="share that tiles overlap by")
     add_out(part, "folder for scores.csv, maps/*.png and, of a run with thresholds, masks/*.png")
     add_false_alarms(part)
     part.add_argument("--threshold", type=float | None, help="label by this score instead")
     part.add_argument("--score-only", action="store_true", help="write no maps")
-    part.add_argument("--batch-size", type=int, default=8, help="images at a time")
+    part.add_argument("--batch-size", type=int, default=8, help="images, or tiles, at a time")
+    part.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the prepacked form (default: the model as it trained)",
+    )
     add_device(part)
 
 
