@@ -176,7 +176,7 @@ def test_only_the_right_token_opens_the_service(detector, start):
         b"Bearer geheim-\xff",
         "Basic geheim-17",
     ):
-        headers = {"Authorization": header} if header else {}
+        headers: Any = {"Authorization": header} if header else {}
         for method, path in (("POST", "predict"), ("GET", "metrics")):
             answer = httpx.request(method, f"{guarded}{path}", headers=headers)
             assert answer.status_code == 401 and "Bearer TOKEN" in refused(answer)

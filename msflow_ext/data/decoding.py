@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,7 +120,7 @@ def _of_file(path: Path) -> Image.Image:
 def _decoded(
     file: Path | BytesIO,
     name: str,
-    kinds: Sequence[str] | None = None,
+    kinds: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
 ) -> Image.Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
