@@ -102,6 +102,10 @@ def still_answers(url: str) -> bool:
     return httpx.post(f"{url}predict", content=png()).status_code == 200
 
 
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
 def test_an_image_is_answered_as_the_detector_does(url, detector, kind):
     body = png(kind=kind)
@@ -180,7 +184,7 @@ def test_only_the_right_token_opens_the_service(detector, start):
         for method, path in (("POST", "predict"), ("GET", "metrics")):
             answer = httpx.request(method, f"{guarded}{path}", headers=headers)
             assert answer.status_code == 401 and "Bearer TOKEN" in refused(answer)
-    headers = {"Authorization": "Bearer geheim-17"}
+    headers = bearer("geheim-17")
     assert httpx.post(f"{guarded}predict", content=png(), headers=headers).status_code == 200
     assert httpx.get(f"{guarded}metrics", headers=headers).status_code == 200
     assert httpx.get(f"{guarded}health").json() == {"status": "ok"}
@@ -274,15 +278,21 @@ def test_a_missing_package_is_named_with_what_installs_it(run, capsys, monkeypat
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
 def test_the_command_serves_until_it_is_told_to_stop(run, number):
     command = [sys.executable, "-W", "error", "-m", "msflow_ext", "serve", "--run", str(run)]
-    command += ["--port", "0", "--device", "cpu"]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["--port", "0", "--device", "cpu", "--max-bytes", "9000"]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": "geheim"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=alone) as service:
         assert service.stderr
         line = service.stderr.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+/", line)
         try:
             assert found, line + service.stderr.read()
-            assert still_answers(found[0])
+            for content, token, status in (
+                (png(), "geheim", 200),
+                (png(), "other", 401),
+                (bytes(9001), "geheim", 413),
+            ):
+                answer = httpx.post(f"{found[0]}predict", content=content, headers=bearer(token))
+                assert answer.status_code == status
         finally:
             service.send_signal(number)
         assert service.wait(30) == 0

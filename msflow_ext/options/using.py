@@ -40,7 +40,7 @@ def serve(part: ArgumentParser) -> None:
     part.add_argument("--port", type=int, default=8000, help="0 for any that is free")
     part.add_argument(
         "--token",
-        type=str | None,
+        default="",
         help="that requests must bring (default: MSFLOW_TOKEN of the environment, which ps does not show)",
     )
     part.add_argument("--max-bytes", type=int, default=32 * 2**20, help="of an image file")

@@ -51,7 +51,8 @@ def serve(
     family, *_, address = found[0]
     if not token and not all(ipaddress.ip_address(each[4][0]).is_loopback for each in found):
         raise ValueError(f"others can reach host {host}: give --token, or set MSFLOW_TOKEN")
-    app = application(load(run, device, false_alarms=false_alarms), token, limits, name=str(run))
+    detector = load(run, device, false_alarms=false_alarms)
+    app = application(detector, token, limits, name=Path(run).resolve().name)
     with socket.create_server(address[:2], family=family) as listening:
         name = f"[{address[0]}]" if family == socket.AF_INET6 else address[0]
         logger.info("serving %s at http://%s:%d/", run, name, listening.getsockname()[1])
