@@ -102,6 +102,13 @@ def still_answers(url: str) -> bool:
     return httpx.post(f"{url}predict", content=png()).status_code == 200
 
 
+def raw(url: str, sent: bytes) -> bytes:
+    """All that the service says to these bytes until it ends the connection."""
+    with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), 20) as client:
+        client.sendall(sent)
+        return b"".join(iter(lambda: client.recv(4096), b""))
+
+
 def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
@@ -161,6 +168,11 @@ def test_an_upload_of_100_mb_is_refused_without_being_read(url, declared):
     assert answer.status_code == 413 and "too large" in refused(answer)
     assert sent < 50
     assert still_answers(url)
+
+
+def test_a_declared_length_is_refused_before_any_of_the_body_arrives(url):
+    answer = raw(url, b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
+    assert b" 413 " in answer and b"too large" in answer
 
 
 def test_an_unknown_path_and_a_wrong_method_say_where_images_go(url):
@@ -241,10 +253,7 @@ def test_a_full_service_refuses_at_once_and_a_slow_model_meets_the_time_limit(st
 
 def test_a_body_that_does_not_arrive_meets_the_time_limit(detector, start):
     url = start(serving.application(detector, limits=serving.Limits(timeout=0.3)))
-    with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0)) as client:
-        client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhi")
-        client.settimeout(20)
-        answer = b"".join(iter(lambda: client.recv(4096), b""))
+    answer = raw(url, b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhi")
     assert b" 408 " in answer and b"the image did not arrive within 0.3 s" in answer
 
 
