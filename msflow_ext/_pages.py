@@ -16,7 +16,14 @@ _SHORT = {"auroc": "AUROC", "aupro": "AUPRO", "aupimo": "AUPIMO", "f1": "F1"}
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Fill ``pages/template`` with ``values``, all of them escaped, and write it whole or not at all."""
+    """Write a page whole or not at all; arguments as :func:`render_page`."""
+    html = render_page(template, **values)
+    with replacing(path) as temporary:
+        temporary.write_bytes(html.encode("utf-8", "replace"))
+
+
+def render_page(template: str, **values: Any) -> str:
+    """The HTML of ``pages/template`` filled with ``values``, all of them escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     pages = Environment(
@@ -34,9 +41,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         "points": points,
     }
     pages.globals["ramp"] = RAMP
-    html = pages.get_template(template).render(values)
-    with replacing(path) as temporary:
-        temporary.write_bytes(html.encode("utf-8", "replace"))
+    return pages.get_template(template).render(values)
 
 
 def metric_name(key: str) -> str:

@@ -1,4 +1,4 @@
-"""The commands that use a trained run: evaluate and predict."""
+"""The commands that use a trained run: evaluate, predict and serve."""
 
 from __future__ import annotations
 
@@ -87,6 +87,23 @@ def predict(options: Any) -> int:
             known = p_values if detector.calibration else None
             write_scores(out / "scores.csv", rows, p_value=known)
     print(f"{len(rows)} images: {out / 'scores.csv'}")
+    return 0
+
+
+def serve(options: Any) -> int:
+    """Answer images over HTTP, with a page to drop them on: score, label, mask and heat map."""
+    from msflow_ext import serving
+
+    names = ("max_bytes", "max_pixels", "concurrency", "timeout")
+    serving.serve(
+        options.run,
+        host=options.host,
+        port=options.port,
+        token=options.token,
+        limits=serving.Limits(**{name: options[name] for name in names}),
+        device=options.device,
+        false_alarms=options.false_alarms,
+    )
     return 0
 
 

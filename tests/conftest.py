@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -169,6 +172,27 @@ def layout(request: pytest.FixtureRequest) -> Layout:
 def memory_format(request: pytest.FixtureRequest) -> Layout:
     """Stores a tensor (N, C, *) in one of the two memory formats of PyTorch."""
     return LAYOUTS[request.param]
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Callable[[Any], str]]:
+    """``start(application)`` serves it on a thread until the module's tests end, and returns its address."""
+    import uvicorn
+
+    from msflow_ext.serving import configuration
+
+    with ExitStack() as stack:
+
+        def begin(application: Any) -> str:
+            server = uvicorn.Server(configuration(application))
+            listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            thread = threading.Thread(target=server.run, args=([listening],))
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(setattr, server, "should_exit", True)
+            return f"http://127.0.0.1:{listening.getsockname()[1]}/"
+
+        yield begin
 
 
 @pytest.fixture(scope="session")

@@ -242,3 +242,13 @@ def test_the_accuracy_of_the_packaged_sets_is_one_table(
     assert "97.00" not in text
     with pytest.raises(SystemExit, match="no results"):
         load("results").newest()
+
+
+def test_a_service_under_many_clients_makes_no_error(load: Load, tmp_path: Path) -> None:
+    serving, file = load("serving"), tmp_path / "serving.json"
+    assert (
+        serving.main(["--seconds", "1", "--clients", "3", "--side", "64", "--file", str(file)]) == 0
+    )
+    row = json.loads(file.read_text())["serving"]
+    assert row["errors"] == {} and row["images"] > 1
+    assert 0 < row["p50_ms"] <= row["p99_ms"] <= row["max_ms"]

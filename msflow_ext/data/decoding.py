@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from .items import SUFFIXES, Frame
 if TYPE_CHECKING:
     from PIL import Image
 
+KINDS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # those of SUFFIXES; others start programs
 Source = str | Path | Frame | np.ndarray
 
 
@@ -34,6 +36,16 @@ def load_image(source: Source) -> Image.Image:
         TypeError: an array has another dtype.
     """
     return to_rgb(decode(source), source_name(source))
+
+
+def load_bytes(content: bytes, max_pixels: int) -> Image.Image:
+    """Decode the content of an image file that a stranger sent, as `load_image` does a file.
+
+    Raises:
+        ValueError: as `load_image`; the kind is none of `SUFFIXES`, or there are more than
+            ``max_pixels`` pixels, which is seen before they are decoded.
+    """
+    return to_rgb(_decoded(BytesIO(content), "the body", KINDS, max_pixels), "the image")
 
 
 def read_mask(source: Source, image: Source | None = None) -> np.ndarray:
@@ -98,22 +110,34 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _of_file(path: Path) -> Image.Image:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
+    return _decoded(path, str(path))
+
+
+def _decoded(
+    file: Path | BytesIO,
+    name: str,
+    kinds: tuple[str, ...] | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     try:
-        with Image.open(path) as image:
+        with Image.open(file, formats=kinds) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than {max_pixels}")
             image.load()
             turned = ImageOps.exif_transpose(image)
             turned.format = image.format
             return turned
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image") from error
+        among = f" of the kinds {', '.join(kinds)}" if kinds else ""
+        raise ValueError(f"{name} is not an image{among}") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ...
-        raise ValueError(f"{path} cannot be decoded: {error}") from error
+        raise ValueError(f"{name} cannot be decoded: {error}") from error
 
 
 def _of_array(array: np.ndarray) -> Image.Image:

@@ -67,6 +67,7 @@ _FLAGS: dict[str, Callable[[ArgumentParser], None]] = {
     "train": training.train,
     "evaluate": using.evaluate,
     "predict": using.predict,
+    "serve": using.serve,
     "compare": using.compare,
     "convert": using.convert,
     "bench": _bench,

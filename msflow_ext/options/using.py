@@ -51,6 +51,23 @@ def predict(part: ArgumentParser) -> None:
     add_device(part)
 
 
+def serve(part: ArgumentParser) -> None:
+    add_run(part)
+    part.add_argument("--host", default="127.0.0.1", help="to listen at; others need a token")
+    part.add_argument("--port", type=int, default=8000, help="0 for any that is free")
+    part.add_argument(
+        "--token",
+        default="",
+        help="that requests must bring (default: MSFLOW_TOKEN of the environment, which ps does not show)",
+    )
+    part.add_argument("--max-bytes", type=int, default=32 * 2**20, help="of an image file")
+    part.add_argument("--max-pixels", type=int, default=64_000_000, help="of an image")
+    part.add_argument("--concurrency", type=int, default=16, help="images at once, waiting or not")
+    part.add_argument("--timeout", type=float, default=30.0, help="seconds for an image")
+    add_false_alarms(part)
+    add_device(part)
+
+
 def compare(part: ArgumentParser) -> None:
     part.add_argument("runs", nargs="+", help="run folders; differences are from the first")
     part.add_argument("--out", default="comparison.html", help="page to write")

@@ -51,15 +51,17 @@ class Browser:
         os.close(from_browser)
         self._buffer, self._asked, self._session = b"", 0, ""
         self.errors: list[str] = []
-        self._loaded = False
+        self._loaded, self._own = False, "about:blank"
         page = self.ask("Target.createTarget", url="about:blank")["targetId"]
         attached = self.ask("Target.attachToTarget", targetId=page, flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
 
-    def open(self, page: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Load a file; what it writes to the console as an error is kept in ``errors``."""
+    def open(
+        self, page: Path | str, width: int = 1280, height: int = 900, dark: bool = False
+    ) -> None:
+        """Load a file, or the address of a service; what it writes to the console as an error is kept in ``errors``."""
         self.errors, self._loaded = [], False
         self.ask(
             "Emulation.setDeviceMetricsOverride",
@@ -70,7 +72,8 @@ class Browser:
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", media="", features=[scheme])
-        self.ask("Page.navigate", url=page.resolve().as_uri())
+        self._own = page if isinstance(page, str) else page.resolve().as_uri()
+        self.ask("Page.navigate", url=self._own)
         while not self._loaded:
             self._receive()
 
@@ -144,7 +147,7 @@ class Browser:
             self.errors.append(str(details["args"]))
         elif kind == "Network.requestWillBeSent":
             url = details["request"]["url"]
-            if not url.startswith(("file:", "data:")):
+            if not url.startswith(("file:", "data:", self._own)):
                 self.errors.append(f"request of {url}")
         return message
 

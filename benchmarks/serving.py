@@ -1,0 +1,168 @@
+"""How `msflow serve` stands up to many clients at once, on loopback: `python -m benchmarks.serving --run RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+import msflow_ext as mx
+from benchmarks import results
+from msflow_ext.bench import machine
+from msflow_ext.checkpoint import save_checkpoint
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    facts, before = machine.facts(), machine.others_now()
+    with tempfile.TemporaryDirectory() as scratch:
+        run = options.run or toy(Path(scratch))
+        with service(run) as url:
+            measured = drive(url, options.clients, options.seconds, image(options.side))
+    row = {
+        "run": str(options.run or "efficientnet_lite0 at 192 px, untrained"),
+        "clients": options.clients,
+        "image": f"JPEG, {options.side}x{options.side}",
+        "others": before,
+        **measured,
+    }
+    for name, value in row.items():
+        print(f"{name:>16}  {value}")
+    path = options.file
+    if path is None:
+        path = results.file_for(facts)
+        path = path.with_name(f"{results.SERVING}{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": facts, "serving": row}, indent=1) + "\n")
+    print(path)
+    return 1 if row["errors"] else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    found.add_argument("--run", type=Path, help="run folder (default: an untrained toy)")
+    found.add_argument("--seconds", type=float, default=60.0, help="of measuring")
+    found.add_argument("--clients", type=int, default=8, help="that ask one after the other each")
+    found.add_argument("--side", type=int, default=512, help="of the image they send, in pixels")
+    found.add_argument("--file", type=Path, help="to write (default: in benchmarks/results)")
+    return found
+
+
+def toy(folder: Path) -> Path:
+    """A run of random weights: they change no time."""
+    model = mx.MSFlow("efficientnet_lite0", image_size=192, pretrained=False, seed=0)
+    header = {"model": "MSFlow", "config": model.config, "colours": [0.0, 1.0]}
+    save_checkpoint(folder / "model.safetensors", header, model)
+    return folder
+
+
+def image(side: int) -> bytes:
+    """Smooth noise as a JPEG, which takes about as long to decode as a photograph."""
+    noise = np.random.default_rng(0).integers(0, 255, (side // 8 + 1, side // 8 + 1, 3), np.uint8)
+    written = io.BytesIO()
+    Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC).save(written, "JPEG")
+    return written.getvalue()
+
+
+@contextmanager
+def service(run: Path) -> Iterator[str]:
+    """The real command in a process of its own; its address."""
+    command = [sys.executable, "-m", "msflow_ext", "serve", "--run", str(run), "--port", "0"]
+    environment = {name: value for name, value in os.environ.items() if name != "MSFLOW_TOKEN"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr
+        line = process.stderr.readline()
+        found = re.search(r"http://\S+", line)
+        try:
+            if found is None:
+                raise SystemExit(f"the service did not start: {line}{process.stderr.read()}")
+            threading.Thread(target=sys.stderr.writelines, args=(process.stderr,)).start()
+            yield found[0]
+        finally:
+            process.terminate()
+    if process.returncode:
+        raise SystemExit(f"the service ended with status {process.returncode}")
+
+
+@dataclass
+class Tally:
+    """What the clients saw; they add to it in turns."""
+
+    milliseconds: list[float] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+
+
+def drive(url: str, clients: int, seconds: float, body: bytes) -> dict[str, Any]:
+    """Latency, throughput, errors and memory of the service, after one second to warm up."""
+    _ask(url, clients, 1.0, body)
+    memory = resident_mb(url)
+    start = time.perf_counter()
+    tally = _ask(url, clients, seconds, body)
+    took = time.perf_counter() - start
+    if len(tally.milliseconds) < 2:
+        raise SystemExit(f"fewer than two images were scored: {dict(tally.errors)}")
+    hundredths = statistics.quantiles(tally.milliseconds, n=100, method="inclusive")
+    return {
+        "seconds": round(took, 1),
+        "images": len(tally.milliseconds),
+        "images_per_s": round(len(tally.milliseconds) / took, 2),
+        "p50_ms": round(hundredths[49], 1),
+        "p99_ms": round(hundredths[98], 1),
+        "max_ms": round(max(tally.milliseconds), 1),
+        "errors": dict(tally.errors),
+        "begin_mb": memory,
+        "end_mb": resident_mb(url),
+    }
+
+
+def resident_mb(url: str) -> float | None:
+    """Memory that the service holds, as its metrics tell; None where the system does not."""
+    text = httpx.get(f"{url}metrics").text
+    found = re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)
+    return round(float(found[1]) / 1e6, 1) if found else None
+
+
+def _ask(url: str, clients: int, seconds: float, body: bytes) -> Tally:
+    tally, end = Tally(), time.perf_counter() + seconds
+
+    def one() -> None:
+        with httpx.Client(timeout=60) as client:
+            while (start := time.perf_counter()) < end:
+                try:
+                    answer = client.post(f"{url}predict", content=body)
+                    problem = "" if answer.status_code == 200 else str(answer.status_code)
+                except httpx.HTTPError as error:
+                    problem = type(error).__name__
+                if problem:
+                    tally.errors[problem] += 1
+                else:
+                    tally.milliseconds.append((time.perf_counter() - start) * 1e3)
+
+    threads = [threading.Thread(target=one) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return tally
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""A trained run as an HTTP service: an image in, its score, label, mask and heat map out.
+
+``POST /predict`` takes the bytes of one image file as its body and answers JSON::
+
+    {"score": 1.7, "label": 1, "p_value": 0.02, "mask": "iVBORw...", "heat_map": "iVBORw..."}
+
+The meaning is that of :class:`msflow_ext.inference.Result`; ``mask`` (white where anomalous; null
+without a threshold) and ``heat_map`` (colour over the image, the mask outlined) are PNG in base64,
+of the size that the model sees. ``GET /`` is a page to drop images on, ``GET /health`` tells that
+the service answers, ``GET /metrics`` is for Prometheus. A refusal is ``{"error": "one sentence"}``.
+With a token, ``/predict`` and ``/metrics`` want the header ``Authorization: Bearer TOKEN``.
+"""
+
+from __future__ import annotations
+
+try:
+    import fastapi  # noqa: F401
+    import prometheus_client  # noqa: F401
+    import uvicorn  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"serving needs the package {error.name}: pip install 'msflow-ext[serve]'"
+    ) from error
+
+from .application import application
+from .server import configuration, serve
+from .service import Limits
+
+__all__ = ["Limits", "application", "configuration", "serve"]

@@ -1,0 +1,80 @@
+"""The paths of the service, its page and its metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException as AnyHTTPException
+
+from msflow_ext._pages import render_page
+from msflow_ext.inference import Detector
+
+from .service import Limits, Service
+
+
+def application(
+    detector: Detector, token: str | None = None, limits: Limits | None = None, *, name: str = "run"
+) -> FastAPI:
+    """The service as an ASGI application, to be mounted in or served by others too.
+
+    ``name`` is what the page calls the run.
+    """
+    service = Service(detector, token, limits or Limits())
+    page = render_page("serve.html", name=name, token=bool(token))
+    seen = CollectorRegistry()
+    ProcessCollector(registry=seen)
+    requests = Counter("msflow_requests", "Images answered, by status", ["status"], registry=seen)
+    seconds = Histogram("msflow_request_seconds", "From head to answer", registry=seen)
+    in_flight = Gauge("msflow_requests_in_flight", "Not answered yet", registry=seen)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
+
+    @app.exception_handler(AnyHTTPException)
+    async def refuse(request: Request, error: AnyHTTPException) -> JSONResponse:
+        text = error.detail
+        if not isinstance(error, HTTPException):  # not ours: no such path or method
+            text = f"{request.method} {request.url.path}: {text}; images go to POST /predict"
+        # What is left of the body is not read: the connection ends.
+        headers = {**(error.headers or {}), "Connection": "close"}
+        return JSONResponse({"error": text}, error.status_code, headers)
+
+    @app.post("/predict")
+    async def predict(request: Request) -> JSONResponse:
+        start, status = time.perf_counter(), 500
+        try:
+            with in_flight.track_inprogress():
+                answer = await service.answer(request)
+            status = 200
+            return JSONResponse(answer)
+        except HTTPException as error:
+            status = error.status_code
+            raise
+        finally:
+            requests.labels(status).inc()
+            seconds.observe(time.perf_counter() - start)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        service.check_token(request)
+        return Response(generate_latest(seen), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/")
+    async def root() -> HTMLResponse:
+        return HTMLResponse(page)
+
+    return app

@@ -1,0 +1,161 @@
+"""A detector that answers requests within limits: how many at once, how large, how long."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import io
+import logging
+import math
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastapi import HTTPException, Request
+from starlette.requests import ClientDisconnect
+
+from msflow_ext._heat_maps import colour_range, heat_map
+from msflow_ext.data.decoding import load_bytes
+from msflow_ext.inference import Detector, Result
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+THREADS = 4  # that decode images and encode answers; the model has one of its own
+SMALLEST = 8  # pixels a side: below, there is nothing to see
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the service grants; ValueError where it would grant nothing.
+
+    Attributes:
+        max_bytes: of a body; more is refused with 413 as soon as it is known, unread.
+        max_pixels: of an image; more is refused before it is decoded.
+        concurrency: images received, waiting and in work at once; more are refused with 503.
+        timeout: seconds from a request's head to its answer, else 504 (408 while its body is awaited).
+    """
+
+    max_bytes: int = 32 * 2**20
+    max_pixels: int = 64_000_000
+    concurrency: int = 16
+    timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be above 0 and finite, got {value}")
+
+
+class Service:
+    """A detector behind a door that only so many pass at once."""
+
+    def __init__(self, detector: Detector, token: str | None, limits: Limits) -> None:
+        if token is not None and not re.fullmatch(r"[!-~]+", token):  # what all clients can send
+            raise ValueError("token must be of ASCII letters, digits and signs, without spaces")
+        self._detector, self._token, self._limits = detector, token, limits
+        self._free = threading.BoundedSemaphore(limits.concurrency)
+        self._threads = ThreadPoolExecutor(THREADS, "msflow-images")
+        self._model = ThreadPoolExecutor(1, "msflow-model")
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._model.shutdown()
+
+    def check_token(self, request: Request) -> None:
+        if self._token is None:
+            return
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
+            wanted = {"WWW-Authenticate": "Bearer"}
+            raise HTTPException(401, "the header 'Authorization: Bearer TOKEN' is wanted", wanted)
+
+    async def answer(self, request: Request) -> dict[str, Any]:
+        """What is said of the image in the body; every refusal is an HTTPException."""
+        end = time.monotonic() + self._limits.timeout
+        self.check_token(request)
+        self._check_size(int(request.headers.get("content-length", 0)))
+        if not self._free.acquire(blocking=False):
+            raise HTTPException(503, "too many images at once, try again", {"Retry-After": "1"})
+        try:
+            work = self._threads.submit(self._predict, await self._body(request))
+        except BaseException:
+            self._free.release()
+            raise
+        # Whoever waits no longer, the place is taken until the work has ended or will not begin.
+        work.add_done_callback(lambda _: self._free.release())
+        try:
+            waiting = asyncio.shield(asyncio.wrap_future(work))
+            return await asyncio.wait_for(waiting, end - time.monotonic())
+        except asyncio.TimeoutError:
+            work.cancel()
+            raise HTTPException(504, self._too_late("was not scored")) from None
+
+    async def _body(self, request: Request) -> bytes:
+        try:
+            body = await asyncio.wait_for(self._received(request), self._limits.timeout)
+        except asyncio.TimeoutError:
+            raise HTTPException(408, self._too_late("did not arrive")) from None
+        except ClientDisconnect:
+            raise HTTPException(499, "the client hung up") from None
+        if not body:
+            raise HTTPException(400, "the body is empty, the bytes of an image file are wanted")
+        return body
+
+    async def _received(self, request: Request) -> bytes:
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            self._check_size(size)
+            parts.append(part)
+        return b"".join(parts)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._limits.max_bytes:
+            most = self._limits.max_bytes
+            raise HTTPException(413, f"the body is too large, at most {most} bytes are accepted")
+
+    def _too_late(self, what: str) -> str:
+        return f"the image {what} within {self._limits.timeout:g} s"
+
+    def _predict(self, body: bytes) -> dict[str, Any]:
+        """Decode, score and encode, on a thread; the model on its own, one image at a time."""
+        try:
+            image = load_bytes(body, self._limits.max_pixels)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+        if min(image.size) < SMALLEST:
+            got = f"{image.width}x{image.height}"
+            wanted = f"{SMALLEST}x{SMALLEST} or more are wanted"
+            raise HTTPException(400, f"the image has {got} pixels, {wanted}")
+        try:
+            (result,) = self._model.submit(self._detector.predict, image, workers=1).result()
+            return self._document(result)
+        except Exception:
+            logger.exception("an image of %d bytes could not be scored", len(body))
+            raise HTTPException(500, "the image could not be scored, the log says why") from None
+
+    def _document(self, result: Result) -> dict[str, Any]:
+        from PIL import Image
+
+        low, high = self._detector.colours or colour_range([result.map])
+        heat = heat_map(result.image, result.map, low=low, high=high, mask=result.mask)
+        return {
+            "score": result.score,
+            "label": result.label,
+            "p_value": result.p_value,
+            "mask": None if result.mask is None else _png(Image.fromarray(result.mask)),
+            "heat_map": _png(heat),
+        }
+
+
+def _png(image: Image) -> str:
+    written = io.BytesIO()
+    image.save(written, "PNG")
+    return base64.b64encode(written.getvalue()).decode()
