@@ -167,15 +167,19 @@ def test_the_first_signal_asks_and_the_second_does_what_it_always_did():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A folder with the checkpoint of an untrained model; tests must not write to it."""
+    """A folder with the checkpoint of an untrained model with thresholds; tests must not write to it."""
     folder = tmp_path_factory.mktemp("run")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         options = {"image_size": 64, "pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8}
         model = mx.MSFlow("test_efficientnet", seed=1, **options)
-    save_checkpoint(
-        folder / "model.safetensors", {"model": "MSFlow", "config": model.config}, model
-    )
+    header = {
+        "model": "MSFlow",
+        "config": model.config,
+        "recipe": {"false_alarms": 0.4},
+        "calibration": {"scores": [-2.0, -1.0, 1e9], "peaks": [0.0, 1.0, 2.0]},
+    }
+    save_checkpoint(folder / "model.safetensors", header, model)
     return folder
 
 
@@ -243,8 +247,15 @@ def test_a_folder_is_watched_until_a_signal_and_again_after_it(run, tmp_path, ca
     assert capsys.readouterr().out == f"1 images: {out / 'scores.csv'}\n"
     assert (out / "scores.csv").read_bytes().startswith(before)
     assert rows(out) == ["a.png", "sub/a.png", "sub-a.png"]
-    pictures = {path.name for path in (out / "maps").iterdir()}
-    assert pictures == {"a.png.png", "sub-a.png.png", "sub-a.png-2.png"}
+    for kind in ("maps", "masks"):
+        pictures = {path.name for path in (out / kind).iterdir()}
+        assert pictures == {"a.png.png", "sub-a.png.png", "sub-a.png-2.png"}
+    at_once = ["predict", "--run", str(run), str(folder / "sub"), "--device", "cpu"]
+    assert cli.main([*at_once, "--out", str(tmp_path / "once")]) == 0
+    header, row = (tmp_path / "once/scores.csv").read_text().splitlines()
+    watched = (out / "scores.csv").read_text().splitlines()
+    assert header == watched[0]
+    assert row in [line.replace("sub/", "") for line in watched[2:]]
 
 
 @pytest.mark.parametrize(
