@@ -158,7 +158,10 @@ def _difference(got: Tensor, wanted: Tensor) -> float:
 def _program(model: Detector) -> torch.export.ExportedProgram:
     # Two images: a batch of one would be taken for a constant.
     example = torch.zeros(2, 3, model.image_size, model.image_size)
-    return torch.export.export(_Graph(model), (example,), dynamic_shapes=_BATCH)
+    program = torch.export.export(_Graph(model), (example,), dynamic_shapes=_BATCH)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths on this machine are nobody's business
+    return program
 
 
 _BATCH = ({0: torch.export.Dim("batch")},)
@@ -195,6 +198,10 @@ def _write_onnx(
     )
     assert graph is not None
     graph.save(path, external_data=external_data)
+    if not external_data and len(list(path.parent.iterdir())) > 1:
+        raise ValueError(
+            "its weights are more than one ONNX file holds; openvino has no such limit"
+        )
 
 
 def _read_onnx(path: Path) -> Callable[[Tensor], Sequence[Any]]:

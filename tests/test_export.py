@@ -69,6 +69,7 @@ def test_the_command_writes_a_program_that_runs_without_this_package(run, tmp_pa
     assert cli.main(["export", "--run", str(run), "--format", "torch", "--out", str(path)]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{path}: differs from the run on random images by at most ")
+    assert str(Path(mx.__file__).parent).encode() not in path.read_bytes()
     torch.save(images, given)
     script = """
 import sys, torch
@@ -90,6 +91,7 @@ def test_an_onnx_file_stands_alone_with_the_documented_inputs_and_outputs(tmp_pa
     assert differences.keys() == {"score", "anomaly_map"}
     assert max(differences.values()) <= 1e-4
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    assert str(Path(mx.__file__).parent).encode() not in (tmp_path / "m.onnx").read_bytes()
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     described = {each.name: each.shape for each in (*session.get_inputs(), *session.get_outputs())}
     assert described == {
@@ -158,6 +160,15 @@ def test_a_model_that_an_exporter_cannot_read_is_named(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_too_large_for_one_onnx_file_are_refused(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    exporter = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
+    monkeypatch.setattr(exporter, 1000)
+    with pytest.raises(RuntimeError, match="weights are more than one ONNX file holds"):
+        export(small("FastFlow", steps=1), "onnx", tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("format", SUFFIXES)
 def test_a_file_that_is_there_is_kept(run, tmp_path, format):
     path = tmp_path / f"m{SUFFIXES[format]}"
@@ -184,11 +195,12 @@ def test_arguments_that_do_not_fit_are_one_sentence(run, tmp_path):
 
 def test_what_is_not_a_model_in_float32_is_refused(tmp_path):
     model = small("FastFlow")
-    for source, sentence in (
+    refused: list[tuple[Any, str]] = [
         (model.optimize(), "not its inference form, got FastFlow"),
         (torch.nn.Identity(), "got Identity"),
         (model.double(), "must be in float32 to be exported, got torch.float64"),
-    ):
+    ]
+    for source, sentence in refused:
         with pytest.raises(TypeError, match=sentence):
             export(source, "torch", tmp_path / "m.pt2")
 
