@@ -24,6 +24,7 @@ _HOME = {
 _MODULES = (
     "compat",
     "data",
+    "export",
     "flows",
     "inference",
     "metrics",
@@ -34,7 +35,18 @@ _MODULES = (
 )
 
 if TYPE_CHECKING:
-    from msflow_ext import compat, data, flows, inference, metrics, models, ops, testing, training
+    from msflow_ext import (
+        compat,
+        data,
+        export,
+        flows,
+        inference,
+        metrics,
+        models,
+        ops,
+        testing,
+        training,
+    )
     from msflow_ext.compat.accelerate import accelerate, restore
     from msflow_ext.flows import FlowOutput
     from msflow_ext.graphs import graphed
@@ -54,6 +66,7 @@ __all__ = [
     "accelerate",
     "compat",
     "data",
+    "export",
     "flows",
     "graphed",
     "inference",

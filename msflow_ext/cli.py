@@ -1,4 +1,4 @@
-"""The command ``msflow``: info, demo, data, train, evaluate, predict, serve, compare, convert, bench."""
+"""The command ``msflow``: info, demo, data, train, evaluate, predict, serve, export, compare, convert, bench."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msflow_ext.options import open_data, parser
 from msflow_ext.options.training import MODEL, RECIPE, SETTINGS
 from msflow_ext.printing import print_lines, print_table, rows_of, sentence
 from msflow_ext.recipe import PRESETS
-from msflow_ext.using import evaluate, predict, serve
+from msflow_ext.using import evaluate, export, predict, serve
 
 if TYPE_CHECKING:
     from msflow_ext import series
@@ -167,7 +167,19 @@ def bench(options: Any) -> int:
 
 COMMANDS: dict[str, Callable[[Any], int]] = {
     command.__name__: command
-    for command in (info, demo, data, train, evaluate, predict, serve, compare, convert, bench)
+    for command in (
+        info,
+        demo,
+        data,
+        train,
+        evaluate,
+        predict,
+        serve,
+        export,
+        compare,
+        convert,
+        bench,
+    )
 }
 
 

@@ -1,4 +1,4 @@
-"""The commands that use a trained run: evaluate, predict and serve."""
+"""The commands that use a trained run: evaluate, predict, serve and export."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, tee
 from pathlib import Path
@@ -170,6 +171,29 @@ def _watched(paths: Sequence[str], out: Path) -> Path:
         if inner.is_relative_to(outer) or outer.is_relative_to(inner):
             raise ValueError(f"--out {out} writes images into {folder}, which is watched")
     return folder
+
+
+def export(options: Any) -> int:
+    """Write a trained model as a graph for torch.export, ONNX Runtime or OpenVINO."""
+    import torch
+
+    from msflow_ext.data import Images
+    from msflow_ext.export import export as write
+    from msflow_ext.inference import load
+
+    detector = load(options.run, "cpu")
+    images = None
+    with suppress(ImportError, OSError, ValueError):  # without its data, random images must do
+        test = open_data(_settings(Path(options.run))).test
+        seen = Images((test[0], test[-1]), detector.model.image_size, detector.fit)
+        images = torch.stack([seen[i] for i in range(2)])
+    found = write(detector, options.format, options.out, images=images)
+    compared = "random images" if images is None else "random and test images"
+    texts = ", ".join(f"{difference:.1e} of {name}" for name, difference in found.items())
+    print(
+        f"{options.out}: differs from the run on {compared} by at most {texts}, relative to the largest value"
+    )
+    return 0
 
 
 def _settings(run: Path) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class ClampedMap(nn.Module):
     def forward(self, log_likelihood: Sequence[Tensor], size: int) -> Tensor:
         """The map ``(N, size, size)`` of log-likelihood maps ``[(N, H_i, W_i)]``."""
         scales = []
-        for m, (mean, deviation) in zip(log_likelihood, self.usual.tolist(), strict=True):
+        for m, (mean, deviation) in zip(log_likelihood, self.usual, strict=True):
             unusual = ((-m - mean) / deviation).clamp_max(MOST)[:, None]
             scales.append(F.interpolate(unusual, (size, size), mode="bilinear", align_corners=True))
         return torch.cat(scales, 1).sum(1)

@@ -68,6 +68,7 @@ _FLAGS: dict[str, Callable[[ArgumentParser], None]] = {
     "evaluate": using.evaluate,
     "predict": using.predict,
     "serve": using.serve,
+    "export": using.export,
     "compare": using.compare,
     "convert": using.convert,
     "bench": _bench,

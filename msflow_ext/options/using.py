@@ -68,6 +68,13 @@ def serve(part: ArgumentParser) -> None:
     add_device(part)
 
 
+def export(part: ArgumentParser) -> None:
+    add_run(part)
+    formats = ("torch", "onnx", "openvino")
+    part.add_argument("--format", choices=formats, required=True, help="what to write")
+    add_out(part, "new file, .pt2, .onnx or .xml by the format")
+
+
 def compare(part: ArgumentParser) -> None:
     part.add_argument("runs", nargs="+", help="run folders; differences are from the first")
     part.add_argument("--out", default="comparison.html", help="page to write")

@@ -1,0 +1,224 @@
+"""An exported file needs nothing of this package, computes what the run does, or is not there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import msflow_ext as mx
+from msflow_ext import cli
+from msflow_ext.checkpoint import save_checkpoint
+from msflow_ext.export import export
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SUFFIXES = {"torch": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
+SMALL: dict[str, Any] = {"image_size": 64, "pretrained": False, "seed": 1}
+
+
+def small(kind: str, backbone: str = "test_efficientnet", **options: Any) -> Any:
+    """An untrained model, with statistics and what is fitted behind the head, where it has them."""
+    if kind == "MSFlow":
+        options = {"blocks": (1, 1, 1), "cond_channels": 8, **options}
+    else:
+        options = {"steps": 2, **options}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(mx, kind)(backbone, **SMALL, **options).eval()
+        model.fit_latents(lambda: [model.features(torch.rand(4, 3, 64, 64))])
+    return model
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    """Five images, of a batch that no exporter saw."""
+    return torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A folder with the checkpoint of an untrained model; tests must not write to it."""
+    folder = tmp_path_factory.mktemp("run")
+    model = small("MSFlow")
+    header = {"model": "MSFlow", "config": model.config}
+    save_checkpoint(folder / "model.safetensors", header, model)
+    return folder
+
+
+def outputs(model: Any, images: Tensor) -> list[np.ndarray]:
+    with torch.no_grad():
+        found = model(images)
+    return [found.score.numpy(), found.anomaly_map.numpy()]
+
+
+def assert_equal(got: Any, wanted: Any) -> None:
+    for g, w in zip(got, wanted, strict=True):
+        assert np.asarray(g).dtype == np.float32
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-4 * np.abs(w).max())
+
+
+def test_the_command_writes_a_program_that_runs_without_this_package(run, tmp_path, capsys, images):
+    path, given, result = tmp_path / "new" / "m.pt2", tmp_path / "images.pt", tmp_path / "result.pt"
+    assert cli.main(["export", "--run", str(run), "--format", "torch", "--out", str(path)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{path}: differs from the run on random images by at most ")
+    assert str(Path(mx.__file__).parent).encode() not in path.read_bytes()
+    torch.save(images, given)
+    script = """
+import sys, torch
+sys.modules["msflow_ext"] = None  # from here on it cannot be imported
+program, given, result = sys.argv[1:]
+found = torch.export.load(program).module()(torch.load(given))
+torch.save(tuple(found), result)
+"""
+    command = [sys.executable, "-c", script, str(path), str(given), str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_equal(torch.load(result), outputs(mx.load(run, "cpu").model, images))
+
+
+def test_an_onnx_file_stands_alone_with_the_documented_inputs_and_outputs(tmp_path, images):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = small("MSFlow", anomaly_map="clamped", position_base=True, score="nll")
+    differences = export(model, "onnx", tmp_path / "m.onnx", images=images[:2])
+    assert differences.keys() == {"score", "anomaly_map"}
+    assert max(differences.values()) <= 1e-4
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    assert str(Path(mx.__file__).parent).encode() not in (tmp_path / "m.onnx").read_bytes()
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    described = {each.name: each.shape for each in (*session.get_inputs(), *session.get_outputs())}
+    assert described == {
+        "images": ["batch", 3, 64, 64],
+        "score": ["batch"],
+        "anomaly_map": ["batch", 64, 64],
+    }
+    wanted = outputs(model, images)
+    assert_equal(session.run(None, {"images": images.numpy()}), wanted)
+    single = {"images": images[:1].numpy()}
+    assert_equal(session.run(None, single), [w[:1] for w in wanted])
+
+
+def test_an_openvino_file_has_its_weights_beside_it(tmp_path, images):
+    openvino = pytest.importorskip("openvino")
+    model = small("FastFlow")
+    export(model, "openvino", tmp_path / "m.xml")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.bin", "m.xml"]
+    exactly = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.compile_model(tmp_path / "m.xml", "CPU", exactly)
+    found = compiled(images.numpy())
+    assert_equal([found["score"], found["anomaly_map"]], outputs(model, images))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("MSFlow", {"score": "paper", "standardize": True}),
+        ("FastFlow", {"score": "log", "anomaly_map": "clamped"}),
+        ("FastFlow", {"score": "nll", "padding_mode": "reflect", "backbone": "resnet18"}),
+        ("FastFlow", {"backbone": "test_vit", "position_base": True}),
+    ],
+    ids=str,
+)
+def test_every_score_and_map_of_both_models_goes_into_a_graph(tmp_path, images, kind, options):
+    model = small(kind, **options)
+    export(model, "torch", tmp_path / "m.pt2")
+    found = torch.export.load(tmp_path / "m.pt2").module()(images)
+    assert_equal(found, outputs(model, images))
+
+
+def test_a_graph_that_differs_from_the_run_is_not_left_behind(tmp_path, monkeypatch):
+    model = small("FastFlow", anomaly_map="clamped")
+    # Inside the graph, and only there, the map is another.
+    localize = type(model).localize
+
+    def differs(self: Any, *arguments: Any) -> Tensor:
+        shift = 0.01 if torch.compiler.is_exporting() else 0.0
+        return localize(self, *arguments) * (1 + shift)
+
+    monkeypatch.setattr(type(model), "localize", differs)
+    with pytest.raises(RuntimeError, match=r"its anomaly_map would differ .* by 1\.0e-02"):
+        export(model, "torch", tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_an_exporter_cannot_read_is_named(tmp_path, monkeypatch):
+    model = small("FastFlow")
+    # A branch on a value is what graphs cannot have.
+    monkeypatch.setattr(
+        type(model), "pool", lambda self, x: x if bool((x.mean() > 0).item()) else -x
+    )
+    sentence = "FastFlow on test_efficientnet cannot be exported to torch: "
+    with pytest.raises(RuntimeError, match=sentence):
+        export(model, "torch", tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_too_large_for_one_onnx_file_are_refused(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    exporter = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
+    monkeypatch.setattr(exporter, 1000)
+    with pytest.raises(RuntimeError, match="weights are more than one ONNX file holds"):
+        export(small("FastFlow", steps=1), "onnx", tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", SUFFIXES)
+def test_a_file_that_is_there_is_kept(run, tmp_path, format):
+    path = tmp_path / f"m{SUFFIXES[format]}"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"m\..* is there already"):
+        export(run, format, path)
+    assert path.read_text() == "mine"
+
+
+def test_arguments_that_do_not_fit_are_one_sentence(run, tmp_path):
+    with pytest.raises(ValueError, match="format must be one of torch, onnx, openvino, got 'tf'"):
+        export(run, "tf", tmp_path / "m.tf")
+    with pytest.raises(ValueError, match=r"m\.onnx must end in \.pt2 for format torch"):
+        export(run, "torch", tmp_path / "m.onnx")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be written: Not a directory"):
+        export(run, "torch", tmp_path / "file" / "m.pt2")
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        export(tmp_path / "absent", "torch", tmp_path / "m.pt2")
+    with pytest.raises(ValueError, match=r"images must be \(N, 3, 64, 64\) float32, got \(3, 64"):
+        export(run, "torch", tmp_path / "m.pt2", images=torch.zeros(3, 64, 64))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_is_not_a_model_in_float32_is_refused(tmp_path):
+    model = small("FastFlow")
+    refused: list[tuple[Any, str]] = [
+        (model.optimize(), "not its inference form, got FastFlow"),
+        (torch.nn.Identity(), "got Identity"),
+        (model.double(), "must be in float32 to be exported, got torch.float64"),
+    ]
+    for source, sentence in refused:
+        with pytest.raises(TypeError, match=sentence):
+            export(source, "torch", tmp_path / "m.pt2")
+
+
+@pytest.mark.parametrize(
+    ("format", "module"),
+    [("onnx", "onnxruntime"), ("onnx", "onnxscript"), ("openvino", "openvino")],
+)
+def test_a_missing_package_names_what_to_install(run, tmp_path, monkeypatch, format, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'msflow-ext\[export\]'") as caught:
+        export(run, format, tmp_path / f"m{SUFFIXES[format]}")
+    assert module in str(caught.value)
+
+
+def test_a_detector_is_as_it_was(tmp_path):
+    model = small("FastFlow").train()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    export(mx.inference.Detector(model), "torch", tmp_path / "m.pt2")
+    assert model.training
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
