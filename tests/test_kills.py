@@ -45,7 +45,7 @@ def test_a_training_killed_at_random_moments_ends_with_the_bits_of_an_undisturbe
     wanted = _results(tmp_path / "undisturbed")
     assert len(wanted["maps"]) == 4
     runs = sorted(tmp_path.glob("run*"))
-    assert {run.name for run in runs} == {name for name, _ in kills}
+    assert {name for name, _ in kills} <= {run.name for run in runs}
     for run in runs:
         assert _results(run) == wanted
         assert sorted(p.name for p in run.iterdir()) == sorted(
