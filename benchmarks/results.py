@@ -9,6 +9,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
 ACCURACY = "accuracy-"
+SOAK = "soak-"
 
 
 def file_for(facts: dict[str, Any]) -> Path:
@@ -18,8 +19,9 @@ def file_for(facts: dict[str, Any]) -> Path:
 
 
 def newest() -> Path:
-    """The times that were written last, by the date inside; accuracies are in files of their own."""
-    times = (path for path in FOLDER.glob("*.json") if not path.name.startswith(ACCURACY))
+    """The times that were written last, by the date inside; others have files of their own."""
+    others = (ACCURACY, SOAK)
+    times = (path for path in FOLDER.glob("*.json") if not path.name.startswith(others))
     files = sorted(times, key=lambda path: read(path)["machine"]["date"])
     if not files:
         raise SystemExit(f"no results in {FOLDER}: run python -m benchmarks first")
