@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 CHECKPOINT = "model.safetensors"  # its name in a run folder
 _HEADER = "msflow_ext"  # the key of our JSON in the metadata of a safetensors file
+_DIGEST = "sha256"  # the key of the checksum of that JSON and of all tensors; older files have none
 _OPTIMIZER = "optimizer."  # begins the names of the tensors that only training needs
 
 
@@ -27,6 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # what a killed process left may be a link to something
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -87,7 +91,10 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Write a model, perhaps its optimiser's state, and plain JSON values into one safetensors file."""
+    """Write a model, perhaps its optimiser's state, and plain JSON values into one safetensors file.
+
+    The checkpoint that was there stays beside it, as :func:`previous`.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -95,11 +102,24 @@ def save_checkpoint(
     for i, moments in (optimizer.state_dict()["state"] if optimizer else {}).items():
         tensors |= {f"{_OPTIMIZER}{i}.{name}": value for name, value in moments.items()}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(header)
+    metadata = {_HEADER: text, _DIGEST: _digest(text, plain)}
     with replacing(path) as temporary:
         try:
-            save_file(plain, temporary, metadata={_HEADER: json.dumps(header)})
+            save_file(plain, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
+        if path.exists():
+            with replacing(previous(path)) as second:
+                try:
+                    os.link(path, second)
+                except OSError:  # a file system without links
+                    shutil.copyfile(path, second)
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the one at ``path`` is kept while training goes on."""
+    return path.with_suffix(".previous" + path.suffix)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -107,20 +127,47 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or is not a checkpoint of this package.
+        ValueError: the file is damaged, or is not a checkpoint of this package; it says whether the one
+            before it is there.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
+        return _read(path)
+    except ValueError as error:
+        if not previous(path).is_file():
+            raise
+        offer = f"the one before it is {previous(path).name}: rename it to go on from there"
+        raise ValueError(f"{error}; {offer}") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_HEADER])
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except KeyError:
-        raise ValueError(f"{path} is a safetensors file, but no checkpoint of msflow_ext") from None
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _HEADER not in metadata:
+            raise ValueError(f"{path} is a safetensors file, but no checkpoint of msflow_ext")
+        text = metadata[_HEADER]
+        if metadata.keys() != {_HEADER} and metadata.get(_DIGEST) != _digest(text, tensors):
+            raise ValueError(f"{path} is damaged: its content does not match its checksum")
+        header = json.loads(text)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged, or is not a checkpoint: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is damaged: its header is no JSON object")
+    return header, tensors
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a header and of the tensors' names, types, shapes and bytes, whatever their order."""
+    whole = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
 
 
 def restore(

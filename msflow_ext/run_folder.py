@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from msflow_ext.checkpoint import CHECKPOINT, read_checkpoint
+from msflow_ext.checkpoint import CHECKPOINT, previous, read_checkpoint
 from msflow_ext.data import DataSet, Images
 from msflow_ext.evaluation import Evaluation
 from msflow_ext.inference import to_pixels
@@ -78,7 +78,7 @@ def open_run(
 
 def clear_run(run: Path) -> None:
     """Remove what an older run left in the folder."""
-    names = (METRICS, CHECKPOINT, "scores.csv", "report.html")
+    names = (METRICS, CHECKPOINT, previous(Path(CHECKPOINT)), "scores.csv", "report.html")
     for path in (*(run / name for name in names), *run.glob("maps/*.png")):
         path.unlink(missing_ok=True)
 

@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from msflow_ext.checkpoint import (
     CHECKPOINT,
     check_writable,
+    previous,
     read_json,
     restore,
     save_checkpoint,
@@ -207,6 +208,7 @@ def train(
     colours = write_results(run, shown, final, metrics)
     last = {**state, "colours": colours, "calibration": calibration and asdict(calibration)}
     save_checkpoint(run / CHECKPOINT, last, model)
+    previous(run / CHECKPOINT).unlink(missing_ok=True)
     write_text(run / METRICS, json.dumps(metrics, indent=1, allow_nan=False))
     return metrics
 

@@ -47,7 +47,10 @@ struct Job : Coupling {
 
   // Positions of one interleaved item: few enough for the cache, and the same for every batch and
   // thread count.
-  int64_t block() const { return std::min<int64_t>(64, std::max<int64_t>(1, 16384 / channels())); }
+  int64_t block() const {
+    const int64_t fitting = 16384 / std::max<int64_t>(1, channels());  // there may be no channel
+    return std::min<int64_t>(64, std::max<int64_t>(1, fitting));
+  }
   int64_t blocks() const { return (positions + block() - 1) / block(); }
   int64_t items() const { return samples * (interleaved ? blocks() : channels()); }
   int64_t item_size() const { return interleaved ? block() * channels() : positions; }

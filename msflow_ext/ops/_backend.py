@@ -175,7 +175,7 @@ def strides(x: Tensor) -> tuple[int, int, int] | None:
         if step is None:
             step = s
         elif s != following:
-            return None
+            return (stride[0], 1, 1) if 0 in shape else None
         following = s * size
     return stride[0], stride[1] if shape[1] > 1 else 1, 1 if step is None else step
 
@@ -184,6 +184,11 @@ def is_interleaved(x: Tensor) -> bool:
     """True if the channels of a position lie side by side: channels_last, a slice of it, or vectors (N, C)."""
     s = strides(x)
     return s is not None and s[1] == 1 and (s[2] != 1 or math.prod(x.shape[2:]) == 1)
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """``x`` with its numbers in memory: lazily negated views (of complex numbers) and zeros without any are copied."""
+    return x.clone() if x.is_neg() or x._is_zerotensor() else x
 
 
 def views(interleaved: bool, *tensors: Tensor | None) -> tuple[list[Tensor | None], list[View]]:
@@ -269,6 +274,7 @@ class NativeOp:
         return results[: len(results) - self.extra]
 
     def forward(self, *args: Any) -> tuple[Tensor, ...]:
+        args = self._in_memory(args)
         results = self.allocate(*args)
         self.run(results, *args)
         return results
@@ -276,9 +282,15 @@ class NativeOp:
     def backward(self, grads: Any, extra: Any, *args: Any) -> tuple[Tensor | None, ...]:
         if self.allocate_grads is None or self.run_backward is None or torch.is_grad_enabled():
             return self._differentiate_reference(grads, *args)
+        args = self._in_memory(args)
+        grads = [in_memory(g) for g in grads]
         results = self.allocate_grads(*args)
         self.run_backward(grads, results, extra, *args)
         return results
+
+    def _in_memory(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        tensors = (None if t is None else in_memory(t) for t in args[: self.tensors])
+        return *tensors, *args[self.tensors :]
 
     def _differentiate_reference(self, grads: Any, *args: Any) -> tuple[Tensor | None, ...]:
         """Gradients of the reference; themselves differentiable where somebody wants the next derivative."""

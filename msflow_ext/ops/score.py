@@ -223,7 +223,7 @@ def _check_latent(name: str, z: Tensor) -> None:
 
 def _aggregate(maps: Sequence[Tensor], size: tuple[int, int], k: int) -> Aggregate | None:
     """The native result, or None where a map is not finite, which the reference treats as torch does."""
-    maps, n, like = [m.contiguous() for m in maps], maps[0].size(0), maps[0]
+    maps, n, like = [_backend.in_memory(m).contiguous() for m in maps], maps[0].size(0), maps[0]
     score, log_score, nll_score = (like.new_empty(n) for _ in range(3))
     anomaly_map, image_map = (like.new_empty((n, *size)) for _ in range(2))
     results = (score, log_score, nll_score, anomaly_map, image_map)
@@ -233,7 +233,7 @@ def _aggregate(maps: Sequence[Tensor], size: tuple[int, int], k: int) -> Aggrega
 
 def _mean_aggregate(maps: Sequence[Tensor], size: tuple[int, int]) -> MeanAggregate | None:
     """As :func:`_aggregate`."""
-    maps, n, like = [m.contiguous() for m in maps], maps[0].size(0), maps[0]
+    maps, n, like = [_backend.in_memory(m).contiguous() for m in maps], maps[0].size(0), maps[0]
     results = (like.new_empty(n), like.new_empty((n, *size)))
     finite = _run_aggregate("mean_aggregate", maps, size, results)
     return MeanAggregate(*results) if finite else None

@@ -1,0 +1,256 @@
+"""Whatever an op is handed, it gives what the reference gives or a Python exception, and never ends the interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from msflow_ext import ops
+from msflow_ext.ops import _backend
+from msflow_ext.ops.ranking import ranking, ranking_reference
+from msflow_ext.testing import relative_error, tolerance
+
+EXAMPLES = int(os.environ.get("MSFLOW_EXAMPLES", "100"))
+REFUSALS = (ValueError, TypeError, IndexError, RuntimeError)
+SPECIAL = [0.0, -0.0, 1e-40, -1e-45, 1e15, -1e15, 1e38, float("inf"), -float("inf"), float("nan")]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+WRONG = [torch.int64, torch.bool, torch.uint8, torch.complex64, *DTYPES]
+
+# The shapes of an op's operands, from N, channels of both parts, H and W.
+Shapes = Callable[[int, int, int, int, int], list[tuple[int, ...]]]
+
+
+def outcome(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any] | None:
+    """Results, or None where the arguments are refused."""
+    try:
+        found = function(*arguments)
+    except REFUSALS:
+        return None
+    if isinstance(found, (ops.Aggregate, ops.MeanAggregate)):
+        return [getattr(found, field.name) for field in fields(found)]
+    return [*found] if isinstance(found, tuple) else [found]
+
+
+def agree(got: Tensor, wanted: Tensor) -> bool:
+    """Equal but for rounding; what is not finite in one is not finite in the other."""
+    if got.shape != wanted.shape or got.dtype is not wanted.dtype:
+        return False
+    finite = wanted.isfinite()
+    if not torch.equal(got.isfinite(), finite):
+        return False
+    return relative_error(got[finite], wanted[finite]) <= 6 * tolerance(wanted.dtype)
+
+
+def stored(x: Tensor, layout: str) -> Tensor:
+    """The same numbers in another place: strides, offset and alignment as tensors of users have them."""
+    if layout == "transposed":
+        return x.mT.contiguous().mT if x.dim() > 1 else x
+    if layout == "channels-last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() > 1 else x
+    if layout == "sliced":
+        return torch.stack((x, x + 1), -1)[..., 0]
+    if layout == "offset":
+        return torch.cat((x.new_zeros(3), x.flatten()))[3:].view(x.shape)
+    if layout == "unaligned" and x.numel():
+        buffer = bytearray(x.numel() * x.element_size() + 1)
+        place = torch.frombuffer(buffer, dtype=x.dtype, count=x.numel(), offset=1)
+        return place.view(x.shape).copy_(x)
+    if layout == "expanded" and x.dim() > 1 and x.size(-1):
+        return x[..., :1].expand(x.shape)
+    if layout == "negated" and x.is_floating_point():
+        return torch._neg_view(-x)
+    if layout == "without-memory" and x.is_floating_point():
+        return torch._efficientzerotensor(tuple(x.shape), dtype=x.dtype)
+    return x
+
+
+LAYOUTS = ["contiguous", "transposed", "channels-last", "sliced", "offset", "unaligned", "expanded"]
+LAYOUTS += ["negated", "without-memory"]
+
+
+@st.composite
+def tensors(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Normal numbers, in some cases a few that are infinite, huge, tiny or none."""
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    x = torch.from_numpy(rng.standard_normal(shape))
+    if x.numel():
+        for value in draw(st.lists(st.sampled_from(SPECIAL), max_size=2)):
+            x.view(-1)[int(rng.integers(x.numel()))] = value
+    return stored(x.to(dtype), draw(st.sampled_from(LAYOUTS)))
+
+
+@st.composite
+def operands(draw: st.DrawFn, shapes: Shapes) -> list[Tensor]:
+    """What fits an op, and in one case of four one thing about it that does not."""
+    n, c1, c2 = (draw(st.integers(0, 4)) for _ in range(3))
+    h, w = (draw(st.sampled_from([0, 1, 2, 3, 5, 8, 17])) for _ in range(2))
+    dtype = draw(st.sampled_from(DTYPES))
+    wanted = shapes(n, c1, c2, h, w)
+    wide = ops.accumulation_dtype(dtype)
+    found = [draw(tensors(shape, wide if len(shape) == 1 else dtype)) for shape in wanted]
+    at = draw(st.integers(0, len(found) - 1))
+    fault = draw(st.sampled_from(["", "", "", "", "", "dtype", "shape", "alias"]))
+    if fault == "dtype":
+        found[at] = found[at].to(draw(st.sampled_from(WRONG)))
+    elif fault == "shape":
+        shape = [*wanted[at]]
+        axis = draw(st.integers(0, len(shape)))
+        if axis == len(shape) or draw(st.booleans()):
+            shape = shape[:axis] + shape[axis + 1 :]
+        else:
+            shape[axis] += draw(st.sampled_from([1, 7]))
+        found[at] = draw(tensors(tuple(shape), found[at].dtype))
+    elif fault == "alias":
+        found[at] = found[draw(st.integers(0, len(found) - 1))]
+    return found
+
+
+def couple(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor, form: str) -> Any:
+    perm = torch.arange(len(scale) - 1, -1, -1)
+    return ops.affine_coupling(x1, x2, a, scale, offset, perm, clamp_form=form, limit=1e4)
+
+
+def uncouple(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor, form: str) -> Any:
+    return ops.affine_coupling_inverse(x1, x2, a, scale, offset, clamp_form=form)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, tile: int) -> Tensor:
+    factors = ops.winograd_weight(weight, tile, ops.accumulation_dtype(x.dtype))
+    return ops.winograd_conv2d(x, factors, bias)
+
+
+def halves(n: int, c1: int, c2: int, h: int, w: int) -> list[tuple[int, ...]]:
+    return [(n, c1, h, w), (n, c2, h, w), (n, 2 * c2, h, w), (c1 + c2,), (c1 + c2,)]
+
+
+# Function, shapes of its tensors, and its last argument.
+OPS: dict[str, tuple[Callable[..., Any], Shapes, list[Any]]] = {
+    "coupling": (couple, halves, ["0.2", "head", "atan", "none"]),
+    "coupling-inverse": (uncouple, halves, ["0.2", "head", "atan", ""]),
+    "norm": (
+        lambda x, w, b, m, relu: ops.channel_norm(x, w, b, m, relu=relu),
+        lambda n, c1, _, h, w: [(n, c1, h, w), (c1,), (c1,), (1, c1, h, w)],
+        [True, False],
+    ),
+    "likelihoods": (
+        lambda z, f: f(z),
+        lambda n, c1, _, h, w: [(n, c1, h, w)],
+        [ops.log_likelihood_map, ops.half_square_norm],
+    ),
+    "pool": (
+        lambda x, y, size: ops.pool_and_concatenate([x, y], size),
+        lambda n, c1, c2, h, w: [(n, c1, h, w), (n, c2, w, h)],
+        [(1, 1), (2, 3), (5, 2), (0, 1), (-1, 2)],
+    ),
+    "upsample": (
+        lambda x, low, _: ops.upsample_and_add(x, low),
+        lambda n, c1, c2, h, w: [(n, c1, h, w), (n, c1, c2, c2 + 1)],
+        [None],
+    ),
+    "aggregate": (
+        lambda x, y, size: ops.aggregate([x, y], size),
+        lambda n, c1, _, h, w: [(n, h, w), (n, c1, c1)],
+        [1, 4, (3, 17), 0, (-1, 5)],
+    ),
+    "mean-aggregate": (
+        lambda x, y, size: ops.mean_aggregate([x, y], size),
+        lambda n, c1, _, h, w: [(n, h, w), (n, c1, c1)],
+        [1, 4, (3, 17), 0, (-1, 5)],
+    ),
+    "winograd": (
+        convolve,
+        lambda n, c1, c2, h, w: [(n, c1, h, w), (c2, c1, 3, 3), (c2,)],
+        [2, 4, 3],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_op_gives_what_the_reference_gives_or_refuses(native: None, name: str) -> None:
+    function, shapes, options = OPS[name]
+
+    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+    @given(operands(shapes), st.sampled_from(options))
+    def law(found: list[Tensor], option: Any) -> None:
+        before = [t.clone() for t in found]
+        got = outcome(function, [*found, option])
+        with ops.backend("reference"):
+            wanted = outcome(function, [*found, option])
+        lazy = any(t._is_zerotensor() for t in found)  # torch takes 0 times NaN for 0 with these
+        assert lazy or (got is None) == (wanted is None)
+        for t, b in zip(found, before, strict=True):
+            assert torch.equal(t.nan_to_num(), b.nan_to_num())
+        if lazy or got is None or wanted is None:
+            return
+        # Winograd's sums of a tile mix what is not finite with all of it, in an order of their own.
+        if name != "winograd" or all(bool(t.isfinite().all()) for t in wanted):
+            assert all(map(agree, got, wanted))
+
+    law()
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+@given(
+    st.integers(0, 40),
+    st.integers(0, 12),
+    st.sampled_from([np.float32, np.float64, np.float16, np.int64, ">f4", np.longdouble]),
+    st.sampled_from(["plain", "strided", "reversed", "unaligned", "read-only"]),
+    st.lists(st.sampled_from(SPECIAL), max_size=3),
+    st.integers(0, 99),
+)
+def test_ranking_gives_what_its_reference_gives_or_refuses(
+    size, count, dtype, layout, values, seed
+):
+    if _backend.C is None:
+        pytest.skip(f"kernels {_backend.STATUS}")
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(-5, 5, size).astype(np.float64)
+    scores[: len(values)] = values[:size]
+    thresholds = np.unique(rng.integers(-6, 6, count).astype(np.float64))[::-1]
+    if layout == "strided":
+        scores = np.repeat(scores, 2)[::2]
+    elif layout == "reversed":
+        scores = scores[::-1]
+    with np.errstate(over="ignore", invalid="ignore"):
+        scores, thresholds = scores.astype(dtype, order="K"), thresholds.astype(dtype)
+    if layout == "unaligned":
+        place = np.frombuffer(bytearray(scores.nbytes + 1), scores.dtype, scores.size, offset=1)
+        place[:] = scores
+        scores = place
+    elif layout == "read-only":
+        scores.flags.writeable = False
+    arguments = (thresholds, scores, rng.random(size) < 0.2)
+    got = outcome(ranking, arguments)
+    if got is None:
+        assert scores.dtype.kind != "f"
+    elif not np.isnan(scores.astype(np.float64)).any():
+        assert all(map(np.array_equal, got, ranking_reference(*arguments)))
+
+
+def test_gradients_take_lazily_negated_and_memoryless_upstream_gradients(each_backend: str) -> None:
+    x = torch.linspace(-1, 1, 24).view(1, 4, 2, 3).requires_grad_()
+    y = ops.channel_norm(x, torch.ones(4), torch.zeros(4), relu=False)
+    upstream = torch.arange(24.0).view(1, 4, 2, 3).cos()
+    (wanted,) = torch.autograd.grad(y, x, -upstream, retain_graph=True)
+    (got,) = torch.autograd.grad(y, x, torch._neg_view(upstream), retain_graph=True)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    (none,) = torch.autograd.grad(y, x, torch._efficientzerotensor((1, 4, 2, 3)))
+    assert none.count_nonzero() == 0
+
+
+def test_a_coupling_of_no_channels_is_empty(native: None) -> None:
+    x, vector = torch.zeros(2, 0), torch.zeros(0)
+    y1, y2, log_det = ops.affine_coupling(
+        x, x, x, vector, vector, torch.zeros(0, dtype=torch.int64)
+    )
+    assert y1.shape == y2.shape == (2, 0)
+    assert log_det.tolist() == [0.0, 0.0]

@@ -1,0 +1,21 @@
+"""Thousands of calls leave neither memory nor open files behind; the long run is ``benchmarks/soak.py``."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from benchmarks.soak import op_calls, predictions, soak
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(sys.platform != "linux", reason="counts what /proc shows"),
+]
+
+
+@pytest.mark.parametrize(("calls", "count"), [(op_calls, 20_000), (predictions, 60)])
+def test_many_calls_leave_nothing_behind(calls, count):
+    found = soak(calls(), count, 60.0)
+    assert found["open_files_growth"] <= 0
+    assert found["resident_growth_bytes"] < 8e6

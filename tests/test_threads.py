@@ -1,0 +1,111 @@
+"""Threads and processes of Python: they may share a model, run beside a kernel, fork after one, and exit during one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from msflow_ext import MSFlow, ops
+from msflow_ext.data import Images, Item
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_one_model_in_many_threads_gives_the_bits_of_one(each_backend: str) -> None:
+    options = {"pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8, "seed": 1}
+    model = MSFlow("test_efficientnet", image_size=64, **options).eval()
+    images = torch.rand(6, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def score(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.inference_mode():
+            found = model(batch)
+        return found.score, found.anomaly_map
+
+    wanted = [score(batch) for batch in images]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(4):
+            for one, other in zip(pool.map(score, images), wanted, strict=True):
+                assert all(map(torch.equal, one, other))
+
+
+def test_python_goes_on_while_a_kernel_runs(native: None) -> None:
+    z = torch.zeros(1, 1, 30_000_000)
+    inside: list[float] = []
+    running = threading.Event()
+
+    def work() -> None:
+        running.set()
+        began = time.perf_counter()
+        for _ in range(3):
+            ops.half_square_norm(z)
+        inside.append(time.perf_counter() - began)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    running.wait()
+    ticks, last, longest = 0, time.perf_counter(), 0.0
+    while thread.is_alive():
+        time.sleep(0.0005)
+        now = time.perf_counter()
+        ticks, last, longest = ticks + 1, now, max(longest, now - last)
+    thread.join()
+    assert ticks > 3
+    assert longest < inside[0] / 2 + 0.02
+
+
+@pytest.mark.parametrize("context", ["fork", "forkserver", "spawn"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_workers_of_a_data_loader_start_after_a_kernel_ran(context: str) -> None:
+    if context not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {context} on this system")
+    ops.half_square_norm(torch.ones(4, 8, 64, 64))
+    rng = np.random.default_rng(0)
+    items = [Item(str(i), 0, "good", rng.integers(0, 255, (8, 8), np.uint8)) for i in range(4)]
+    images = Images(items, 8)
+    loader = DataLoader(images, 2, num_workers=1, multiprocessing_context=context)
+    for batch, first in zip(loader, (0, 2), strict=True):
+        assert torch.equal(batch, torch.stack([images[first], images[first + 1]]))
+
+
+EXIT = """
+import threading, time, torch
+from msflow_ext import ops
+z = torch.zeros(8, 64, 256, 256)
+def work():
+    while True:
+        ops.log_likelihood_map(z)
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.3)
+print("leaving")
+"""
+
+FORK = """
+import os, torch
+from msflow_ext import ops
+torch.set_num_threads(1)
+z = torch.arange(64 * 1024.).view(1, 4, 128, 128).sin()
+before = ops.log_likelihood_map(z)
+child = os.fork()
+same = torch.equal(ops.log_likelihood_map(z), before)
+if not child:
+    os._exit(0 if same else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("script", [EXIT, FORK], ids=["exit-during-a-kernel", "fork-after-one"])
+def test_an_interpreter_ends_well(script: str) -> None:
+    if "fork" in script and sys.platform == "win32":
+        pytest.skip("no fork on this system")
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr.lower()
