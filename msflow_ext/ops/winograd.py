@@ -79,6 +79,8 @@ def winograd_weight(weight: Tensor, tile: int, dtype: torch.dtype = torch.float3
         raise ValueError(
             f"winograd_weight: weight must be (C_out, C_in, 3, 3), got {tuple(weight.shape)}"
         )
+    if not weight.is_floating_point():
+        raise TypeError(f"winograd_weight: weight must be floating, got {weight.dtype}")
     if tile not in _POINTS:
         raise ValueError(f"winograd_weight: tile must be 2 or 4, got {tile}")
     if dtype is torch.bfloat16 and tile != 2:
