@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from msflow_ext import MSFlow, ops
 from msflow_ext.data import Images, Item
+from msflow_ext.ops import _backend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,11 +101,29 @@ if not child:
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
+# The share of the work that the calling thread does: all of it with one thread.
+THREADS = """
+import time, torch
+from msflow_ext import ops
+shares = []
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    z = torch.ones(8, 64, 128, 128)
+    here, everywhere = time.thread_time(), time.process_time()
+    for _ in range(40):
+        ops.log_likelihood_map(z)
+    shares.append((time.thread_time() - here) / (time.process_time() - everywhere))
+raise SystemExit(0 if shares[0] > 0.95 and shares[1] < 0.8 else f"error: shares {shares}")
+"""
+SCRIPTS = {"exit-during-a-kernel": EXIT, "fork-after-one": FORK, "threads-as-set": THREADS}
 
-@pytest.mark.parametrize("script", [EXIT, FORK], ids=["exit-during-a-kernel", "fork-after-one"])
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_an_interpreter_ends_well(script: str) -> None:
     if "fork" in script and sys.platform == "win32":
         pytest.skip("no fork on this system")
+    if script == THREADS and "threads of torch" not in _backend.STATUS:
+        pytest.skip(f"kernels {_backend.STATUS}")
     command = [sys.executable, "-W", "ignore", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

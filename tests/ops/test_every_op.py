@@ -154,6 +154,21 @@ def test_two_threads_give_the_bits_of_one(
     assert all(map(torch.equal, two, one))
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_the_deterministic_mode_refuses_nothing_and_changes_no_bit(
+    native: None, normal: Normal, name: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operands = make(normal, name, size=(13, 17), layout=layout)
+    wanted = run_kernels(name, operands)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # with NaN
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = run_kernels(name, operands)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, found, wanted))
+
+
 @pytest.mark.parametrize("name", [name for name in OPS if name != "winograd"])  # torch's gradients
 def test_an_image_alone_has_the_bits_that_it_has_in_a_batch(
     native: None, normal: Normal, name: str, layout: Layout
