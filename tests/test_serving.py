@@ -289,7 +289,9 @@ def test_the_command_serves_until_it_is_told_to_stop(run, number):
     command = [sys.executable, "-W", "error", "-m", "msflow_ext", "serve", "--run", str(run)]
     command += ["--port", "0", "--device", "cpu", "--max-bytes", "9000"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": "geheim"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=alone) as service:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=alone, cwd=run
+    ) as service:  # not beside the sources, which would hide the installed package
         assert service.stderr
         line = service.stderr.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+/", line)
