@@ -214,6 +214,7 @@ def test_a_folder_is_watched_until_a_signal_and_again_after_it(run, tmp_path, ca
     picture(folder / "a.png")
     started = subprocess.Popen(
         [sys.executable, "-m", "msflow_ext", *command(run, folder, out)],
+        cwd=tmp_path,  # not beside the sources, which would hide the installed package
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
