@@ -22,9 +22,9 @@ def winograd_form(
     * The transforms handle every channel, the products every pair of channels: they pay from 32 channels on, in
       bfloat16, whose direct convolution takes half the time, from 64.
     * Sixteen tiles keep the registers of the product busy; smaller maps do not have them.
-    * Tiles of 4 want 36 instead of 16 weights per pair of channels. They pay where 1024 positions share them; below,
-      they take longer to come from memory than to multiply on more than two cores, and four times the memory.
-    * With factors in bfloat16, tiles of 2 are as fast as tiles of 4 in float32, and tiles of 4 are not accurate enough.
+    * Larger tiles want 25 or 36 instead of 16 weights per pair of channels. They pay where 1024 positions share them;
+      below, they take longer to come from memory than to multiply on more than two cores, and four times the memory.
+    * Tiles of 4 are not accurate enough for factors in bfloat16; tiles of 3 are, and as fast as tiles of 4 in float32.
     * Matrix units (AMX) multiply directly in bfloat16; whether Winograd's form pays beside them is not measured.
     """
     c_out, c_in, *kernel = weight.shape
@@ -39,9 +39,10 @@ def winograd_form(
     positions = x.size(0) * x.size(2) * x.size(3)
     if isinstance(padding, str) or min(c_in, c_out) < (64 if half else 32) or positions < 64:
         return None
-    if half:
-        return None if _has_amx() else (2, torch.bfloat16)
-    return (4 if positions >= 1024 else 2), torch.float32
+    if half and _has_amx():
+        return None
+    large, dtype = (3, torch.bfloat16) if half else (4, torch.float32)
+    return (large if positions >= 1024 else 2), dtype
 
 
 def _has_amx() -> bool:
