@@ -202,8 +202,6 @@ HD void multiply(const Job& job, int64_t begin, int64_t end) {
 }
 
 #if defined(__GNUC__) && defined(__x86_64__)
-#define SUPPORTS(set) __builtin_cpu_supports(set)
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 struct MultiplyPairs {
   // Not the intrinsic, which no template without the target's attribute may hold.
   HD static void add(Floats16& sum, const Floats16& a, const Floats16& b) {
@@ -214,8 +212,6 @@ WIDE void multiply_pairs(int64_t begin, int64_t end, void* context) {
   multiply<MultiplyPairs, Floats16, 8, 2>(*static_cast<const Job*>(context), begin, end);
 }
 #else
-#define SUPPORTS(set) false
-#define WIDE
 constexpr Body multiply_pairs = nullptr;
 #endif
 
@@ -261,7 +257,6 @@ const Bodies narrow{{BODY(input_float_float, Floats8), BODY(input_bfloat16_float
                     {BODY(output_float, Floats8), BODY(output_bfloat16, Floats8)}};
 const Body input_pairs[] = BODY(input_bfloat16_bfloat16, Floats16);
 
-bool has_wide() { return SUPPORTS("avx512vl") && SUPPORTS("avx512bw") && SUPPORTS("avx512dq"); }
 bool has_pairs() { return has_wide() && SUPPORTS("avx512bf16"); }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -65,18 +66,22 @@ def winograd_conv2d(
     return winograd_conv2d_reference(*arguments)
 
 
-def winograd_weight(weight: Tensor, tile: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def winograd_weight(
+    weight: Tensor, tile: int, dtype: torch.dtype = torch.float32, *, adjoint: bool = False
+) -> Tensor:
     r"""A 3x3 kernel's values at the interpolation points, in the layout of :func:`winograd_conv2d`.
 
     Args:
         weight: ``(C_out, C_in, 3, 3)``, floating.
         tile: 2, 3 or 4: results of a tile in each direction.
         dtype: of the factors: float32, float64, or bfloat16 (tiles of 2 or 3, sums in float32).
+        adjoint: for the convolution's derivative: from the gradient of its results to that of its input, where
+            C_in and C_out change places.
 
     Returns:
         ``((tile + 2)^2, ceil(C_out / 32), ceil(C_in / k), 32, k)``, k = 2 for bfloat16 and 1 otherwise, missing
-        channels 0: :math:`(tile + 2)^2 / 9` times the numbers of ``weight``, computed in float64 and rounded once;
-        to bfloat16 so that the errors at the points of a tile compensate each other (without a gradient).
+        channels 0: :math:`(tile + 2)^2 / 9` times the numbers of ``weight``; in bfloat16 they are rounded so that the
+        errors at the points of a tile compensate each other (without a gradient).
 
     Raises:
         ValueError: shape or tile. TypeError: dtype.
@@ -93,15 +98,54 @@ def winograd_weight(weight: Tensor, tile: int, dtype: torch.dtype = torch.float3
         raise ValueError(f"winograd_weight: tile must be 2 or 3 for bfloat16, got {tile}")
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise TypeError(f"winograd_weight: dtype must be float32, float64 or bfloat16, got {dtype}")
+    if adjoint:
+        weight = weight.transpose(0, 1)
+    kernels = weight.dtype is torch.float32 and dtype is not torch.float64
+    if dtype is torch.float32 and torch.is_grad_enabled() and weight.requires_grad:
+        kernels = False  # which give no gradient; to bfloat16, nothing does
+    if kernels and _backend.is_native(weight, cuda=False) and not torch.compiler.is_compiling():
+        return _native_weight(weight, tile, dtype, adjoint)
+    return _winograd_weight_reference(weight.flip(2, 3) if adjoint else weight, tile, dtype)
+
+
+def _native_weight(weight: Tensor, tile: int, dtype: torch.dtype, turned: bool) -> Tensor:
+    (c_out, c_in), k = weight.shape[:2], 2 if dtype is torch.bfloat16 else 1
+    weight = _backend.in_memory(weight)
+    if weight.stride()[2:] != (3, 1):
+        weight = weight.contiguous()
+    transform, correction = _tables(tile, torch.float32)
+    points = len(transform)
+    values = weight.new_empty((points, -(-c_out // _PANEL), -(-c_in // k), _PANEL, k), dtype=dtype)
+    steps = (weight.data_ptr(), *weight.stride()[:2], turned, _backend.DTYPES[dtype])
+    corrected = correction.data_ptr() if k == 2 else 0
+    _backend.C.winograd_weight_cpu(
+        c_out, c_in, points, *steps, transform.data_ptr(), corrected, values.data_ptr()
+    )
+    return values
+
+
+@functools.cache
+def _tables(tile: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """From nine numbers to the values at the points, and by how much an error there moves the values before it.
+
+    Errors ``e`` at the points cost ``e^T Q e``, the mean square that they add to results of a white input. With the
+    Cholesky factor L of Q these are the squares of ``L^T e``, where a row holds its own and later errors.
+    """
+    a, g, b = (torch.kron(m, m) for m in _matrices(tile, torch.empty(0, dtype=torch.float64)))
+    factor = torch.linalg.cholesky((a.mT @ a) * (b @ b.mT))
+    return g.to(dtype), (factor / factor.diagonal()).mT.to(dtype).contiguous()
+
+
+def _winograd_weight_reference(weight: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
     k = 2 if dtype is torch.bfloat16 else 1
     padded = F.pad(
         weight.double(), (0, 0, 0, 0, 0, -weight.size(1) % k, 0, -weight.size(0) % _PANEL)
     )
     panels = padded.flatten(2).reshape(-1, _PANEL, padded.size(1) // k, k, 9)
     panels = panels.permute(4, 0, 2, 1, 3)
-    a, g, b = (torch.kron(m, m) for m in _matrices(tile, padded))
-    values = g @ panels.flatten(1)
-    values = _rounded(values, (a.mT @ a) * (b @ b.mT)) if k == 2 else values.to(dtype)
+    transform, correction = (t.to(padded) for t in _tables(tile))
+    values = transform @ panels.flatten(1)
+    values = _rounded(values, correction) if k == 2 else values.to(dtype)
     return values.view(-1, *panels.shape[1:])
 
 
@@ -135,16 +179,11 @@ def winograd_conv2d_reference(
 
 
 @torch.no_grad()
-def _rounded(values: Tensor, cost: Tensor) -> Tensor:
-    """Values in bfloat16, the last point's first, each chosen so that it makes up for the errors of those before.
-
-    Errors ``e`` at the points cost ``e^T cost e``, the mean square that they add to results of a white input; with the
-    Cholesky factor L of the cost these are the squares of ``L^T e``, where a row holds its own and later errors.
-    """
-    factor = torch.linalg.cholesky(cost)
+def _rounded(values: Tensor, correction: Tensor) -> Tensor:
+    """Values in bfloat16, the last point's first, each chosen so that it makes up for the errors of those before."""
     found, errors = values.bfloat16(), torch.zeros_like(values)
     for i in reversed(range(len(values))):
-        found[i] = values[i] - factor[i:, i] @ errors[i:] / factor[i, i]
+        found[i] = values[i] - correction[i] @ errors
         errors[i] = found[i] - values[i]
     return found
 

@@ -40,7 +40,7 @@ def form(
 ) -> Any:
     n, *positions = size
     x = torch.empty(n, channels[0], *positions, dtype=dtype)
-    return winograd_form(x, torch.empty(channels[1], channels[0], kernel, kernel), *options)
+    return winograd_form(x, dtype, torch.empty(channels[1], channels[0], kernel, kernel), *options)
 
 
 def test_tiles_are_larger_where_positions_share_the_weights(factors: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from msflow_ext import ops
 from msflow_ext.ops.winograd import factor_dtypes
@@ -85,6 +86,32 @@ def test_factors_in_bfloat16_equal_the_reference_and_stay_near(
     assert relative_error(got, wanted) <= tolerance(BF16, (tile + 2) ** 2 * x.size(1))
     exact = F.conv2d(x.double(), weight, bias, padding=SHAPES[shape][2])
     assert relative_error(got, exact) <= 0.02
+
+
+@pytest.mark.parametrize("adjoint", [False, True], ids=["itself", "adjoint"])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("sizes", [(33, 7), (64, 32), (1, 1)], ids=str)
+def test_kernels_transform_weights_as_the_reference_does(
+    native: None, normal: Normal, tile: int, sizes: tuple[int, int], order: Any, adjoint: bool
+) -> None:
+    weight = normal(*sizes, 3, 3, dtype=F32).to(memory_format=order)
+    for dtype in (F32, BF16)[: 1 if tile == 4 else 2]:
+        got = ops.winograd_weight(weight, tile, dtype, adjoint=adjoint)
+        with ops.backend("reference"):
+            wanted = ops.winograd_weight(weight, tile, dtype, adjoint=adjoint)
+        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+        if dtype is F32:
+            assert relative_error(got, wanted) <= tolerance(F32, 9)
+        else:  # a value at the middle between two may go either way, and others after it
+            assert float((got != wanted).float().mean()) <= 0.01
+
+
+def test_the_adjoint_is_the_derivative_of_torch(normal: Normal, tile: int) -> None:
+    weight, grad = normal(5, 4, 3, 3, dtype=F64), normal(2, 5, 7, 8, dtype=F64)
+    values = ops.winograd_weight(weight, tile, F64, adjoint=True)
+    got = ops.winograd_conv2d(grad, values, torch.zeros(4, dtype=F64))
+    wanted = conv2d_input((2, 4, 7, 8), weight, grad, padding=1)
+    assert relative_error(got, wanted) <= 1e-13
 
 
 def test_points_cost_the_digits_that_are_stated(each_backend: str, normal: Normal) -> None:
