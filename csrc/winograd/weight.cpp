@@ -28,7 +28,7 @@ HD void keep(const V& v, bfloat16, WordsOf<V>& w) {
 }
 
 // An item is one 32-bit word of a panel: a channel in, or two. Sums stay in registers (576 -> 1024,
-// tiles of 3, bfloat16: BEFORE -> AFTER ms).
+// tiles of 3, bfloat16: 25 -> 14 ms).
 template <class V, class F>
 HD void transform(const Job& job, int64_t begin, int64_t end) {
   constexpr int64_t in_word = 4 / int64_t(sizeof(F));

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -113,27 +112,15 @@ def _native_weight(weight: Tensor, tile: int, dtype: torch.dtype, turned: bool) 
     weight = _backend.in_memory(weight)
     if weight.stride()[2:] != (3, 1):
         weight = weight.contiguous()
-    transform, correction = _tables(tile, torch.float32)
+    transform, correction = (np.array(t, np.float32) for t in _TABLES[tile])
     points = len(transform)
     values = weight.new_empty((points, -(-c_out // _PANEL), -(-c_in // k), _PANEL, k), dtype=dtype)
     steps = (weight.data_ptr(), *weight.stride()[:2], turned, _backend.DTYPES[dtype])
-    corrected = correction.data_ptr() if k == 2 else 0
+    corrected = correction.ctypes.data if k == 2 else 0
     _backend.C.winograd_weight_cpu(
-        c_out, c_in, points, *steps, transform.data_ptr(), corrected, values.data_ptr()
+        c_out, c_in, points, *steps, transform.ctypes.data, corrected, values.data_ptr()
     )
     return values
-
-
-@functools.cache
-def _tables(tile: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """From nine numbers to the values at the points, and by how much an error there moves the values before it.
-
-    Errors ``e`` at the points cost ``e^T Q e``, the mean square that they add to results of a white input. With the
-    Cholesky factor L of Q these are the squares of ``L^T e``, where a row holds its own and later errors.
-    """
-    a, g, b = (torch.kron(m, m) for m in _matrices(tile, torch.empty(0, dtype=torch.float64)))
-    factor = torch.linalg.cholesky((a.mT @ a) * (b @ b.mT))
-    return g.to(dtype), (factor / factor.diagonal()).mT.to(dtype).contiguous()
 
 
 def _winograd_weight_reference(weight: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
@@ -143,7 +130,7 @@ def _winograd_weight_reference(weight: Tensor, tile: int, dtype: torch.dtype) ->
     )
     panels = padded.flatten(2).reshape(-1, _PANEL, padded.size(1) // k, k, 9)
     panels = panels.permute(4, 0, 2, 1, 3)
-    transform, correction = (t.to(padded) for t in _tables(tile))
+    transform, correction = (padded.new_tensor(t) for t in _TABLES[tile])
     values = transform @ panels.flatten(1)
     values = _rounded(values, correction) if k == 2 else values.to(dtype)
     return values.view(-1, *panels.shape[1:])
@@ -261,7 +248,19 @@ def _toom_cook(points: tuple[float, ...]) -> tuple[list[list[float]], ...]:
     return a, [*g, [0.0, 0.0, 1.0]], [*b, np.poly(points)[::-1].tolist()]
 
 
+def _tables(tile: int) -> tuple[list[list[float]], list[list[float]]]:
+    """From nine numbers to the values at the points, and by how much an error there moves the values before it.
+
+    Errors ``e`` at the points cost ``e^T Q e``, the mean square that they add to results of a white input. With the
+    Cholesky factor L of Q these are the squares of ``L^T e``, where a row holds its own and later errors.
+    """
+    a, g, b = (np.kron(m, m) for m in _MATRICES[tile])
+    factor = np.linalg.cholesky((a.T @ a) * (b @ b.T))
+    return g.tolist(), (factor / factor.diagonal()).T.tolist()
+
+
 _MATRICES = {tile: _toom_cook(points) for tile, points in _POINTS.items()}
+_TABLES = {tile: _tables(tile) for tile in _POINTS}
 
 _winograd = _backend.NativeOp(
     "winograd_conv2d",
