@@ -174,7 +174,7 @@ def _watched(paths: Sequence[str], out: Path) -> Path:
 
 
 def export(options: Any) -> int:
-    """Write a trained model as a graph for torch.export, ONNX Runtime or OpenVINO."""
+    """Write a trained model as a graph for torch.export, C++, ONNX Runtime or OpenVINO."""
     import torch
 
     from msflow_ext.data import Images

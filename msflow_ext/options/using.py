@@ -70,7 +70,7 @@ def serve(part: ArgumentParser) -> None:
 
 def export(part: ArgumentParser) -> None:
     add_run(part)
-    formats = ("torch", "onnx", "openvino")
+    formats = ("torch", "aoti", "onnx", "openvino")
     part.add_argument("--format", choices=formats, required=True, help="what to write")
     add_out(part, "new file, .pt2, .onnx or .xml by the format")
 
