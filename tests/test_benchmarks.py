@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from msflow_ext import FastFlow
 from msflow_ext.bench import TINY, Case, Provider, difference, machine, measure, ratio, table
 from msflow_ext.bench.cases import flows
 from msflow_ext.table import Line
@@ -252,3 +253,28 @@ def test_a_service_under_many_clients_makes_no_error(load: Load, tmp_path: Path)
     row = json.loads(file.read_text())["serving"]
     assert row["errors"] == {} and row["images"] > 1
     assert 0 < row["p50_ms"] <= row["p99_ms"] <= row["max_ms"]
+
+
+def test_every_way_to_run_a_detector_gives_its_results_and_a_line_of_the_table(
+    load: Load, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    latency = load("latency")
+    model = FastFlow("test_resnet", image_size=32, steps=1, pretrained=False, seed=1).eval()
+    graphs = latency.Graphs(model, tmp_path)
+    rows = [measure(latency.case(graphs, batch), seconds=0) for batch in (1, 2)]
+    for row in rows:
+        for name, found in row["providers"].items():
+            assert name.endswith(("bf16", "as it comes")) or found["error"] <= 1e-4, name
+    times = rows[1]["providers"]["ONNX Runtime fp32"]
+    times["ms"] = [4.0]
+    del rows[0]["providers"]["eager bf16"]["ms"]
+    lines = list(latency.markdown({"rows": rows}, rows[0]["threads"]))
+    assert lines[0] == (
+        "| FastFlow test_resnet 32 px | batch 1: ms | images/s | batch 2: ms | images/s |"
+    )
+    (line,) = (each for each in lines if each.startswith("| ONNX Runtime fp32 |"))
+    assert line.endswith(" | 4.0 | 500.0 |")
+    assert any(each.startswith("| eager bf16 | - | - |") for each in lines)
+    assert len({each.count("|") for each in lines[:-1]}) == 1
+    assert list(latency.markdown({"rows": rows}, 99)) == []

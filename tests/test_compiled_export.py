@@ -111,7 +111,8 @@ def test_the_example_in_cpp_says_of_images_what_the_run_says(run, package, score
     for line, wanted in zip(
         done.stdout.splitlines(), mx.load(run, "cpu").predict(images), strict=True
     ):
-        assert (parts := re.fullmatch(LINE, line)), line
+        parts = re.fullmatch(LINE, line)
+        assert parts, line
         name, found, x, y = parts.groups()
         assert name == wanted.name
         assert float(found) == pytest.approx(wanted.score, rel=1e-4)
