@@ -25,6 +25,7 @@ from msflow_ext.inference import Detector
 
 GROUP = "latency"  # what the names of its cases begin with
 BATCHES = 1, 8
+PACKAGED = "efficientnet_lite0"  # its weights come from pip: see the extra ``demo``
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
     add = found.add_argument
-    add("--backbone", default="efficientnet_lite0", help="with random weights: they change no time")
+    add(
+        "--backbone",
+        default=PACKAGED,
+        help="with random weights, but for the default's packaged ones",
+    )
     add("--size", type=int, default=256, help="side of the images in pixels")
     add("--threads", type=int, default=machine.cores(), help="of all of them (default: all cores)")
     add("--seconds", type=float, default=20.0, help="how long the rounds of a batch size go on")
@@ -56,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 def build(backbone: str, size: int) -> MSFlow:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = MSFlow(backbone, image_size=size, pretrained=False, seed=0)
+        model = MSFlow(backbone, image_size=size, pretrained=backbone == PACKAGED, seed=0)
     return model.eval().requires_grad_(False)
 
 
@@ -102,16 +107,17 @@ def case(graphs: Graphs, batch: int, aoti: bool = False) -> Case:
     )
 
 
-def markdown(document: dict[str, Any], threads: int) -> Iterator[str]:
-    """A table per detector: a line per way to run it, milliseconds and images per second by batch; nothing without such rows."""
-    rows = [r for r in document["rows"] if r["case"].startswith(GROUP) and r["threads"] == threads]
-    by_name: dict[str, dict[int, Any]] = {}
-    for row in rows:
-        name, _, batch = row["case"].removeprefix(f"{GROUP} ").rpartition(" b")
-        by_name.setdefault(name, {})[int(batch)] = row["providers"]
-    for name, batches in by_name.items():
-        columns = " | ".join(f"batch {n}: ms | images/s" for n in batches)
-        yield f"| {name} | {columns} |"
+def markdown(document: dict[str, Any]) -> Iterator[str]:
+    """A table per detector: a line per way to run it, milliseconds and images per second by batch; maybe none."""
+    tables: dict[str, dict[int, Any]] = {}
+    for row in document["rows"]:
+        group, _, name = row["case"].partition(" ")
+        name, _, batch = name.rpartition(" b")
+        if group == GROUP:
+            threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
+            tables.setdefault(f"{name}, {threads}", {})[int(batch)] = row["providers"]
+    for name, batches in tables.items():
+        yield f"| {name} | {' | '.join(f'batch {n}: ms | images/s' for n in batches)} |"
         yield "|---|" + "---:|---:|" * len(batches)
         for provider in dict.fromkeys(p for found in batches.values() for p in found):
             cells = (_cells(found.get(provider, {}), n) for n, found in batches.items())
@@ -121,7 +127,7 @@ def markdown(document: dict[str, Any], threads: int) -> Iterator[str]:
 
 def _cells(found: dict[str, Any], batch: int) -> str:
     if "ms" not in found:
-        return "- | -"
+        return f"off by {found['error']:.0%} | -" if "error" in found else "- | -"
     mid = quantiles(found["ms"])[0]
     return f"{mid:.1f} | {1e3 * batch / mid:.1f}"
 

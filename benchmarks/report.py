@@ -104,7 +104,7 @@ def headlines(document: dict[str, Any], threads: int) -> Iterator[str]:
             yield from ("", f"![Time of {name} by provider](benchmarks/results/{name}.svg)")
     yield ""
     yield from bench_models.table(document, threads)
-    yield from latency.markdown(document, threads)
+    yield from latency.markdown(document)
 
 
 def update(path: Path, name: str, block: str) -> None:

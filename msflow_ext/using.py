@@ -104,6 +104,8 @@ def serve(options: Any) -> int:
         limits=serving.Limits(**{name: options[name] for name in names}),
         device=options.device,
         false_alarms=options.false_alarms,
+        ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile,
     )
     return 0
 

@@ -245,14 +245,24 @@ def test_the_accuracy_of_the_packaged_sets_is_one_table(
         load("results").newest()
 
 
-def test_a_service_under_many_clients_makes_no_error(load: Load, tmp_path: Path) -> None:
-    serving, file = load("serving"), tmp_path / "serving.json"
-    assert (
-        serving.main(["--seconds", "1", "--clients", "3", "--side", "64", "--file", str(file)]) == 0
-    )
+def test_a_service_under_many_clients_makes_no_error(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving = load("serving")
+    page, results = tmp_path / "RELIABILITY.md", tmp_path / "results"
+    page.write_text("<!-- serving:begin -->\n<!-- serving:end -->\n")
+    monkeypatch.setattr(serving, "PAGE", page)
+    monkeypatch.setattr(serving.results, "FOLDER", results)
+    assert serving.main(["--seconds", "1", "--clients", "3", "--side", "64"]) == 0
+    (file,) = results.glob("serving-*.json")
     row = json.loads(file.read_text())["serving"]
     assert row["errors"] == {} and row["images"] > 1
     assert 0 < row["p50_ms"] <= row["p99_ms"] <= row["max_ms"]
+    assert row["growth_mb"] is None or row["growth_mb"] < 200
+    assert f"| {row['p50_ms']:.0f} ms | {row['p99_ms']:.0f} ms |" in page.read_text()
+    assert " | none | " in page.read_text()
+    failed = {"machine": machine.facts(), "serving": {**row, "errors": {"503": 2, "ReadError": 1}}}
+    assert " | 2 503, 1 ReadError | " in list(serving.markdown(failed))[-1]
 
 
 def test_every_way_to_run_a_detector_gives_its_results_and_a_line_of_the_table(
@@ -266,15 +276,15 @@ def test_every_way_to_run_a_detector_gives_its_results_and_a_line_of_the_table(
     for row in rows:
         for name, found in row["providers"].items():
             assert name.endswith(("bf16", "as it comes")) or found["error"] <= 1e-4, name
-    times = rows[1]["providers"]["ONNX Runtime fp32"]
-    times["ms"] = [4.0]
+    rows[1]["providers"]["ONNX Runtime fp32"]["ms"] = [4.0]
     del rows[0]["providers"]["eager bf16"]["ms"]
-    lines = list(latency.markdown({"rows": rows}, rows[0]["threads"]))
-    assert lines[0] == (
-        "| FastFlow test_resnet 32 px | batch 1: ms | images/s | batch 2: ms | images/s |"
-    )
+    rows[0]["providers"]["eager bf16"]["error"] = 0.07
+    rows[1]["providers"]["eager bf16"] = {"refused": "no such package"}
+    lines = list(latency.markdown({"rows": [*rows, {**rows[0], "case": "flows b1"}]}))
+    threads = f"{rows[0]['threads']} thread"
+    assert lines[0].startswith(f"| FastFlow test_resnet 32 px, {threads}")
+    assert lines[0].endswith(" | batch 1: ms | images/s | batch 2: ms | images/s |")
     (line,) = (each for each in lines if each.startswith("| ONNX Runtime fp32 |"))
     assert line.endswith(" | 4.0 | 500.0 |")
-    assert any(each.startswith("| eager bf16 | - | - |") for each in lines)
+    assert "| eager bf16 | off by 7% | - | - | - |" in lines
     assert len({each.count("|") for each in lines[:-1]}) == 1
-    assert list(latency.markdown({"rows": rows}, 99)) == []
