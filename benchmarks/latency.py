@@ -25,7 +25,6 @@ from msflow_ext.inference import Detector
 
 GROUP = "latency"  # what the names of its cases begin with
 BATCHES = 1, 8
-PACKAGED = "efficientnet_lite0"  # its weights come from pip: see the extra ``demo``
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,11 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
     add = found.add_argument
-    add(
-        "--backbone",
-        default=PACKAGED,
-        help="with random weights, but for the default's packaged ones",
-    )
+    add("--backbone", default="efficientnet_lite0", help="with random weights: they change no time")
     add("--size", type=int, default=256, help="side of the images in pixels")
     add("--threads", type=int, default=machine.cores(), help="of all of them (default: all cores)")
     add("--seconds", type=float, default=20.0, help="how long the rounds of a batch size go on")
@@ -59,9 +54,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build(backbone: str, size: int) -> MSFlow:
+    """A model with random weights, and with statistics of its features, as training would set them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = MSFlow(backbone, image_size=size, pretrained=backbone == PACKAGED, seed=0)
+        model = MSFlow(backbone, image_size=size, pretrained=False, standardize=True, seed=0)
+        features = model.features(torch.rand(4, 3, size, size))
+    means = [each.mean((0, 2, 3)) for each in features]
+    model.set_statistics(means, [each.std((0, 2, 3)) for each in features])
     return model.eval().requires_grad_(False)
 
 
@@ -117,12 +116,12 @@ def markdown(document: dict[str, Any]) -> Iterator[str]:
             threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
             tables.setdefault(f"{name}, {threads}", {})[int(batch)] = row["providers"]
     for name, batches in tables.items():
+        yield ""
         yield f"| {name} | {' | '.join(f'batch {n}: ms | images/s' for n in batches)} |"
         yield "|---|" + "---:|---:|" * len(batches)
         for provider in dict.fromkeys(p for found in batches.values() for p in found):
             cells = (_cells(found.get(provider, {}), n) for n, found in batches.items())
             yield f"| {provider} | {' | '.join(cells)} |"
-        yield ""
 
 
 def _cells(found: dict[str, Any], batch: int) -> str:
