@@ -220,8 +220,9 @@ def test_the_accuracy_of_the_packaged_sets_is_one_table(
         out = Path(arguments[arguments.index("--out") + 1])
         out.mkdir(parents=True)
         model = {"backbone": "resnet18", "image_size": 192}
+        metrics = {"epochs": 4, "data": {"name": given["--data"]}, "model": model}
         document = {
-            "runs": [{"metrics": {"epochs": 4, "data": {"name": given["--data"]}, "model": model}}],
+            "runs": [{"folder": str(out / "a"), "metrics": metrics}],
             "lines": [asdict(each) for each in lines],
         }
         (out / "table.json").write_text(json.dumps(document))
