@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -193,7 +194,7 @@ def _connected(rank: int, size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what torch raises has no better type in common
-        reason = str(error).splitlines()[0]
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
         raise ConnectionError(
             f"process {rank} of {size} has lost the others: one has ended, or gave no answer within "
             f"{TIMEOUT.total_seconds():.0f} s ({reason})"

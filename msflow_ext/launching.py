@@ -61,10 +61,12 @@ def launch(
 
     Raises:
         ChildProcessError: one has ended without a word, such as by a signal; it is named.
+        ConnectionError: the machines do not meet, or the one where they met is gone.
         KeyboardInterrupt: at SIGINT, when all have ended.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -88,6 +90,10 @@ def launch(
         name = signal.Signals(-failure.exitcode).name
         raise ChildProcessError(
             f"process {rank} of {devices * machines} was ended by {name}, and the others with it"
+        ) from None
+    except RendezvousError as error:
+        raise ConnectionError(
+            f"--rendezvous {rendezvous} does not answer (any more): {error}"
         ) from None
     except SignalException as error:
         if error.sigval == signal.SIGINT:
