@@ -35,8 +35,8 @@ class Ranks:
 
     All of them call the same methods in the same order. Alone, a process exchanges nothing.
 
-    The gradients are averaged here and not by torch's ``DistributedDataParallel``: an image is trained
-    on where its features are kept, so that shares of a batch differ and may be empty.
+    The gradients are averaged here and not by torch's ``DistributedDataParallel``: shares of a batch
+    differ and may be empty, and the mean is to be that of one process.
 
     Raises:
         ConnectionError: any method, if another process has ended or says nothing for ``TIMEOUT``.
@@ -99,6 +99,13 @@ class Ranks:
             whole[other :: self.size] = theirs.numpy()
         return whole
 
+    def move(self, tensor: Tensor, source: int, target: int) -> None:
+        """Fill the target's tensor with the source's; other processes have nothing to do."""
+        if self.rank == source != target:
+            self._call(dist.send, tensor, target)
+        elif self.rank == target != source:
+            self._call(dist.recv, tensor, source)
+
     def broadcast(self, value: Value) -> Value:
         """The first process's value, anything that can be pickled."""
         return self._from(0, value)
@@ -148,6 +155,22 @@ class Ranks:
     def _call(self, collective: Callable[..., Any], *args: Any, **options: Any) -> None:
         with _connected(self.rank, self.size):
             collective(*args, **options)
+
+
+def even_shares(owners: Tensor, size: int) -> list[Tensor]:
+    """The places in a batch that each of ``size`` processes takes, at most one more than another.
+
+    Each takes images of its own, by ``owners (N,)``, as far as they are not too many; so few are moved.
+    """
+    most = -(-len(owners) // size)
+    own = [(owners == rank).nonzero().squeeze(1) for rank in range(size)]
+    spare = torch.cat([places[most:] for places in own])
+    shares = []
+    for places in own:
+        room = max(0, most - len(places))
+        shares.append(torch.cat((places[:most], spare[:room])))
+        spare = spare[room:]
+    return shares
 
 
 def started() -> bool:

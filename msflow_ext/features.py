@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from msflow_ext.data import Images, Item
-from msflow_ext.distributed import Ranks
+from msflow_ext.distributed import Ranks, even_shares
 
 if TYPE_CHECKING:
     from msflow_ext.recipe import Recipe
@@ -34,7 +34,7 @@ class Features:
     """``features[indices]`` are the pooled maps ``[(N, C_i, H_i, W_i)]`` of those images, float32.
 
     The backbone is frozen and nothing is augmented: an image's features are the same every epoch.
-    Of several processes each computes and keeps those of its own images only, and gives no others.
+    Of several processes each computes and keeps those of its own images only, and ``[]`` gives no others.
 
     Args:
         model: has ``features(images)``.
@@ -112,10 +112,28 @@ class Features:
         return sum(maps.nbytes for maps in self._maps)
 
     def share(self, indices: Tensor) -> Tensor:
-        """Which of ``indices (N,)`` are this process's part of a batch: their places in it, int64."""
-        if not self._maps:
-            return self.ranks.own(len(indices))
-        return (indices % self.ranks.size == self.ranks.rank).nonzero().squeeze(1)
+        """Which of ``indices (N,)``, a batch of all processes, this one takes: places in it, int64."""
+        return self._shares(indices)[1][self.ranks.rank]
+
+    def part(self, indices: Tensor) -> list[Tensor]:
+        """Features of this process's :meth:`share` of a batch; those that others keep are sent by them."""
+        ranks = self.ranks
+        owners, shares = self._shares(indices)
+        mine = shares[ranks.rank]
+        with ranks.agreed():
+            batch = self[indices[mine[owners[mine] == ranks.rank]]]
+        for taker, places in enumerate(shares):
+            for place in places[owners[places] != taker].tolist():
+                owner, kept = int(owners[place]), int(indices[place]) // ranks.size
+                if ranks.rank == owner:
+                    for maps in self._maps:
+                        ranks.move(maps[kept], owner, taker)
+                elif ranks.rank == taker:
+                    row = [torch.empty_like(maps[:1]) for maps in self._maps]
+                    for each in row:
+                        ranks.move(each[0], owner, taker)
+                    batch = [torch.cat((x, e.to(x))) for x, e in zip(batch, row, strict=True)]
+        return batch
 
     def batches(self, batch_size: int) -> Iterator[list[Tensor]]:
         """The features of all images, or of this process's own, in their order."""
@@ -143,6 +161,11 @@ class Features:
             mean, std = (v[i].to("cpu", torch.float32).view(-1, 1, 1) for v in (means, stds))
             for one in maps:
                 one.copy_((one - mean) / std)
+
+    def _shares(self, indices: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Who keeps the images of a batch, or may compute them as well as others, and who takes which."""
+        owners = (indices if self._maps else torch.arange(len(indices))) % self.ranks.size
+        return owners, even_shares(owners, self.ranks.size)
 
     def _fill(self, dtype: torch.dtype, batch_size: int, progress: str | None) -> None:
         from tqdm import tqdm

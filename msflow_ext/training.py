@@ -254,17 +254,14 @@ def _epoch(
         group["lr"] = recipe.learning_rate(epoch)
     ranks = features.ranks
     chunks = recipe.order(epoch, len(features)).split(recipe.batch_size)
-    places = [features.share(chunk) for chunk in chunks]
+    shares = ((features.share(chunk), len(chunk)) for chunk in chunks)
 
     def batches() -> Iterator[list[Tensor]]:
-        for chunk, here in zip(chunks, places, strict=True):
-            with ranks.agreed():
-                batch = features[chunk[here]]
-            yield batch
+        for chunk in chunks:
+            yield features.part(chunk)
             bar.update()
 
     try:
-        shares = ((here, len(chunk)) for here, chunk in zip(places, chunks, strict=True))
         disturbed = recipe.disturbed(epoch, batches(), shares)
         steps = train_epoch(fabric, head, optimizer, disturbed, clip=recipe.clip, ranks=ranks)
     except TrainingDiverged as error:
