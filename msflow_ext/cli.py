@@ -58,12 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return launch(arguments, devices, options.num_nodes, options.rendezvous)
         return COMMANDS[parsed.command](options)
     except KeyboardInterrupt:
+        if distributed.local_rank():
+            return 2
         message = "interrupted; what was written is kept"
     except FAILURES as error:
         if debug:
             raise
-        if isinstance(error, ProcessFailed) and error.here:
-            time.sleep(SILENCE)  # it says so itself, before all are ended with the first that ends
+        if isinstance(error, ProcessFailed) and (error.here or distributed.local_rank()):
+            time.sleep(
+                SILENCE
+            )  # another one says so, before all are ended with the first that ends
             return 2
         message = sentence(error)
     print(f"msflow: error: {message}", file=sys.stderr)

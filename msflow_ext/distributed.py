@@ -180,10 +180,15 @@ def started() -> bool:
     return dist.is_initialized() or all(name in os.environ for name in ENVIRONMENT)
 
 
+def local_rank() -> int:
+    """The number of this process among those on this machine that were started with it."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if started() else 0
+
+
 def own_device(device: str | torch.device | None) -> str | torch.device | None:
     """``device``, or this process's own GPU where several processes are to use all of them."""
     if started() and str(device or "cuda") == "cuda" and torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        return f"cuda:{local_rank()}"
     return device
 
 

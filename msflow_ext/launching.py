@@ -57,19 +57,19 @@ def launch(
 ) -> int:
     """Run ``msflow`` with these arguments in ``devices`` processes, and return its exit status.
 
-    If one of them fails, all others are ended.
+    If one of them fails, all others are ended; so are all by a signal to this one.
 
     Raises:
         ChildProcessError: one has ended without a word, such as by a signal; it is named.
         ConnectionError: the machines do not meet, or the one where they met is gone.
-        KeyboardInterrupt: at SIGINT, when all have ended.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("", ".agent.server.api"):  # the second sets a level of its own
+        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     machines = num_nodes or 1
     config = LaunchConfig(
@@ -96,9 +96,7 @@ def launch(
             f"--rendezvous {rendezvous} does not answer (any more): {error}"
         ) from None
     except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        return 128 + error.sigval
+        return 2 if error.sigval == signal.SIGINT else 128 + error.sigval
     return 0
 
 
