@@ -100,6 +100,8 @@ def open_run_together(
                 )
         if ranks.first:
             opened = open_run(run, state, resume=resume, overwrite=overwrite)
+            for stale in run.glob("features-*.cache"):  # of killed processes, perhaps more than now
+                stale.unlink()
             if (run / METRICS).exists() and not overwrite:
                 opened = {}, {}
     opened = ranks.broadcast(opened)

@@ -102,6 +102,7 @@ def test_two_processes_end_where_one_does(folder, script, case):
 def test_one_process_goes_on_where_two_were_interrupted(folder, script, tmp_path):
     shutil.copytree(folder / "pair" / "interrupted", tmp_path / "interrupted")
     assert read_checkpoint(tmp_path / "interrupted/uneven/model.safetensors")[0]["epoch"] == 2
+    (tmp_path / "interrupted/uneven/features-training-1.cache").touch()  # as after kill -9
     script.run_case("uneven", tmp_path / "interrupted", Ranks(), resume=True)
     assert_resumed(tmp_path / "interrupted/uneven", folder / "alone/uneven")
 
