@@ -55,12 +55,15 @@ def train_all(
     out: Path,
     train: Callable[[Trial], Mapping[str, Any]],
     failures: tuple[type[Exception], ...],
+    *,
+    write: bool = True,
 ) -> list[table.Run]:
     """Do each trial, note the ones that fail, and write the table into ``out`` after every one.
 
     Args:
         train: does one and returns what its ``metrics.json`` holds.
         failures: the errors that end a trial but not the series.
+        write: false where another process of the same trainings writes the table.
     """
     runs: list[table.Run] = []
     for number, trial in enumerate(trials, 1):
@@ -73,7 +76,8 @@ def train_all(
             log.error("%s failed: %s", trial.folder, failure)
         category, folder = trial.category or "", str(trial.folder)
         runs.append(table.Run(category, trial.split_seed, trial.seed, folder, metrics, failure))
-        table.write(out, runs)
+        if write:
+            table.write(out, runs)
     return runs
 
 
