@@ -319,6 +319,11 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
+// Refuses a call without the scratch memory that it needs.
+inline void require_memory(const void* memory, int64_t bytes) {
+  if (!memory && bytes > 0) throw std::invalid_argument("CUDA: the call needs scratch memory");
+}
+
 // Carves arrays out of the scratch memory of a call; without memory it only counts.
 class Scratch {
  public:
