@@ -37,7 +37,7 @@ class Free(int):
 
 
 MEMORY = torch.zeros(1 << 20, dtype=torch.uint8)
-THRESHOLDS = torch.tensor([3.0, 2.0, 1.0])
+THRESHOLDS = torch.arange(8.0).flip(0)  # of which a call takes 3, also as float64
 AT, MAYBE, FLOAT = Address(MEMORY.data_ptr()), Optional(MEMORY.data_ptr()), Code(0)
 
 PLANAR, NULLABLE = (AT, FLOAT, 40, 4, 1), (MAYBE, FLOAT, Free(0), 4, 1)
@@ -68,7 +68,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
 WITHOUT_SCRATCH = ("norm_forward", "pool", "upsample")
 if getattr(_backend.C, "cuda_architectures", "") == "emulated":
     CALLS = {f"{name}_cpu": call for name, call in CALLS.items()} | {
-        f"{name}_cuda": (*call, MAYBE if name.startswith(WITHOUT_SCRATCH) else AT, Free(0))
+        f"{name}_cuda": (*call, Free(0) if name.startswith(WITHOUT_SCRATCH) else AT, Free(0))
         for name, call in CALLS.items()
         if name not in ("ranking", "winograd")
     }
