@@ -143,7 +143,9 @@ def test_a_mixture_of_integers_ends_in_a_result_or_an_exception(name: str) -> No
     def law(data: st.DataObject, paths: list[tuple[int, ...]]) -> None:
         arguments = CALLS[name]
         for path in paths:
-            choice = harmless(at[path]) + refused(at[path])[: data.draw(st.integers(0, 3))]
+            # Packets of 16 bytes keep their places.
+            choice = [0, at[path]] if name.endswith("_cuda") else harmless(at[path])
+            choice = choice + refused(at[path])[: data.draw(st.integers(0, 3))]
             arguments = replaced(arguments, path, data.draw(st.sampled_from(choice)))
         try:
             run(name, arguments)

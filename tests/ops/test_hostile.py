@@ -195,8 +195,8 @@ def test_an_op_gives_what_the_reference_gives_or_refuses(native: None, name: str
             assert torch.equal(t.nan_to_num(), b.nan_to_num())
         if lazy or got is None or wanted is None:
             return
-        # Where weights of 0 meet what is not finite, torch and these kernels differ in what they skip.
-        mixing = name in ("winograd", "upsample") and not all(t.isfinite().all() for t in found)
+        # Transforms of tiles mix what is huge or not finite with numbers that torch keeps apart from it.
+        mixing = name == "winograd" and not all((t.abs() < 1e9).all() for t in found)
         if not mixing:
             assert all(map(agree, got, wanted))
 
