@@ -7,13 +7,15 @@ ends the run with its traceback.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
-import atheris  # pyright: ignore[reportMissingImports]
+atheris: Any = importlib.import_module("atheris")  # which not every Python has
 
 with atheris.instrument_imports(include=["msflow_ext", "jsonargparse", "safetensors", "yaml"]):
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
