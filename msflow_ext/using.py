@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msflow_ext.options import open_data
+from msflow_ext.options.training import DATA
 from msflow_ext.printing import print_table
 
 if TYPE_CHECKING:
@@ -211,6 +212,10 @@ def _settings(run: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(settings, dict) or "data" not in settings:
         raise ValueError(f"{path} does not name the run's data: give --data")
+    for name in DATA:
+        kind = int if name == "split_seed" else str
+        if not isinstance(settings.get(name), kind | None):
+            raise ValueError(f"{path}: {name} must be {kind.__name__}, got {settings[name]!r}")
     return settings
 
 

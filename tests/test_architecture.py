@@ -117,5 +117,5 @@ def test_a_kernel_includes_neither_torch_nor_another_op(path: Path) -> None:
         assert not re.match(r"(torch|ATen|c10)/", header), header
         if path.name != "bindings.cpp":
             assert not header.startswith(("pybind11/", "Python.h")), header
-            if "/" in header:
+            if "/" in header and path.parent != CSRC:  # what stands there knows every op
                 assert header.split("/")[0] in ("common", folder), header

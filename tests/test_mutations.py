@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
@@ -12,11 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
+from msflow_ext import cli, using
 from msflow_ext.checkpoint import read_checkpoint, save_checkpoint
 from msflow_ext.data import load_image, load_mask, open_dataset
+from msflow_ext.options import open_data
+from msflow_ext.options.training import DATA
 
 SECONDS = float(os.environ.get("MSFLOW_FUZZ_SECONDS", "0.4"))
 
@@ -64,9 +69,50 @@ def read_table(file: Path) -> None:
         assert item.image.resolve().is_relative_to(file.parent.resolve())
 
 
+def recipe(_: Path) -> bytes:
+    return b"""category: a,b
+epochs: 3
+lr: 0.001
+seeds: [1, 2]
+blocks: [1, 2, 3]
+standardize: true
+fit: pad
+out_indices: &maps [1, 2, 3]
+backbone: test_efficientnet
+"""
+
+
+def read_recipe(file: Path) -> None:
+    """Flags of a training, which must end where its data is looked for."""
+    out = ("--data", str(file.parent / "none"), "--out", str(file.parent / "run"))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        assert cli.main(["train", "--config", str(file), *out]) == 2
+    assert "msflow: error: " in said.getvalue()
+    assert "Traceback" not in said.getvalue()
+    raise ValueError(f"{file}: {said.getvalue()}")
+
+
+def settings(path: Path) -> bytes:
+    """Of a run: what its data was."""
+    table(path)
+    (path / "list.csv").write_bytes(table(path))
+    given = {"data": str(path), "layout": "folder", "csv": "list.csv", "split_seed": 0}
+    return yaml.safe_dump({**dict.fromkeys(DATA), **given}).encode()
+
+
+def read_settings(file: Path) -> None:
+    try:
+        open_data(using._settings(file.parent))
+    except cli.FAILURES as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
 READERS: dict[str, tuple[Callable[[Path], bytes], Callable[[Path], object]]] = {
     "model.safetensors": (checkpoint, read_checkpoint),
     "list.csv": (table, read_table),
+    "train.yaml": (recipe, read_recipe),
+    "config.yaml": (settings, read_settings),
     **{f"image.{kind}": (lambda _, k=kind: picture(k), load_image) for kind in ("png", "bmp")},
     **{f"image.{kind}": (lambda _, k=kind: picture(k), load_image) for kind in ("tiff", "webp")},
     "mask.png": (lambda _: picture("png"), lambda file: load_mask(file, 8)),
@@ -89,3 +135,12 @@ def test_a_file_with_random_damage_is_read_or_refused(tmp_path, name):
             refused += str(file.parent) in str(error)
     print(f"{name}: {done} files, {refused} refused by name")
     assert refused > 0
+
+
+@pytest.mark.parametrize("value", [3.5, [], ["mvtec"], {"a": 1}], ids=str)
+@pytest.mark.parametrize("name", DATA)
+def test_settings_of_another_type_are_refused(tmp_path, name, value):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(settings(tmp_path)), name: value}))
+    with pytest.raises(ValueError, match=rf"config\.yaml: {name} must be (str|int), got "):
+        using._settings(tmp_path)

@@ -32,7 +32,9 @@ HD Tap<W> tap(const Resampling& resampling, int64_t output, int64_t input_size) 
   where = where > 0 ? where : 0;
   int64_t low = int64_t(where);
   if (low > input_size - 1) low = input_size - 1;
-  return {low, low + 1 < input_size ? low + 1 : low, W(where - double(low))};
+  // To the same size, torch reads one pixel: what is not finite does not reach its neighbours.
+  const bool alone = low + 1 >= input_size || resampling.step == 1;
+  return {low, alone ? low : low + 1, W(where - double(low))};
 }
 
 // What a tap reads, in torch's form: what is infinite or huge comes out as it does there.

@@ -319,21 +319,28 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
+// Refuses scratch memory that cannot hold so many bytes.
+inline void require_memory(const void* memory, int64_t bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(memory);
+  if (bytes > 0 && (!memory || address > std::numeric_limits<uintptr_t>::max() - uint64_t(bytes)))
+    throw std::invalid_argument("CUDA: the call needs scratch memory");
+}
+
 // Carves arrays out of the scratch memory of a call; without memory it only counts.
 class Scratch {
  public:
-  explicit Scratch(void* memory) : memory_(static_cast<unsigned char*>(memory)) {}
+  explicit Scratch(void* memory) : memory_(reinterpret_cast<uintptr_t>(memory)) {}
 
   template <class T>
   T* take(int64_t size) {
-    const int64_t begin = bytes_;
+    const uintptr_t begin = memory_ + uint64_t(bytes_);
     bytes_ += (size * int64_t(sizeof(T)) + 15) / 16 * 16;
-    return memory_ ? reinterpret_cast<T*>(memory_ + begin) : nullptr;
+    return memory_ ? reinterpret_cast<T*>(begin) : nullptr;
   }
   int64_t bytes() const { return bytes_; }
 
  private:
-  unsigned char* memory_;
+  uintptr_t memory_;
   int64_t bytes_ = 0;
 };
 

@@ -29,10 +29,10 @@ struct Job : Coupling {
   explicit Job(const Coupling& c)
       : Coupling(c),
         k(make_clamp<W>(c.form, c.clamp)),
-        gain(channels(), W(1)),
-        shift(channels(), W(0)),
-        source(channels()) {
-    const int64_t size = channels();
+        gain(known(), W(1)),
+        shift(known(), W(0)),
+        source(known()) {
+    const int64_t size = known();
     if (scale) gain.assign(static_cast<const W*>(scale), static_cast<const W*>(scale) + size);
     if (offset) shift.assign(static_cast<const W*>(offset), static_cast<const W*>(offset) + size);
     std::vector<bool> seen(size);
@@ -45,6 +45,11 @@ struct Job : Coupling {
     }
   }
 
+  // Channels that memory is needed for: an empty tensor may have any number of them.
+  int64_t known() const {
+    return (samples && positions) || scale || offset || perm ? channels() : 0;
+  }
+
   // Positions of one interleaved item: few enough for the cache, and the same for every batch and
   // thread count.
   int64_t block() const {
@@ -52,7 +57,7 @@ struct Job : Coupling {
     return std::min<int64_t>(64, std::max<int64_t>(1, fitting));
   }
   int64_t blocks() const { return (positions + block() - 1) / block(); }
-  int64_t items() const { return samples * (interleaved ? blocks() : channels()); }
+  int64_t items() const { return samples * (interleaved ? blocks() : positions ? channels() : 0); }
   int64_t item_size() const { return interleaved ? block() * channels() : positions; }
 
   template <class X>
@@ -403,9 +408,11 @@ void coupling_backward_cpu(const Coupling& coupling, Tensor grad_y1, Tensor grad
     job.y1 = grad_y1, job.y2 = grad_y2, job.x1 = x1, job.x2 = x2, job.a = a;
     job.grad_x1 = grad_x1, job.grad_x2 = grad_x2, job.grad_a = grad_a;
     job.grad_log_det = static_cast<const W*>(grad_log_det);
-    const int64_t channels = job.channels(), parts = job.interleaved ? job.items() : job.samples;
+    const int64_t channels = job.known();
+    const int64_t parts = job.interleaved ? job.items() : std::min(job.samples, job.items());
     job.grad_parts = scratch<W>(parts * 2 * channels);
     parallel_for(job.items(), job.item_size(), body, job);
+    if (!grad_scale && !grad_offset) return;
     double grad_constant = 0;
     for (int64_t n = 0; n < job.samples; ++n) grad_constant += double(job.grad_log_det[n]);
     std::vector<double> sum(2 * channels);

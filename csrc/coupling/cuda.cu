@@ -484,6 +484,7 @@ void coupling_forward_cuda(const Coupling& coupling, Tensor x1, Tensor x2, Tenso
   with_types(x2.dtype, a.dtype, [&](auto* tag) {
     using J = std::remove_reference_t<decltype(*tag)>;
     J job(coupling, scratch, false);
+    require_memory(scratch, job.bytes);
     job.x1 = x1, job.x2 = x2, job.a = a, job.y1 = y1, job.y2 = y2;
     job.whole = aligned({x1, x2, a, y1, y2}) && subnet_aligned(job);
     if (job.interleaved)
@@ -499,6 +500,7 @@ void coupling_inverse_cuda(const Coupling& coupling, Tensor y1, Tensor y2, Tenso
   with_types(x2.dtype, a.dtype, [&](auto* tag) {
     using J = std::remove_reference_t<decltype(*tag)>;
     J job(coupling, scratch, false);
+    require_memory(scratch, job.bytes);
     job.y1 = y1, job.y2 = y2, job.a = a, job.x2 = x2;
     job.whole = aligned({y1, y2, a, x2}) && subnet_aligned(job);
     if (job.interleaved)
@@ -517,6 +519,7 @@ void coupling_backward_cuda(const Coupling& coupling, Tensor grad_y1, Tensor gra
     using J = std::remove_reference_t<decltype(*tag)>;
     using W = typename J::W;
     J job(coupling, scratch, true);
+    require_memory(scratch, job.bytes);
     job.y1 = grad_y1, job.y2 = grad_y2, job.x1 = x1, job.x2 = x2, job.a = a;
     job.grad_x1 = grad_x1, job.grad_x2 = grad_x2, job.grad_a = grad_a;
     job.grad_log_det = static_cast<const W*>(grad_log_det);

@@ -390,6 +390,7 @@ void norm_backward_cuda(const Norm& norm, Tensor grad_y, Tensor x, Tensor bias_m
     using J = std::remove_reference_t<decltype(*tag)>;
     using W = typename J::W;
     J job(norm, scratch, bias_map.data);
+    require_memory(scratch, job.bytes);
     job.y = grad_y, job.x = x, job.map = bias_map, job.grad_x = grad_x, job.grad_map = grad_map;
     job.statistics = const_cast<W*>(static_cast<const W*>(statistics));
     job.whole = aligned({grad_y, x, bias_map, grad_x, grad_map});

@@ -43,6 +43,8 @@ struct Table {
     start = scratch<uint32_t>(bucket_of(high) + 1);
     uint32_t filled = 0;
     for (int64_t i = 0; i < count; ++i) {
+      if (i > 0 && key_of(thresholds[i]) <= key_of(thresholds[i - 1]))
+        throw std::invalid_argument("ranking: thresholds must fall strictly, but do not");
       const uint32_t bucket = bucket_of(key_of(thresholds[i]));
       while (filled <= bucket) start[filled++] = uint32_t(i);
       while (i - start[bucket] + 1 >= window) window *= 2;

@@ -162,6 +162,7 @@ void run(Job<W>& job, Body body) {
 
 // `to_low` says whether the low map is what is written; `axis<W>(high, low)` makes the sums.
 #define RUN(resample, input, x, y, to_low, axis)                           \
+  if ((resample).samples == 0) return; /* whatever the sizes say */        \
   const auto run_as = [&](auto wide, Body body) {                          \
     using W = decltype(wide);                                              \
     Job<W> job{resample,                                                   \

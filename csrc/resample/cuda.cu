@@ -136,6 +136,7 @@ __global__ void __launch_bounds__(threads, 1) resample(const __grid_constant__ J
 template <class X>
 void run(const Resample& r, Kind kind, bool forward, Tensor from, Tensor base, Tensor to,
          void* stream) {
+  if (r.samples == 0) return;  // whatever the sizes say
   const bool onto_low = forward == (kind == Kind::pool);
   if (r.height * r.width > std::numeric_limits<int32_t>::max())
     throw std::invalid_argument("resample: a map may have at most 2^31 - 1 positions on CUDA");

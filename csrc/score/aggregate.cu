@@ -367,6 +367,7 @@ void aggregate_cuda(DType dtype, int64_t samples, int64_t height, int64_t width,
   with_type(dtype, [&](auto wide) {
     using W = decltype(wide);
     Job<W> job(samples, height, width, k, scales, false, scratch);
+    require_memory(scratch, job.bytes);
     job.score = static_cast<W*>(score), job.log_score = static_cast<W*>(log_score);
     job.nll_score = static_cast<W*>(nll_score);
     job.anomaly_map = static_cast<W*>(anomaly_map), job.image_map = static_cast<W*>(image_map);
@@ -380,6 +381,7 @@ void mean_aggregate_cuda(DType dtype, int64_t samples, int64_t height, int64_t w
   with_type(dtype, [&](auto wide) {
     using W = decltype(wide);
     Job<W> job(samples, height, width, 1, scales, true, scratch);
+    require_memory(scratch, job.bytes);
     job.score = static_cast<W*>(score), job.log_score = job.nll_score = nullptr;
     job.anomaly_map = static_cast<W*>(anomaly_map), job.image_map = nullptr;
     run(job, stream);

@@ -304,6 +304,7 @@ template <class W>
 bool aggregate(int64_t samples, int64_t height, int64_t width, int64_t k,
                const std::vector<Scale>& scales, Body upsample, Body finish, W* score, W* log_score,
                W* nll_score, W* anomaly_map, W* image_map) {
+  if (samples == 0) return true;  // whatever the sizes say
   const int64_t rows = samples * height;
   Maps<W> maps{
       samples,          height,           width, {}, anomaly_map, image_map, scratch<W>(rows),
@@ -321,6 +322,7 @@ bool aggregate(int64_t samples, int64_t height, int64_t width, int64_t k,
 template <class W>
 bool mean_aggregate(int64_t samples, int64_t height, int64_t width,
                     const std::vector<Scale>& scales, Body body, W* score, W* anomaly_map) {
+  if (samples == 0) return true;
   Maps<W> maps{samples, height,      width,
                {},      anomaly_map, nullptr,
                nullptr, nullptr,     scratch<W>(samples * height),

@@ -119,6 +119,7 @@ void square_sums_cuda(int64_t samples, int64_t channels, int64_t positions, bool
     using J = std::remove_reference_t<decltype(*tag)>;
     using W = typename J::W;
     J job(samples, channels, positions, interleaved);
+    require_memory(scratch, samples * job.sample_blocks() * int64_t(sizeof(W)));
     job.z = z, job.whole = aligned({z});
     job.per_position = static_cast<W*>(per_position), job.parts = static_cast<W*>(scratch);
     launch(interleaved ? square_sums_interleaved<J> : square_sums_planar<J>,

@@ -201,12 +201,22 @@ def views(interleaved: bool, *tensors: Tensor | None) -> tuple[list[Tensor | Non
     out: list[View] = []
     for x in tensors:
         s = None if x is None else strides(x)
-        if x is not None and (s is None or (s[1] if interleaved else s[2]) != 1):
+        if x is not None and (
+            s is None or (s[1] if interleaved else s[2]) != 1 or (runs_cuda(x) and _slides(x, s))
+        ):
             x = x.movedim(1, -1).contiguous().movedim(-1, 1) if interleaved else x.contiguous()
             s = strides(x)
         kept.append(x)
         out.append(None if x is None or s is None else (x.data_ptr(), DTYPES[x.dtype], *s))
     return kept, out
+
+
+def _slides(x: Tensor, s: tuple[int, int, int]) -> bool:
+    """True for windows that overlap by all but one number: CUDA's packets of 16 bytes cannot begin at each."""
+    if s[0] != 1 and s[1] != s[2]:
+        return False
+    sizes = (x.size(0), x.size(1), math.prod(x.shape[2:]))
+    return [size > 1 and step == 1 for size, step in zip(sizes, s, strict=True)].count(True) > 1
 
 
 def addresses(*vectors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:

@@ -115,11 +115,17 @@ def _native_weight(weight: Tensor, tile: int, dtype: torch.dtype, turned: bool) 
     transform, correction = (np.array(t, np.float32) for t in _TABLES[tile])
     points = len(transform)
     values = weight.new_empty((points, -(-c_out // _PANEL), -(-c_in // k), _PANEL, k), dtype=dtype)
-    steps = (weight.data_ptr(), *weight.stride()[:2], turned, _backend.DTYPES[dtype])
-    corrected = correction.ctypes.data if k == 2 else 0
-    _backend.C.winograd_weight_cpu(
-        c_out, c_in, points, *steps, transform.ctypes.data, corrected, values.data_ptr()
+    job = _backend.C.WinogradWeight(
+        (c_out, c_in, points),
+        weight.data_ptr(),
+        tuple(weight.stride()[:2]),
+        turned,
+        _backend.DTYPES[dtype],
+        transform.ctypes.data,
+        correction.ctypes.data if k == 2 else 0,
+        values.data_ptr(),
     )
+    _backend.C.winograd_weight_cpu(job)
     return values
 
 

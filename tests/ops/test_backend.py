@@ -92,3 +92,22 @@ def test_the_environment_chooses_the_backend(name: str) -> None:
     else:
         message = "MSFLOW_EXT_BACKEND must be 'native' or 'reference', got 'cuda'"
         assert message in done.stderr.splitlines()[-1]
+
+
+def test_windows_that_overlap_are_copied_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal = torch.arange(40.0)
+    windows = [
+        signal.unfold(0, 8, 1)[None, :4],  # channels one step apart
+        signal.unfold(0, 8, 1)[:, None],  # samples
+        signal.unfold(0, 8, 1),  # vectors
+    ]
+    for cuda in (False, True):
+        monkeypatch.setattr(_backend, "_emulated", cuda)
+        for x in windows:
+            (kept,), _ = _backend.views(_backend.is_interleaved(x), x)
+            assert kept is not None
+            assert torch.equal(kept, x)
+            assert (kept is x) != cuda
+        for x in (torch.zeros(2, 3, 4), torch.zeros(1, 3), torch.zeros(3, 1, 1)):
+            (kept,), _ = _backend.views(_backend.is_interleaved(x), x)
+            assert kept is x

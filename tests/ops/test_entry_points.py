@@ -1,0 +1,207 @@
+"""The compiled module's own checks: no integers that tensors cannot have make an entry point crash, only raise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msflow_ext import ops
+from msflow_ext.ops import _backend
+
+pytestmark = pytest.mark.skipif(_backend.C is None, reason=f"kernels {_backend.STATUS}")
+
+EXAMPLES = int(os.environ.get("MSFLOW_EXAMPLES", "100"))
+REFUSALS = (ValueError, TypeError, RuntimeError, OverflowError, MemoryError)
+
+
+class Address(int):
+    """Of memory that is large enough for whatever a call below does; 0 must be refused."""
+
+
+class Optional(Address):
+    """An address that may be 0."""
+
+
+class Code(int):
+    """An element type."""
+
+
+class Free(int):
+    """Any number is one."""
+
+
+MEMORY = torch.zeros(1 << 20, dtype=torch.uint8)
+THRESHOLDS = torch.arange(8.0).flip(0)  # of which a call takes 3, also as float64
+AT, MAYBE, FLOAT = Address(MEMORY.data_ptr()), Optional(MEMORY.data_ptr()), Code(0)
+
+PLANAR, NULLABLE = (AT, FLOAT, 40, 4, 1), (MAYBE, FLOAT, Free(0), 4, 1)
+INTERLEAVED = (AT, FLOAT, 40, 1, 5)
+COUPLING = ("Coupling", (2, 3, 2, 4, 3), False, Code(0), 2.0, 9.0, MAYBE, MAYBE, Optional(0))
+NORM = ("Norm", (2, 5, 4), False, True, 1e-5, AT, AT)
+RESAMPLE = ("Resample", (2, 3), (4, 5), (2, 3), False)
+WINOGRAD = ("Winograd", (2, 3, 4, 5), (4, 4, 5), 2, (1, 1), True, FLOAT, AT, AT)
+WEIGHT = ("WinogradWeight", (3, 2, 16), AT, (18, 9), True, FLOAT, AT, MAYBE, AT)
+MAPS = [(AT, 2, 3), (AT, 4, 2)]
+
+# Valid arguments of every entry point; a tuple that begins with a name is a description.
+CALLS: dict[str, tuple[Any, ...]] = {
+    "coupling_forward": (COUPLING, *[PLANAR] * 5, AT),
+    "coupling_inverse": (COUPLING, *[PLANAR] * 4, AT),
+    "coupling_backward": (COUPLING, *[PLANAR] * 2, AT, *[PLANAR] * 6, MAYBE, MAYBE),
+    "norm_forward": (NORM, PLANAR, NULLABLE, PLANAR, MAYBE),
+    "norm_backward": (NORM, PLANAR, PLANAR, NULLABLE, AT, PLANAR, NULLABLE, AT, AT),
+    "pool_forward": (RESAMPLE, PLANAR, PLANAR),
+    "pool_backward": (RESAMPLE, PLANAR, PLANAR),
+    "upsample_forward": (RESAMPLE, *[PLANAR] * 3),
+    "upsample_backward": (RESAMPLE, PLANAR, PLANAR),
+    "square_sums": (2, 5, 4, False, PLANAR, MAYBE, MAYBE),
+    "aggregate": (FLOAT, 2, 4, 5, 3, MAPS, *[AT] * 5),
+    "mean_aggregate": (FLOAT, 2, 4, 5, MAPS, AT, AT),
+    "ranking": (FLOAT, AT, AT, 7, Address(THRESHOLDS.data_ptr()), 3, Free(2), AT, AT),
+    "winograd": (WINOGRAD, INTERLEAVED, INTERLEAVED),
+    "winograd_weight": (WEIGHT,),
+}
+WITHOUT_SCRATCH = ("norm_forward", "pool", "upsample")
+if getattr(_backend.C, "cuda_architectures", "") == "emulated":
+    CALLS = {f"{name}_cpu": call for name, call in CALLS.items()} | {
+        f"{name}_cuda": (*call, Free(0) if name.startswith(WITHOUT_SCRATCH) else AT, Free(0))
+        for name, call in CALLS.items()
+        if name not in ("ranking", "winograd", "winograd_weight")
+    }
+else:
+    CALLS = {f"{name}_cpu": call for name, call in CALLS.items()}
+
+HUGE = [2**49, 2**62, 2**63 - 1, 2**64, 2**200]
+NEGATIVE = [-1, -7, -(2**31), -(2**63), -(2**64)]
+
+
+def run(name: str, arguments: Any) -> None:
+    """Calls an entry point, its description made from a tuple."""
+    C = _backend.C
+    described = isinstance(arguments[0], tuple) and isinstance(arguments[0][0], str)
+    first = getattr(C, arguments[0][0])(*arguments[0][1:]) if described else arguments[0]
+    getattr(C, name)(first, *arguments[1:])
+
+
+def leaves(value: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Where the integers stand that must not be just any."""
+    if isinstance(value, (tuple, list)):
+        for i, part in enumerate(value):
+            yield from leaves(part, (*path, i))
+    elif isinstance(value, int) and not isinstance(value, (bool, Free)):
+        yield path, value
+
+
+def replaced(value: Any, path: tuple[int, ...], by: int) -> Any:
+    if not path:
+        return by
+    parts = [*value]
+    parts[path[0]] = replaced(parts[path[0]], path[1:], by)
+    return type(value)(parts)
+
+
+def refused(value: int) -> list[int]:
+    """What no tensor has in the place of this value."""
+    if isinstance(value, Address):
+        return [*NEGATIVE, 2**64 - 1, 2**64, *([] if isinstance(value, Optional) else [0])]
+    return [*NEGATIVE, *HUGE, *([4, 5] if isinstance(value, Code) else [])]
+
+
+def harmless(value: int) -> list[int]:
+    """What stays in the memory that the valid call reaches, whether it makes sense or not."""
+    if isinstance(value, Address):
+        return [0, value]
+    return [0, 1, 2, 3] if isinstance(value, Code) else [*range(value + 1)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_entry_point_takes_what_tensors_have(name: str) -> None:
+    run(name, CALLS[name])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_integer_that_no_tensor_has_is_refused(name: str) -> None:
+    for path, value in leaves(CALLS[name]):
+        for bad in refused(value):
+            try:
+                run(name, replaced(CALLS[name], path, bad))
+            except REFUSALS:
+                continue
+            pytest.fail(f"{name} takes {bad} for {value} at {path}")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_mixture_of_integers_ends_in_a_result_or_an_exception(name: str) -> None:
+    at = dict(leaves(CALLS[name]))
+
+    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+    @given(st.data(), st.lists(st.sampled_from([*at]), min_size=1, max_size=6))
+    def law(data: st.DataObject, paths: list[tuple[int, ...]]) -> None:
+        arguments = CALLS[name]
+        for path in paths:
+            # Packets of 16 bytes keep their places.
+            choice = [0, at[path]] if name.endswith("_cuda") else harmless(at[path])
+            choice = choice + refused(at[path])[: data.draw(st.integers(0, 3))]
+            arguments = replaced(arguments, path, data.draw(st.sampled_from(choice)))
+        try:
+            run(name, arguments)
+        except REFUSALS:
+            return
+
+    law()
+
+
+def test_thresholds_that_do_not_fall_are_refused() -> None:
+    call = CALLS["ranking_cpu"]
+    for wrong in ([1.0, 2.0, 0.0], [1.0, 1.0, 0.0], [0.0, -0.0, -1.0]):
+        thresholds = torch.tensor(wrong)
+        with pytest.raises(ValueError, match="thresholds must fall strictly"):
+            run("ranking_cpu", (*call[:4], thresholds.data_ptr(), *call[5:]))
+
+
+def test_tensors_of_different_types_are_refused() -> None:
+    double = (AT, Code(1), 40, 4, 1)
+    with pytest.raises(ValueError, match="x1 must have the element type of the call"):
+        run("coupling_forward_cpu", (COUPLING, double, *[PLANAR] * 4, AT))
+    with pytest.raises(ValueError, match="y must have the element type of the call"):
+        run("norm_forward_cpu", (NORM, PLANAR, None, double, 0))
+    with pytest.raises(ValueError, match="x must be float32, or bfloat16"):
+        run("winograd_cpu", (WINOGRAD, (AT, Code(1), 40, 1, 5), INTERLEAVED))
+
+
+# Sizes for which nothing must be allocated, because no number is stored.
+MANY, FEWER = 2**40, 2**29
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "wanted"),
+    [
+        (ops.affine_coupling, [(0, FEWER, 2), (0, FEWER, 2), (0, 2 * FEWER, 2)], (0,)),
+        (ops.affine_coupling, [(1, 2 * FEWER, 0), (1, FEWER, 0), (1, 2 * FEWER, 0)], (1,)),
+        (ops.affine_coupling_inverse, [(1, FEWER, 0), (1, FEWER, 0), (1, 2 * FEWER, 0)], (1,)),
+        (ops.log_likelihood_map, [(0, MANY, 5)], (0, 5)),
+        (ops.half_square_norm, [(1, MANY, 0)], (1,)),
+        (ops.upsample_and_add, [(0, 1, MANY, 1), (0, 1, 3, 1)], (0, 1, MANY, 1)),
+        (lambda x: ops.pool_and_concatenate([x], (2, 1)), [(0, 1, MANY, 1)], (0, 1, 2, 1)),
+        (lambda x: ops.aggregate([x], (MANY, 2)).score, [(0, 2, 3)], (0,)),
+        (lambda x: ops.mean_aggregate([x], (MANY, 2)).anomaly_map, [(0, 2, 3)], (0, MANY, 2)),
+    ],
+)
+def test_a_huge_tensor_without_numbers_costs_nothing(
+    native: None, function: Any, shapes: list[tuple[int, ...]], wanted: tuple[int, ...]
+) -> None:
+    differentiable = len(shapes[0]) > 3 or function in (ops.affine_coupling, ops.half_square_norm)
+    operands = [torch.empty(shape).requires_grad_(differentiable) for shape in shapes]
+    found = function(*operands)
+    found = found if isinstance(found, tuple) else (found,)
+    assert found[-1].shape == wanted
+    assert not any(t.count_nonzero() for t in found)
+    if differentiable:
+        gradients = torch.autograd.grad([t.sum() for t in found], operands)
+        assert [g.shape for g in gradients] == shapes
