@@ -7,8 +7,9 @@ import logging
 import os
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,22 +109,19 @@ def train(options: Any) -> int:
     """Train a model on good images, test it, and write a run folder, or one for each category and seed."""
     trials = _trials(options)
     if not trials:
+        if options.engine != "local":
+            several = "--category all or a,b, --seeds or --split-seeds"
+            raise ValueError(f"--engine {options.engine} is for several trainings: {several}")
         print_table(rows_of(_train(options)))
         return 0
-    from msflow_ext import series, table
+    from msflow_ext import engines, series, table
 
-    out = Path(options.out)
+    out, engine, chosen = Path(options.out), engines.chosen(options), options.clone()
     if not (options.resume or options.overwrite):
         series.refuse_old(trials)
-
-    def one(trial: series.Trial) -> Mapping[str, Any]:
-        chosen = options.clone()
-        for name in ("category", "split_seed", "seed"):
-            chosen[name] = getattr(trial, name)
-        chosen.out = str(trial.folder)
-        return _train(chosen)
-
-    runs = series.train_all(trials, out, one, FAILURES)
+    if options.engine != "local":  # a training whose worker dies goes on from its checkpoint
+        chosen.resume, chosen.device = not options.overwrite, engines.device_of(options)
+    runs = series.train_all(trials, out, partial(_train_trial, chosen), FAILURES, engine)
     print_lines(table.lines(runs))
     print(f"{out / 'table.md'}, table.csv and table.json hold all of it")
     failed = [run for run in runs if run.failure]
@@ -198,6 +196,15 @@ def _trials(options: Any) -> list[series.Trial]:
     split_seeds = options.split_seeds or [options.split_seed]
     seeds = options.seeds or [options.seed]
     return series.plan(Path(options.out), categories, split_seeds, seeds)
+
+
+def _train_trial(options: Any, trial: series.Trial) -> dict[str, Any]:
+    """One training of a series."""
+    chosen = options.clone()
+    for name in ("category", "split_seed", "seed"):
+        chosen[name] = getattr(trial, name)
+    chosen.out = str(trial.folder)
+    return _train(chosen)
 
 
 def _train(options: Any) -> dict[str, Any]:
