@@ -26,6 +26,13 @@ RETRIES = 5  # of a task whose worker died
 QUEUE = 1000  # tasks that Ray is told of at a time
 STORE_BYTES = 100 * 2**20  # of Ray's shared memory: results are small
 CONNECT_SECONDS = 30.0
+_CONNECT = """
+import ray, sys
+try:
+    ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+except Exception as error:
+    sys.exit(str(error.__cause__ or error))
+"""
 
 log = logging.getLogger(__name__)
 
@@ -150,8 +157,7 @@ def session(address: str | None = None) -> Iterator[Any]:
 
 def _check_address(address: str) -> None:
     """ConnectionError if no cluster takes us in; asked by a process that can be stopped, as Ray waits long."""
-    asked = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level='ERROR')"
-    command = [sys.executable, "-c", asked, address]
+    command = [sys.executable, "-c", _CONNECT, address]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=CONNECT_SECONDS, check=False
