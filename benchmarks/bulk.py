@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add = found.add_argument
     counts = sorted({1, machine.cores()})
     add("--run", type=Path, help="run folder (default: an untrained toy)")
-    add("--workers", type=int, nargs="+", default=counts, help=f"of Ray (default: {counts})")
+    add("--workers", type=int, nargs="*", default=counts, help=f"of Ray (default: {counts})")
     add("--images", type=int, default=2000, help="in the archive")
     add("--side", type=int, default=512, help="of an image, in pixels")
     add("--shard-size", type=int, default=50, help="images in a file of Parquet")
