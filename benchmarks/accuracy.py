@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,8 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not (out / "table.json").exists():  # it did not even begin
             continue
         found = json.loads((out / "table.json").read_text())
-        document["commands"].append(" ".join(["msflow", *command]))
-        document["runs"] += found["runs"]
+        document["commands"].append(" ".join(["msflow", *command[:-1], f"runs/accuracy/{data}"]))
+        for run in found["runs"]:  # a result names no folder of one machine
+            folder = os.path.relpath(run["folder"], options.out)
+            document["runs"].append(run | {"folder": Path(folder).as_posix()})
         document["lines"] += found["lines"]
     if worst == 0:
         write(document)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench_models, charts, results, targets
+from benchmarks import bench_models, charts, latency, results, targets
 from benchmarks.targets import STEP, baseline
 from msflow_ext.bench import quantiles, ratio
 
@@ -27,7 +27,7 @@ CHARTS = {"flows": 0, "pipeline": 1, "training": 2}
 
 #: Groups whose few providers stand side by side; elsewhere the cases do.
 OPS = ("coupling", "norm", "likelihood", "aggregation", "pixel AUROC", "AUPRO", "model")
-OTHERS = ("flows", "pipeline", "training step", "training run")
+OTHERS = ("flows", "pipeline", "training step", "training run", latency.GROUP)
 
 
 def write(document: dict[str, Any]) -> Iterator[str]:
@@ -35,7 +35,8 @@ def write(document: dict[str, Any]) -> Iterator[str]:
     page = results.file_for(document["machine"]).with_suffix(".md")
     page.write_text("\n".join(markdown(document)) + "\n")
     yield str(page)
-    threads = max(row["threads"] for row in document["rows"])
+    shown = {case for _, case in HEADLINES}
+    threads = max((row["threads"] for row in document["rows"] if row["case"] in shown), default=1)
     for name, headline in CHARTS.items():
         title, case = HEADLINES[headline]
         row = _find(document, case, threads)
@@ -103,6 +104,7 @@ def headlines(document: dict[str, Any], threads: int) -> Iterator[str]:
             yield from ("", f"![Time of {name} by provider](benchmarks/results/{name}.svg)")
     yield ""
     yield from bench_models.table(document, threads)
+    yield from latency.markdown(document)
 
 
 def update(path: Path, name: str, block: str) -> None:

@@ -25,9 +25,11 @@ import numpy as np
 from PIL import Image
 
 import msflow_ext as mx
-from benchmarks import results
+from benchmarks import report, results
 from msflow_ext.bench import machine
 from msflow_ext.checkpoint import save_checkpoint
+
+PAGE = Path(__file__).parents[1] / "tests" / "RELIABILITY.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,13 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for name, value in row.items():
         print(f"{name:>16}  {value}")
-    path = options.file
-    if path is None:
-        path = results.file_for(facts)
-        path = path.with_name(f"{results.SERVING}{path.name}")
+    document = {"machine": facts, "serving": row}
+    file = results.file_for(facts)
+    path = options.file or file.with_name(f"{results.SERVING}{file.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": facts, "serving": row}, indent=1) + "\n")
+    path.write_text(json.dumps(document, indent=1) + "\n")
     print(path)
+    if options.file is None:
+        report.update(PAGE, "serving", "\n".join(markdown(document)))
+        print(PAGE)
     return 1 if row["errors"] else 0
 
 
@@ -64,6 +68,23 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--side", type=int, default=512, help="of the image they send, in pixels")
     found.add_argument("--file", type=Path, help="to write (default: in benchmarks/results)")
     return found
+
+
+def markdown(document: dict[str, Any]) -> Iterator[str]:
+    """The table of tests/RELIABILITY.md."""
+    row = document["serving"]
+    errors = ", ".join(f"{count} {name}" for name, count in row["errors"].items()) or "none"
+    growth = "unknown" if row["growth_mb"] is None else f"{row['growth_mb']:+.1f} MB"
+    memory = "" if row["begin_mb"] is None else f" of {row['begin_mb']:.0f} MB"
+    yield f"{report.machine_line(document['machine'])}; {row['run']}; {row['image']}."
+    yield ""
+    yield "| clients | seconds | images | images/s | p50 | p99 | longest | errors | memory grew by |"
+    yield "|---:|---:|---:|---:|---:|---:|---:|---|---:|"
+    times = " | ".join(f"{row[name]:.0f} ms" for name in ("p50_ms", "p99_ms", "max_ms"))
+    counts = (
+        f"{row['clients']} | {row['seconds']:.0f} | {row['images']} | {row['images_per_s']:.1f}"
+    )
+    yield f"| {counts} | {times} | {errors} | {growth}{memory} |"
 
 
 def toy(folder: Path) -> Path:
@@ -116,7 +137,7 @@ def drive(url: str, clients: int, seconds: float, body: bytes) -> dict[str, Any]
     memory = resident_mb(url)
     start = time.perf_counter()
     tally = _ask(url, clients, seconds, body)
-    took = time.perf_counter() - start
+    took, end = time.perf_counter() - start, resident_mb(url)
     if len(tally.milliseconds) < 2:
         raise SystemExit(f"fewer than two images were scored: {dict(tally.errors)}")
     hundredths = statistics.quantiles(tally.milliseconds, n=100, method="inclusive")
@@ -129,7 +150,7 @@ def drive(url: str, clients: int, seconds: float, body: bytes) -> dict[str, Any]
         "max_ms": round(max(tally.milliseconds), 1),
         "errors": dict(tally.errors),
         "begin_mb": memory,
-        "end_mb": resident_mb(url),
+        "growth_mb": None if memory is None or end is None else round(end - memory, 1),
     }
 
 

@@ -184,6 +184,17 @@ PYBIND11_MODULE(_C, m) {
       },
       nogil);
   m.def("winograd_cpu", &winograd_cpu, nogil);
+  m.def(
+      "winograd_weight_cpu",
+      [](int64_t out_channels, int64_t channels, int64_t points, Address kernel, int64_t out_step,
+         int64_t in_step, bool turned, int factors, Address transform, Address correction,
+         Address values) {
+        winograd_weight_cpu({out_channels, channels, points,
+                             static_cast<const float*>(pointer(kernel)), out_step, in_step, turned,
+                             DType(factors), static_cast<const float*>(pointer(transform)),
+                             static_cast<const float*>(pointer(correction)), pointer(values)});
+      },
+      nogil);
   m.def("winograd_factors_cpu", [] {
     std::vector<int> numbers;
     for (DType type : winograd_factors_cpu()) numbers.push_back(int(type));

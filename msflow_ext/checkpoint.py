@@ -151,6 +151,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if _HEADER not in metadata:
             raise ValueError(f"{path} is a safetensors file, but no checkpoint of msflow_ext")
         text = metadata[_HEADER]
+        # An older file holds the header alone; whatever else stands there must be the checksum.
         if metadata.keys() != {_HEADER} and metadata.get(_DIGEST) != _digest(text, tensors):
             raise ValueError(f"{path} is damaged: its content does not match its checksum")
         header = json.loads(text)

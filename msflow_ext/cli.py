@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +15,9 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msflow_ext import distributed
+from msflow_ext.distributed import ProcessFailed
+from msflow_ext.launching import launch, processes_to_start
 from msflow_ext.options import open_data, parser
 from msflow_ext.options.training import MODEL, RECIPE, SETTINGS
 from msflow_ext.printing import print_lines, print_table, rows_of, sentence
@@ -28,6 +32,7 @@ DEMO = (
     ("--data", "elpv", "--category", "mono", "--epochs", "24"),
     ("--data", "textures", "--category", "brick", "--epochs", "40"),
 )
+SILENCE = 2.0  # seconds in which the process that failed has said why
 FAILURES = (
     ArgumentError,
     ArithmeticError,
@@ -49,12 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parsed = parser(COMMANDS).parse_args([each for each in arguments if each != "--debug"])
         _log_to_stderr()
-        return COMMANDS[parsed.command](parsed[parsed.command])
+        options = parsed[parsed.command]
+        if parsed.command == "train" and (devices := _processes_to_start(options)):
+            return launch(arguments, devices, options.num_nodes, options.rendezvous)
+        return COMMANDS[parsed.command](options)
     except KeyboardInterrupt:
+        if distributed.local_rank():
+            return 2
         message = "interrupted; what was written is kept"
     except FAILURES as error:
         if debug:
             raise
+        if isinstance(error, ProcessFailed) and (error.here or distributed.local_rank()):
+            time.sleep(
+                SILENCE
+            )  # another one says so, before all are ended with the first that ends
+            return 2
         message = sentence(error)
     print(f"msflow: error: {message}", file=sys.stderr)
     return 2
@@ -107,29 +122,38 @@ def data(options: Any) -> int:
 
 def train(options: Any) -> int:
     """Train a model on good images, test it, and write a run folder, or one for each category and seed."""
-    trials = _trials(options)
-    if not trials:
-        if options.engine != "local":
-            several = "--category all or a,b, --seeds or --split-seeds"
-            raise ValueError(f"--engine {options.engine} is for several trainings: {several}")
-        print_table(rows_of(_train(options)))
-        return 0
     from msflow_ext import engines, series, table
 
+    ranks = distributed.join(options.device)
+    if not ranks.first:
+        logging.getLogger("msflow_ext").setLevel(logging.CRITICAL)
     out, engine, chosen = Path(options.out), engines.chosen(options), options.clone()
-    if not (options.resume or options.overwrite):
-        series.refuse_old(trials)
+    with ranks.agreed():
+        trials = _trials(options)
+        if not (options.resume or options.overwrite):
+            series.refuse_old(trials)
+        if not trials and options.engine != "local":
+            several = "--category all or a,b, --seeds or --split-seeds"
+            raise ValueError(f"--engine {options.engine} is for several trainings: {several}")
+    if not trials:
+        rows = rows_of(_train(options))
+        if ranks.first:
+            print_table(rows)
+        return 0
     if options.engine != "local":  # a training whose worker dies goes on from its checkpoint
         chosen.resume, chosen.device = not options.overwrite, engines.device_of(options)
-    runs = series.train_all(trials, out, partial(_train_trial, chosen), FAILURES, engine)
-    print_lines(table.lines(runs))
-    print(f"{out / 'table.md'}, table.csv and table.json hold all of it")
+    work = partial(_train_trial, chosen)
+    runs = series.train_all(trials, out, work, FAILURES, engine, write=ranks.first)
+    if ranks.first:
+        print_lines(table.lines(runs))
+        print(f"{out / 'table.md'}, table.csv and table.json hold all of it")
     failed = [run for run in runs if run.failure]
-    if failed:
-        raise RuntimeError(
-            f"{len(failed)} of {len(runs)} trainings failed, first {failed[0].folder}: "
-            f"{failed[0].failure}"
-        )
+    with ranks.agreed():
+        if failed:
+            raise RuntimeError(
+                f"{len(failed)} of {len(runs)} trainings failed, first {failed[0].folder}: "
+                f"{failed[0].failure}"
+            )
     return 0
 
 
@@ -215,10 +239,12 @@ def _train(options: Any) -> dict[str, Any]:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.model not in PRESETS[options.preset]:
-        raise ValueError(f"--model {options.model} has no preset {options.preset}")
-    dataset = open_data(vars(options))
-    model = _build(options, dataset)
+    ranks = distributed.join(options.device)
+    with ranks.agreed():
+        if options.model not in PRESETS[options.preset]:
+            raise ValueError(f"--model {options.model} has no preset {options.preset}")
+        dataset = open_data(vars(options))
+        model = _build(options, dataset)
     given = {name: options[name] for name in RECIPE if options[name] is not None}
     recipe = replace(PRESETS[options.preset][options.model].recipe, **given)
     metrics = training.train(
@@ -232,6 +258,7 @@ def _train(options: Any) -> dict[str, Any]:
         overwrite=options.overwrite,
         baseline=options.baseline,
         progress=True,
+        ranks=ranks,
     )
     logging.getLogger(__name__).info("%s", Path(options.out) / "report.html")
     return metrics
@@ -257,6 +284,11 @@ def _build(options: Any, dataset: DataSet) -> Any:
         seed=options.seed,
         **{**PRESETS[options.preset][options.model].model, **given},
     )
+
+
+def _processes_to_start(options: Any) -> int:
+    names = ("devices", "num_nodes", "rendezvous", "device")
+    return processes_to_start(**{name: options[name] for name in names})
 
 
 def _log_to_stderr() -> None:

@@ -69,25 +69,20 @@ def evaluate(
     The metrics are fractions: ``image_auroc``, ``image_average_precision``, ``image_f1_max``, the
     same three for ``pixel``, ``aupro`` and ``aupro_0.05`` (up to a false-positive rate of 0.3 and
     0.05), and ``aupimo``; None where the truth is, ``aupimo`` also where every image has a defect.
+    Of several processes each scores its own images, and the first one measures them all; the others
+    return theirs without metrics.
 
     Raises:
         FloatingPointError: a score or a map is not finite; its image is named.
     """
-    size = features.images.size
-    scores, maps = np.empty(len(features)), np.empty((len(features), size, size), np.float32)
-    done = 0
-    for batch in features.batches(batch_size):
-        found = predict(batch)
-        here = slice(done, done := done + len(batch[0]))
-        scores[here], maps[here] = found.score.cpu(), found.anomaly_map.cpu()
-    if features.images.fit == "pad":
-        for i, each in enumerate(maps):
-            cut = torch.from_numpy(each[features.images.box(i)])[None, None]
-            maps[i] = F.interpolate(cut, size=(size, size), mode="bilinear")[0, 0]
-    for item, score, each in zip(features.images.items, scores, maps, strict=True):
-        if not np.isfinite(each.sum() + score):
-            raise FloatingPointError(f"score or map of image {item.name} is not finite")
-    return measure(truth, scores, maps)
+    ranks = features.ranks
+    with ranks.agreed():
+        scores, maps = _scored(predict, features, batch_size)
+    scores, maps = (ranks.gather(rows, len(features)) for rows in (scores, maps))
+    with ranks.agreed():
+        if ranks.first:
+            return measure(truth, scores, maps)
+    return Evaluation(scores, maps, {})
 
 
 def measure(truth: Truth, scores: np.ndarray, maps: np.ndarray) -> Evaluation:
@@ -107,6 +102,28 @@ def measure(truth: Truth, scores: np.ndarray, maps: np.ndarray) -> Evaluation:
         each = metrics.aupimo_per_image(truth.masks, maps)
         known["aupimo"] = float(np.nanmean(each))
     return Evaluation(scores, maps, known, each, curves)
+
+
+def _scored(
+    predict: Callable[[Sequence[Tensor]], Any], features: Features, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores ``(N,)`` and maps ``(N, S, S)`` of this process's own images."""
+    own, size = features.own.tolist(), features.images.size
+    scores, maps = np.empty(len(own)), np.empty((len(own), size, size), np.float32)
+    done = 0
+    for batch in features.batches(batch_size):
+        found = predict(batch)
+        here = slice(done, done := done + len(batch[0]))
+        scores[here], maps[here] = found.score.cpu(), found.anomaly_map.cpu()
+    if features.images.fit == "pad":
+        for i, each in zip(own, maps, strict=True):
+            cut = torch.from_numpy(each[features.images.box(i)])[None, None]
+            each[:] = F.interpolate(cut, size=(size, size), mode="bilinear")[0, 0]
+    for i, score, each in zip(own, scores, maps, strict=True):
+        if not np.isfinite(each.sum() + score):
+            name = features.images.items[i].name
+            raise FloatingPointError(f"score or map of image {name} is not finite")
+    return scores, maps
 
 
 def _compare(level: str, truth: np.ndarray | None, found: np.ndarray) -> dict[str, float | None]:

@@ -1,9 +1,12 @@
-"""A trained detector as a graph that needs this package no more: torch.export, ONNX or OpenVINO."""
+"""A trained detector as a graph that needs this package no more: torch.export, AOTInductor, ONNX or OpenVINO."""
 
 from __future__ import annotations
 
 import copy
 import os
+import shlex
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,8 +44,10 @@ def export(
 
     Args:
         source: a run folder or checkpoint file, what :func:`msflow_ext.load` made of it, or a model; left untouched.
-        format: ``"torch"``, for ``torch.export.load``; ``"onnx"``; or ``"openvino"``, float32. OpenVINO itself
-            computes in bfloat16 on CPUs that can, unless ``INFERENCE_PRECISION_HINT`` is ``"f32"``.
+        format: ``"torch"``, for ``torch.export.load``; ``"aoti"``, the same compiled by AOTInductor for CPUs with the
+            instructions of this one, for C++ (``docs/cpp``) or ``torch._inductor.aoti_load_package``; ``"onnx"``; or
+            ``"openvino"``, float32. OpenVINO itself computes in bfloat16 on CPUs that can, unless
+            ``INFERENCE_PRECISION_HINT`` is ``"f32"``.
         out: new file, ``.pt2``, ``.onnx`` or ``.xml``, the latter with its weights beside it in ``.bin``.
         images: ``(N, 3, S, S)`` real images to compare on besides.
 
@@ -55,7 +60,8 @@ def export(
         TypeError: a source that is no such model, or one not in float32.
         FileExistsError: the file is there already. OSError: it cannot be written.
         ModuleNotFoundError: the extra ``export`` is not installed.
-        RuntimeError: the model cannot be converted, or its graph differs by more than 1e-4; no file is left.
+        RuntimeError: the model cannot be converted, there is no C++ compiler for ``"aoti"``, or the graph differs by
+            more than 1e-4; no file is left.
     """
     out = Path(out)
     chosen = _checked(format, out)
@@ -111,7 +117,17 @@ def _checked(format: str, out: Path) -> _Format:
         raise ModuleNotFoundError(
             f"format {format} needs {', '.join(missing)}: pip install 'msflow-ext[export]'"
         )
+    if chosen.compiled and shutil.which(_compiler()) is None:
+        raise RuntimeError(
+            f"format {format} needs a C++ compiler, {_compiler()} is not there: install it, or name another in CXX"
+        )
     return chosen
+
+
+def _compiler() -> str:
+    """The program that PyTorch will compile with."""
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return next(iter(shlex.split(os.environ.get("CXX", ""))), default)
 
 
 def _model_of(source: str | Path | inference.Detector | Detector) -> Detector:
@@ -175,6 +191,7 @@ class _Format:
     needs: tuple[str, ...]
     write: Callable[[torch.export.ExportedProgram, Path], None]
     read: Callable[[Path], Callable[[Tensor], Sequence[Any]]]
+    compiled: bool = False
 
 
 def _write_torch(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -183,6 +200,24 @@ def _write_torch(program: torch.export.ExportedProgram, path: Path) -> None:
 
 def _read_torch(path: Path) -> Callable[[Tensor], Sequence[Any]]:
     return torch.export.load(path).module()
+
+
+def _write_aoti(program: torch.export.ExportedProgram, path: Path) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    assert program.example_inputs is not None
+    side = program.example_inputs[0][0].shape[-1]
+    settings = {
+        "aot_inductor.metadata": {"image_size": str(side)},
+        "cpp.dynamic_threads": True,  # the caller's, not as many as compiled it
+    }
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+
+
+def _read_aoti(path: Path) -> Callable[[Tensor], Sequence[Any]]:
+    from torch._inductor import aoti_load_package
+
+    return aoti_load_package(str(path))
 
 
 def _write_onnx(
@@ -236,6 +271,7 @@ def _read_openvino(path: Path) -> Callable[[Tensor], Sequence[Any]]:
 _ONNX = ("onnx", "onnxscript")
 FORMATS = {
     "torch": _Format((".pt2",), (), _write_torch, _read_torch),
+    "aoti": _Format((".pt2",), (), _write_aoti, _read_aoti, compiled=True),
     "onnx": _Format((".onnx",), (*_ONNX, "onnxruntime"), _write_onnx, _read_onnx),
     "openvino": _Format((".bin", ".xml"), (*_ONNX, "openvino"), _write_openvino, _read_openvino),
 }

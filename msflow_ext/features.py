@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from msflow_ext.data import Images, Item
+from msflow_ext.distributed import Ranks, even_shares
 
 if TYPE_CHECKING:
     from msflow_ext.recipe import Recipe
@@ -33,6 +34,7 @@ class Features:
     """``features[indices]`` are the pooled maps ``[(N, C_i, H_i, W_i)]`` of those images, float32.
 
     The backbone is frozen and nothing is augmented: an image's features are the same every epoch.
+    Of several processes each computes and keeps those of its own images only, and ``[]`` gives no others.
 
     Args:
         model: has ``features(images)``.
@@ -43,6 +45,10 @@ class Features:
         batch_size: images per call of the backbone.
         workers: threads that decode images.
         progress: title of the progress bar (stderr, terminals only); None for none.
+        ranks: the processes that share the images; by default this one has all.
+
+    Attributes:
+        own: indices of this process's images, in their order.
 
     Raises:
         ValueError: an argument does not fit, or an image cannot be decoded.
@@ -60,18 +66,21 @@ class Features:
         batch_size: int = 8,
         workers: int = 2,
         progress: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if cache not in CACHES:
             raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
         if cache == "disk" and file is None:
             raise ValueError("cache 'disk' needs file, the path of the mapped file")
         self.images = images
+        self.ranks = ranks or Ranks()
+        self.own = self.ranks.own(len(images))
         self._model = model
         self._device = next(model.parameters()).device
         self._workers = workers
         self._maps: list[Tensor] = []
         self._file = file if cache == "disk" else None
-        if cache != "off" and len(images):
+        if cache != "off" and len(self.own):
             try:
                 self._fill(dtype, batch_size, progress)
             except BaseException:
@@ -84,7 +93,10 @@ class Features:
     def __getitem__(self, indices: Tensor) -> list[Tensor]:
         """Features of the images at ``indices (N,)``, int64, on the model's device."""
         if self._maps:
-            return [maps[indices].to(self._device, torch.float32) for maps in self._maps]
+            kept = indices // self.ranks.size
+            return [maps[kept].to(self._device, torch.float32) for maps in self._maps]
+        if not len(indices):  # not every backbone takes no images
+            return [maps[:0] for maps in self[self.own[:1]]]
         (pixels,) = decoded(self.images.__getitem__, [indices.tolist()], self._workers)
         return self._pooled(indices, torch.stack(pixels))
 
@@ -99,21 +111,46 @@ class Features:
         """Size of the cache in bytes."""
         return sum(maps.nbytes for maps in self._maps)
 
+    def share(self, indices: Tensor) -> Tensor:
+        """Which of ``indices (N,)``, a batch of all processes, this one takes: places in it, int64."""
+        return self._shares(indices)[1][self.ranks.rank]
+
+    def part(self, indices: Tensor) -> list[Tensor]:
+        """Features of this process's :meth:`share` of a batch; those that others keep are sent by them."""
+        ranks = self.ranks
+        owners, shares = self._shares(indices)
+        mine = shares[ranks.rank]
+        with ranks.agreed():
+            batch = self[indices[mine[owners[mine] == ranks.rank]]]
+        for taker, places in enumerate(shares):
+            for place in places[owners[places] != taker].tolist():
+                owner, kept = int(owners[place]), int(indices[place]) // ranks.size
+                if ranks.rank == owner:
+                    for maps in self._maps:
+                        ranks.move(maps[kept], owner, taker)
+                elif ranks.rank == taker:
+                    row = [torch.empty_like(maps[:1]) for maps in self._maps]
+                    for each in row:
+                        ranks.move(each[0], owner, taker)
+                    batch = [torch.cat((x, e.to(x))) for x, e in zip(batch, row, strict=True)]
+        return batch
+
     def batches(self, batch_size: int) -> Iterator[list[Tensor]]:
-        """The features of all images, in their order."""
-        chunks = torch.arange(len(self)).split(batch_size) if len(self) else ()
+        """The features of all images, or of this process's own, in their order."""
+        chunks = self.own.split(batch_size) if len(self.own) else ()
         return (self[indices] for indices in chunks)
 
     def standardize(self, batch_size: int = 8) -> None:
         """Give the model the statistics of these features, and bring what is cached in line.
 
-        Mean and standard deviation of every channel, summed in float64 over images and positions.
+        Mean and standard deviation of every channel, summed in float64 over all images and positions.
         """
         sums: list[Tensor] = []
         for batch in self.batches(batch_size):
             wide = [x.double() for x in batch]
             moments = [torch.stack([(x**k).sum((0, 2, 3)) for k in (0, 1, 2)]) for x in wide]
             sums = [a + b for a, b in zip(sums, moments, strict=True)] if sums else moments
+        sums = [self.ranks.total(each) for each in sums]
         means = [first / count for count, first, _ in sums]
         stds = [
             (second / count - mean.square()).clamp_min(0).sqrt().clamp_min(1e-6)
@@ -125,19 +162,28 @@ class Features:
             for one in maps:
                 one.copy_((one - mean) / std)
 
+    def _shares(self, indices: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Who keeps the images of a batch, or may compute them as well as others, and who takes which."""
+        owners = (indices if self._maps else torch.arange(len(indices))) % self.ranks.size
+        return owners, even_shares(owners, self.ranks.size)
+
     def _fill(self, dtype: torch.dtype, batch_size: int, progress: str | None) -> None:
         from tqdm import tqdm
 
-        chunks = list(torch.arange(len(self)).split(batch_size))
+        chunks = list(self.own.split(batch_size))
         batches = decoded(self.images.__getitem__, (c.tolist() for c in chunks), self._workers)
-        bar = tqdm(total=len(self), desc=progress, unit="image", disable=None if progress else True)
+        bar = tqdm(
+            total=len(self.own), desc=progress, unit="image", disable=None if progress else True
+        )
+        done = 0
         with bar:
             for indices, pixels in zip(chunks, batches, strict=True):
                 pooled = self._pooled(indices, torch.stack(pixels))
                 if not self._maps:
                     self._maps = self._allocate([tuple(x.shape[1:]) for x in pooled], dtype)
                 for maps, new in zip(self._maps, pooled, strict=True):
-                    maps[indices[0] : indices[-1] + 1].copy_(new)
+                    maps[done : done + len(indices)].copy_(new)
+                done += len(indices)
                 bar.update(len(indices))
 
     def _pooled(self, indices: Tensor, pixels: Tensor) -> list[Tensor]:
@@ -149,7 +195,7 @@ class Features:
         return pooled
 
     def _allocate(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
-        shapes = [(len(self), *shape) for shape in shapes]
+        shapes = [(len(self.own), *shape) for shape in shapes]
         sizes = [math.prod(shape) for shape in shapes]
         if self._file is None:
             return [torch.empty(shape, dtype=dtype) for shape in shapes]
@@ -179,8 +225,9 @@ def features_of_parts(
     run: Path,
     recipe: Recipe,
     progress: bool,
+    ranks: Ranks,
 ) -> list[Features]:
-    """Features of each part of the images, closed with ``stack``.
+    """Features of each part of the images, closed with ``stack``; each process has its share of all parts.
 
     If the model wants that, all are standardised by the first part, the images to train on.
     """
@@ -191,10 +238,12 @@ def features_of_parts(
             Images(parts[name], model.image_size, recipe.fit),
             cache=recipe.cache,
             dtype=torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32,
-            file=run / f"features-{name}.cache",
+            file=run
+            / (f"features-{name}-{ranks.rank}.cache" if ranks.rank else f"features-{name}.cache"),
             batch_size=recipe.batch_size,
             workers=recipe.workers,
             progress=f"{name} features" if progress else None,
+            ranks=ranks,
         )
         return stack.enter_context(closing(features))
 
@@ -202,11 +251,13 @@ def features_of_parts(
         channels = model.head.channels
         model.set_statistics([torch.zeros(c) for c in channels], [torch.ones(c) for c in channels])
     trained, *others = parts
-    found = [compute(trained)]
+    with ranks.agreed():
+        found = [compute(trained)]
     if model.standardize:
         found[0].standardize(recipe.batch_size)
-    found += map(compute, others)
-    megabytes = sum(each.nbytes for each in found) / 1e6
+    with ranks.agreed():
+        found += map(compute, others)
+    megabytes = int(ranks.total(torch.tensor(sum(each.nbytes for each in found)))) / 1e6
     counts = " + ".join(str(len(each)) for each in found if len(each))
     log.info("features of %s images: %.0f MB (cache: %s)", counts, megabytes, recipe.cache)
     return found

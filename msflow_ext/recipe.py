@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -145,14 +146,26 @@ class Recipe:
         order = np.random.default_rng((self.seed, 0, 1)).permutation(images).tolist()
         return sorted(order[held:]), sorted(order[:held])
 
-    def disturbed(self, epoch: int, batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
-        """The features of an epoch with its noise, which depends on seed and epoch alone."""
+    def disturbed(
+        self,
+        epoch: int,
+        batches: Iterable[list[Tensor]],
+        shares: Iterable[tuple[Tensor, int]] | None = None,
+    ) -> Iterator[list[Tensor]]:
+        """The features of an epoch with its noise, which depends on seed and epoch alone.
+
+        Args:
+            batches: of features.
+            shares: where only parts of the batches come, the places of each part and the whole's size.
+        """
         seed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
         generator = torch.Generator().manual_seed(int(seed[0]))
-        for batch in batches:
+        for batch, share in zip(batches, shares or repeat(None), strict=False):
             if self.noise:
-                drawn = [torch.randn(x.shape, generator=generator).to(x) for x in batch]
-                batch = [x + self.noise * n for x, n in zip(batch, drawn, strict=True)]
+                places, images = share or (slice(None), len(batch[0]))
+                shapes = [(images, *x.shape[1:]) for x in batch]
+                drawn = [torch.randn(shape, generator=generator)[places] for shape in shapes]
+                batch = [x + self.noise * n.to(x) for x, n in zip(batch, drawn, strict=True)]
             yield batch
 
 

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from msflow_ext.checkpoint import CHECKPOINT, previous, read_checkpoint
+from msflow_ext.checkpoint import CHECKPOINT, check_writable, previous, read_checkpoint
 from msflow_ext.data import DataSet, Images
 from msflow_ext.evaluation import Evaluation
 from msflow_ext.inference import to_pixels
 
 if TYPE_CHECKING:
+    from msflow_ext.distributed import Ranks
     from msflow_ext.recipe import Recipe
 
 METRICS = "metrics.json"  # written last: a run with it is finished
@@ -74,6 +75,41 @@ def open_run(
                 f"{run / CHECKPOINT} cannot be resumed: its {part} has {there}, this one {here}"
             )
     return saved, tensors
+
+
+def open_run_together(
+    ranks: Ranks, run: Path, state: dict[str, Any], *, resume: bool, overwrite: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`open_run` says on the first process, for all; nothing if the run is finished.
+
+    The folder is there afterwards, on every machine, and can be written to.
+
+    Raises:
+        ValueError: as `open_run`, or the processes are not to train the same on the same.
+        OSError: the folder cannot be written.
+    """
+    wanted = ranks.broadcast(state)
+    opened: tuple[dict[str, Any], dict[str, Tensor]] = {}, {}
+    with ranks.agreed():
+        for part, value in wanted.items():
+            if state[part] != value:
+                there, here = _first_difference(value, state[part])
+                raise ValueError(
+                    f"all processes must train the same, {part} has {there} on the first and {here} "
+                    f"on number {ranks.rank}"
+                )
+        if ranks.first:
+            opened = open_run(run, state, resume=resume, overwrite=overwrite)
+            for stale in run.glob("features-*.cache"):  # of killed processes, perhaps more than now
+                stale.unlink()
+            if (run / METRICS).exists() and not overwrite:
+                opened = {}, {}
+    opened = ranks.broadcast(opened)
+    with ranks.agreed():
+        if opened[0]:
+            check_writable(run)
+            run.mkdir(parents=True, exist_ok=True)
+    return opened
 
 
 def clear_run(run: Path) -> None:

@@ -58,6 +58,8 @@ def train_all(
     train: Callable[[Trial], Mapping[str, Any]],
     failures: tuple[type[Exception], ...],
     engine: Engine = one_by_one,
+    *,
+    write: bool = True,
 ) -> list[table.Run]:
     """Do each trial, note the ones that fail, and write the table into ``out`` after every one.
 
@@ -65,6 +67,7 @@ def train_all(
         train: does one and returns what its ``metrics.json`` holds.
         failures: the errors that end a trial but not the series.
         engine: where the trials are done.
+        write: false where another process of the same trainings writes the table.
     """
     runs: dict[Trial, table.Run] = {}
     with closing(engine(train, _announced(trials))) as outcomes:
@@ -78,7 +81,8 @@ def train_all(
             seeds = trial.split_seed, trial.seed
             runs[trial] = table.Run(category, *seeds, folder, metrics, failure)
             log.info("%s is done, %d of %d", trial.folder, len(runs), len(trials))
-            table.write(out, [runs[each] for each in trials if each in runs])
+            if write:
+                table.write(out, [runs[each] for each in trials if each in runs])
     return [runs[each] for each in trials]
 
 

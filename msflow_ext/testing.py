@@ -221,8 +221,8 @@ def _upsample(x: Tensor, low: Tensor) -> tuple[Tensor]:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """With both sizes of tiles; factors as wide as the bias."""
-    values = [ops.winograd_weight(weight, tile, bias.dtype) for tile in (2, 4)]
+    """With all sizes of tiles; factors as wide as the bias."""
+    values = [ops.winograd_weight(weight, tile, bias.dtype) for tile in (2, 3, 4)]
     return tuple(ops.winograd_conv2d(x, v, bias) for v in values)
 
 

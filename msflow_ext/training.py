@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor
 
+from msflow_ext import distributed
 from msflow_ext.checkpoint import (
     CHECKPOINT,
-    check_writable,
     previous,
     read_json,
     restore,
@@ -28,6 +27,7 @@ from msflow_ext.checkpoint import (
 )
 from msflow_ext.data import DataSet, Images
 from msflow_ext.decisions import Calibration, judged
+from msflow_ext.distributed import Ranks
 from msflow_ext.evaluation import RESULTS, Evaluation, Truth, evaluate
 from msflow_ext.features import Features, features_of_parts
 from msflow_ext.inference import pick_device
@@ -37,10 +37,11 @@ from msflow_ext.run_folder import (
     METRICS,
     clear_run,
     initial_state,
-    open_run,
+    open_run_together,
     summary,
     write_results,
 )
+from msflow_ext.stepping import TrainingDiverged, make_optimizer, train_epoch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -49,50 +50,6 @@ if TYPE_CHECKING:
 CHECKPOINT_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
-
-
-class TrainingDiverged(RuntimeError):  # noqa: N818  (it says what happened)
-    """A loss, a gradient or a score is not finite. ``step`` counts from 0 within the epoch."""
-
-    def __init__(self, what: str, step: int = 0) -> None:
-        super().__init__(what)
-        self.step = step
-
-
-def train_epoch(
-    fabric: Fabric,
-    head: Any,
-    optimizer: Any,
-    batches: Iterable[list[Tensor]],
-    *,
-    clip: float | None,
-) -> list[tuple[float, float]]:
-    """One optimiser step per batch of features; the loss and the gradient norm before clipping of each.
-
-    ``head`` and ``optimizer`` come from ``fabric.setup``.
-
-    Raises:
-        TrainingDiverged: before the step that would spoil the parameters.
-    """
-    steps = []
-    for step, features in enumerate(batches):
-        with fabric.autocast():
-            loss = head.loss(features)
-        fabric.backward(loss)
-        norm = clip_grad_norm_(head.parameters(), math.inf if clip is None else clip)
-        steps.append((loss.item(), norm.item()))
-        for name, value in zip(("loss", "gradient norm"), steps[-1], strict=True):
-            if not math.isfinite(value):
-                raise TrainingDiverged(f"the {name} is {value}", step)
-        optimizer.step()
-        optimizer.zero_grad()
-    return steps
-
-
-def make_optimizer(head: nn.Module, weight_decay: float = 0.0) -> torch.optim.Adam:
-    """Adam over all parameters; each epoch sets its rate."""
-    # fused: a CPU step of 2.8 M parameters takes 3 ms instead of 37
-    return torch.optim.Adam(head.parameters(), weight_decay=weight_decay, fused=True)
 
 
 def train(
@@ -107,11 +64,13 @@ def train(
     overwrite: bool = False,
     baseline: bool = False,
     progress: bool = False,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Train ``model.head`` on ``dataset.train``, test it on ``dataset.test``, and write the folder ``run``.
 
     The result is that of the last epoch; the best epoch on the test set stands beside it, as such.
     A checkpoint is written after the first epoch, at every test and at least once a minute.
+    Several processes take the steps that one would take, and the first of them writes all files.
 
     Args:
         model: such as :class:`msflow_ext.MSFlow`; only its head is trained.
@@ -121,33 +80,41 @@ def train(
         overwrite: remove the run that the folder holds, once all images of the new one are decoded.
         baseline: also fit :class:`msflow_ext.models.padim.Padim` to the same features.
         progress: show bars on stderr when that is a terminal.
+        ranks: the processes that train together; by default those that ``torchrun`` started, if any.
 
     Returns:
         What ``metrics.json`` holds.
 
     Raises:
         ValueError: the folder holds a run and neither ``resume`` nor ``overwrite`` is given, or that run is
-            another one; no training images, or too few to hold some out; an image that cannot be decoded.
-        OSError: the folder cannot be written.
+            another one; no training images, or too few to hold some out, or fewer than processes; an
+            image that cannot be decoded; processes that are not given the same.
+        OSError: the folder cannot be written. ConnectionError: another process has ended.
+        ProcessFailed: another process has one of these errors.
         TrainingDiverged: a loss or a gradient is not finite; the last checkpoint is kept.
         ModuleNotFoundError: Lightning Fabric is not installed.
     """
     import yaml
 
     run, recipe = Path(run), recipe or Recipe()
-    if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other")
-    if not dataset.train:
-        raise ValueError(f"{dataset.name} {dataset.category} has no images to train on")
-    kept, held = recipe.split(len(dataset.train))
-    fabric = _fabric(pick_device(device), recipe)
+    ranks = distributed.join(device) if ranks is None else ranks
+    with ranks.agreed():
+        if resume and overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+        if not dataset.train:
+            raise ValueError(f"{dataset.name} {dataset.category} has no images to train on")
+        kept, held = recipe.split(len(dataset.train))
+        if len(kept) < ranks.size:
+            raise ValueError(
+                f"{ranks.size} processes are more than the {len(kept)} training images"
+            )
+        fabric = _fabric(pick_device(distributed.own_device(device)), recipe)
     first = initial_state(model, dataset, recipe)
-    state, tensors = open_run(run, first, resume=resume, overwrite=overwrite)
-    if (run / METRICS).exists() and not overwrite:
-        log.info("%s is finished already", run)
-        return read_json(run / METRICS)
-    check_writable(run)
-    run.mkdir(parents=True, exist_ok=True)
+    state, tensors = open_run_together(ranks, run, first, resume=resume, overwrite=overwrite)
+    if not state:
+        if ranks.first:
+            log.info("%s is finished already", run)
+        return ranks.broadcast(read_json(run / METRICS) if ranks.first else {})
     began = time.monotonic() - state["seconds"]
 
     model.to(fabric.device)
@@ -155,18 +122,25 @@ def train(
     adam = make_optimizer(model.head, recipe.weight_decay)
     if tensors:
         restore(run / CHECKPOINT, tensors, model, adam)
+    ranks.synchronize(model)
     shown = Images(dataset.test, model.image_size)
-    truth = Truth.of(shown)
+    with ranks.agreed():
+        truth = Truth.of(shown) if ranks.first else Truth(None, None)
     with ExitStack() as stack:
         items = {
             "training": [dataset.train[i] for i in kept],
             "held-out": [dataset.train[i] for i in held],
             "test": dataset.test,
         }
-        trained, held_out, tested = features_of_parts(stack, model, items, run, recipe, progress)
-        if overwrite:  # now that all images and masks are known to be sound
-            clear_run(run)
-        write_text(run / "config.yaml", yaml.safe_dump(dict(settings or {}), sort_keys=False))
+        progress = progress and ranks.first
+        parts = features_of_parts(stack, model, items, run, recipe, progress, ranks)
+        trained, held_out, tested = parts
+        with ranks.agreed():
+            if overwrite and ranks.first:  # now that all images and masks are known to be sound
+                clear_run(run)
+            if ranks.first:
+                settled = yaml.safe_dump(dict(settings or {}), sort_keys=False)
+                write_text(run / "config.yaml", settled)
         head, optimizer = fabric.setup(model.head, adam)
         head.mark_forward_method("loss")
         model.eval()
@@ -175,7 +149,7 @@ def train(
 
         def test() -> Evaluation:
             try:
-                model.fit_latents(partial(trained.batches, recipe.batch_size))
+                model.fit_latents(partial(trained.batches, recipe.batch_size), ranks.total)
                 return evaluate(model.predict_features, tested, truth, recipe.batch_size)
             except FloatingPointError as error:
                 raise _stopped(run, state["epoch"], str(error)) from None
@@ -191,26 +165,46 @@ def train(
             if due:
                 final = test()
                 state["evaluations"].append({"epoch": state["epoch"], **final.metrics})
-                log.info("epoch %d: loss %.4f, %s", state["epoch"], loss, _brief(final.metrics))
-            if due or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                state["seconds"] = time.monotonic() - began
-                save_checkpoint(run / CHECKPOINT, state, model, adam)
-                saved = time.monotonic()
+                if ranks.first:
+                    log.info("epoch %d: loss %.4f, %s", state["epoch"], loss, _brief(final.metrics))
+            with ranks.agreed():
+                late = time.monotonic() - saved > CHECKPOINT_SECONDS
+                if ranks.first and (due or late):
+                    state["seconds"] = time.monotonic() - began
+                    save_checkpoint(run / CHECKPOINT, state, model, adam)
+                    saved = time.monotonic()
         final = final or test()  # a resumed run may have had nothing left to train
         gaussian = _baseline(trained, tested, truth, recipe.batch_size) if baseline else None
         calibration = _calibration(model, held_out, recipe.batch_size) if held else None
 
-    metrics = summary(state, final.metrics)
-    metrics |= {"baseline": gaussian, "seconds": round(time.monotonic() - began, 3)}
+    metrics: dict[str, Any] = {}
+    with ranks.agreed():
+        if ranks.first:
+            metrics = summary(state, final.metrics)
+            metrics |= {"baseline": gaussian, "seconds": round(time.monotonic() - began, 3)}
+            _finish(run, model, shown, final, state, metrics, calibration)
+    return ranks.broadcast(metrics)
+
+
+def _finish(
+    run: Path,
+    model: Any,
+    shown: Images,
+    final: Evaluation,
+    state: Mapping[str, Any],
+    metrics: dict[str, Any],
+    calibration: Calibration | None,
+) -> None:
+    """Write what a finished run leaves, its metrics last."""
     if calibration:
-        labels = [item.label for item in dataset.test]
-        metrics["decisions"] = judged(calibration, recipe.false_alarms, labels, final.scores)
+        labels = [item.label for item in shown.items]
+        false_alarms = state["recipe"]["false_alarms"]
+        metrics["decisions"] = judged(calibration, false_alarms, labels, final.scores)
     colours = write_results(run, shown, final, metrics)
     last = {**state, "colours": colours, "calibration": calibration and asdict(calibration)}
     save_checkpoint(run / CHECKPOINT, last, model)
     previous(run / CHECKPOINT).unlink(missing_ok=True)
     write_text(run / METRICS, json.dumps(metrics, indent=1, allow_nan=False))
-    return metrics
 
 
 def _fabric(device: torch.device, recipe: Recipe) -> Fabric:
@@ -258,23 +252,26 @@ def _epoch(
     """
     for group in optimizer.param_groups:
         group["lr"] = recipe.learning_rate(epoch)
+    ranks = features.ranks
     chunks = recipe.order(epoch, len(features)).split(recipe.batch_size)
+    shares = ((features.share(chunk), len(chunk)) for chunk in chunks)
 
     def batches() -> Iterator[list[Tensor]]:
         for chunk in chunks:
-            yield features[chunk]
+            yield features.part(chunk)
             bar.update()
 
     try:
-        disturbed = recipe.disturbed(epoch, batches())
-        steps = train_epoch(fabric, head, optimizer, disturbed, clip=recipe.clip)
+        disturbed = recipe.disturbed(epoch, batches(), shares)
+        steps = train_epoch(fabric, head, optimizer, disturbed, clip=recipe.clip, ranks=ranks)
     except TrainingDiverged as error:
         items = features.images.items
         names = ", ".join(items[i].name for i in chunks[error.step].tolist())
         what = f"{error} in step {error.step + 1} (images {names})"
-        raise _stopped(run, epoch + 1, what) from None
+        with ranks.agreed():
+            raise _stopped(run, epoch + 1, what) from None
     total = sum(loss * len(chunk) for (loss, _), chunk in zip(steps, chunks, strict=True))
-    return total / len(features) / sum(x[0].numel() for x in features[chunks[0][:1]])
+    return total / len(features) / sum(x[0].numel() for x in features[features.own[:1]])
 
 
 def _stopped(run: Path, epoch: int, what: str) -> TrainingDiverged:
@@ -285,7 +282,7 @@ def _stopped(run: Path, epoch: int, what: str) -> TrainingDiverged:
 
 def _baseline(trained: Features, tested: Features, truth: Truth, batch_size: int) -> dict[str, Any]:
     """The metrics of a Gaussian per position on the same features."""
-    padim = Padim().fit(trained.batches(batch_size))
+    padim = Padim().fit(trained.batches(batch_size), trained.ranks.total)
     predict = partial(padim.predict, size=tested.images.size)
     return {"name": "PaDiM-style Gaussian", **evaluate(predict, tested, truth, batch_size).metrics}
 

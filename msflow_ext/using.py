@@ -130,6 +130,8 @@ def serve(options: Any) -> int:
         limits=serving.Limits(**{name: options[name] for name in names}),
         device=options.device,
         false_alarms=options.false_alarms,
+        ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile,
     )
     return 0
 
@@ -189,7 +191,7 @@ def _watched(paths: Sequence[str], out: Path) -> Path:
 
 
 def export(options: Any) -> int:
-    """Write a trained model as a graph for torch.export, ONNX Runtime or OpenVINO."""
+    """Write a trained model as a graph for torch.export, C++, ONNX Runtime or OpenVINO."""
     import torch
 
     from msflow_ext.data import Images

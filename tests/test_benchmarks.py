@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from msflow_ext import FastFlow
 from msflow_ext.bench import TINY, Case, Provider, difference, machine, measure, ratio, table
 from msflow_ext.bench.cases import flows
 from msflow_ext.table import Line
@@ -219,8 +220,9 @@ def test_the_accuracy_of_the_packaged_sets_is_one_table(
         out = Path(arguments[arguments.index("--out") + 1])
         out.mkdir(parents=True)
         model = {"backbone": "resnet18", "image_size": 192}
+        metrics = {"epochs": 4, "data": {"name": given["--data"]}, "model": model}
         document = {
-            "runs": [{"metrics": {"epochs": 4, "data": {"name": given["--data"]}, "model": model}}],
+            "runs": [{"folder": str(out / "a"), "metrics": metrics}],
             "lines": [asdict(each) for each in lines],
         }
         (out / "table.json").write_text(json.dumps(document))
@@ -256,11 +258,47 @@ def test_bulk_scoring_is_measured_and_tabled(
     assert f"| {row['images_per_s']:.1f} | 1.00 |" in file.with_suffix(".md").read_text()
 
 
-def test_a_service_under_many_clients_makes_no_error(load: Load, tmp_path: Path) -> None:
-    serving, file = load("serving"), tmp_path / "serving.json"
-    assert (
-        serving.main(["--seconds", "1", "--clients", "3", "--side", "64", "--file", str(file)]) == 0
-    )
+def test_a_service_under_many_clients_makes_no_error(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving = load("serving")
+    page, results = tmp_path / "RELIABILITY.md", tmp_path / "results"
+    page.write_text(serving.PAGE.read_text())
+    monkeypatch.setattr(serving, "PAGE", page)
+    monkeypatch.setattr(serving.results, "FOLDER", results)
+    assert serving.main(["--seconds", "1", "--clients", "3", "--side", "64"]) == 0
+    (file,) = results.glob("serving-*.json")
     row = json.loads(file.read_text())["serving"]
     assert row["errors"] == {} and row["images"] > 1
     assert 0 < row["p50_ms"] <= row["p99_ms"] <= row["max_ms"]
+    assert row["growth_mb"] is None or row["growth_mb"] < 200
+    assert f"| {row['p50_ms']:.0f} ms | {row['p99_ms']:.0f} ms |" in page.read_text()
+    assert " | none | " in page.read_text()
+    failed = {"machine": machine.facts(), "serving": {**row, "errors": {"503": 2, "ReadError": 1}}}
+    assert " | 2 503, 1 ReadError | " in list(serving.markdown(failed))[-1]
+
+
+def test_every_way_to_run_a_detector_gives_its_results_and_a_line_of_the_table(
+    load: Load, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    latency = load("latency")
+    model = FastFlow("test_resnet", image_size=32, steps=1, pretrained=False, seed=1).eval()
+    graphs = latency.Graphs(model, tmp_path)
+    rows = [measure(latency.case(graphs, batch), seconds=0) for batch in (1, 2)]
+    for row in rows:
+        for name, found in row["providers"].items():
+            assert name.endswith(("bf16", "as it comes")) or found["error"] <= 1e-4, name
+    rows[1]["providers"]["ONNX Runtime fp32"]["ms"] = [4.0]
+    del rows[0]["providers"]["eager bf16"]["ms"]
+    rows[0]["providers"]["eager bf16"]["error"] = 0.07
+    rows[1]["providers"]["eager bf16"] = {"refused": "no such package"}
+    empty, *lines = latency.markdown({"rows": [*rows, {**rows[0], "case": "flows b1"}]})
+    assert empty == ""  # or a table before would go on
+    threads = f"{rows[0]['threads']} thread"
+    assert lines[0].startswith(f"| FastFlow test_resnet 32 px, {threads}")
+    assert lines[0].endswith(" | batch 1: ms | images/s | batch 2: ms | images/s |")
+    (line,) = (each for each in lines if each.startswith("| ONNX Runtime fp32 |"))
+    assert line.endswith(" | 4.0 | 500.0 |")
+    assert "| eager bf16 | off by 7% | - | - | - |" in lines
+    assert len({each.count("|") for each in lines}) == 1

@@ -19,7 +19,7 @@ from msflow_ext.export import export
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SUFFIXES = {"torch": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
+SUFFIXES = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
 SMALL: dict[str, Any] = {"image_size": 64, "pretrained": False, "seed": 1}
 
 
@@ -179,7 +179,9 @@ def test_a_file_that_is_there_is_kept(run, tmp_path, format):
 
 
 def test_arguments_that_do_not_fit_are_one_sentence(run, tmp_path):
-    with pytest.raises(ValueError, match="format must be one of torch, onnx, openvino, got 'tf'"):
+    with pytest.raises(
+        ValueError, match="format must be one of torch, aoti, onnx, openvino, got 'tf'"
+    ):
         export(run, "tf", tmp_path / "m.tf")
     with pytest.raises(ValueError, match=r"m\.onnx must end in \.pt2 for format torch"):
         export(run, "torch", tmp_path / "m.onnx")

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from msflow_ext import cli, inference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-TRAIN = "train --layout folder --normal normal --hold-out 0.5 --false-alarms 0.4 --out runs/mine"
+TRAIN = "train --layout folder --normal normal --abnormal odd --hold-out 0.5 --false-alarms 0.4 --out runs/mine"
 
 
 def blocks(language: str) -> list[str]:
@@ -29,9 +30,10 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with ``runs/mine``, trained on ``normal/``, and two photos."""
+    """A folder with ``runs/mine``, trained on ``normal/`` and tested on ``odd/`` too, and two photos."""
     folder, rng = tmp_path_factory.mktemp("guide"), np.random.default_rng(0)
-    sizes = {f"normal/{i}.png": (64, 64) for i in range(8)}
+    sizes = {f"normal/{i}.png": (64, 64) for i in range(10)}
+    sizes |= {f"odd/{i}.png": (64, 64) for i in range(3)}
     sizes |= {"photos/large.jpg": (90, 160), "photos/small.png": (64, 64)}
     for name, size in sizes.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -59,6 +61,27 @@ def test_the_readme_predicts_with_a_trained_run(folder, monkeypatch, capsys):
     assert any("mx.load(" in each for each in shown)
     exec("\n".join(shown), {})
     assert capsys.readouterr().out.startswith("large.jpg ")
+
+
+def test_the_readme_reads_a_report(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (shown,) = (block for block in blocks("python") if "scores.csv" in block)
+    exec(shown, named := {})
+    auroc, *_, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"image_auroc [01]\.\d+", auroc)
+    assert "'detected'" in last
+    detected = named["decisions"]["on_test"]["detected"]
+    assert len(named["missed"]) == round(3 * (1 - detected))
+    assert len(named["rows"]) > 3
+
+
+def test_the_readme_builds_a_flow_on_a_subnet_of_its_own():
+    (shown,) = (block for block in blocks("python") if "class Subnet" in block)
+    exec(shown, named := {})
+    x, found, flow = named["x"], named["found"], named["flow"]
+    assert found.score.shape == (2,) and found.anomaly_map.shape == (2, 128, 128)
+    torch.testing.assert_close(named["again"], x, rtol=0, atol=1e-4)
+    assert all(p.grad is not None and p.grad.any() for p in flow.parameters())
 
 
 @pytest.mark.parametrize("command", commands())

@@ -6,8 +6,10 @@ import base64
 import io
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -125,6 +127,39 @@ def test_an_image_is_answered_as_the_detector_does(url, detector, kind):
     )
     assert mask.mode == "1" and np.array_equal(np.asarray(mask), wanted.mask)
     assert heat.mode == "RGB" and heat.size == mask.size == (64, 64)
+
+
+def test_an_image_in_a_form_is_answered_as_its_bytes_are(url):
+    plain = httpx.post(f"{url}predict", content=png()).json()
+    for name, large in (("image", ""), ("file", "x" * 5000)):
+        files = {name: ("part.png", png(), "image/png")}
+        answer = httpx.post(f"{url}predict", files=files, data={"note": large})
+        assert answer.json() == plain
+
+
+def form(*bodies: bytes, boundary: str = "----b") -> bytes:
+    head = b'Content-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    parts = (b"--%s\r\n%s%s\r\n" % (boundary.encode(), head, body) for body in bodies)
+    return b"".join(parts) + f"--{boundary}--\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "sentence"),
+    [
+        (form(png(), png()), "; boundary=----b", "the form holds more than one file"),
+        (form(), "; boundary=----b", "the form holds no whole file"),
+        (form(png())[:-20], "; boundary=----b", "the form holds no whole file"),
+        (form(b"hello"), "; boundary=----b", "the body is not an image of the kinds PNG"),
+        (b"hello", "; boundary=----b", "the form cannot be read: "),
+        (form(png()), "", "the form cannot be read: "),
+    ],
+    ids=["two", "none", "cut-off", "text", "no-form", "no-boundary"],
+)
+def test_a_bad_form_is_refused_in_a_sentence(url, body, kind, sentence):
+    headers = {"Content-Type": f"multipart/form-data{kind}"}
+    answer = httpx.post(f"{url}predict", content=body, headers=headers)
+    assert answer.status_code == 400 and sentence in refused(answer)
+    assert still_answers(url)
 
 
 def test_without_thresholds_there_is_neither_label_nor_mask(detector, start):
@@ -282,6 +317,58 @@ def test_a_missing_package_is_named_with_what_installs_it(run, capsys, monkeypat
     monkeypatch.delattr(mx, "serving")
     assert cli.main(["serve", "--run", str(run)]) == 2
     assert "prometheus_client: pip install 'msflow-ext[serve]'" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory) -> tuple[Path, Path]:
+    """PEM files of a certificate for 127.0.0.1 that nobody has signed, and of its key."""
+    openssl = shutil.which("openssl") or pytest.skip("no openssl")
+    folder = tmp_path_factory.mktemp("certificate")
+    pair = folder / "certificate.pem", folder / "key.pem"
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command += ["-out", str(pair[0]), "-keyout", str(pair[1])]
+    subprocess.run(command, check=True, capture_output=True)
+    return pair
+
+
+def test_a_wrong_certificate_or_key_is_a_sentence(run, certificate, tmp_path, capsys):
+    good, key = map(str, certificate)
+    (tmp_path / "text.pem").write_text("hello")
+    for flags, sentence in (
+        (["--ssl-keyfile", key], "ssl_keyfile is of no use without ssl_certfile"),
+        (["--ssl-certfile", "absent.pem"], "absent.pem: no such certificate or key"),
+        (["--ssl-certfile", good], "certificate.pem: not a PEM certificate with its key"),
+        (["--ssl-certfile", good, "--ssl-keyfile", str(tmp_path / "text.pem")], "text.pem: not a"),
+    ):
+        assert cli.main(["serve", "--run", str(run), "--port", "0", *flags]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_the_command_serves_https_with_a_certificate(run, certificate):
+    pem, key = certificate
+    command = [sys.executable, "-W", "error", "-m", "msflow_ext", "serve", "--run", str(run)]
+    command += ["--port", "0", "--device", "cpu", "--ssl-certfile", str(pem)]
+    command += ["--ssl-keyfile", str(key)]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": ""}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=alone, cwd=run
+    ) as service:
+        assert service.stderr
+        line = service.stderr.readline()
+        found = re.search(r"https://127\.0\.0\.1:\d+/", line)
+        try:
+            assert found, line + service.stderr.read()
+            trusted = ssl.create_default_context(cafile=pem)
+            answer = httpx.post(f"{found[0]}predict", content=png(), verify=trusted, timeout=30)
+            assert answer.json()["label"] == 1
+            with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+                httpx.get(f"{found[0]}health")
+            with pytest.raises(httpx.HTTPError):
+                httpx.get(f"{found[0].replace('https', 'http')}health")
+        finally:
+            service.send_signal(signal.SIGTERM)
+        assert service.wait(30) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])

@@ -86,17 +86,27 @@ struct Maps {
   // probabilities.
   std::unique_ptr<W[]> row_low, row_high, row_probability;
   std::vector<W> high, probability;  // the maxima of each image
-
-  int64_t widest() const {
-    int64_t width = 1;
-    for (const auto& level : levels) width = std::max(width, level.up.width);
-    return width;
-  }
 };
+
+// The largest sign * x[i], in lanes, so that the loop vectorises.
+template <class W>
+HD W most(const W* x, int64_t size, W sign) {
+  W lane[lanes];
+  for (int l = 0; l < lanes; ++l) lane[l] = sign * x[0];
+  int64_t i = 0;
+  for (; i + lanes <= size; i += lanes)
+    for (int l = 0; l < lanes; ++l) lane[l] = std::max(lane[l], sign * x[i + l]);
+  for (; i < size; ++i) lane[0] = std::max(lane[0], sign * x[i]);
+  return *std::max_element(lane, lane + lanes);
+}
 
 template <class W>
 HD void upsample_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
-  const auto row = scratch<W>(maps.widest());
+  std::vector<WideRows<W>> log_rows, rows;
+  for (const auto& level : maps.levels) {
+    log_rows.emplace_back(level.up, maps.width);
+    rows.emplace_back(level.up, maps.width);
+  }
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / maps.height, y = item % maps.height;
     W* log_sum = maps.image_map + item * maps.width;
@@ -105,19 +115,12 @@ HD void upsample_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
       const auto& level = maps.levels[i];
       const int64_t image = n * level.up.size();
       const W *log_map = level.log_likelihood + image, *map = level.probability.get() + image;
-      add_row(log_map, level.up, y, row.get(), log_sum, maps.width, i == 0);
-      add_row(map, level.up, y, row.get(), sum, maps.width, i == 0);
+      log_rows[i].add(log_map, y, log_sum, i == 0);
+      rows[i].add(map, y, sum, i == 0);
     }
-    W low = log_sum[0], high = log_sum[0], probability = sum[0];
-    INDEPENDENT
-    for (int64_t x = 0; x < maps.width; ++x) {
-      low = log_sum[x] < low ? log_sum[x] : low;
-      high = log_sum[x] > high ? log_sum[x] : high;
-      probability = sum[x] > probability ? sum[x] : probability;
-    }
-    maps.row_low[item] = low;
-    maps.row_high[item] = high;
-    maps.row_probability[item] = probability;
+    maps.row_low[item] = -most(log_sum, maps.width, W(-1));
+    maps.row_high[item] = most(log_sum, maps.width, W(1));
+    maps.row_probability[item] = most(sum, maps.width, W(1));
   }
 }
 
@@ -139,7 +142,8 @@ HD void finish_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
 // The map of FastFlow: minus the mean of the probabilities.
 template <class W>
 HD void mean_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
-  const auto row = scratch<W>(maps.widest());
+  std::vector<WideRows<W>> rows;
+  for (const auto& level : maps.levels) rows.emplace_back(level.up, maps.width);
   const W share = W(-1) / W(maps.levels.size());
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / maps.height, y = item % maps.height;
@@ -147,19 +151,15 @@ HD void mean_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
     for (size_t i = 0; i < maps.levels.size(); ++i) {
       const auto& level = maps.levels[i];
       const W* map = level.probability.get() + n * level.up.size();
-      add_row(map, level.up, y, row.get(), to, maps.width, i == 0);
+      rows[i].add(map, y, to, i == 0);
     }
-    W high = share * to[0];
     INDEPENDENT
-    for (int64_t x = 0; x < maps.width; ++x) {
-      to[x] *= share;
-      high = to[x] > high ? to[x] : high;
-    }
-    maps.row_probability[item] = high;
+    for (int64_t x = 0; x < maps.width; ++x) to[x] *= share;
+    maps.row_probability[item] = most(to, maps.width, W(1));
   }
 }
 
-// bin(x) grows with x, so the k smallest numbers lie in the first bins; only those are sorted out.
+// bin(x) grows with x.
 template <class W>
 HD void bin_of(const W* x, int64_t size, W low, W rate, int32_t* bin) {
   INDEPENDENT
@@ -192,32 +192,44 @@ inline void bins_of(const double* x, int64_t size, double low, double rate, int3
   bins_double(x, size, low, rate, bin);
 }
 
-// The k smallest of x in [low, high], the largest of them last.
+// A number that about `share` of x in [low, high] does not exceed, by a histogram of a part of it.
+template <class W>
+W about(const W* x, int64_t size, double share, W low, W high) {
+  constexpr int64_t line = 16, step = 9 * line;  // no divisor of a row's length, as a rule
+  const W rate = W(bins) / (high - low);
+  if (!(high > low) || !std::isfinite(rate)) return high;
+  int32_t bin[line];
+  std::vector<int64_t> count(bins);
+  int64_t seen = 0;
+  for (int64_t start = 0; start < size; start += step) {
+    const int64_t length = std::min(line, size - start);
+    bins_of(x + start, length, low, rate, bin);
+    for (int64_t i = 0; i < length; ++i) ++count[bin[i]];
+    seen += length;
+  }
+  int64_t last = 0;
+  for (int64_t sum = count[0]; last + 1 < bins && double(sum) < share * double(seen);)
+    sum += count[++last];
+  return low + W(last + 1) / rate;
+}
+
+// The k smallest of x in [low, high], the largest of them last: of a quarter more that a sample of
+// x lets expect below a limit, or of all where these are too few.
 template <class W>
 std::vector<W> smallest(const W* x, int64_t size, int64_t k, W low, W high) {
-  constexpr int64_t chunk = 1024;
-  int32_t bin[chunk];
-  const W rate = high > low ? W(bins) / (high - low) : W(0);
-  const auto in_chunks = [&](auto use) {
-    for (int64_t start = 0; start < size; start += chunk) {
-      const int64_t length = std::min(chunk, size - start);
-      bins_of(x + start, length, low, std::isfinite(rate) ? rate : W(0), bin);
-      for (int64_t i = 0; i < length; ++i) use(x[start + i], bin[i]);
+  const auto found = scratch<W>(size + 1);
+  const auto up_to = [&](W limit) {
+    int64_t length = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      found[length] = x[i];
+      length += x[i] <= limit;
     }
+    return length;
   };
-  std::vector<int64_t> count(bins);
-  in_chunks([&](W, int32_t b) { ++count[b]; });
-  int last = 0;
-  for (int64_t sum = count[0]; sum < k; sum += count[++last]) {
-  }
-  std::vector<W> found;
-  found.reserve(k);
-  in_chunks([&](W value, int32_t b) {
-    if (b <= last) found.push_back(value);
-  });
-  std::nth_element(found.begin(), found.begin() + (k - 1), found.end());
-  found.resize(k);
-  return found;
+  int64_t length = up_to(about(x, size, 1.25 * double(k) / double(size), low, high));
+  if (length < k) length = up_to(high);
+  std::nth_element(found.get(), found.get() + (k - 1), found.get() + length);
+  return std::vector<W>(found.get(), found.get() + k);
 }
 
 template <class W>

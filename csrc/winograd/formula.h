@@ -1,21 +1,35 @@
-// Winograd's transforms of one row of a tile: F(2, 3) with points 0, 1, -1, infinity, and F(4, 3)
-// with points 0, r, -r, 1/r, -1/r, infinity for r = sqrt(1/2), which halve the error of 0, 1, -1,
-// 2, -2 and make all even coefficients exact.
+// Winograd's transforms of one row of a tile: F(2, 3) with points 0, 1, -1, infinity; F(3, 3) with
+// points a, -a, b, -b, infinity for a = 3/8, b = 5/4, which err by 2.6 roundings where 0, 1, -1, 2
+// err by 6 (the best of all: 2.62); F(4, 3) with points 0, r, -r, 1/r, -1/r, infinity for
+// r = sqrt(1/2), which halve the error of 0, 1, -1, 2, -2 and make all even coefficients exact.
 #pragma once
 
 #include "common/host_device.h"
 
 namespace msflow {
 
+constexpr float winograd_a = 0.375f, winograd_b = 1.25f;
+constexpr float winograd_a2 = winograd_a * winograd_a, winograd_b2 = winograd_b * winograd_b;
 constexpr float winograd_r = 0.70710678118654752f, winograd_1_r = 1.41421356237309505f;
 
-// The input's values at the points; x: 4 or 6 numbers side by side, as far apart as `step`.
+// The input's values at the points; x: numbers side by side.
 template <class V>
 HD void input_transform(const V (&x)[4], V (&t)[4]) {
   t[0] = x[2] - x[0];
   t[1] = x[2] + x[1];
   t[2] = x[2] - x[1];
   t[3] = x[3] - x[1];
+}
+
+template <class V>
+HD void input_transform(const V (&x)[5], V (&t)[5]) {
+  const V odd = x[3] - winograd_b2 * x[1], even = winograd_a * (x[2] - winograd_b2 * x[0]);
+  t[0] = odd + even;
+  t[1] = odd - even;
+  const V odd_1 = x[3] - winograd_a2 * x[1], even_1 = winograd_b * (x[2] - winograd_a2 * x[0]);
+  t[2] = odd_1 + even_1;
+  t[3] = odd_1 - even_1;
+  t[4] = x[4] - (winograd_a2 + winograd_b2) * x[2] + (winograd_a2 * winograd_b2) * x[0];
 }
 
 template <class V>
@@ -35,6 +49,14 @@ template <class V>
 HD void output_transform(const V (&m)[4], V (&y)[2]) {
   y[0] = m[0] + m[1] + m[2];
   y[1] = m[1] - m[2] + m[3];
+}
+
+template <class V>
+HD void output_transform(const V (&m)[5], V (&y)[3]) {
+  const V even = m[0] + m[1], even_1 = m[2] + m[3];
+  y[0] = even + even_1;
+  y[1] = winograd_a * (m[0] - m[1]) + winograd_b * (m[2] - m[3]);
+  y[2] = winograd_a2 * even + winograd_b2 * even_1 + m[4];
 }
 
 template <class V>

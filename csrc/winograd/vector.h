@@ -30,6 +30,13 @@ template <class V>
 HD void load(const float* from, V& v) {
   memcpy(&v, from, sizeof v);
 }
+// The bits of floats whose lower halves are rounded away.
+template <class V>
+HD void round_to_half(const V& v, WordsOf<V>& w) {
+  memcpy(&w, &v, sizeof w);
+  w = (w + 0x7fffu + ((w >> 16) & 1u)) & 0xffff0000u;
+  w = v != v ? WordsOf<V>{} + 0x7fc00000u : w;
+}
 template <class V>
 HD void load(const bfloat16* from, V& v) {
   HalvesOf<V> h;
@@ -44,10 +51,8 @@ HD void store(float* to, const V& v) {
 template <class V>
 HD void store(bfloat16* to, const V& v) {
   WordsOf<V> w;
-  memcpy(&w, &v, sizeof w);
-  w = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
-  w = v != v ? WordsOf<V>{} + 0x7fc0u : w;
-  const HalvesOf<V> h = __builtin_convertvector(w, HalvesOf<V>);
+  round_to_half(v, w);
+  const HalvesOf<V> h = __builtin_convertvector(w >> 16, HalvesOf<V>);
   memcpy(to, &h, sizeof h);
 }
 template <class V>
@@ -66,12 +71,27 @@ using Floats8 = float;
 
 template <class V>
 constexpr int64_t size_of = 1;
+template <class V>
+using WordsOf = uint32_t;
 
 HD void load(const float* from, float& v) { v = *from; }
+HD void round_to_half(float v, uint32_t& w) { w = uint32_t(to_bfloat16(v).bits) << 16; }
 HD void load(const bfloat16* from, float& v) { v = to_float(*from); }
 HD void raise(float& v, float floor) { v = v < floor ? floor : v; }
 HD void spread(uint32_t word, float& v) { memcpy(&v, &word, sizeof v); }
 #define PREFETCH(address, write, locality)
 #endif
+
+// For functions that use 512-bit registers, and whether this processor has them.
+#if defined(__GNUC__) && defined(__x86_64__)
+#define SUPPORTS(set) __builtin_cpu_supports(set)
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#else
+#define SUPPORTS(set) false
+#define WIDE
+#endif
+inline bool has_wide() {
+  return SUPPORTS("avx512vl") && SUPPORTS("avx512bw") && SUPPORTS("avx512dq");
+}
 
 }  // namespace msflow

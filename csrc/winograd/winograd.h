@@ -17,6 +17,19 @@ struct Winograd {
   const float* bias;   // (out_channels)
 };
 
+// A 3x3 kernel at the interpolation points.
+struct WinogradWeight {
+  int64_t out_channels, channels, points;
+  const float* kernel;        // nine numbers side by side
+  int64_t out_step, in_step;  // from a channel of the result, and of the input, to the next
+  bool turned;                // by 180 degrees
+  DType factors;
+  const float *transform, *correction;  // (points, 9); (points, points), or null
+  void* values;                         // (points, panels, words, 32, channels in a word)
+};
+
+void winograd_weight_cpu(const WinogradWeight&);
+
 // Factors for which this processor has the registers and instructions that make them fast.
 std::vector<DType> winograd_factors_cpu();
 

@@ -18,7 +18,16 @@ import torch
 from msflow_ext.ops import _backend
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "neon", "sve")
-PACKAGES = ("msflow-ext", "torch", "timm", "FrEIA", "scikit-learn", "numpy")
+PACKAGES = (
+    "msflow-ext",
+    "torch",
+    "timm",
+    "FrEIA",
+    "scikit-learn",
+    "numpy",
+    "onnxruntime",
+    "openvino",
+)
 
 
 def facts() -> dict[str, Any]:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msflow_ext.models.position_base import Total, alone
+
 #: A scale's share of the map, at most.
 MOST = 8.0
 
@@ -31,13 +33,17 @@ class ClampedMap(nn.Module):
         self.register_buffer("usual", torch.tensor([[0.0, 1.0]]).repeat(scales, 1))
 
     @torch.no_grad()
-    def fit(self, likelihoods: Iterable[Sequence[Tensor]]) -> None:
-        """Measure what is usual from the log-likelihood maps ``[(N, H_i, W_i)]`` of batches of normal images."""
+    def fit(self, likelihoods: Iterable[Sequence[Tensor]], total: Total = alone) -> None:
+        """Measure what is usual from the log-likelihood maps ``[(N, H_i, W_i)]`` of batches of normal images.
+
+        ``total`` sums over processes, each of which has batches of its own.
+        """
         sums = torch.zeros(len(self.usual), 3, dtype=torch.float64)
         for maps in likelihoods:
             for i, m in enumerate(maps):
                 wide = -m.double()
                 sums[i] += torch.stack([wide.pow(k).sum() for k in range(3)]).cpu()
+        sums = total(sums)
         mean = sums[:, 1] / sums[:, 0]
         variance = (sums[:, 2] / sums[:, 0] - mean.square()).clamp_min(1e-12)
         self.usual.copy_(torch.stack((mean, variance.sqrt()), 1))

@@ -17,7 +17,7 @@ from msflow_ext import ops
 from msflow_ext.flows import MEMORY
 from msflow_ext.models.backbone import Backbone
 from msflow_ext.models.clamped_map import ClampedMap
-from msflow_ext.models.position_base import PositionBase
+from msflow_ext.models.position_base import PositionBase, Total, alone
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -211,16 +211,19 @@ class Detector(nn.Module, ABC):
         return paper if self.clamped is None else self.clamped(log_likelihood, self.image_size)
 
     @torch.no_grad()
-    def fit_latents(self, batches: Callable[[], Iterable[Sequence[Tensor]]]) -> None:
+    def fit_latents(
+        self, batches: Callable[[], Iterable[Sequence[Tensor]]], total: Total = alone
+    ) -> None:
         """Fit what comes behind the trained head, where the model has it: position base, clamped map.
 
         Args:
             batches: gives the features of all normal images, from the first on at every call.
+            total: of several processes with batches of their own, sums a tensor over all.
         """
         if self.base is not None:
-            self.base.fit(self.head(features).z for features in batches())
+            self.base.fit((self.head(features).z for features in batches()), total)
         if self.clamped is not None:
-            self.clamped.fit(self.log_likelihood(features) for features in batches())
+            self.clamped.fit((self.log_likelihood(features) for features in batches()), total)
 
     @abstractmethod
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:

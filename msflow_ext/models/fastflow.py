@@ -24,6 +24,7 @@ from msflow_ext.models.detector import (
     seeded,
     side,
 )
+from msflow_ext.models.trained_conv import TrainedConv2d, laid_out
 
 if TYPE_CHECKING:
     from msflow_ext.models.fastflow_inference import OptimizedFastFlowHead
@@ -90,7 +91,7 @@ class FastFlowHead(FlowHead):
         normed = self.normalize(features)
         z, log_dets = [], []
         for x, flow in zip(normed, self.flows, strict=True):
-            whole, _, log_det = flow(x)
+            whole, _, log_det = flow(laid_out(x, flow.steps[0].subnet[0]))  # type: ignore[union-attr, index]
             z.append(whole)
             log_dets.append(log_det)
         total = sum(log_dets[1:], log_dets[0])
@@ -128,9 +129,9 @@ class FastFlowHead(FlowHead):
         def step(i: int) -> AffineCoupling:
             k = 3 if self.conv3x3_only or i % 2 == 0 else 1
             subnet = nn.Sequential(
-                nn.Conv2d(passive, hidden, k, padding=k // 2),
+                TrainedConv2d(passive, hidden, k, padding=k // 2),
                 nn.ReLU(inplace=True),
-                nn.Conv2d(hidden, 2 * active, k, padding=k // 2),
+                TrainedConv2d(hidden, 2 * active, k, padding=k // 2),
             )
             return AffineCoupling(channels, subnet, clamp=self.clamp, clamp_form=self.clamp_form)
 

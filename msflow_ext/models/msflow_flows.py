@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from msflow_ext import ops
 from msflow_ext.flows import AffineCoupling, Flow, in_turn, recomputed, reversible
+from msflow_ext.models.trained_conv import TrainedConv2d, laid_out
 from msflow_ext.ops import accumulation_dtype
 
 #: Beyond this the fusion flow's results are cut off.
@@ -40,6 +41,7 @@ class ConditionalFlow(Flow):
         self._encodings: dict[tuple[Any, ...], Tensor] = {}
 
     def forward(self, x: Tensor, *cond: Tensor, **end: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x = laid_out(x, self.steps[0].subnet.conv_x)  # type: ignore[union-attr, arg-type]
         return super().forward(x, self._encoding(x), **end)
 
     def inverse(self, y: Tensor, *cond: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +73,7 @@ class ConditionedSubnet(nn.Module):
         passive = channels - active
         hidden = passive + cond_channels
         whole = nn.Conv2d(hidden, hidden, 3, padding=1)
-        self.conv_x = nn.Conv2d(passive, hidden, 3, padding=1, bias=False)
+        self.conv_x = TrainedConv2d(passive, hidden, 3, padding=1, bias=False)
         self.conv_cond = nn.Conv2d(cond_channels, hidden, 3, padding=1)
         with torch.no_grad():
             assert whole.bias is not None and self.conv_cond.bias is not None
@@ -79,7 +81,7 @@ class ConditionedSubnet(nn.Module):
             self.conv_cond.weight.copy_(whole.weight[:, passive:])
             self.conv_cond.bias.copy_(whole.bias)
         self.norm = ChannelNorm(hidden)
-        self.conv_out = nn.Conv2d(hidden, 2 * active, 3, padding=1)
+        self.conv_out = TrainedConv2d(hidden, 2 * active, 3, padding=1)
 
     def forward(self, x1: Tensor, cond: Tensor) -> Tensor:
         h = self.conv_x(x1)
@@ -236,10 +238,10 @@ class CrossScaleSubnet(nn.Module):
         super().__init__()
         self.channels = list(channels)
         total = sum(channels)
-        self.conv1 = nn.Conv2d(total, total // 4, 3, padding=1)
+        self.conv1 = TrainedConv2d(total, total // 4, 3, padding=1)
         self.norm = ChannelNorm(total // 4)
-        self.conv2 = nn.Conv2d(total // 4, total, 3, padding=1)
-        self.conv_out = nn.ModuleList(nn.Conv2d(c, 2 * c, 3, padding=1) for c in channels)
+        self.conv2 = TrainedConv2d(total // 4, total, 3, padding=1)
+        self.conv_out = nn.ModuleList(TrainedConv2d(c, 2 * c, 3, padding=1) for c in channels)
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
         size = min(((t.size(2), t.size(3)) for t in x), key=math.prod)

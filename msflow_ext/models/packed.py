@@ -60,7 +60,7 @@ class PackedConv2d(nn.Module):
     def _form(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         assert self.weight is not None
         options = (self.padding, self.stride, self.dilation, self.groups)
-        form = winograd_form(x, self.weight, *options)
+        form = winograd_form(x, x.dtype, self.weight, *options)
         if form is not None:
             wide = ops.accumulation_dtype(self.dtype)
             bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias

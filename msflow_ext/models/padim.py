@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msflow_ext.models.position_base import Moments, positions
+from msflow_ext.models.position_base import Moments, Total, alone, positions
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,10 @@ class Padim:
         self._gaussians: tuple[Tensor, Tensor, tuple[int, ...]] | None = None
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Sequence[Tensor]]) -> Padim:
+    def fit(self, batches: Iterable[Sequence[Tensor]], total: Total = alone) -> Padim:
         """Estimate the Gaussians in one pass over normal images, and return self.
+
+        ``total`` sums over processes, each of which has batches of its own.
 
         Shapes:
             batches: lists of ``(N, C_i, H_i, W_i)``, one per scale; only N may change.
@@ -56,10 +58,11 @@ class Padim:
         first = next(stream, None)
         if first is None:
             raise ValueError("Padim.fit: batches must hold at least two images, got none")
-        moments = Moments(first)
+        moments = Moments(first, total)
         for x in chain([first], stream):
             _check_shape("fit", x, first.shape[1:])
             moments.add(x)
+        moments.join()
         if moments.count < 2:
             raise ValueError("Padim.fit: batches must hold at least two images, got 1")
         mean, covariance = moments.mean_and_covariance()

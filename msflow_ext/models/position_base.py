@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,28 @@ from torch import Tensor, nn
 #: Added to the variance of every latent channel, which is near 1: fewer images need more.
 RIDGE = 0.4
 
+#: Sums a tensor of this process over all that fit together; see :func:`alone`.
+Total = Callable[[Tensor], Tensor]
+
+
+def alone(part: Tensor) -> Tensor:
+    """The sum over processes where there is one."""
+    return part
+
 
 class Moments:
     """Mean and covariance at every position of maps ``(N, C, H, W)``, summed in float64.
 
     Args:
         like: maps near which the mean is: little cancels then. They are not counted.
+        total: of several processes that count different maps, sums over all.
     """
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, total: Total = alone) -> None:
         self.count = 0
-        self._origin = positions(like).double().mean(2, keepdim=True)
+        self._sum = total
+        near, images = positions(like).double().sum(2, keepdim=True), torch.tensor(len(like))
+        self._origin = total(near) / total(images).to(near)
         self._total = torch.zeros_like(self._origin)
         self._outer = self._total.new_zeros(*self._total.shape[:2], self._total.shape[1])
 
@@ -30,6 +41,11 @@ class Moments:
         self._total += deviation.sum(2, keepdim=True)
         self._outer.baddbmm_(deviation, deviation.mT)
         self.count += maps.shape[0]
+
+    def join(self) -> None:
+        """Count what all processes have counted."""
+        self.count = int(self._sum(torch.tensor(self.count)))
+        self._total, self._outer = self._sum(self._total), self._sum(self._outer)
 
     def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
         """``(H * W, C, 1)`` and ``(H * W, C, C)`` of the two or more maps counted; nothing can be added after."""
@@ -61,17 +77,21 @@ class PositionBase(nn.Module):
             self.register_buffer(f"whiten{i}", torch.eye(c).repeat(h * w, 1, 1))
 
     @torch.no_grad()
-    def fit(self, latents: Iterable[Sequence[Tensor]]) -> None:
+    def fit(self, latents: Iterable[Sequence[Tensor]], total: Total = alone) -> None:
         """Estimate the Gaussians from the latent maps ``[(N, C_i, H_i, W_i)]`` of batches of normal images.
+
+        ``total`` sums over processes, each of which has batches of its own.
 
         Raises:
             ValueError: fewer than two images.
         """
         moments: list[Moments] = []
         for z in latents:
-            moments = moments or [Moments(t) for t in z]
+            moments = moments or [Moments(t, total) for t in z]
             for each, t in zip(moments, z, strict=True):
                 each.add(t)
+        for each in moments:
+            each.join()
         if not moments or moments[0].count < 2:
             raise ValueError("PositionBase.fit: latents must hold at least two images")
         for i, each in enumerate(moments):

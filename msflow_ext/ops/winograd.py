@@ -1,4 +1,4 @@
-"""3x3 convolutions of stride 1 by Winograd's minimal filtering: 2.25 or 4 times fewer multiplications."""
+"""3x3 convolutions of stride 1 by Winograd's minimal filtering: 2.25 to 4 times fewer multiplications."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ _PANEL = 32
 
 # Interpolation points by size of a tile, besides infinity.
 _R = math.sqrt(0.5)
-_POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, _R, -_R, 1 / _R, -1 / _R)}
+_A, _B = 3 / 8, 5 / 4
+_POINTS = {
+    2: (0.0, 1.0, -1.0),
+    3: (_A, -_A, _B, -_B),
+    4: (0.0, _R, -_R, 1 / _R, -1 / _R),
+}
 
 
 def winograd_conv2d(
@@ -28,14 +33,14 @@ def winograd_conv2d(
     padding: tuple[int, int] = (1, 1),
     relu: bool = False,
 ) -> Tensor:
-    r"""Convolve with a 3x3 kernel, stride 1, in tiles of the result: ``F(2x2, 3x3)`` or ``F(4x4, 3x3)``.
+    r"""Convolve with a 3x3 kernel, stride 1, in tiles of the result: ``F(2x2, 3x3)`` to ``F(4x4, 3x3)``.
 
     .. math:: y = A^T \Big[ \sum_c (G g_c G^T) \odot (B^T d_c B) \Big] A + b
 
     of overlapping tiles :math:`d` of the input. Fewer multiplications cost digits: where a direct convolution in
-    float32 errs by 1.7e-7 of the result's root mean square (192 channels), tiles of 2 err by 3.7e-7 and of 4 by 1.1e-6
-    (the usual points 0, 1, -1, 2, -2: 2.3e-6). Factors in bfloat16 err by 3.9e-3 with tiles of 2, against 2.4e-3;
-    with tiles of 4 it would be 1.0e-2, so there are none.
+    float32 errs by 1.7e-7 of the result's root mean square (192 channels), tiles of 2 err by 3.7e-7, of 3 by 5.9e-7
+    and of 4 by 1.1e-6 (the usual points 0, 1, -1, 2, -2: 2.3e-6). Factors in bfloat16 err by 3.4e-3 with tiles of 2 and by
+    4.8e-3 with tiles of 3, against 2.4e-3; with tiles of 4 it would be 1.0e-2, so there are none.
 
     Args:
         x: ``(N, C_in, H, W)``, float32, float64 or bfloat16 (float16: reference).
@@ -60,17 +65,22 @@ def winograd_conv2d(
     return winograd_conv2d_reference(*arguments)
 
 
-def winograd_weight(weight: Tensor, tile: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def winograd_weight(
+    weight: Tensor, tile: int, dtype: torch.dtype = torch.float32, *, adjoint: bool = False
+) -> Tensor:
     r"""A 3x3 kernel's values at the interpolation points, in the layout of :func:`winograd_conv2d`.
 
     Args:
         weight: ``(C_out, C_in, 3, 3)``, floating.
-        tile: 2 or 4: results of a tile in each direction.
-        dtype: of the factors: float32, float64, or bfloat16 (tiles of 2, sums in float32).
+        tile: 2, 3 or 4: results of a tile in each direction.
+        dtype: of the factors: float32, float64, or bfloat16 (tiles of 2 or 3, sums in float32).
+        adjoint: for the convolution's derivative: from the gradient of its results to that of its input, where
+            C_in and C_out change places.
 
     Returns:
         ``((tile + 2)^2, ceil(C_out / 32), ceil(C_in / k), 32, k)``, k = 2 for bfloat16 and 1 otherwise, missing
-        channels 0: :math:`(tile + 2)^2 / 9` times the numbers of ``weight``, computed in float64 and rounded once.
+        channels 0: :math:`(tile + 2)^2 / 9` times the numbers of ``weight``; in bfloat16 they are rounded so that the
+        errors at the points of a tile compensate each other (without a gradient).
 
     Raises:
         ValueError: shape or tile. TypeError: dtype.
@@ -82,20 +92,48 @@ def winograd_weight(weight: Tensor, tile: int, dtype: torch.dtype = torch.float3
     if not weight.is_floating_point():
         raise TypeError(f"winograd_weight: weight must be floating, got {weight.dtype}")
     if tile not in _POINTS:
-        raise ValueError(f"winograd_weight: tile must be 2 or 4, got {tile}")
-    if dtype is torch.bfloat16 and tile != 2:
-        raise ValueError(f"winograd_weight: tile must be 2 for bfloat16, got {tile}")
+        raise ValueError(f"winograd_weight: tile must be 2, 3 or 4, got {tile}")
+    if dtype is torch.bfloat16 and tile > 3:
+        raise ValueError(f"winograd_weight: tile must be 2 or 3 for bfloat16, got {tile}")
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise TypeError(f"winograd_weight: dtype must be float32, float64 or bfloat16, got {dtype}")
+    if adjoint:
+        weight = weight.transpose(0, 1)
+    kernels = weight.dtype is torch.float32 and dtype is not torch.float64
+    if dtype is torch.float32 and torch.is_grad_enabled() and weight.requires_grad:
+        kernels = False  # which give no gradient; to bfloat16, nothing does
+    if kernels and _backend.is_native(weight, cuda=False) and not torch.compiler.is_compiling():
+        return _native_weight(weight, tile, dtype, adjoint)
+    return _winograd_weight_reference(weight.flip(2, 3) if adjoint else weight, tile, dtype)
+
+
+def _native_weight(weight: Tensor, tile: int, dtype: torch.dtype, turned: bool) -> Tensor:
+    (c_out, c_in), k = weight.shape[:2], 2 if dtype is torch.bfloat16 else 1
+    weight = _backend.in_memory(weight)
+    if weight.stride()[2:] != (3, 1):
+        weight = weight.contiguous()
+    transform, correction = (np.array(t, np.float32) for t in _TABLES[tile])
+    points = len(transform)
+    values = weight.new_empty((points, -(-c_out // _PANEL), -(-c_in // k), _PANEL, k), dtype=dtype)
+    steps = (weight.data_ptr(), *weight.stride()[:2], turned, _backend.DTYPES[dtype])
+    corrected = correction.ctypes.data if k == 2 else 0
+    _backend.C.winograd_weight_cpu(
+        c_out, c_in, points, *steps, transform.ctypes.data, corrected, values.data_ptr()
+    )
+    return values
+
+
+def _winograd_weight_reference(weight: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
     k = 2 if dtype is torch.bfloat16 else 1
     padded = F.pad(
         weight.double(), (0, 0, 0, 0, 0, -weight.size(1) % k, 0, -weight.size(0) % _PANEL)
     )
     panels = padded.flatten(2).reshape(-1, _PANEL, padded.size(1) // k, k, 9)
     panels = panels.permute(4, 0, 2, 1, 3)
-    g = _matrices(tile, padded)[1]
-    values = torch.kron(g, g) @ panels.flatten(1)
-    return values.to(dtype).view(-1, *panels.shape[1:])
+    transform, correction = (padded.new_tensor(t) for t in _TABLES[tile])
+    values = transform @ panels.flatten(1)
+    values = _rounded(values, correction) if k == 2 else values.to(dtype)
+    return values.view(-1, *panels.shape[1:])
 
 
 def factor_dtypes() -> tuple[torch.dtype, ...]:
@@ -125,6 +163,16 @@ def winograd_conv2d_reference(
     y = (a @ products @ a.mT).transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
     y = y + bias[:, None, None]
     return (torch.relu(y) if relu else y).to(x.dtype)
+
+
+@torch.no_grad()
+def _rounded(values: Tensor, correction: Tensor) -> Tensor:
+    """Values in bfloat16, the last point's first, each chosen so that it makes up for the errors of those before."""
+    found, errors = values.bfloat16(), torch.zeros_like(values)
+    for i in reversed(range(len(values))):
+        found[i] = values[i] - correction[i] @ errors
+        errors[i] = found[i] - values[i]
+    return found
 
 
 def _matrices(tile: int, like: Tensor) -> tuple[Tensor, ...]:
@@ -158,9 +206,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) ->
         )
     k = 2 if weight.dtype is torch.bfloat16 else 1
     panels = (-(-bias.numel() // _PANEL), -(-x.size(1) // k), _PANEL, k)
-    if weight.shape[1:] != panels or weight.size(0) not in ((16,) if k == 2 else (16, 36)):
+    if weight.shape[1:] != panels or weight.size(0) not in ((16, 25) if k == 2 else (16, 25, 36)):
         raise ValueError(
-            f"{name}: weight must be winograd_weight's (16 or 36, {str(panels)[1:]} for {x.size(1)} channels "
+            f"{name}: weight must be winograd_weight's (16, 25 or 36, {str(panels)[1:]} for {x.size(1)} channels "
             f"in and {bias.numel()} out, got {tuple(weight.shape)}"
         )
     for label, other in (("weight", weight), ("bias", bias)):
@@ -200,7 +248,19 @@ def _toom_cook(points: tuple[float, ...]) -> tuple[list[list[float]], ...]:
     return a, [*g, [0.0, 0.0, 1.0]], [*b, np.poly(points)[::-1].tolist()]
 
 
+def _tables(tile: int) -> tuple[list[list[float]], list[list[float]]]:
+    """From nine numbers to the values at the points, and by how much an error there moves the values before it.
+
+    Errors ``e`` at the points cost ``e^T Q e``, the mean square that they add to results of a white input. With the
+    Cholesky factor L of Q these are the squares of ``L^T e``, where a row holds its own and later errors.
+    """
+    a, g, b = (np.kron(m, m) for m in _MATRICES[tile])
+    factor = np.linalg.cholesky((a.T @ a) * (b @ b.T))
+    return g.tolist(), (factor / factor.diagonal()).T.tolist()
+
+
 _MATRICES = {tile: _toom_cook(points) for tile, points in _POINTS.items()}
+_TABLES = {tile: _tables(tile) for tile in _POINTS}
 
 _winograd = _backend.NativeOp(
     "winograd_conv2d",

@@ -136,6 +136,12 @@ def train(part: ArgumentParser) -> None:
     )
     part.add_argument("--baseline", action="store_true", help="also fit a PaDiM-style Gaussian")
     add_device(part)
+    for name, kind, text in (
+        ("--devices", int | None, "processes here, one per GPU, or on the CPU (default: 1)"),
+        ("--num-nodes", int | None, "machines that run this command (default: 1)"),
+        ("--rendezvous", str | None, "HOST:PORT where several machines meet: on one of them"),
+    ):
+        part.add_argument(name, type=kind, help=text)
     add_threads(part)
     add_out(part, "run folder to write")
     add_again(part)

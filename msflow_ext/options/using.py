@@ -74,6 +74,8 @@ def serve(part: ArgumentParser) -> None:
         default="",
         help="that requests must bring (default: MSFLOW_TOKEN of the environment, which ps does not show)",
     )
+    part.add_argument("--ssl-certfile", type=str | None, help="PEM certificate, for HTTPS")
+    part.add_argument("--ssl-keyfile", type=str | None, help="its key, if not in the same file")
     part.add_argument("--max-bytes", type=int, default=32 * 2**20, help="of an image file")
     part.add_argument("--max-pixels", type=int, default=64_000_000, help="of an image")
     part.add_argument("--concurrency", type=int, default=16, help="images at once, waiting or not")
@@ -84,7 +86,7 @@ def serve(part: ArgumentParser) -> None:
 
 def export(part: ArgumentParser) -> None:
     add_run(part)
-    formats = ("torch", "onnx", "openvino")
+    formats = ("torch", "aoti", "onnx", "openvino")
     part.add_argument("--format", choices=formats, required=True, help="what to write")
     add_out(part, "new file, .pt2, .onnx or .xml by the format")
 

@@ -1,6 +1,6 @@
 """A trained run as an HTTP service: an image in, its score, label, mask and heat map out.
 
-``POST /predict`` takes the bytes of one image file as its body and answers JSON::
+``POST /predict`` takes one image file, as its body or in a form (``multipart/form-data``), and answers JSON::
 
     {"score": 1.7, "label": 1, "p_value": 0.02, "mask": "iVBORw...", "heat_map": "iVBORw..."}
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 try:
     import fastapi  # noqa: F401
     import prometheus_client  # noqa: F401
+    import python_multipart  # noqa: F401
     import uvicorn  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(

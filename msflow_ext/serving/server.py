@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import socket
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def serve(
     limits: Limits | None = None,
     device: str | None = None,
     false_alarms: float | None = None,
+    ssl_certfile: str | Path | None = None,
+    ssl_keyfile: str | Path | None = None,
 ) -> None:
     """Serve a run until SIGINT or SIGTERM; answers that are in work are finished.
 
@@ -39,25 +42,30 @@ def serve(
         host: name or address to listen at.
         port: 0 for any free one; the log says which.
         token: that requests must bring; by default the environment's ``MSFLOW_TOKEN``, if any.
+        ssl_certfile, ssl_keyfile: PEM files of a certificate and its key, without a passphrase, for HTTPS; the key
+            may lie in the first.
 
     Raises:
         ValueError: a host that others can reach, without a token; a token that is not of ASCII
-            letters, digits and signs; as :func:`load`.
+            letters, digits and signs; files that are no certificate and its key; as :func:`load`.
+        FileNotFoundError: no such certificate or key.
         OSError: no such host, or the port is taken.
     """
     limits = limits or Limits()
-    token = token or os.environ.get("MSFLOW_TOKEN")
+    token = token or os.environ.get("MSFLOW_TOKEN") or None
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     family, *_, address = found[0]
     if not token and not all(ipaddress.ip_address(each[4][0]).is_loopback for each in found):
         raise ValueError(f"others can reach host {host}: give --token, or set MSFLOW_TOKEN")
+    secured = _certificate(ssl_certfile, ssl_keyfile)
     detector = load(run, device, false_alarms=false_alarms)
     app = application(detector, token, limits, name=Path(run).resolve().name)
     with socket.create_server(address[:2], family=family) as listening:
         name = f"[{address[0]}]" if family == socket.AF_INET6 else address[0]
-        logger.info("serving %s at http://%s:%d/", run, name, listening.getsockname()[1])
+        scheme, port = "https" if secured else "http", listening.getsockname()[1]
+        logger.info("serving %s at %s://%s:%d/", run, scheme, name, port)
         grace = math.ceil(limits.timeout)
-        server = uvicorn.Server(configuration(app, timeout_graceful_shutdown=grace))
+        server = uvicorn.Server(configuration(app, timeout_graceful_shutdown=grace, **secured))
 
         def stop(*_: Any) -> None:
             server.should_exit = True
@@ -71,3 +79,22 @@ def configuration(app: FastAPI, **options: Any) -> uvicorn.Config:
     """How uvicorn serves the application: one protocol, and no log but ours."""
     fixed: dict[str, Any] = {"http": "h11", "ws": "none", "lifespan": "on", "log_config": None}
     return uvicorn.Config(app, access_log=False, server_header=False, **fixed, **options)
+
+
+def _certificate(certfile: str | Path | None, keyfile: str | Path | None) -> dict[str, Any]:
+    """What uvicorn is to be told of them, once they are known to fit; nothing without them."""
+    if certfile is None:
+        if keyfile is not None:
+            raise ValueError("ssl_keyfile is of no use without ssl_certfile")
+        return {}
+    for path in filter(None, (certfile, keyfile)):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such certificate or key")
+    try:  # an empty passphrase, or a terminal would be asked for one
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, password="")
+    except ssl.SSLError as error:
+        files = " and ".join(str(path) for path in (certfile, keyfile) if path)
+        raise ValueError(
+            f"{files}: not a PEM certificate with its key, which has no passphrase: {error.reason}"
+        ) from None
+    return {"ssl_certfile": str(certfile), "ssl_keyfile": keyfile and str(keyfile)}

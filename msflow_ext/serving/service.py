@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException, Request
+from python_multipart import create_form_parser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import File
 from starlette.requests import ClientDisconnect
 
 from msflow_ext._heat_maps import colour_range, heat_map
@@ -84,7 +87,8 @@ class Service:
         if not self._free.acquire(blocking=False):
             raise HTTPException(503, "too many images at once, try again", {"Retry-After": "1"})
         try:
-            work = self._threads.submit(self._predict, await self._body(request))
+            kind = request.headers.get("content-type", "")
+            work = self._threads.submit(self._predict, await self._body(request), kind)
         except BaseException:
             self._free.release()
             raise
@@ -124,9 +128,11 @@ class Service:
     def _too_late(self, what: str) -> str:
         return f"the image {what} within {self._limits.timeout:g} s"
 
-    def _predict(self, body: bytes) -> dict[str, Any]:
+    def _predict(self, body: bytes, kind: str) -> dict[str, Any]:
         """Decode, score and encode, on a thread; the model on its own, one image at a time."""
         try:
+            if kind.lower().startswith("multipart/form-data"):
+                body = _file_in(body, kind)
             image = load_bytes(body, self._limits.max_pixels)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
@@ -153,6 +159,28 @@ class Service:
             "mask": None if result.mask is None else _png(Image.fromarray(result.mask)),
             "heat_map": _png(heat),
         }
+
+
+def _file_in(form: bytes, kind: str) -> bytes:
+    """The one file of a form in ``multipart/form-data``; ValueError if it holds none or more."""
+    found: list[bytes] = []
+
+    def take(file: File) -> None:
+        if found:
+            raise ValueError("the form holds more than one file, one image at a time is wanted")
+        file.file_object.seek(0)
+        found.append(file.file_object.read())
+
+    limits = {"MAX_MEMORY_FILE_SIZE": len(form), "MAX_FIELDS": 100}  # nothing goes to the disk
+    try:
+        parser = create_form_parser({"Content-Type": kind.encode()}, None, take, limits)
+        parser.write(form)
+        parser.finalize()
+    except FormParserError as error:
+        raise ValueError(f"the form cannot be read: {error}") from None
+    if not found:
+        raise ValueError("the form holds no whole file, one with an image is wanted")
+    return found[0]
 
 
 def _png(image: Image) -> str:
