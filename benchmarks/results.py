@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
-ACCURACY, SERVING, SOAK = "accuracy-", "serving-", "soak-"
+ACCURACY, BULK, SERVING, SOAK = "accuracy-", "bulk-", "serving-", "soak-"
 
 
 def file_for(facts: dict[str, Any]) -> Path:
@@ -19,7 +19,7 @@ def file_for(facts: dict[str, Any]) -> Path:
 
 def newest() -> Path:
     """The times that were written last, by the date inside; others have files of their own."""
-    others = (ACCURACY, SERVING, SOAK)
+    others = (ACCURACY, BULK, SERVING, SOAK)
     times = (path for path in FOLDER.glob("*.json") if not path.name.startswith(others))
     files = sorted(times, key=lambda path: read(path)["machine"]["date"])
     if not files:

@@ -8,8 +8,9 @@ import os
 import sys
 import time
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,30 +122,28 @@ def data(options: Any) -> int:
 
 def train(options: Any) -> int:
     """Train a model on good images, test it, and write a run folder, or one for each category and seed."""
-    from msflow_ext import series, table
+    from msflow_ext import engines, series, table
 
     ranks = distributed.join(options.device)
     if not ranks.first:
         logging.getLogger("msflow_ext").setLevel(logging.CRITICAL)
-    out = Path(options.out)
+    out, engine, chosen = Path(options.out), engines.chosen(options), options.clone()
     with ranks.agreed():
         trials = _trials(options)
         if not (options.resume or options.overwrite):
             series.refuse_old(trials)
+        if not trials and options.engine != "local":
+            several = "--category all or a,b, --seeds or --split-seeds"
+            raise ValueError(f"--engine {options.engine} is for several trainings: {several}")
     if not trials:
         rows = rows_of(_train(options))
         if ranks.first:
             print_table(rows)
         return 0
-
-    def one(trial: series.Trial) -> Mapping[str, Any]:
-        chosen = options.clone()
-        for name in ("category", "split_seed", "seed"):
-            chosen[name] = getattr(trial, name)
-        chosen.out = str(trial.folder)
-        return _train(chosen)
-
-    runs = series.train_all(trials, out, one, FAILURES, write=ranks.first)
+    if options.engine != "local":  # a training whose worker dies goes on from its checkpoint
+        chosen.resume, chosen.device = not options.overwrite, engines.device_of(options)
+    work = partial(_train_trial, chosen)
+    runs = series.train_all(trials, out, work, FAILURES, engine, write=ranks.first)
     if ranks.first:
         print_lines(table.lines(runs))
         print(f"{out / 'table.md'}, table.csv and table.json hold all of it")
@@ -221,6 +220,15 @@ def _trials(options: Any) -> list[series.Trial]:
     split_seeds = options.split_seeds or [options.split_seed]
     seeds = options.seeds or [options.seed]
     return series.plan(Path(options.out), categories, split_seeds, seeds)
+
+
+def _train_trial(options: Any, trial: series.Trial) -> dict[str, Any]:
+    """One training of a series."""
+    chosen = options.clone()
+    for name in ("category", "split_seed", "seed"):
+        chosen[name] = getattr(trial, name)
+    chosen.out = str(trial.folder)
+    return _train(chosen)
 
 
 def _train(options: Any) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Many trainings one after the other, each in its own folder, and one table of them all."""
+"""Many trainings, each in its own folder, and one table of them all."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from msflow_ext import table
 from msflow_ext.checkpoint import CHECKPOINT
+from msflow_ext.engines import Engine, one_by_one
 from msflow_ext.printing import sentence
 from msflow_ext.run_folder import METRICS
 
@@ -55,6 +57,7 @@ def train_all(
     out: Path,
     train: Callable[[Trial], Mapping[str, Any]],
     failures: tuple[type[Exception], ...],
+    engine: Engine = one_by_one,
     *,
     write: bool = True,
 ) -> list[table.Run]:
@@ -63,22 +66,30 @@ def train_all(
     Args:
         train: does one and returns what its ``metrics.json`` holds.
         failures: the errors that end a trial but not the series.
+        engine: where the trials are done.
         write: false where another process of the same trainings writes the table.
     """
-    runs: list[table.Run] = []
+    runs: dict[Trial, table.Run] = {}
+    with closing(engine(train, _announced(trials))) as outcomes:
+        for trial, metrics, error in outcomes:
+            failure = sentence(error) if error else ""
+            if error and not isinstance(error, failures):
+                raise error
+            if error:
+                log.error("%s failed: %s", trial.folder, failure)
+            category, folder = trial.category or "", str(trial.folder)
+            seeds = trial.split_seed, trial.seed
+            runs[trial] = table.Run(category, *seeds, folder, metrics, failure)
+            log.info("%s is done, %d of %d", trial.folder, len(runs), len(trials))
+            if write:
+                table.write(out, [runs[each] for each in trials if each in runs])
+    return [runs[each] for each in trials]
+
+
+def _announced(trials: Sequence[Trial]) -> Iterator[Trial]:
     for number, trial in enumerate(trials, 1):
         log.info("%d of %d: %s", number, len(trials), trial.folder)
-        metrics, failure = None, ""
-        try:
-            metrics = train(trial)
-        except failures as error:
-            failure = sentence(error)
-            log.error("%s failed: %s", trial.folder, failure)
-        category, folder = trial.category or "", str(trial.folder)
-        runs.append(table.Run(category, trial.split_seed, trial.seed, folder, metrics, failure))
-        if write:
-            table.write(out, runs)
-    return runs
+        yield trial
 
 
 def refuse_old(trials: Sequence[Trial]) -> None:

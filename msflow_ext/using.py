@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from msflow_ext.data import DataSet, Images
     from msflow_ext.evaluation import Evaluation, Truth
     from msflow_ext.inference import Detector, Result
+    from msflow_ext.scoring import Scoring
 
 log = logging.getLogger(__name__)
 
@@ -56,21 +56,28 @@ def evaluate(options: Any) -> int:
 
 def predict(options: Any) -> int:
     """Score images: files, or folders with all that is in them, or all that comes into one folder."""
+    import torch
     from tqdm import tqdm
 
+    from msflow_ext._pictures import write_pictures
     from msflow_ext.report import write_scores
 
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.engine or options.maps or options.address:
+        return _archive(options)
     out = _checked_out(options.out)
     if options.watch:
         return _watch(options, out)
-    detector, chosen = _detector(options)
+    scoring = _scoring(options)
+    detector = scoring.load(options.run, options.device)
     rows: list[tuple[str, str, int | None, float]] = []
     p_values: list[float | None] = []
 
     named: set[str] = set()
 
     def noted() -> Iterator[Result]:
-        found = detector.stream(options.paths, **chosen)
+        found = scoring.stream(detector, options.paths)
         for result in tqdm(found, unit="image", disable=None):
             if result.name in named:
                 raise ValueError(f"two images are called {result.name}: predict them apart")
@@ -83,12 +90,31 @@ def predict(options: Any) -> int:
         if options.score_only:
             deque(noted(), maxlen=0)
         else:
-            _draw(out, noted(), detector.colours)
+            write_pictures(out, noted(), detector.colours)
     finally:
         if rows:
             known = p_values if detector.calibration else None
             write_scores(out / "scores.csv", rows, p_value=known)
     print(f"{len(rows)} images: {out / 'scores.csv'}")
+    return 0
+
+
+def _archive(options: Any) -> int:
+    """Score images into Parquet; those that cannot be scored have a row that says why, and status 2."""
+    from msflow_ext import bulk, engines
+
+    if not options.engine or options.watch or options.score_only:
+        raise ValueError("Parquet takes --engine, and neither --watch nor --score-only")
+    engine, device = engines.chosen(options), engines.device_of(options)
+    chosen = {name: options[name] for name in ("maps", "shard_size", "threads")}
+    archive = bulk.prepare(
+        options.run, options.paths, options.out, _scoring(options), device=device, **chosen
+    )
+    wrong = archive.score(engine, progress=True)
+    print(f"{archive.images} images: {options.out}")
+    if wrong:
+        count = f"{len(wrong)} of {archive.images} images have no score, see column error"
+        raise RuntimeError(f"{count}; the first: {wrong[0][1]}")
     return 0
 
 
@@ -111,36 +137,25 @@ def serve(options: Any) -> int:
     return 0
 
 
-def _detector(options: Any) -> tuple[Detector, dict[str, Any]]:
-    """The detector that the options ask for, and how it is to predict."""
-    from msflow_ext.inference import load
+def _scoring(options: Any) -> Scoring:
+    """How the options want images to be scored."""
+    from msflow_ext.scoring import Scoring
 
-    if options.tile and options.false_alarms is not None:
-        raise ValueError("--false-alarms is of whole images and says nothing of tiles (--tile)")
-    detector = load(
-        options.run,
-        options.device,
-        false_alarms=options.false_alarms,
-        precision=options.precision,
-    )
-    if options.tile and detector.calibration:
-        log.info("the run's thresholds are of whole images: tiles get no label, p-value or mask")
-        detector.threshold = detector.pixel_threshold = detector.calibration = None
-    if options.threshold is not None:
-        detector.threshold = options.threshold
-    return detector, {name: options[name] for name in ("batch_size", "tile", "overlap")}
+    return Scoring(**{name: options[name] for name in Scoring.__dataclass_fields__})
 
 
 def _watch(options: Any, out: Path) -> int:
     """Score what arrives in a folder: first the pictures of an image are written, then its row."""
     from msflow_ext._heat_maps import file_name
+    from msflow_ext._pictures import write_pictures
     from msflow_ext.printing import sentence
     from msflow_ext.report import colour_range
     from msflow_ext.watching import ScoreLog, arrivals, stopped_by_signals
 
     folder = _watched(options.paths, out)
     with stopped_by_signals() as stop:
-        detector, chosen = _detector(options)
+        scoring = _scoring(options)
+        detector = scoring.load(options.run, options.device)
         scores = ScoreLog(out / "scores.csv", *(["p_value"] if detector.calibration else []))
         before, colours, taken = len(scores.names), detector.colours, set()
         for name in scores.names:  # so that pictures are called as if there was no interruption
@@ -148,14 +163,14 @@ def _watch(options: Any, out: Path) -> int:
         log.info("watching %s, %d images scored before", folder, before)
         for name, path in arrivals(folder, scores.names, stop):
             try:
-                (result,) = detector.predict(path, workers=1, **chosen)
+                (result,) = scoring.stream(detector, path, workers=1)
             except (OSError, ValueError, ArithmeticError) as error:
                 log.warning("%s is passed over: %s", name, sentence(error))
                 continue
             if not options.score_only:
                 colours = colours or colour_range([result.map])
                 stem = file_name(name, taken).removesuffix(".png")
-                _draw(out, iter([replace(result, name=stem)]), colours)
+                write_pictures(out, iter([replace(result, name=stem)]), colours)
             more = [] if result.p_value is None else [result.p_value]
             scores.append(name, result.label, result.score, *more)
     print(f"{len(scores.names) - before} images: {scores.path}")
@@ -270,30 +285,3 @@ def _checked_out(out: str) -> Path:
         raise ValueError(f"--out {out} holds a run, choose another folder")
     check_writable(Path(out))
     return Path(out)
-
-
-def _draw(out: Path, results: Iterator[Result], colours: Sequence[float] | None) -> None:
-    """Write a heat map, and a mask if it has one, per result; one result is in memory at a time."""
-    from msflow_ext.report import colour_range, save_maps
-
-    first = next(results)
-    low, high = colours or colour_range([first.map])
-    a, b, c, d = tee(_with_masks(out, chain([first], results)), 4)
-    columns = (r.name for r in a), (r.image for r in b), (r.map for r in c), (r.mask for r in d)
-    save_maps(out, *columns, low=low, high=high)
-
-
-def _with_masks(out: Path, results: Iterable[Result]) -> Iterator[Result]:
-    """Pass results on and write their masks, white where the map exceeds the threshold."""
-    from PIL import Image
-
-    from msflow_ext._heat_maps import file_name
-    from msflow_ext.checkpoint import replacing
-
-    taken: set[str] = set()
-    for result in results:
-        name = file_name(result.name, taken)
-        if result.mask is not None:
-            with replacing(out / "masks" / name) as temporary:
-                Image.fromarray(result.mask).save(temporary, "PNG")
-        yield result

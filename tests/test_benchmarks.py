@@ -246,6 +246,18 @@ def test_the_accuracy_of_the_packaged_sets_is_one_table(
         load("results").newest()
 
 
+def test_bulk_scoring_is_measured_and_tabled(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    file = tmp_path / "bulk.json"
+    tiny = ["--images", "4", "--side", "64", "--shard-size", "2", "--workers", "--file", str(file)]
+    assert load("bulk").main(tiny) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["workers"] == 0 and row["images_per_s"] > 0
+    assert f"| {row['images_per_s']:.1f} | 1.00 |" in file.with_suffix(".md").read_text()
+
+
 def test_a_service_under_many_clients_makes_no_error(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from msflow_ext.data import LAYOUTS, PACKAGED
+from msflow_ext.engines import ENGINES
 from msflow_ext.recipe import PRESETS
 
 if TYPE_CHECKING:
@@ -75,3 +76,15 @@ def add_threads(part: ArgumentParser) -> None:
 def add_again(part: ArgumentParser) -> None:
     part.add_argument("--resume", action="store_true", help="continue the run in the folder")
     part.add_argument("--overwrite", action="store_true", help="remove the run in the folder")
+
+
+def add_engine(part: ArgumentParser, *, default: str | None, text: str) -> None:
+    part.add_argument("--engine", choices=ENGINES, default=default, help=text)
+    part.add_argument(
+        "--address",
+        type=str | None,
+        help="of a Ray cluster, HOST:PORT or auto (default: a Ray of its own on this machine)",
+    )
+    part.add_argument("--tasks-at-once", type=int | None, help="Ray: at most (default: what fits)")
+    part.add_argument("--cpus-per-task", type=int, default=1, help="Ray: for each, and its threads")
+    part.add_argument("--gpus-per-task", type=float, default=0.0, help="Ray: also a part, as 0.5")

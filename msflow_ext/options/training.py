@@ -11,6 +11,7 @@ from msflow_ext.options.shared import (
     add_again,
     add_data,
     add_device,
+    add_engine,
     add_model,
     add_out,
     add_threads,
@@ -144,3 +145,4 @@ def train(part: ArgumentParser) -> None:
     add_threads(part)
     add_out(part, "run folder to write")
     add_again(part)
+    add_engine(part, default="local", text="of several trainings: one by one, or at once on Ray")

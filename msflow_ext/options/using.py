@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from msflow_ext.options.shared import add_data, add_device, add_false_alarms, add_out, add_run
+from msflow_ext.options.shared import (
+    add_data,
+    add_device,
+    add_engine,
+    add_false_alarms,
+    add_out,
+    add_run,
+    add_threads,
+)
 from msflow_ext.recipe import PRECISIONS
+from msflow_ext.shards import MAPS
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -49,6 +58,11 @@ def predict(part: ArgumentParser) -> None:
         help="of the prepacked form (default: the model as it trained)",
     )
     add_device(part)
+    add_threads(part)
+    text = "write Parquet into --out, a folder or URI, here or on Ray; the same command goes on with it"
+    add_engine(part, default=None, text=text)
+    part.add_argument("--maps", choices=MAPS, help="kept in Parquet, as numbers or heat maps")
+    part.add_argument("--shard-size", type=int, default=256, help="images in a file of Parquet")
 
 
 def serve(part: ArgumentParser) -> None:
