@@ -138,8 +138,9 @@ def train(options: Any) -> int:
 def compare(options: Any) -> int:
     """Compare finished runs on the same test images: metrics, settings, images they disagree on."""
     from msflow_ext import comparison
+    from msflow_ext.tested_runs import read_runs
 
-    runs = comparison.read_runs(options.runs)
+    runs = read_runs(options.runs)
     comparison.write_comparison(options.out, runs)
     print("\n".join((*comparison.lines(runs), "", options.out)))
     return 0

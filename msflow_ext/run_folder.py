@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from msflow_ext.checkpoint import CHECKPOINT, previous, read_checkpoint
+from msflow_ext.curves import CURVES, write_curves
 from msflow_ext.data import DataSet, Images
 from msflow_ext.evaluation import Evaluation
 from msflow_ext.inference import to_pixels
@@ -78,7 +79,8 @@ def open_run(
 
 def clear_run(run: Path) -> None:
     """Remove what an older run left in the folder."""
-    names = (METRICS, CHECKPOINT, previous(Path(CHECKPOINT)), "scores.csv", "report.html")
+    written = ("scores.csv", CURVES, "report.html")
+    names = (METRICS, CHECKPOINT, previous(Path(CHECKPOINT)), *written)
     for path in (*(run / name for name in names), *run.glob("maps/*.png")):
         path.unlink(missing_ok=True)
 
@@ -116,7 +118,7 @@ def summary(state: Mapping[str, Any], result: Mapping[str, float | None]) -> dic
 def write_results(
     folder: Path, images: Images, found: Evaluation, metrics: Mapping[str, Any]
 ) -> tuple[float, float] | None:
-    """Write ``scores.csv``, ``maps/*.png`` and ``report.html``; return the colour range of the maps."""
+    """Write scores, curves, ``maps/*.png`` and ``report.html``; return the colour range of the maps."""
     from msflow_ext import report
 
     items = images.items
@@ -125,6 +127,7 @@ def write_results(
     scores = found.scores.tolist()
     rows = zip(names, defects, labels, scores, strict=True)
     report.write_scores(folder / "scores.csv", rows, aupimo=found.aupimo)
+    write_curves(folder, found.curves)
     colours = report.colour_range(found.maps) if items else None
     if colours:
         pictures = (to_pixels(images[i]) for i in range(len(items)))

@@ -73,6 +73,7 @@ def test_train_writes_the_run_folder_and_prints_its_table(data, tmp_path, capsys
     assert "features of 4 + 4 images" in printed.err
     names = {
         "config.yaml",
+        "curves.json",
         "maps",
         "metrics.json",
         "model.safetensors",
