@@ -93,7 +93,7 @@ def train(part: ArgumentParser) -> None:
             bool | None,
             "true: each channel by its statistics over the training set",
         ),
-        ("--score", str | None, "of an image: paper, log or nll"),
+        ("--score", str | None, "of an image: paper, log, nll or map"),
         (
             "--anomaly-map",
             str | None,
