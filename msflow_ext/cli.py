@@ -6,18 +6,18 @@ import json
 import logging
 import os
 import sys
-from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msflow_ext.evaluating import evaluate
 from msflow_ext.options import open_data, parser
 from msflow_ext.options.training import MODEL, RECIPE, SETTINGS
-from msflow_ext.printing import print_lines, print_table, rows_of, sentence
+from msflow_ext.printing import FAILURES, print_table, rows_of, sentence
 from msflow_ext.recipe import PRESETS
-from msflow_ext.using import evaluate, export, predict, serve
+from msflow_ext.using import export, predict, serve
 
 if TYPE_CHECKING:
     from msflow_ext import series
@@ -26,15 +26,6 @@ if TYPE_CHECKING:
 DEMO = (
     ("--data", "elpv", "--category", "mono", "--epochs", "24"),
     ("--data", "textures", "--category", "brick", "--epochs", "40"),
-)
-FAILURES = (
-    ArgumentError,
-    ArithmeticError,
-    ImportError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    ValueError,
 )
 
 
@@ -110,7 +101,7 @@ def train(options: Any) -> int:
     if not trials:
         print_table(rows_of(_train(options)))
         return 0
-    from msflow_ext import series, table
+    from msflow_ext import series
 
     out = Path(options.out)
     if not (options.resume or options.overwrite):
@@ -123,15 +114,7 @@ def train(options: Any) -> int:
         chosen.out = str(trial.folder)
         return _train(chosen)
 
-    runs = series.train_all(trials, out, one, FAILURES)
-    print_lines(table.lines(runs))
-    print(f"{out / 'table.md'}, table.csv and table.json hold all of it")
-    failed = [run for run in runs if run.failure]
-    if failed:
-        raise RuntimeError(
-            f"{len(failed)} of {len(runs)} trainings failed, first {failed[0].folder}: "
-            f"{failed[0].failure}"
-        )
+    series.conclude(series.do_all(trials, out, one, FAILURES), out)
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from msflow_ext.checkpoint import CHECKPOINT, previous, read_checkpoint
+from msflow_ext.checkpoint import CHECKPOINT, check_writable, previous, read_checkpoint
 from msflow_ext.curves import CURVES, write_curves
 from msflow_ext.data import DataSet, Images
 from msflow_ext.evaluation import Evaluation
@@ -83,6 +83,30 @@ def clear_run(run: Path) -> None:
     names = (METRICS, CHECKPOINT, previous(Path(CHECKPOINT)), *written)
     for path in (*(run / name for name in names), *run.glob("maps/*.png")):
         path.unlink(missing_ok=True)
+
+
+def run_settings(run: Path) -> dict[str, Any]:
+    """What ``config.yaml`` of a run says."""
+    import yaml
+
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there to name the run's data: give --data")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(settings, dict) or "data" not in settings:
+        raise ValueError(f"{path} does not name the run's data: give --data")
+    return settings
+
+
+def checked_out(out: str | Path) -> Path:
+    """A folder that can be written to, in which no run is; else its scores and maps would be lost."""
+    if (Path(out) / CHECKPOINT).exists():
+        raise ValueError(f"--out {out} holds a run, choose another folder")
+    check_writable(Path(out))
+    return Path(out)
 
 
 def _first_difference(there: Any, here: Any) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Many trainings one after the other, each in its own folder, and one table of them all."""
+"""Many runs one after the other, each in its own folder, and one table of them all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from msflow_ext import table
 from msflow_ext.checkpoint import CHECKPOINT
-from msflow_ext.printing import sentence
+from msflow_ext.printing import print_lines, sentence
 from msflow_ext.run_folder import METRICS
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """A training to be done; ``category`` is None where the data set has no parts."""
+    """A training; ``category`` is None where the data set has no parts."""
 
     category: str | None
     split_seed: int
@@ -50,16 +50,16 @@ def plan(
     return trials
 
 
-def train_all(
+def do_all(
     trials: Sequence[Trial],
     out: Path,
-    train: Callable[[Trial], Mapping[str, Any]],
+    one: Callable[[Trial], Mapping[str, Any]],
     failures: tuple[type[Exception], ...],
 ) -> list[table.Run]:
     """Do each trial, note the ones that fail, and write the table into ``out`` after every one.
 
     Args:
-        train: does one and returns what its ``metrics.json`` holds.
+        one: does a trial and returns what its ``metrics.json`` holds.
         failures: the errors that end a trial but not the series.
     """
     runs: list[table.Run] = []
@@ -67,7 +67,7 @@ def train_all(
         log.info("%d of %d: %s", number, len(trials), trial.folder)
         metrics, failure = None, ""
         try:
-            metrics = train(trial)
+            metrics = one(trial)
         except failures as error:
             failure = sentence(error)
             log.error("%s failed: %s", trial.folder, failure)
@@ -75,6 +75,18 @@ def train_all(
         runs.append(table.Run(category, trial.split_seed, trial.seed, folder, metrics, failure))
         table.write(out, runs)
     return runs
+
+
+def conclude(runs: Sequence[table.Run], out: Path) -> None:
+    """Print the table of the runs; RuntimeError if one failed."""
+    print_lines(table.lines(runs))
+    print(f"{out / 'table.md'}, table.csv and table.json hold all of it")
+    failed = [run for run in runs if run.failure]
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(runs)} runs failed, first {failed[0].folder}: "
+            f"{failed[0].failure}"
+        )
 
 
 def refuse_old(trials: Sequence[Trial]) -> None:
