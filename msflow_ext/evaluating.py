@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msflow_ext.checkpoint import CHECKPOINT, write_text
 from msflow_ext.options import open_data
 from msflow_ext.printing import FAILURES, print_table, rows_of
 from msflow_ext.run_folder import METRICS, checked_out, run_settings
@@ -47,7 +48,6 @@ def _trials(parent: Path) -> list[series.Trial]:
         ValueError: two are of one category and seeds, one of them is not finished.
         FileNotFoundError: there are none, or one does not say what it was trained on.
     """
-    from msflow_ext.checkpoint import CHECKPOINT
     from msflow_ext.series import Trial
 
     found: dict[tuple[Any, ...], Trial] = {}
@@ -55,13 +55,14 @@ def _trials(parent: Path) -> list[series.Trial]:
         if not (folder / METRICS).exists():
             raise ValueError(f"{folder} is not a finished run: train it with --resume first")
         settings = run_settings(folder)
-        key = tuple(settings.get(name) for name in ("category", "split_seed", "seed"))
-        if key in found:
+        split_seed, seed = (int(settings.get(name, 0)) for name in ("split_seed", "seed"))
+        trial = Trial(settings.get("category"), split_seed, seed, folder)
+        twin = found.setdefault((trial.category, split_seed, seed), trial)
+        if twin is not trial:
             raise ValueError(
-                f"{found[key].folder} and {folder} are of one category and seeds: one table has "
-                "one run of each"
+                f"{twin.folder} and {folder} are of one category and seeds: a table has one run "
+                "of each"
             )
-        found[key] = Trial(*key, folder)
     if not found:
         raise FileNotFoundError(f"{parent} has no runs below it: train --category all makes them")
     return list(found.values())
@@ -70,7 +71,6 @@ def _trials(parent: Path) -> list[series.Trial]:
 def _test(options: Any, out: Path | None) -> dict[str, Any]:
     """Test one run, and write what is found into ``out``; the metrics, and of what they are."""
     from msflow_ext import evaluation
-    from msflow_ext.checkpoint import write_text
     from msflow_ext.data import Images
     from msflow_ext.features import Features
     from msflow_ext.inference import load
