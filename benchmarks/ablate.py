@@ -40,11 +40,11 @@ SCORES: dict[str, Column] = {
     f"{data}, {title}": (data, how, 0)
     for data in EPOCHS
     for title, how in {
-        "own score": ("paper", "log 3%"),
+        "paper's score": ("paper", "log 3%"),
         "NLL": ("nll 3%",),
         "NLL, position base": ("nll 3%, position base",),
-        "clamped": ("clamped score",),
-        "clamped, position base": ("clamped score, position base",),
+        "map": ("clamped score",),
+        "map, position base": ("clamped score, position base",),
     }.items()
 }
 MAPS: dict[str, Column] = {

@@ -53,19 +53,22 @@ def variants() -> dict[str, Variant]:
         "reflect padding": Variant(change=reflect),
         "stride 32": Variant(arguments={"blocks": (2, 5, 8, 8)}),
         "MSFlow robust": robust(),
-        "robust, stride 32": robust({"blocks": (1, 1, 2, 2)}),
-        "robust, noise 0.3": robust(noise=0.3),
-        "robust, stride 32, noise 0.3": robust({"blocks": (1, 1, 2, 2)}, noise=0.3),
-        "robust, weight decay 1e-4": robust(weight_decay=1e-4),
-        "robust, clamp 1": robust({"clamp": 1.0}),
-        "robust, learnable base": replace(robust(), change=with_learnable_base),
+        "robust, batch 16": robust(batch_size=16),
+        "batch 16, stride 32": robust({"blocks": (1, 1, 2, 2)}, batch_size=16),
+        "batch 16, noise 0.3": robust(batch_size=16, noise=0.3),
+        "batch 16, stride 32, noise 0.3": robust(
+            {"blocks": (1, 1, 2, 2)}, batch_size=16, noise=0.3
+        ),
+        "batch 16, weight decay 1e-4": robust(batch_size=16, weight_decay=1e-4),
+        "batch 16, clamp 1": robust({"clamp": 1.0}, batch_size=16),
+        "batch 16, learnable base": replace(robust(batch_size=16), change=with_learnable_base),
         "FastFlow paper": Variant(FastFlow, recipe=FASTFLOW),
         "FastFlow paper, 8 epochs": Variant(FastFlow, recipe=FASTFLOW, epochs=8),
         "FastFlow standardised, batch 8, 12 epochs": Variant(
             FastFlow, {"standardize": True}, replace(FASTFLOW, batch_size=8), epochs=12
         ),
         "FastFlow, 2 steps, standardised, cosine": Variant(
-            FastFlow, {"steps": 2, "standardize": True}, ROBUST.recipe
+            FastFlow, {"steps": 2, "standardize": True}, replace(ROBUST.recipe, batch_size=16)
         ),
     }
 

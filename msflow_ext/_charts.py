@@ -9,7 +9,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-Curve: TypeAlias = tuple[np.ndarray, np.ndarray]
+from msflow_ext.curves import Curve, thinned
+
+#: Its legend, its class, and the curve.
+Line: TypeAlias = tuple[str, str, Curve]
 
 LEFT, TOP, RIGHT, BOTTOM = 36.0, 24.0, 330.0, 200.0  # the plot area in a 340 x 236 picture
 
@@ -73,12 +76,12 @@ def histogram(
     return replace(chart, x=(edges[0], edges[-1]), y=(0.0, top), curves=tuple(curves))
 
 
-def roc(curves: Sequence[tuple[str, str, Curve]]) -> Chart:
-    """Percent of defects found against percent of false alarms; each curve with its legend and class."""
-    chart = Chart("ROC curve", "% of good flagged", "% of defects found")
-    if not curves:
+def roc(lines: Sequence[Line], title: str = "ROC curve") -> Chart:
+    """Percent of defects found against percent of false alarms."""
+    chart = Chart(title, "% of good flagged", "% of defects found")
+    if not lines:
         return replace(chart, note="needs good and defective test images")
-    drawn = [(name, kind, *_thinned(100.0 * x, 100.0 * y)) for name, kind, (x, y) in curves]
+    drawn = [(name, kind, *thinned(100.0 * x, 100.0 * y)) for name, kind, (x, y) in lines]
     return replace(chart, x=(0.0, 100.0), y=(0.0, 100.0), curves=(*drawn, CHANCE))
 
 
@@ -104,17 +107,18 @@ def ranks(
     )
 
 
-def pro(curve: Curve | None) -> Chart:
+def pro(lines: Sequence[Line]) -> Chart:
     """Mean percent of a defect's pixels found against percent of good pixels flagged, up to 30."""
     chart = Chart("PRO curve", "% of good pixels flagged", "% of each defect covered")
-    if curve is None:
+    if not lines:
         return replace(chart, note="needs masks of good and defective test images")
-    fpr, overlap = curve
-    kept = fpr < 0.3
-    xs = np.append(fpr[kept], 0.3)
-    ys = np.append(overlap[kept], np.interp(0.3, fpr, overlap))
-    line = ("", "line", *_thinned(100.0 * xs, 100.0 * ys))
-    return replace(chart, x=(0.0, 30.0), y=(0.0, 100.0), curves=(line,))
+    drawn = []
+    for name, kind, (fpr, overlap) in lines:
+        kept = fpr < 0.3
+        xs = np.append(fpr[kept], 0.3)
+        ys = np.append(overlap[kept], np.interp(0.3, fpr, overlap))
+        drawn.append((name, kind, *thinned(100.0 * xs, 100.0 * ys)))
+    return replace(chart, x=(0.0, 30.0), y=(0.0, 100.0), curves=tuple(drawn))
 
 
 def loss(losses: Sequence[float]) -> Chart:
@@ -141,14 +145,6 @@ def _percentiles(scores: np.ndarray) -> np.ndarray:
     ranked = np.sort(scores)
     below, reached = (np.searchsorted(ranked, scores, side) for side in ("left", "right"))
     return (below + reached) / (2 * max(len(scores), 1))
-
-
-def _thinned(xs: np.ndarray, ys: np.ndarray) -> Curve:
-    """At most 500 points of a rising curve, evenly along its way, both ends among them."""
-    way = (xs - xs[0]) / max(np.ptp(xs), 1e-9) + (ys - ys[0]) / max(np.ptp(ys), 1e-9)
-    few = np.unique(np.searchsorted(way, np.linspace(0.0, way[-1], 499)))
-    few = np.unique([0, *np.minimum(few, len(xs) - 1), len(xs) - 1])
-    return xs[few], ys[few]
 
 
 def _span(values: Sequence[float] | np.ndarray) -> tuple[float, float]:

@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import time
-from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from msflow_ext import distributed
 from msflow_ext.distributed import ProcessFailed
+from msflow_ext.evaluating import evaluate
 from msflow_ext.launching import launch, processes_to_start
 from msflow_ext.options import open_data, parser
 from msflow_ext.options.training import MODEL, RECIPE, SETTINGS
-from msflow_ext.printing import print_lines, print_table, rows_of, sentence
+from msflow_ext.printing import FAILURES, print_table, rows_of, sentence
 from msflow_ext.recipe import PRESETS
-from msflow_ext.using import evaluate, export, predict, serve
+from msflow_ext.using import export, predict, serve
 
 if TYPE_CHECKING:
     from msflow_ext import series
@@ -33,15 +33,6 @@ DEMO = (
     ("--data", "textures", "--category", "brick", "--epochs", "40"),
 )
 SILENCE = 2.0  # seconds in which the process that failed has said why
-FAILURES = (
-    ArgumentError,
-    ArithmeticError,
-    ImportError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    ValueError,
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +113,7 @@ def data(options: Any) -> int:
 
 def train(options: Any) -> int:
     """Train a model on good images, test it, and write a run folder, or one for each category and seed."""
-    from msflow_ext import engines, series, table
+    from msflow_ext import engines, series
 
     ranks = distributed.join(options.device)
     if not ranks.first:
@@ -143,25 +134,18 @@ def train(options: Any) -> int:
     if options.engine != "local":  # a training whose worker dies goes on from its checkpoint
         chosen.resume, chosen.device = not options.overwrite, engines.device_of(options)
     work = partial(_train_trial, chosen)
-    runs = series.train_all(trials, out, work, FAILURES, engine, write=ranks.first)
-    if ranks.first:
-        print_lines(table.lines(runs))
-        print(f"{out / 'table.md'}, table.csv and table.json hold all of it")
-    failed = [run for run in runs if run.failure]
+    runs = series.do_all(trials, out, work, FAILURES, engine, write=ranks.first)
     with ranks.agreed():
-        if failed:
-            raise RuntimeError(
-                f"{len(failed)} of {len(runs)} trainings failed, first {failed[0].folder}: "
-                f"{failed[0].failure}"
-            )
+        series.conclude(runs, out, show=ranks.first)
     return 0
 
 
 def compare(options: Any) -> int:
     """Compare finished runs on the same test images: metrics, settings, images they disagree on."""
     from msflow_ext import comparison
+    from msflow_ext.tested_runs import read_runs
 
-    runs = comparison.read_runs(options.runs)
+    runs = read_runs(options.runs)
     comparison.write_comparison(options.out, runs)
     print("\n".join((*comparison.lines(runs), "", options.out)))
     return 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +11,13 @@ import numpy as np
 
 from msflow_ext import _charts
 from msflow_ext._gallery import jpeg_uri, worst_first
-from msflow_ext._heat_maps import map_paths, read_panels
+from msflow_ext._heat_maps import read_panels
 from msflow_ext._pages import metric_name, percent, plain, points, score_format, write_page
-from msflow_ext.checkpoint import read_json
+from msflow_ext.curves import Curve
 from msflow_ext.metrics import roc_curve
-from msflow_ext.run_folder import METRICS
+from msflow_ext.tested_runs import SETTINGS, TestedRun
 
 PICTURED = 24  # images that a page shows with the heat maps of all runs
-SETTINGS = ("model", "recipe", "data", "versions")
-
-
-@dataclass(frozen=True)
-class TestedRun:
-    """A finished run as its folder tells it; ``scores`` and ``aupimo`` (NaN: none) are ``(N,)``."""
-
-    name: str
-    folder: Path
-    metrics: Mapping[str, Any]
-    images: tuple[tuple[str, str, int | None], ...]  # name, kind of defect, label
-    maps: tuple[Path, ...]
-    scores: np.ndarray
-    aupimo: np.ndarray
-
-    @property
-    def flagged(self) -> np.ndarray | None:
-        """Which images exceed the run's threshold, ``(N,)`` bool; None without one."""
-        threshold = (self.metrics.get("decisions") or {}).get("threshold")
-        return None if threshold is None else self.scores > threshold
 
 
 @dataclass(frozen=True)
@@ -56,25 +35,6 @@ class Disagreement:
     @property
     def spread(self) -> float:
         return max(self.shares) - min(self.shares)
-
-
-def read_runs(folders: Sequence[str | Path]) -> list[TestedRun]:
-    """Read finished runs that were tested on the same images, in the order of the first.
-
-    Raises:
-        FileNotFoundError: a folder is not a finished run.
-        ValueError: fewer than two runs or one twice, a damaged file, other test images.
-    """
-    paths = [Path(folder) for folder in folders]
-    if len({path.resolve() for path in paths}) < max(2, len(paths)):
-        given = ", ".join(map(str, paths))
-        raise ValueError(f"two different runs or more are wanted to compare, got {given}")
-    names = [path.resolve().name for path in paths]
-    short = len(set(names)) == len(names)
-    first, *others = (
-        _read(path, name if short else str(path)) for path, name in zip(paths, names, strict=True)
-    )
-    return [first, *(_in_order_of(first, other) for other in others)]
 
 
 def disagreements(runs: Sequence[TestedRun]) -> list[Disagreement]:
@@ -167,59 +127,11 @@ def write_comparison(path: str | Path, runs: Sequence[TestedRun]) -> None:
         settings=settings(runs),
         wins=[_wins(runs[0], run) for run in runs],
         charts=[_roc(runs, labels)]
-        + [_charts.ranks(labels, scored[0], other) for other in scored[1:]],
+        + [_charts.ranks(labels, scored[0], other) for other in scored[1:]]
+        + _of_pixels(runs),
         cards=[(each, _pictures(runs, each.image)) for each in found[:PICTURED]],
         rest=found[PICTURED : PICTURED + 200],
         disagreeing=len(found),
-    )
-
-
-def _read(folder: Path, name: str) -> TestedRun:
-    for file in (METRICS, "scores.csv"):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} is not a finished run: it has no {file}")
-    metrics = read_json(folder / METRICS)
-    for part in ("best", *SETTINGS):
-        if not isinstance(metrics.get(part), dict):
-            raise ValueError(f"{folder / METRICS} is damaged: it has no {part}")
-    images, scores, aupimo = [], [], []
-    try:
-        with open(
-            folder / "scores.csv", encoding="utf-8", errors="surrogateescape", newline=""
-        ) as file:
-            for row in csv.DictReader(file, strict=True):
-                label = int(row["label"]) if row["label"] else None
-                images.append((row["name"], row["defect"], label))
-                scores.append(float(row["score"]))
-                aupimo.append(float(row.get("aupimo") or "nan"))
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise ValueError(f"{folder / 'scores.csv'} is damaged: {error!r}") from None
-    if not images:
-        raise ValueError(f"{folder / 'scores.csv'} is damaged: it lists no image")
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{folder / 'scores.csv'} is damaged: a score is not finite")
-    maps = tuple(map_paths(folder, (image for image, *_ in images)))
-    return TestedRun(name, folder, metrics, tuple(images), maps, np.array(scores), np.array(aupimo))
-
-
-def _in_order_of(first: TestedRun, run: TestedRun) -> TestedRun:
-    """The run with its images in the order of the first; ValueError if they are others."""
-    place = {image: i for i, image in enumerate(run.images)}
-    here, there = set(first.images), set(run.images)
-    if here != there or len(first.images) != len(run.images):
-        example = min(here ^ there, key=str, default=None)
-        which = "" if example is None else f", {example[0]} ({example[1]}) is in one of them only"
-        raise ValueError(
-            f"{run.folder} was tested on other images than {first.folder}: "
-            f"{len(there)} against {len(here)}{which}"
-        )
-    order = [place[image] for image in first.images]
-    return replace(
-        run,
-        images=first.images,
-        maps=tuple(run.maps[i] for i in order),
-        scores=run.scores[order],
-        aupimo=run.aupimo[order],
     )
 
 
@@ -254,13 +166,25 @@ def _roc(runs: Sequence[TestedRun], labels: Sequence[int | None]) -> _charts.Cha
     truth = np.array([label == 1 for label in labels], bool)[known]
     if truth.all() or not truth.any():
         return _charts.roc([])
-    curves = (roc_curve(truth, run.scores[known]) for run in runs)
-    return _charts.roc(
-        [
-            (run.name, f"run-{k % 6}", each)
-            for k, (run, each) in enumerate(zip(runs, curves, strict=True))
-        ]
+    return _charts.roc(_lines(runs, [roc_curve(truth, run.scores[known]) for run in runs]))
+
+
+def _of_pixels(runs: Sequence[TestedRun]) -> list[_charts.Chart]:
+    """The curves of the pixels, of the runs that keep them."""
+    roc, pro = (
+        _lines(runs, [run.curves.get(name) for run in runs]) for name in ("pixel_roc", "pro")
     )
+    charts = [_charts.roc(roc, "ROC curve of the pixels")] if roc else []
+    return charts + ([_charts.pro(pro)] if pro else [])
+
+
+def _lines(runs: Sequence[TestedRun], found: Sequence[Curve | None]) -> list[_charts.Line]:
+    """The curve of each run that has one, in the colour of the run."""
+    return [
+        (run.name, f"run-{k % 6}", curve)
+        for k, (run, curve) in enumerate(zip(runs, found, strict=True))
+        if curve is not None
+    ]
 
 
 def _wins(first: TestedRun, run: TestedRun) -> tuple[int, int] | None:

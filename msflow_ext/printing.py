@@ -10,6 +10,16 @@ from typing import Any
 from msflow_ext import table
 from msflow_ext.evaluation import RESULTS
 
+#: What ends a command, or one run of a series, with one sentence.
+FAILURES = (
+    ArgumentError,
+    ArithmeticError,
+    ImportError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
 POSITIONAL = ("paths", "runs", "source")
 REQUIRED = re.compile(  # as jsonargparse 4.53 says it, and as 4.46 did
     r"arguments are required: (.+)$|^Option '(.+)' is required but not provided"

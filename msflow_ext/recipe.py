@@ -178,7 +178,7 @@ class Preset:
 
 
 _CONSTANT: dict[str, Any] = {"clip": None, "warmup": 0.0, "milestones": ()}
-_COSINE: dict[str, Any] = {"batch_size": 16, "lr": 2e-3, "warmup": 0.0, "schedule": "cosine"}
+_COSINE: dict[str, Any] = {"lr": 2e-3, "warmup": 0.0, "schedule": "cosine"}
 
 #: What the papers train with, and what was better and steadier on average on other data (``benchmarks/NOTES.md``).
 PRESETS: dict[str, dict[str, Preset]] = {
@@ -194,7 +194,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
             {
                 "blocks": (1, 1, 2),
                 "standardize": True,
-                "score": "nll",
+                "score": "map",
                 "anomaly_map": "clamped",
             },
         ),

@@ -117,7 +117,7 @@ def write_report(path: str | Path, run: Run) -> None:
         charts=[
             _charts.histogram(good, defective, run.scores, threshold),
             _charts.roc(_rocs(run, good, defective)),
-            _charts.pro(run.curves.get("pro")),
+            _charts.pro([("", "line", run.curves["pro"])] if "pro" in run.curves else []),
             _charts.loss(run.losses),
         ],
         kinds=kinds,
@@ -139,17 +139,15 @@ def _check_run(run: Run) -> None:
             raise ValueError(f"run: the label of {name!r} is {label!r}, 0, 1 or None is wanted")
 
 
-def _rocs(
-    run: Run, good: np.ndarray, defective: np.ndarray
-) -> list[tuple[str, str, _charts.Curve]]:
+def _rocs(run: Run, good: np.ndarray, defective: np.ndarray) -> list[_charts.Line]:
     """The curve of the images and that of the pixels, where they are known."""
-    curves = []
+    lines = []
     if len(good) and len(defective):
         labels = np.repeat([0, 1], [len(good), len(defective)])
-        curves.append(("images", "line", roc_curve(labels, np.concatenate([good, defective]))))
+        lines.append(("images", "line", roc_curve(labels, np.concatenate([good, defective]))))
     if "pixel_roc" in run.curves:
-        curves.append(("pixels", "second", run.curves["pixel_roc"]))
-    return curves
+        lines.append(("pixels", "second", run.curves["pixel_roc"]))
+    return lines
 
 
 def _kinds(run: Run, good: np.ndarray) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from msflow_ext.checkpoint import CHECKPOINT, check_writable, previous, read_checkpoint
+from msflow_ext.curves import CURVES, write_curves
 from msflow_ext.data import DataSet, Images
 from msflow_ext.evaluation import Evaluation
 from msflow_ext.inference import to_pixels
@@ -114,9 +115,40 @@ def open_run_together(
 
 def clear_run(run: Path) -> None:
     """Remove what an older run left in the folder."""
-    names = (METRICS, CHECKPOINT, previous(Path(CHECKPOINT)), "scores.csv", "report.html")
+    written = ("scores.csv", CURVES, "report.html")
+    names = (METRICS, CHECKPOINT, previous(Path(CHECKPOINT)), *written)
     for path in (*(run / name for name in names), *run.glob("maps/*.png")):
         path.unlink(missing_ok=True)
+
+
+def run_settings(run: Path) -> dict[str, Any]:
+    """What ``config.yaml`` of a run says."""
+    import yaml
+
+    from msflow_ext.options.training import DATA
+
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there to name the run's data: give --data")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(settings, dict) or "data" not in settings:
+        raise ValueError(f"{path} does not name the run's data: give --data")
+    for name in DATA:
+        kind = int if name == "split_seed" else str
+        if not isinstance(settings.get(name), kind | None):
+            raise ValueError(f"{path}: {name} must be {kind.__name__}, got {settings[name]!r}")
+    return settings
+
+
+def checked_out(out: str | Path) -> Path:
+    """A folder that can be written to, in which no run is; else its scores and maps would be lost."""
+    if (Path(out) / CHECKPOINT).exists():
+        raise ValueError(f"--out {out} holds a run, choose another folder")
+    check_writable(Path(out))
+    return Path(out)
 
 
 def _first_difference(there: Any, here: Any) -> tuple[str, str]:
@@ -152,7 +184,7 @@ def summary(state: Mapping[str, Any], result: Mapping[str, float | None]) -> dic
 def write_results(
     folder: Path, images: Images, found: Evaluation, metrics: Mapping[str, Any]
 ) -> tuple[float, float] | None:
-    """Write ``scores.csv``, ``maps/*.png`` and ``report.html``; return the colour range of the maps."""
+    """Write scores, curves, ``maps/*.png`` and ``report.html``; return the colour range of the maps."""
     from msflow_ext import report
 
     items = images.items
@@ -161,6 +193,7 @@ def write_results(
     scores = found.scores.tolist()
     rows = zip(names, defects, labels, scores, strict=True)
     report.write_scores(folder / "scores.csv", rows, aupimo=found.aupimo)
+    write_curves(folder, found.curves)
     colours = report.colour_range(found.maps) if items else None
     if colours:
         pictures = (to_pixels(images[i]) for i in range(len(items)))

@@ -1,4 +1,4 @@
-"""Many trainings, each in its own folder, and one table of them all."""
+"""Many runs, each in its own folder, and one table of them all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from msflow_ext import table
 from msflow_ext.checkpoint import CHECKPOINT
 from msflow_ext.engines import Engine, one_by_one
-from msflow_ext.printing import sentence
+from msflow_ext.printing import print_lines, sentence
 from msflow_ext.run_folder import METRICS
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """A training to be done; ``category`` is None where the data set has no parts."""
+    """A training; ``category`` is None where the data set has no parts."""
 
     category: str | None
     split_seed: int
@@ -52,10 +52,10 @@ def plan(
     return trials
 
 
-def train_all(
+def do_all(
     trials: Sequence[Trial],
     out: Path,
-    train: Callable[[Trial], Mapping[str, Any]],
+    one: Callable[[Trial], Mapping[str, Any]],
     failures: tuple[type[Exception], ...],
     engine: Engine = one_by_one,
     *,
@@ -64,13 +64,13 @@ def train_all(
     """Do each trial, note the ones that fail, and write the table into ``out`` after every one.
 
     Args:
-        train: does one and returns what its ``metrics.json`` holds.
+        one: does a trial and returns what its ``metrics.json`` holds.
         failures: the errors that end a trial but not the series.
         engine: where the trials are done.
         write: false where another process of the same trainings writes the table.
     """
     runs: dict[Trial, table.Run] = {}
-    with closing(engine(train, _announced(trials))) as outcomes:
+    with closing(engine(one, _announced(trials))) as outcomes:
         for trial, metrics, error in outcomes:
             failure = sentence(error) if error else ""
             if error and not isinstance(error, failures):
@@ -90,6 +90,19 @@ def _announced(trials: Sequence[Trial]) -> Iterator[Trial]:
     for number, trial in enumerate(trials, 1):
         log.info("%d of %d: %s", number, len(trials), trial.folder)
         yield trial
+
+
+def conclude(runs: Sequence[table.Run], out: Path, *, show: bool = True) -> None:
+    """Print the table of the runs if it is to be shown; RuntimeError if one failed."""
+    if show:
+        print_lines(table.lines(runs))
+        print(f"{out / 'table.md'}, table.csv and table.json hold all of it")
+    failed = [run for run in runs if run.failure]
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(runs)} runs failed, first {failed[0].folder}: "
+            f"{failed[0].failure}"
+        )
 
 
 def refuse_old(trials: Sequence[Trial]) -> None:

@@ -1,8 +1,7 @@
-"""The commands that use a trained run: evaluate, predict, serve and export."""
+"""The commands that use a trained run: predict, serve and export."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -12,46 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msflow_ext.options import open_data
-from msflow_ext.options.training import DATA
-from msflow_ext.printing import print_table
+from msflow_ext.run_folder import checked_out, run_settings
 
 if TYPE_CHECKING:
-    from msflow_ext.data import DataSet, Images
-    from msflow_ext.evaluation import Evaluation, Truth
-    from msflow_ext.inference import Detector, Result
+    from msflow_ext.inference import Result
     from msflow_ext.scoring import Scoring
 
 log = logging.getLogger(__name__)
-
-
-def evaluate(options: Any) -> int:
-    """Test a trained model on labelled images: those of its own run, or others."""
-    from msflow_ext import evaluation
-    from msflow_ext.checkpoint import write_text
-    from msflow_ext.data import Images
-    from msflow_ext.features import Features
-    from msflow_ext.inference import load
-    from msflow_ext.report import write_scores
-
-    out = _checked_out(options.out) if options.out else None
-    detector = load(options.run, options.device, false_alarms=options.false_alarms)
-    model = detector.model
-    own = not (options.data or options.normal)
-    dataset = open_data(_settings(Path(options.run)) if own else vars(options))
-    _check_classes(dataset)
-    images = Images(dataset.test, model.image_size)
-    truth = evaluation.Truth.of(images)
-    seen = Images(dataset.test, model.image_size, detector.fit)
-    features = Features(model, seen, progress="features")
-    found = evaluation.evaluate(model.predict_features, features, truth)
-    print_table([(f"{dataset.name} {dataset.category}", type(model).__name__, found.metrics)])
-    written = {**found.metrics, **_decisions(detector, truth, images, found, options)}
-    if out:
-        items = zip(images.items, found.scores.tolist(), strict=True)
-        rows = ((i.name, i.defect, i.label, s) for i, s in items)
-        write_scores(out / "scores.csv", rows, aupimo=found.aupimo)
-        write_text(out / "evaluation.json", json.dumps(written, indent=1))
-    return 0
 
 
 def predict(options: Any) -> int:
@@ -66,7 +32,7 @@ def predict(options: Any) -> int:
         torch.set_num_threads(options.threads)
     if options.engine or options.maps or options.address:
         return _archive(options)
-    out = _checked_out(options.out)
+    out = checked_out(options.out)
     if options.watch:
         return _watch(options, out)
     scoring = _scoring(options)
@@ -202,7 +168,7 @@ def export(options: Any) -> int:
     detector = load(options.run, "cpu")
     images = None
     with suppress(ImportError, OSError, ValueError):  # without its data, random images must do
-        test = open_data(_settings(Path(options.run))).test
+        test = open_data(run_settings(Path(options.run))).test
         seen = Images((test[0], test[-1]), detector.model.image_size, detector.fit)
         images = torch.stack([seen[i] for i in range(2)])
     found = write(detector, options.format, options.out, images=images)
@@ -212,76 +178,3 @@ def export(options: Any) -> int:
         f"{options.out}: differs from the run on {compared} by at most {texts}, relative to the largest value"
     )
     return 0
-
-
-def _settings(run: Path) -> dict[str, Any]:
-    """What ``config.yaml`` of a run says."""
-    import yaml
-
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there to name the run's data: give --data")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(settings, dict) or "data" not in settings:
-        raise ValueError(f"{path} does not name the run's data: give --data")
-    for name in DATA:
-        kind = int if name == "split_seed" else str
-        if not isinstance(settings.get(name), kind | None):
-            raise ValueError(f"{path}: {name} must be {kind.__name__}, got {settings[name]!r}")
-    return settings
-
-
-def _decisions(
-    detector: Detector, truth: Truth, images: Images, found: Evaluation, options: Any
-) -> dict[str, Any]:
-    """What the run's thresholds do on these images and, if asked for, those tuned on them; printed too."""
-    from msflow_ext import decisions
-
-    written: dict[str, Any] = {}
-    if detector.calibration and detector.threshold is not None:
-        labels = [item.label for item in images.items]
-        written["decisions"] = decisions.rates(labels, found.scores, detector.threshold)
-        shares = (
-            f"{'-' if share is None else f'{share:.1%}'} of the {kind} images"
-            for share, kind in zip(
-                written["decisions"].values(), ("good", "defective"), strict=True
-            )
-        )
-        print(f"over the threshold {detector.threshold:.6g}: {', '.join(shares)}")
-    if options.tune_thresholds:
-        written["test_tuned"] = {
-            level: decisions.tuned(known, values)
-            for level, known, values in (
-                ("image", truth.labels, found.scores),
-                ("pixel", truth.masks, found.maps),
-            )
-            if known is not None
-        }
-        for level, best in written["test_tuned"].items():
-            print(f"{level}: F1 {best['f1']:.4f} over {best['threshold']:.6g}, {best['chosen']}")
-    return written
-
-
-def _check_classes(dataset: DataSet) -> None:
-    """ValueError if there is nothing to tell good images from defective ones by."""
-    labels = [item.label for item in dataset.test]
-    good, bad = labels.count(0), labels.count(1)
-    if not good or not bad or good + bad < len(labels):
-        raise ValueError(
-            f"{dataset.name} {dataset.category} cannot be measured: good and defective test images "
-            f"are wanted, got {good} good, {bad} defective and {len(labels) - good - bad} without "
-            "a label (msflow predict scores images of any kind)"
-        )
-
-
-def _checked_out(out: str) -> Path:
-    """A folder that can be written to, in which no run is; else its scores and maps would be lost."""
-    from msflow_ext.checkpoint import CHECKPOINT, check_writable
-
-    if (Path(out) / CHECKPOINT).exists():
-        raise ValueError(f"--out {out} holds a run, choose another folder")
-    check_writable(Path(out))
-    return Path(out)

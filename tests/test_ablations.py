@@ -77,5 +77,7 @@ def test_ablations_skip_rows_that_exist_and_average_over_seeds(
     capsys.readouterr()
     assert ablate.main(["--file", str(file), "--table"]) == 0
     head, _, line, *_ = capsys.readouterr().out.splitlines()
-    assert head.startswith("| variant | mono, own score | mono, NLL | mono, NLL, position base |")
+    assert head.startswith(
+        "| variant | mono, paper's score | mono, NLL | mono, NLL, position base |"
+    )
     assert line.startswith("| MSFlow paper | - | 91.0 +- 1.0 (3) | - |")

@@ -41,7 +41,7 @@ def test_the_area_under_the_pro_curve_is_the_aupro():
     masks = np.zeros((3, 20, 20), bool)
     masks[1:, 4:9, 5:12] = True
     maps = np.round(4 * RNG.standard_normal(masks.shape)) + 4 * masks
-    (curve,) = _charts.pro(pro_curve(masks, maps)).curves
+    (curve,) = _charts.pro([("", "line", pro_curve(masks, maps))]).curves
     assert curve[2][-1] == 30.0
     assert area(curve) == pytest.approx(100 * 30 * aupro(masks, maps), rel=1e-9)
 
@@ -84,7 +84,7 @@ def test_the_loss_curve_skips_what_is_not_finite_and_keeps_the_epoch_numbers():
     ("chart", "note"),
     [
         (_charts.roc([]), "needs good and defective test images"),
-        (_charts.pro(None), "needs masks of good and defective test images"),
+        (_charts.pro([]), "needs masks of good and defective test images"),
         (_charts.histogram(GOOD[:0], GOOD[:0], [1.0]), "no test image has a label"),
         (_charts.loss([1.0]), "needs two epochs or more"),
     ],

@@ -73,6 +73,7 @@ def test_train_writes_the_run_folder_and_prints_its_table(data, tmp_path, capsys
     assert "features of 4 + 4 images" in printed.err
     names = {
         "config.yaml",
+        "curves.json",
         "maps",
         "metrics.json",
         "model.safetensors",
@@ -327,7 +328,7 @@ def test_all_categories_train_into_their_folders_and_one_table(data, tmp_path, c
     broken.write_bytes(kept[:60])
     command = _train(root, out, "--category", "all", "--seeds", "0", "1")
     sentence = _fails(capsys, *command)
-    assert "2 of 4 trainings failed" in sentence
+    assert "2 of 4 runs failed" in sentence
     assert str(broken) in sentence
     table = json.loads((out / "table.json").read_text())
     assert [bool(run["failure"]) for run in table["runs"]] == [True, True, False, False]
@@ -352,9 +353,43 @@ def test_all_categories_train_into_their_folders_and_one_table(data, tmp_path, c
     assert "its recipe has epochs 1, this one epochs 2" in sentence
 
 
+def test_all_runs_of_a_folder_are_evaluated_into_one_table(run, data, tmp_path, capsys):
+    runs, root, out = tmp_path / "runs", tmp_path / "data", tmp_path / "out"
+    for name in ("cup", "plate"):
+        shutil.copytree(run, runs / name)
+        settings = {**yaml.safe_load((run / "config.yaml").read_text()), "category": name}
+        (runs / name / "config.yaml").write_text(yaml.safe_dump(settings))
+        shutil.copytree(data / "plate", root / name)
+    command = ["evaluate", "--run", str(runs), "--category", "all", "--device", "cpu"]
+    elsewhere = [*command, "--data", str(root), "--layout", "mvtec", "--out", str(out)]
+    assert cli.main(elsewhere) == 0
+    assert "mean" in capsys.readouterr().out
+    table = json.loads((out / "table.json").read_text())
+    wanted = json.loads((run / "metrics.json").read_text())
+    for line in table["lines"]:
+        assert (line["source"], line["runs"]) == ("MSFlow", 1)
+        assert line["value"] == pytest.approx(wanted[line["metric"]], abs=1e-3)
+    assert [line["category"] for line in table["lines"]] == ["cup", "plate", "mean"] * 3
+    for name in ("cup", "plate"):
+        assert json.loads((out / name / "evaluation.json").read_text())["image_auroc"] > 0
+
+    sentence = _fails(capsys, *command, "--out", str(out))  # the data that it was trained on
+    assert "1 of 2 runs failed" in sentence
+    assert "got 'cup'" in sentence
+    assert "table.md" in str(sorted(out.iterdir()))
+    assert "wants --out, another folder" in _fails(capsys, *command)
+    assert "wants --out, another folder" in _fails(capsys, *command, "--out", str(runs))
+    shutil.copytree(runs / "cup", runs / "twin")
+    assert "are of one category and seeds" in _fails(capsys, *elsewhere)
+    (runs / "twin" / "metrics.json").unlink()
+    assert f"{runs / 'twin'} is not a finished run" in _fails(capsys, *elsewhere)
+    nothing = ["evaluate", "--run", str(root), "--category", "all", "--out", str(out)]
+    assert f"{root} has no runs below it" in _fails(capsys, *nothing)
+
+
 def test_chosen_categories_are_named_with_commas(data, tmp_path, capsys):
     sentence = _fails(capsys, *_train(data, tmp_path / "out", "--category", "plate,cup"))
-    assert "1 of 2 trainings failed" in sentence
+    assert "1 of 2 runs failed" in sentence
     assert "got 'cup'" in sentence
     assert (tmp_path / "out/plate/metrics.json").exists()
     assert (tmp_path / "out/table.md").exists()

@@ -13,11 +13,15 @@ import pytest
 from PIL import Image
 
 from msflow_ext import cli, comparison, report
+from msflow_ext._heat_maps import read_panels
+from msflow_ext.curves import write_curves
+from msflow_ext.tested_runs import read_runs
 
 NAMES = ("good/0", "good/1", "good/2", "scar/0", "scar/1")
 DEFECTS = ("good", "good", "good", "scar", "scar")
 LABELS = (0, 0, 0, 1, 1)
 NAN = float("nan")
+PIXELS = ("ROC curve of the pixels", "PRO curve")
 WriteRun = Callable[..., Path]
 
 
@@ -64,7 +68,7 @@ def write_run(tmp_path: Path) -> WriteRun:
 def test_the_table_has_values_and_differences_from_the_first_run(write_run):
     a = write_run("a", image_auroc=0.9, pixel_auroc=0.8)
     b = write_run("b", image_auroc=0.95, pixel_auroc=None, aupimo=None, extra=0.5)
-    table = dict(comparison.table(comparison.read_runs([a, b])))
+    table = dict(comparison.table(read_runs([a, b])))
     assert table["image_auroc"] == [(0.9, None), (0.95, pytest.approx(0.05))]
     assert table["pixel_auroc"] == [(0.8, None), (None, None)]
     assert table["extra"] == [(None, None), (0.5, None)]
@@ -81,14 +85,14 @@ def test_a_difference_has_its_sign_unless_it_rounds_to_nothing(difference, text)
 
 def test_only_settings_that_differ_are_named(write_run):
     runs = [write_run("a"), write_run("b", recipe={"lr": 2e-4, "clip": 2.0})]
-    found = comparison.settings(comparison.read_runs(runs))
+    found = comparison.settings(read_runs(runs))
     assert found == [("recipe: lr", [1e-4, 2e-4]), ("recipe: clip", [None, 2.0])]
 
 
 def test_the_image_that_runs_judge_most_differently_comes_first(write_run):
     a = write_run("a", (0.1, 0.2, 0.3, 0.4, 0.5))
     b = write_run("b", (0.1, 0.2, 9.0, 1.0, 0.15))
-    found = comparison.disagreements(comparison.read_runs([a, b]))
+    found = comparison.disagreements(read_runs([a, b]))
     assert [(NAMES[each.image], each.shares) for each in found] == [
         ("good/2", (0.0, 1.0)),
         ("scar/1", (0.0, pytest.approx(2 / 3))),
@@ -103,7 +107,7 @@ def test_the_image_that_runs_judge_most_differently_comes_first(write_run):
 def test_thresholds_tell_what_they_flag(write_run):
     a = write_run("a", (0.1, 0.2, 0.3, 0.4, 0.5), threshold=0.25)
     b = write_run("b", (0.1, 0.2, 9.0, 1.0, 0.15))
-    runs = comparison.read_runs([a, b])
+    runs = read_runs([a, b])
     assert comparison.decisions(runs) == [
         ("good images flagged", [pytest.approx(1 / 3), None]),
         ("defective images flagged", [1.0, None]),
@@ -123,7 +127,7 @@ def test_without_another_class_the_order_of_the_scores_is_compared(write_run):
     good = (0,) * 5
     a = write_run("a", (1, 2, 3, 4, 5), labels=good, aupimo=None)
     b = write_run("b", (1, 2, 3, 4, 0), labels=good, aupimo=None)
-    runs = comparison.read_runs([a, b])
+    runs = read_runs([a, b])
     first = comparison.disagreements(runs)[0]
     assert (NAMES[first.image], first.shares) == ("scar/1", (0.8, 0.0))
     comparison.write_comparison(a.parent / "page.html", runs)
@@ -136,7 +140,7 @@ def test_images_in_another_order_are_matched_by_name(write_run):
     b = write_run("b")
     rows = [(NAMES[i], DEFECTS[i], LABELS[i], (0.1, 0.2, 0.3, 0.4, 0.5)[i]) for i in order]
     report.write_scores(b / "scores.csv", rows, aupimo=[0.25, 0.5, NAN, NAN, NAN])
-    first, second = comparison.read_runs([a, b])
+    first, second = read_runs([a, b])
     assert second.images == first.images
     assert second.scores.tolist() == first.scores.tolist()
     assert second.maps[3] == b / "maps" / "scar-0.png"
@@ -168,17 +172,33 @@ def test_a_page_is_written_when_the_maps_are_gone(write_run, tmp_path):
     a, b = write_run("a"), write_run("b", (0.1, 0.2, 9.0, 1.0, 0.15))
     (b / "maps" / "good-2.png").unlink()
     (b / "maps" / "scar-1.png").write_bytes(b"no picture")
-    comparison.write_comparison(tmp_path / "page.html", comparison.read_runs([a, b]))
+    comparison.write_comparison(tmp_path / "page.html", read_runs([a, b]))
     html = (tmp_path / "page.html").read_text()
     assert html.count("no pictures kept") == 2
     assert html.count("data:image/jpeg") == 2 * 3
+
+
+def test_the_curves_of_the_pixels_are_drawn_for_the_runs_that_keep_them(write_run, tmp_path):
+    folders = [write_run(name) for name in ("a", "b", "c")]
+    without = page_of(read_runs(folders), tmp_path)
+    assert "PRO curve" not in without
+    curve = np.array([0.0, 0.1, 1.0]), np.array([0.0, 0.8, 1.0])
+    write_curves(folders[0], {"pixel_roc": curve})
+    write_curves(folders[2], {"pixel_roc": curve, "pro": curve})
+    drawn = page_of(read_runs(folders), tmp_path).split("<h3>")
+    roc, pro = (next(part for part in drawn if part.startswith(title)) for title in PIXELS)
+    assert re.findall('class="key (run-.)">(.)<', roc) == [("run-0", "a"), ("run-2", "c")]
+    assert re.findall('polyline class="(run-.)"', pro) == ["run-2"]
+    (folders[2] / "curves.json").write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON object, got list"):
+        read_runs(folders)
 
 
 def test_hostile_names_are_shown_and_never_run(write_run, tmp_path):
     names = ("<script>alert(1)</script>", *NAMES[1:])
     a = write_run("a", (0.1, 0.2, 0.3, 0.4, 0.5), names=names)
     b = write_run("b", (9, 0.2, 0.3, 0.4, 0.5), names=names, recipe={"<b>": "<i>"})
-    comparison.write_comparison(tmp_path / "page.html", comparison.read_runs([a, b]))
+    comparison.write_comparison(tmp_path / "page.html", read_runs([a, b]))
     html = (tmp_path / "page.html").read_text()
     assert "<script>alert" not in html
     assert "&lt;script&gt;alert" in html
@@ -186,8 +206,13 @@ def test_hostile_names_are_shown_and_never_run(write_run, tmp_path):
 
 
 def test_runs_of_one_folder_name_go_by_their_paths(write_run):
-    runs = comparison.read_runs([write_run("x/run"), write_run("y/run")])
+    runs = read_runs([write_run("x/run"), write_run("y/run")])
     assert [run.name[-5:] for run in runs] == ["x/run", "y/run"]
+
+
+def page_of(runs: Sequence[Any], folder: Path) -> str:
+    comparison.write_comparison(folder / "page.html", runs)
+    return (folder / "page.html").read_text()
 
 
 def fails(capsys: pytest.CaptureFixture[str], *folders: Path) -> str:
@@ -222,7 +247,7 @@ def test_what_cannot_be_compared_is_named_in_one_sentence(write_run, tmp_path, c
 )
 def test_runs_on_other_test_images_are_refused(write_run, changes, message):
     with pytest.raises(ValueError, match=f"b was tested on other images than .*a: .*{message}"):
-        comparison.read_runs([write_run("a"), write_run("b", **changes)])
+        read_runs([write_run("a"), write_run("b", **changes)])
 
 
 @pytest.mark.parametrize(
@@ -246,7 +271,7 @@ def test_damaged_files_are_named(write_run, file, text, message):
     a, b = write_run("a"), write_run("b")
     (b / file).write_text(text)
     with pytest.raises(ValueError, match=message):
-        comparison.read_runs([a, b])
+        read_runs([a, b])
 
 
 def test_panels_read_back_as_they_were_saved(tmp_path):
@@ -254,7 +279,7 @@ def test_panels_read_back_as_they_were_saved(tmp_path):
     image, mask = rng.integers(0, 256, (130, 130, 3), np.uint8), np.eye(130, dtype=bool)
     values = rng.random((130, 130))
     (path,) = report.save_maps(tmp_path, ["a"], [image], [values], [mask], low=0, high=1)
-    panels = comparison.read_panels(path)
+    panels = read_panels(path)
     wanted = (
         image,
         report.heat_map(image, values, low=0, high=1),
@@ -264,4 +289,4 @@ def test_panels_read_back_as_they_were_saved(tmp_path):
         assert np.array_equal(np.asarray(panel), np.asarray(want))
     Image.new("RGB", (50, 20)).save(tmp_path / "other.png")
     with pytest.raises(ValueError, match="two or three square panels are wanted"):
-        comparison.read_panels(tmp_path / "other.png")
+        read_panels(tmp_path / "other.png")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from msflow_ext import series
-from msflow_ext.series import Trial, plan, refuse_old, train_all
+from msflow_ext.series import Trial, do_all, plan, refuse_old
 
 
 def metrics_of(trial: Trial) -> dict:
@@ -40,7 +40,7 @@ def test_a_failure_is_noted_and_the_others_continue(tmp_path):
             raise ValueError("b.png\nis empty")
         return metrics_of(trial)
 
-    runs = train_all(plan(tmp_path, ["a", "b", "c"], [0], [0]), tmp_path, train, (ValueError,))
+    runs = do_all(plan(tmp_path, ["a", "b", "c"], [0], [0]), tmp_path, train, (ValueError,))
     assert [run.failure for run in runs] == ["", "b.png is empty", ""]
     assert [run.metrics is None for run in runs] == [False, True, False]
     written = json.loads((tmp_path / "table.json").read_text())["runs"]
@@ -54,7 +54,7 @@ def test_an_error_of_another_kind_ends_the_series_and_keeps_the_table_so_far(tmp
         return metrics_of(trial)
 
     with pytest.raises(KeyboardInterrupt):
-        train_all(plan(tmp_path, ["a", "b"], [0], [0]), tmp_path, train, (ValueError,))
+        do_all(plan(tmp_path, ["a", "b"], [0], [0]), tmp_path, train, (ValueError,))
     (kept,) = json.loads((tmp_path / "table.json").read_text())["runs"]
     assert kept["category"] == "a"
 

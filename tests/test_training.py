@@ -228,6 +228,7 @@ def test_a_finished_run_reports_the_last_epoch_and_the_best_one_beside_it(finish
     assert len(list(finished_run.glob("maps/*.png"))) == 6
     assert {path.name for path in finished_run.iterdir()} == {
         "config.yaml",
+        "curves.json",
         "maps",
         "metrics.json",
         "model.safetensors",

@@ -126,7 +126,7 @@ def test_only_msflow_takes_transistors_at_256_pixels(
         (
             "fastflow",
             ["--score", "best"],
-            "score must be one of paper, log, nll, got 'best'",
+            "score must be one of paper, log, nll, map, got 'best'",
         ),
         ("fastflow", ["--steps", "0"], "steps must be at least 1, got 0"),
         ("fastflow", ["--hidden-ratio", "0.01"], "hidden_ratio 0.01 leaves no hidden channels of"),

@@ -10,17 +10,19 @@ from torch import Tensor, nn
 
 from msflow_ext.models.position_base import Total, alone
 
-#: A scale's share of the map, at most.
+#: A scale's share of the map stays below.
 MOST = 8.0
 
 
 class ClampedMap(nn.Module):
     r"""The sum over scales of how unusual a position is.
 
-    .. math:: A = \textstyle\sum_i U\left(\min\left(\frac{-\log p_i - m_i}{s_i}, 8\right)\right)
+    .. math::
+        A = \textstyle\sum_i U(f(z_i)), \quad z_i = \frac{-\log p_i - m_i}{s_i}, \quad
+        f(z) = \frac{z}{\sqrt{1 + (\max(z, 0) / 8)^2}} < 8
 
     with the mean m and the standard deviation s of each scale's negative log-likelihood over the normal images, and U
-    the bilinear upsampling (``align_corners=True``).
+    the bilinear upsampling (``align_corners=True``). What is more unusual keeps a larger value, however large both are.
 
     Args:
         scales: how many.
@@ -52,6 +54,7 @@ class ClampedMap(nn.Module):
         """The map ``(N, size, size)`` of log-likelihood maps ``[(N, H_i, W_i)]``."""
         scales = []
         for m, (mean, deviation) in zip(log_likelihood, self.usual, strict=True):
-            unusual = ((-m - mean) / deviation).clamp_max(MOST)[:, None]
-            scales.append(F.interpolate(unusual, (size, size), mode="bilinear", align_corners=True))
+            z = (-m - mean) / deviation
+            share = (z * (1 + (z.clamp_min(0) / MOST).square()).rsqrt())[:, None]
+            scales.append(F.interpolate(share, (size, size), mode="bilinear", align_corners=True))
         return torch.cat(scales, 1).sum(1)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-SCORES = ("paper", "log", "nll")
+SCORES = ("paper", "log", "nll", "map")
 MAPS = ("paper", "clamped")
 
 
@@ -119,7 +119,7 @@ class Detector(nn.Module, ABC):
         standardize: whether features are standardised per channel by statistics of the training set, once
             :meth:`set_statistics` was called.
         position_base: whether :meth:`fit_latents` puts a :class:`PositionBase` behind the flow.
-        score: of an image: ``paper``, ``log`` or ``nll``.
+        score: of an image: ``paper``, ``log``, ``nll`` or ``map``.
         top_k: share of the pixels that make it.
         anomaly_map: ``paper`` or ``clamped``.
         config: further arguments of the subclass.
@@ -209,6 +209,11 @@ class Detector(nn.Module, ABC):
     def localize(self, log_likelihood: Sequence[Tensor], paper: Tensor) -> Tensor:
         """The anomaly map: the clamped one where the model wants that, else the paper's."""
         return paper if self.clamped is None else self.clamped(log_likelihood, self.image_size)
+
+    def hottest(self, anomaly_map: Tensor) -> Tensor:
+        """The score ``map`` of images: the mean of the largest ``top_k`` share of their maps, ``(N,)``."""
+        count = max(1, int(self.top_k * self.image_size**2))
+        return anomaly_map.flatten(1).topk(count, sorted=False).values.mean(1)
 
     @torch.no_grad()
     def fit_latents(

@@ -181,9 +181,9 @@ class FastFlow(Detector):
         padding_mode: ``"reflect"`` or ``"zeros"`` in the backbone.
         standardize: whether features are standardised per channel by statistics of the training set
             (:meth:`set_statistics`).
-        score: ``"paper"``, the maximum of the map; ``"log"`` or ``"nll"``, which cannot saturate, as in
+        score: ``"paper"``, the maximum of the map; ``"log"``, ``"nll"`` or ``"map"``, as in
             :class:`~msflow_ext.MSFlow`.
-        top_k: share of the pixels that make the latter two.
+        top_k: share of the pixels that make the latter three.
         anomaly_map: ``"paper"``, the mean over scales; or ``"clamped"``: see
             :class:`~msflow_ext.models.clamped_map.ClampedMap`.
         position_base: for parts that always lie alike: Gaussians at every position of the latent maps, fitted to the
@@ -255,9 +255,12 @@ class FastFlow(Detector):
         """Score features as :meth:`features` gives them."""
         log_likelihood = self.log_likelihood(features)
         maps = ops.mean_aggregate(log_likelihood, self.image_size)
-        score = maps.score
-        if self.score != "paper":
+        anomaly_map = self.localize(log_likelihood, maps.anomaly_map)
+        if self.score == "map":
+            score = self.hottest(anomaly_map)
+        elif self.score == "paper":
+            score = maps.score
+        else:
             others = ops.aggregate(log_likelihood, self.image_size, top_k=self.top_k)
             score = others.log_score if self.score == "log" else others.nll_score
-        anomaly_map = self.localize(log_likelihood, maps.anomaly_map)
         return Prediction(score, anomaly_map, maps.anomaly_map, log_likelihood)

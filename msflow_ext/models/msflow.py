@@ -142,7 +142,8 @@ class MSFlow(Detector):
         standardize: whether features are standardised per channel by statistics of the training set
             (:meth:`set_statistics`); off in the paper's presets, on otherwise.
         score: ``"log"``, the paper's image score as ``-log(1 - score)``, which has the same order and cannot saturate;
-            ``"paper"``, the value itself; ``"nll"``, the mean of the largest summed negative log-likelihoods.
+            ``"paper"``, the value itself; ``"nll"``, the mean of the largest summed negative log-likelihoods;
+            ``"map"``, that of the anomaly map's largest values.
         top_k: share of the pixels that make the score.
         anomaly_map: ``"paper"``, additive over scales; or ``"clamped"``: see
             :class:`~msflow_ext.models.clamped_map.ClampedMap`.
@@ -223,6 +224,9 @@ class MSFlow(Detector):
         """Score pooled features as :meth:`features` gives them."""
         log_likelihood = self.log_likelihood(features)
         maps = ops.aggregate(log_likelihood, self.image_size, top_k=self.top_k)
-        score = {"log": maps.log_score, "paper": maps.score, "nll": maps.nll_score}[self.score]
         anomaly_map = self.localize(log_likelihood, maps.anomaly_map)
+        if self.score == "map":
+            score = self.hottest(anomaly_map)
+        else:
+            score = {"log": maps.log_score, "paper": maps.score, "nll": maps.nll_score}[self.score]
         return Prediction(score, anomaly_map, maps.image_map, log_likelihood)

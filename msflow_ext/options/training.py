@@ -94,7 +94,7 @@ def train(part: ArgumentParser) -> None:
             bool | None,
             "true: each channel by its statistics over the training set",
         ),
-        ("--score", str | None, "of an image: paper, log or nll"),
+        ("--score", str | None, "of an image: paper, log, nll or map"),
         (
             "--anomaly-map",
             str | None,

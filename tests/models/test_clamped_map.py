@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from msflow_ext import FastFlow, MSFlow, ops
+from msflow_ext.models.clamped_map import ClampedMap
 
 OPTIONS = {"image_size": 64, "pretrained": False, "blocks": (1, 1), "cond_channels": 8, "seed": 0}
 
@@ -27,7 +30,9 @@ def images(count: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("position_base", [False, True])
-def test_it_sums_deviations_from_the_normal_images_of_at_most_eight(position_base: bool) -> None:
+def test_it_sums_deviations_from_the_normal_images_that_stay_below_eight(
+    position_base: bool,
+) -> None:
     model = build(position_base=position_base)
     normal, odd = model.features(images(5, 0)), model.features(images(2, 1))
     odd[0][1, :, 3, 4] += 1000
@@ -36,14 +41,34 @@ def test_it_sums_deviations_from_the_normal_images_of_at_most_eight(position_bas
     wanted = torch.zeros(2, 64, 64)
     usual, unusual = model.log_likelihood(normal), model.log_likelihood(odd)
     for a, b in zip(usual, unusual, strict=True):
-        standard = ((a.mean() - b) / a.std(correction=0)).clamp_max(8)
-        wanted += F.interpolate(standard[:, None], (64, 64), mode="bilinear", align_corners=True)[
-            :, 0
-        ]
+        standard = (a.mean() - b) / a.std(correction=0)
+        share = torch.where(standard < 0, standard, 8 * torch.sin(torch.atan(standard / 8)))
+        wanted += F.interpolate(share[:, None], (64, 64), mode="bilinear", align_corners=True)[:, 0]
     torch.testing.assert_close(got.anomaly_map, wanted, rtol=1e-4, atol=1e-3)
     assert got.anomaly_map.max() <= 16
     assert torch.equal(got.score, ops.aggregate(unusual, 64).log_score)
     assert unusual[0].min() < 100 * usual[0].min()
+
+
+def test_what_is_far_from_normal_stays_in_order() -> None:
+    clamped = ClampedMap(1)
+    heights = -torch.tensor([9.0, 8.0, 40.0, 400.0, 4000.0, 8000.0])
+    maps = [heights.reshape(-1, 1, 1).expand(-1, 4, 4)]
+    values = clamped(maps, 4).amax((1, 2))
+    assert values.argsort().tolist() == [1, 0, 2, 3, 4, 5]
+    assert values.unique().numel() == 6
+    assert values.max() < 8
+
+
+@pytest.mark.parametrize("anomaly_map", ["paper", "clamped"])
+def test_the_score_of_that_name_is_the_mean_of_the_hottest_share_of_the_map(anomaly_map) -> None:
+    options = {"anomaly_map": anomaly_map, "score": "map", "top_k": 0.01}
+    fast: Any = {"image_size": 64, "pretrained": False, "steps": 1, "seed": 0}
+    for model in (build(**options), FastFlow("test_resnet", **fast, **options)):
+        model.fit_latents(lambda model=model: [model.features(images(3, 0))])
+        got = model(images(2, 1))
+        hottest = got.anomaly_map.flatten(1).sort(descending=True).values[:, : 64 * 64 // 100]
+        torch.testing.assert_close(got.score, hottest.mean(1))
 
 
 def test_its_statistics_are_kept_with_the_weights() -> None:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from msflow_ext import comparison, report
+from msflow_ext.tested_runs import read_runs
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name / "metrics.json").write_text(content)
         image, maps = np.full((32, 32, 3), 90, np.uint8), rng.random((60, 32, 32))
         report.save_maps(root / name, names, [image] * 60, maps, [None] * 60, low=0, high=1)
-    runs = comparison.read_runs(sorted(path for path in root.iterdir()))
+    runs = read_runs(sorted(path for path in root.iterdir()))
     comparison.write_comparison(root / "page.html", runs)
     return root / "page.html"
 
