@@ -283,7 +283,7 @@ def test_trainings_on_ray_end_with_the_bits_of_those_one_by_one(ray, data, tmp_p
     at_once = capsys.readouterr()
     for printed, engine in ((one_by_one, "local"), (at_once, "ray")):
         last = printed.err.splitlines()[-1]
-        assert f"1 of 3 trainings failed, first {tmp_path / engine}/bowl: " in last
+        assert f"1 of 3 runs failed, first {tmp_path / engine}/bowl: " in last
         assert "0.png" in last
     lines = [p.out.splitlines()[-5:-1] for p in (one_by_one, at_once)]
     assert lines[0] == lines[1]
