@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from msflow_ext import ops
+from msflow_ext import MSFlow, ops
+from msflow_ext.checkpoint import save_checkpoint
 from msflow_ext.ops import _backend
 from msflow_ext.testing import relative_error, tolerance
 
@@ -40,6 +41,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     laws = metafunc.definition.path.parent.name == "ops" and "normal" in metafunc.fixturenames
     if laws and torch.cuda.is_available():
         metafunc.parametrize("device", ["cpu", "cuda"], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def untrained_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``untrained_run(**header)``: a folder with the checkpoint of a small model; tests must not write to it."""
+
+    def save(**header: Any) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            options = {"pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8}
+            model = MSFlow("test_efficientnet", image_size=64, seed=1, **options)
+        header = {"model": "MSFlow", "config": model.config, **header}
+        save_checkpoint(folder / "model.safetensors", header, model)
+        return folder
+
+    return save
 
 
 @pytest.fixture

@@ -14,12 +14,10 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import msflow_ext as mx
 from msflow_ext import bulk, cli
-from msflow_ext.checkpoint import save_checkpoint
 from msflow_ext.engines import TaskLost
 from msflow_ext.scoring import Scoring
 from msflow_ext.shards import Store, schema
@@ -32,22 +30,13 @@ DAMAGED = "010.png"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """The checkpoint of an untrained model with thresholds; tests must not write to it."""
-    folder = tmp_path_factory.mktemp("run")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        options = {"image_size": 64, "pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8}
-        model = mx.MSFlow("test_efficientnet", seed=1, **options)
-    header = {
-        "model": "MSFlow",
-        "config": model.config,
-        "recipe": {"false_alarms": 0.4},
-        "calibration": {"scores": [0.078, 0.08, 0.083], "peaks": [0.05, 0.06, 0.07]},
-        "colours": [0.0, 0.1],
-    }
-    save_checkpoint(folder / "model.safetensors", header, model)
-    return folder
+def run(untrained_run) -> Path:
+    """The checkpoint of an untrained model with thresholds."""
+    return untrained_run(
+        recipe={"false_alarms": 0.4},
+        calibration={"scores": [0.078, 0.08, 0.083], "peaks": [0.05, 0.06, 0.07]},
+        colours=[0.0, 0.1],
+    )
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,8 @@ import pytest
 import torch
 from PIL import Image
 
-import msflow_ext as mx
 from msflow_ext import bulk, cli, engines
-from msflow_ext.checkpoint import read_checkpoint, save_checkpoint
+from msflow_ext.checkpoint import read_checkpoint
 from msflow_ext.shards import Store
 
 pytestmark = [
@@ -86,7 +85,6 @@ def test_results_errors_and_folder_are_those_of_the_task(ray, tmp_path, monkeypa
     def work(task: int) -> tuple[int, str, int]:
         if task == 1:
             raise OSError(28, "No space left on device", "a/b")
-        import torch
 
         return task, os.getcwd(), torch.get_num_threads()
 
@@ -134,17 +132,8 @@ def test_an_address_where_no_cluster_answers_is_refused_in_time(ray, monkeypatch
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """The checkpoint of an untrained model; tests must not write to it."""
-    folder = tmp_path_factory.mktemp("run")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        options = {"image_size": 64, "pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8}
-        model = mx.MSFlow("test_efficientnet", seed=1, **options)
-    save_checkpoint(
-        folder / "model.safetensors", {"model": "MSFlow", "config": model.config}, model
-    )
-    return folder
+def run(untrained_run) -> Path:
+    return untrained_run()
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,9 @@ from threading import Event, Thread
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-import msflow_ext as mx
 from msflow_ext import cli
-from msflow_ext.checkpoint import save_checkpoint
 from msflow_ext.report import write_scores
 from msflow_ext.watching import ScoreLog, arrivals, stopped_by_signals
 
@@ -166,21 +163,12 @@ def test_the_first_signal_asks_and_the_second_does_what_it_always_did():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A folder with the checkpoint of an untrained model with thresholds; tests must not write to it."""
-    folder = tmp_path_factory.mktemp("run")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        options = {"image_size": 64, "pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8}
-        model = mx.MSFlow("test_efficientnet", seed=1, **options)
-    header = {
-        "model": "MSFlow",
-        "config": model.config,
-        "recipe": {"false_alarms": 0.4},
-        "calibration": {"scores": [-2.0, -1.0, 1e9], "peaks": [0.0, 1.0, 2.0]},
-    }
-    save_checkpoint(folder / "model.safetensors", header, model)
-    return folder
+def run(untrained_run) -> Path:
+    """The checkpoint of an untrained model with thresholds."""
+    return untrained_run(
+        recipe={"false_alarms": 0.4},
+        calibration={"scores": [-2.0, -1.0, 1e9], "peaks": [0.0, 1.0, 2.0]},
+    )
 
 
 def picture(path: Path, seed: int = 0) -> None:
