@@ -34,10 +34,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One Ray for all these tests: the commands take the one that is there."""
-    with engines.session() as module:
-        yield module
+    with pytest.MonkeyPatch.context() as patch:
+        # Workers import from where Ray begins: not beside the sources, which would hide the installed package.
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        with engines.session() as module:
+            yield module
 
 
 @contextmanager

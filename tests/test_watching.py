@@ -148,6 +148,15 @@ def test_a_table_of_other_columns_is_refused(tmp_path, text):
     assert (tmp_path / "log.csv").read_text() == text
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as Python starts with it, even where it is ignored, as in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_first_signal_asks_and_the_second_does_what_it_always_did():
     before = signal.getsignal(signal.SIGTERM)
     with stopped_by_signals() as stop:
