@@ -26,7 +26,6 @@ from PIL import Image
 
 import msflow_ext as mx
 from msflow_ext import cli, serving
-from msflow_ext.checkpoint import save_checkpoint
 from msflow_ext.decisions import Calibration
 from msflow_ext.inference import Detector, Result
 
@@ -35,23 +34,14 @@ Start = Callable[[FastAPI], str]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A folder with the checkpoint of an untrained model that has thresholds."""
-    folder = tmp_path_factory.mktemp("run")
-    model = mx.MSFlow(
-        "test_efficientnet",
-        image_size=64,
-        pretrained=False,
-        blocks=(1, 1, 1),
-        cond_channels=8,
-        seed=1,
-    )
+def run(untrained_run) -> Path:
+    """The checkpoint of an untrained model with thresholds."""
     values = np.linspace(-1e3, 0, 20)
-    calibration = vars(Calibration.of(values, values[:, None, None]))
-    header = {"model": "MSFlow", "config": model.config, "colours": [0.5, 2.0]}
-    header |= {"recipe": {"false_alarms": 0.1}, "calibration": calibration}
-    save_checkpoint(folder / "model.safetensors", header, model)
-    return folder
+    return untrained_run(
+        colours=[0.5, 2.0],
+        recipe={"false_alarms": 0.1},
+        calibration=vars(Calibration.of(values, values[:, None, None])),
+    )
 
 
 @pytest.fixture(scope="module")

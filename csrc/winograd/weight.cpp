@@ -1,7 +1,6 @@
 // The weight of Winograd's convolution from a 3x3 kernel: its values at the interpolation points,
 // in panels of channels of the result.
 #include <algorithm>
-#include <stdexcept>
 
 #include "common/half.h"
 #include "common/parallel.h"
@@ -92,7 +91,6 @@ void winograd_weight_cpu(const WinogradWeight& weight) {
   const bool half = weight.factors == DType::bfloat16;
   Job job{weight, (weight.out_channels + panel - 1) / panel,
           half ? (weight.channels + 1) / 2 : weight.channels};
-  if (weight.points > most_points) throw std::invalid_argument("winograd_weight: too many points");
   const Body wide = half ? halves_wide : floats_wide, narrow = half ? halves : floats;
   const Body body = has_wide() ? wide : narrow;
   parallel_for(job.panels * job.words, panel * weight.points * taps, body, job);
