@@ -57,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         if isinstance(error, ProcessFailed) and (error.here or distributed.local_rank()):
-            time.sleep(
-                SILENCE
-            )  # another one says so, before all are ended with the first that ends
+            # Another one says so, before all are ended with the first that ends.
+            time.sleep(SILENCE)
             return 2
         message = sentence(error)
     print(f"msflow: error: {message}", file=sys.stderr)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msflow_ext.checkpoint import CHECKPOINT, write_text
-from msflow_ext.options import open_data
+from msflow_ext.options import open_data, run_settings
 from msflow_ext.printing import FAILURES, print_table, rows_of
-from msflow_ext.run_folder import METRICS, checked_out, run_settings
+from msflow_ext.run_folder import METRICS, checked_out
 
 if TYPE_CHECKING:
     from msflow_ext import series

@@ -121,28 +121,6 @@ def clear_run(run: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def run_settings(run: Path) -> dict[str, Any]:
-    """What ``config.yaml`` of a run says."""
-    import yaml
-
-    from msflow_ext.options.training import DATA
-
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there to name the run's data: give --data")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(settings, dict) or "data" not in settings:
-        raise ValueError(f"{path} does not name the run's data: give --data")
-    for name in DATA:
-        kind = int if name == "split_seed" else str
-        if not isinstance(settings.get(name), kind | None):
-            raise ValueError(f"{path}: {name} must be {kind.__name__}, got {settings[name]!r}")
-    return settings
-
-
 def checked_out(out: str | Path) -> Path:
     """A folder that can be written to, in which no run is; else its scores and maps would be lost."""
     if (Path(out) / CHECKPOINT).exists():

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.options import open_data
-from msflow_ext.run_folder import checked_out, run_settings
+from msflow_ext.options import open_data, run_settings
+from msflow_ext.run_folder import checked_out
 
 if TYPE_CHECKING:
     from msflow_ext.inference import Result

@@ -17,10 +17,10 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from msflow_ext import cli, run_folder
+from msflow_ext import cli
 from msflow_ext.checkpoint import read_checkpoint, save_checkpoint
 from msflow_ext.data import load_image, load_mask, open_dataset
-from msflow_ext.options import open_data
+from msflow_ext.options import open_data, run_settings
 from msflow_ext.options.training import DATA
 
 SECONDS = float(os.environ.get("MSFLOW_FUZZ_SECONDS", "0.4"))
@@ -103,7 +103,7 @@ def settings(path: Path) -> bytes:
 
 def read_settings(file: Path) -> None:
     try:
-        open_data(run_folder.run_settings(file.parent))
+        open_data(run_settings(file.parent))
     except cli.FAILURES as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -143,4 +143,4 @@ def test_settings_of_another_type_are_refused(tmp_path, name, value):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({**yaml.safe_load(settings(tmp_path)), name: value}))
     with pytest.raises(ValueError, match=rf"config\.yaml: {name} must be (str|int), got "):
-        run_folder.run_settings(tmp_path)
+        run_settings(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msflow_ext.options import training, using
@@ -38,6 +39,26 @@ def open_data(options: Mapping[str, Any], *, strict: bool = True) -> DataSet:
 
     given = {name: options[name] for name in DATA if name in options}
     return open_dataset(**given, strict=strict)
+
+
+def run_settings(run: Path) -> dict[str, Any]:
+    """The options in ``config.yaml`` of a run; ValueError if it is damaged or names no data."""
+    import yaml
+
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there to name the run's data: give --data")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(settings, dict) or "data" not in settings:
+        raise ValueError(f"{path} does not name the run's data: give --data")
+    for name in DATA:
+        kind = int if name == "split_seed" else str
+        if not isinstance(settings.get(name), kind | None):
+            raise ValueError(f"{path}: {name} must be {kind.__name__}, got {settings[name]!r}")
+    return settings
 
 
 def _info(part: ArgumentParser) -> None:
