@@ -84,6 +84,20 @@ struct Job : Coupling {
   }
 };
 
+// The log-scales alone: their chain of dependent instructions and that of the exponential after it,
+// in one loop, would keep a processor from working at two vectors at a time.
+template <bool Atan, class A, class W>
+HD void log_scales(const Clamp<W>& k, const A* a_s, W* s, int64_t size) {
+  INDEPENDENT
+  for (int64_t i = 0; i < size; ++i) s[i] = log_scale<Atan>(k, W(load(a_s[i])));
+}
+
+template <bool Atan, class A, class W>
+HD void log_scales(const Clamp<W>& k, const A* a_s, W* s, int64_t size, W* slope) {
+  INDEPENDENT
+  for (int64_t i = 0; i < size; ++i) s[i] = log_scale<Atan>(k, W(load(a_s[i])), slope[i]);
+}
+
 // ---- planar: an item is one channel of one sample, its positions side by side ----
 
 template <bool Atan, class X, class A, class W>
@@ -108,9 +122,9 @@ HD void forward_planar(const Job<W>& job, int64_t begin, int64_t end) {
       W s[chunk];
       for (int64_t start = 0; start < job.positions; start += chunk) {
         const int64_t size = std::min(chunk, job.positions - start);
+        log_scales<Atan>(k, a_s + start, s, size);
         INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
-          s[i] = log_scale<Atan>(k, W(load(a_s[start + i])));
           const W u = coupled(W(load(x[start + i])), s[i], k.shift * W(load(a_t[start + i])));
           store(y + start + i, affine(u, gain, shift, limit));
         }
@@ -137,9 +151,9 @@ HD void inverse_planar(const Job<W>& job, int64_t begin, int64_t end) {
       W s[chunk];
       for (int64_t start = 0; start < job.positions; start += chunk) {
         const int64_t size = std::min(chunk, job.positions - start);
+        log_scales<Atan>(k, a_s + start, s, size);
         INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
-          s[i] = log_scale<Atan>(k, W(load(a_s[start + i])));
           const W t = k.shift * W(load(a_t[start + i]));
           store(x + start + i, uncoupled(W(load(y[start + i])), s[i], t, gain, shift));
         }
@@ -160,7 +174,7 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
     const X* grad_y = job.template result<X>(n, result);
     const W gain = job.gain[c], shift = job.shift[c], grad_s = job.grad_log_det[n];
     double sum_scale = 0, sum_offset = 0;
-    W gu[chunk], gv[chunk];
+    W gu[chunk], gv[chunk], s[chunk], slope[chunk];
     for (int64_t start = 0; start < job.positions; start += chunk) {
       const int64_t size = std::min(chunk, job.positions - start);
       if (j < 0) {
@@ -180,11 +194,11 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
         X* grad_x = job.grad_x2.template at<X>(n, j, start);
         A* grad_s_row = job.grad_a.template at<A>(n, j, start);
         A* grad_t_row = job.grad_a.template at<A>(n, j + job.active, start);
+        log_scales<Atan>(k, a_s, s, size, slope);
         INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
-          const auto g =
-              active_gradients<Atan>(k, W(load(grad_y[start + i])), grad_s, W(load(x[i])),
-                                     W(load(a_s[i])), W(load(a_t[i])), gain, shift, limit);
+          const auto g = active_gradients(k, W(load(grad_y[start + i])), grad_s, W(load(x[i])),
+                                          s[i], slope[i], W(load(a_t[i])), gain, shift, limit);
           gu[i] = g.scale, gv[i] = g.offset;
           store(grad_x + i, g.x);
           store(grad_s_row + i, g.a_s);
@@ -225,9 +239,9 @@ HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
       const A* a_t = a_s + active;
       INDEPENDENT
       for (int64_t c = 0; c < passive; ++c) v[c] = affine(W(load(x1[c])), gain[c], shift[c], limit);
+      log_scales<Atan>(k, a_s, s, active);
       INDEPENDENT
       for (int64_t j = 0; j < active; ++j) {
-        s[j] = log_scale<Atan>(k, W(load(a_s[j])));
         const W u = coupled(W(load(x2[j])), s[j], k.shift * W(load(a_t[j])));
         v[passive + j] = affine(u, gain[passive + j], shift[passive + j], limit);
       }
@@ -280,11 +294,10 @@ HD void inverse_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
       const A* a_s = job.a.template at<A>(n, 0, p);
       const A* a_t = a_s + active;
       X* x2 = job.x2.template at<X>(n, 0, p);
+      log_scales<Atan>(k, a_s, s, active);
       INDEPENDENT
-      for (int64_t j = 0; j < active; ++j) {
-        s[j] = log_scale<Atan>(k, W(load(a_s[j])));
+      for (int64_t j = 0; j < active; ++j)
         store(x2 + j, uncoupled(u[j], s[j], k.shift * W(load(a_t[j])), gain[j], shift[j]));
-      }
       add_to_lanes(s, active, lane);
     }
     job.log_det_parts[item] = sum_lanes(lane);
@@ -296,8 +309,10 @@ HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
   const Clamp<W> k = job.k;
   const W limit = W(job.limit);
   const int64_t channels = job.channels(), passive = job.passive, active = job.active;
-  const auto buffer = scratch<W>(channels);
+  const auto buffer = scratch<W>(channels + 2 * active);
   W* grad = buffer.get();
+  W* s = grad + channels;
+  W* slope = s + active;
   const W* gain = job.gain.data();
   const W* shift = job.shift.data();
   for (int64_t item = begin; item < end; ++item) {
@@ -324,11 +339,12 @@ HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
         sum_offset[c] += g.offset;
         store(grad_x1 + c, g.x);
       }
+      log_scales<Atan>(k, a_s, s, active, slope);
       INDEPENDENT
       for (int64_t j = 0; j < active; ++j) {
         const int64_t c = passive + j;
-        const auto g = active_gradients<Atan>(k, grad[c], grad_s, W(load(x2[j])), W(load(a_s[j])),
-                                              W(load(a_t[j])), gain[c], shift[c], limit);
+        const auto g = active_gradients(k, grad[c], grad_s, W(load(x2[j])), s[j], slope[j],
+                                        W(load(a_t[j])), gain[c], shift[c], limit);
         sum_scale[c] += g.scale;
         sum_offset[c] += g.offset;
         store(grad_x2 + j, g.x);

@@ -76,10 +76,10 @@ struct Job : Coupling {
   }
   __device__ __forceinline__ Gradients<W> gradients(W grad_y, W grad_s, W x, W a_s, W a_t, W gain,
                                                     W shift) const {
-    const W cut = W(limit);
-    return form == ClampForm::atan
-               ? active_gradients<true>(k, grad_y, grad_s, x, a_s, a_t, gain, shift, cut)
-               : active_gradients<false>(k, grad_y, grad_s, x, a_s, a_t, gain, shift, cut);
+    W slope;
+    const W s =
+        form == ClampForm::atan ? log_scale<true>(k, a_s, slope) : log_scale<false>(k, a_s, slope);
+    return active_gradients(k, grad_y, grad_s, x, s, slope, a_t, gain, shift, W(limit));
   }
 };
 

@@ -84,12 +84,12 @@ HD Gradients<W> passive_gradients(W grad_y, W x, W scale, W offset, W limit) {
   return {g * scale, 0, 0, g * x, g};
 }
 
-// grad_s is the gradient of the sample's log_det, which every s is a term of.
-template <bool Atan, class W>
-HD Gradients<W> active_gradients(const Clamp<W>& k, W grad_y, W grad_s, W x, W a_s, W a_t, W scale,
-                                 W offset, W limit) {
-  W slope;
-  const W e = exp_(log_scale<Atan>(k, a_s, slope));
+// grad_s is the gradient of the sample's log_det, which every s is a term of; slope is that of s by
+// a_s.
+template <class W>
+HD Gradients<W> active_gradients(const Clamp<W>& k, W grad_y, W grad_s, W x, W s, W slope, W a_t,
+                                 W scale, W offset, W limit) {
+  const W e = exp_(s);
   const W scaled = x * e;
   const W u = scaled + k.shift * a_t;
   const W gv = through_limit(grad_y, u, scale, offset, limit);
