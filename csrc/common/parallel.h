@@ -47,11 +47,14 @@ HD void add_to_lanes(const W* x, int64_t size, W (&lane)[lanes]) {
   for (int l = 0; i < size; ++i, ++l) lane[l] += x[i];
 }
 
+// By halves: few additions wait for each other.
 template <class W>
 HD double sum_lanes(const W (&lane)[lanes]) {
-  double sum = 0;
-  for (int l = 0; l < lanes; ++l) sum += double(lane[l]);
-  return sum;
+  W sum[lanes / 2];
+  for (int l = 0; l < lanes / 2; ++l) sum[l] = lane[l] + lane[l + lanes / 2];
+  for (int width = lanes / 4; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) sum[l] += sum[l + width];
+  return double(sum[0]);
 }
 
 template <class W>

@@ -14,6 +14,7 @@ namespace msflow {
 namespace {
 
 constexpr int64_t planar_block = 128;  // positions side by side: whole cache lines of every channel
+constexpr int64_t interleaved_block = 64;
 
 template <class W>
 struct Job : Norm {
@@ -31,7 +32,7 @@ struct Job : Norm {
         floor(relu ? W(0) : -std::numeric_limits<W>::infinity()) {}
 
   int64_t block() const {
-    return interleaved ? std::min<int64_t>(64, std::max<int64_t>(1, 8192 / channels))
+    return interleaved ? std::min(interleaved_block, std::max<int64_t>(1, 8192 / channels))
                        : planar_block;
   }
   int64_t blocks() const { return (positions + block() - 1) / block(); }
@@ -155,42 +156,54 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
 
 // ---- interleaved ----
 
+// Step by step for all positions of a block, so that the chains of their sums overlap.
 template <class X, class W>
 HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
   const W floor = job.floor;
-  const auto buffer = scratch<W>(job.channels);
-  W* h = buffer.get();
+  const int64_t channels = job.channels;
+  const auto buffer = scratch<W>(job.block() * channels);
+  W* const h = buffer.get();
   const W* w = job.w;
   const W* b = job.b;
-  const int64_t channels = job.channels;
   const W share = W(1) / W(channels);
+  W mean[interleaved_block], inverse[interleaved_block];
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / job.blocks(), first = item % job.blocks() * job.block();
-    const int64_t last = std::min(first + job.block(), job.positions);
-    for (int64_t p = first; p < last; ++p) {
-      const X* x = job.x.template at<X>(n, 0, p);
-      X* y = job.y.template at<X>(n, 0, p);
+    const int64_t size = std::min(job.block(), job.positions - first);
+    for (int64_t i = 0; i < size; ++i) {
+      const X* x = job.x.template at<X>(n, 0, first + i);
+      W* row = h + i * channels;
       INDEPENDENT
-      for (int64_t c = 0; c < channels; ++c) h[c] = W(load(x[c]));
+      for (int64_t c = 0; c < channels; ++c) row[c] = W(load(x[c]));
       if (job.map.data) {
-        const W* map = job.map.template at<W>(0, 0, p);
+        const W* map = job.map.template at<W>(0, 0, first + i);
         INDEPENDENT
-        for (int64_t c = 0; c < channels; ++c) h[c] += map[c];
+        for (int64_t c = 0; c < channels; ++c) row[c] += map[c];
       }
-      const W mean = W(ordered_sum(h, channels)) * share;
+      mean[i] = W(ordered_sum(row, channels)) * share;
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      const W* row = h + i * channels;
       W lane[lanes] = {};
       int64_t c = 0;
       for (; c + lanes <= channels; c += lanes)
-        for (int l = 0; l < lanes; ++l) lane[l] += (h[c + l] - mean) * (h[c + l] - mean);
-      for (int l = 0; c < channels; ++c, ++l) lane[l] += (h[c] - mean) * (h[c] - mean);
-      const W inverse = 1 / std::sqrt(W(sum_lanes(lane)) * share + W(job.eps));
+        for (int l = 0; l < lanes; ++l) lane[l] += (row[c + l] - mean[i]) * (row[c + l] - mean[i]);
+      for (int l = 0; c < channels; ++c, ++l) lane[l] += (row[c] - mean[i]) * (row[c] - mean[i]);
+      inverse[i] = W(sum_lanes(lane));
+    }
+    for (int64_t i = 0; i < size; ++i) inverse[i] = 1 / std::sqrt(inverse[i] * share + W(job.eps));
+    for (int64_t i = 0; i < size; ++i) {
+      const W* row = h + i * channels;
+      X* y = job.y.template at<X>(n, 0, first + i);
+      const W m = mean[i], scale = inverse[i];
       INDEPENDENT
-      for (c = 0; c < channels; ++c)
-        store(y + c, rectified((h[c] - mean) * inverse * w[c] + b[c], floor));
-      if (job.statistics) {
-        W* to = job.statistics + (n * job.positions + p) * 2;
-        to[0] = mean, to[1] = inverse;
-      }
+      for (int64_t c = 0; c < channels; ++c)
+        store(y + c, rectified((row[c] - m) * scale * w[c] + b[c], floor));
+    }
+    if (job.statistics) {
+      W* to = job.statistics + (n * job.positions + first) * 2;
+      INDEPENDENT
+      for (int64_t i = 0; i < size; ++i) to[2 * i] = mean[i], to[2 * i + 1] = inverse[i];
     }
   }
 }
