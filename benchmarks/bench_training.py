@@ -35,8 +35,8 @@ def cases(quick: bool) -> list[Case]:
         training_step(),
         training_step(batch=8, rows=[], **DEMO),
         training_step(batch=1, rows=[11]),
-        run_case("efficientnet_lite0", 192, train=40, test=20, epochs=100, padding_mode="zeros"),
-        run_case("wide_resnet50_2", 256, train=24, test=12, epochs=10),
+        run_case("efficientnet_lite0", 192, train=16, test=8, epochs=100, padding_mode="zeros"),
+        run_case("wide_resnet50_2", 256, train=8, test=4, epochs=10),
     ]
 
 

@@ -22,6 +22,7 @@ struct Job : Coupling {
   Clamp<W> k;                               // the soft clamp's constants
   std::vector<W> gain, shift;               // scale and offset, 1 and 0 where there is none
   std::vector<int32_t> source;              // result k comes from channel source[k]
+  std::vector<int32_t> place;               // the other way round
   const W* grad_log_det = nullptr;          // (N,)
   std::unique_ptr<double[]> log_det_parts;  // (items,)
   std::unique_ptr<W[]> grad_parts;          // (items, 2, C) interleaved, (N, 2, C) planar
@@ -31,7 +32,8 @@ struct Job : Coupling {
         k(make_clamp<W>(c.form, c.clamp)),
         gain(known(), W(1)),
         shift(known(), W(0)),
-        source(known()) {
+        source(known()),
+        place(known()) {
     const int64_t size = known();
     if (scale) gain.assign(static_cast<const W*>(scale), static_cast<const W*>(scale) + size);
     if (offset) shift.assign(static_cast<const W*>(offset), static_cast<const W*>(offset) + size);
@@ -42,6 +44,7 @@ struct Job : Coupling {
         throw std::invalid_argument("coupling: perm must hold every channel once, but does not");
       seen[from] = true;
       source[i] = int32_t(from);
+      place[from] = int32_t(i);
     }
   }
 
@@ -264,23 +267,31 @@ HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
   }
 }
 
-// v[source[k]] = y[k] over both results at one position.
+// Both results at one position, in the order of the channels that they come from, those before
+// `begin` left out. Buffers have room for all channels; it is in one of them.
 template <class X, class W>
-HD void unpermute(const Job<W>& job, int64_t n, int64_t p, W* v) {
-  const int32_t* source = job.source.data();
+HD const W* unpermuted(const Job<W>& job, int64_t n, int64_t p, int64_t begin, W* y, W* v) {
   const X* y1 = job.y1.template at<X>(n, 0, p);
   const X* y2 = job.y2.template at<X>(n, 0, p);
-  const int64_t split = job.split, rest = job.channels() - split;
-  for (int64_t i = 0; i < split; ++i) v[source[i]] = W(load(y1[i]));
-  for (int64_t i = 0; i < rest; ++i) v[source[split + i]] = W(load(y2[i]));
+  const int64_t split = job.split, channels = job.channels();
+  INDEPENDENT
+  for (int64_t i = 0; i < split; ++i) y[i] = W(load(y1[i]));
+  INDEPENDENT
+  for (int64_t i = split; i < channels; ++i) y[i] = W(load(y2[i - split]));
+  if (!job.perm) return y + begin;
+  const int32_t* place = job.place.data();
+  INDEPENDENT
+  for (int64_t c = begin; c < channels; ++c) v[c] = y[place[c]];
+  return v + begin;
 }
 
 template <bool Atan, class X, class A, class W>
 HD void inverse_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
   const Clamp<W> k = job.k;
   const int64_t channels = job.channels(), passive = job.passive, active = job.active;
-  const auto buffer = scratch<W>(channels + active);
-  W* v = buffer.get();
+  const auto buffer = scratch<W>(2 * channels + active);
+  W* y = buffer.get();
+  W* v = y + channels;
   W* s = v + channels;
   const W* gain = job.gain.data() + passive;
   const W* shift = job.shift.data() + passive;
@@ -289,8 +300,7 @@ HD void inverse_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
     const int64_t last = std::min(first + job.block(), job.positions);
     W lane[lanes] = {};
     for (int64_t p = first; p < last; ++p) {
-      unpermute<X>(job, n, p, v);
-      const W* u = v + passive;
+      const W* u = unpermuted<X>(job, n, p, passive, y, v);
       const A* a_s = job.a.template at<A>(n, 0, p);
       const A* a_t = a_s + active;
       X* x2 = job.x2.template at<X>(n, 0, p);
@@ -309,9 +319,10 @@ HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
   const Clamp<W> k = job.k;
   const W limit = W(job.limit);
   const int64_t channels = job.channels(), passive = job.passive, active = job.active;
-  const auto buffer = scratch<W>(channels + 2 * active);
-  W* grad = buffer.get();
-  W* s = grad + channels;
+  const auto buffer = scratch<W>(2 * channels + 2 * active);
+  W* y = buffer.get();
+  W* v = y + channels;
+  W* s = v + channels;
   W* slope = s + active;
   const W* gain = job.gain.data();
   const W* shift = job.shift.data();
@@ -323,7 +334,7 @@ HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
     std::fill(sum_scale, sum_scale + 2 * channels, W(0));
     const W grad_s = job.grad_log_det[n];
     for (int64_t p = first; p < last; ++p) {
-      unpermute<X>(job, n, p, grad);
+      const W* grad = unpermuted<X>(job, n, p, 0, y, v);
       const X* x1 = job.x1.template at<X>(n, 0, p);
       const X* x2 = job.x2.template at<X>(n, 0, p);
       const A* a_s = job.a.template at<A>(n, 0, p);
