@@ -136,6 +136,7 @@ class Backbone(nn.Module):
         """
         from msflow_ext.models.packed import optimize_network
 
+        dtype = dtype or torch.float32
         form = copy.copy(self)
         form._modules = {}
         form._buffers = dict(self._buffers)
@@ -145,7 +146,8 @@ class Backbone(nn.Module):
         side = max(2 * self.strides[-1], min(image_size, 256))
         sides = self.image_size or (side, side)
         example = torch.randn(1, 3, *sides, generator=torch.Generator().manual_seed(0))
-        form.network = optimize_network(self.network, example, dtype or torch.float32)
+        example = example.to(self.mean)  # its device, its dtype
+        form.network = optimize_network(self.network, example, dtype)
         return form
 
     def train(self, mode: bool = True) -> Backbone:

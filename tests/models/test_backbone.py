@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msflow_ext.models.backbone import Backbone
+from msflow_ext.testing import relative_error
 
 
 def images(size: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -223,6 +224,22 @@ def test_the_inference_form_of_a_transformer_gives_its_maps(dtype, granted):
     (wanted,) = backbone(x)
     assert feature.dtype is dtype
     assert float((feature - wanted).abs().max()) <= granted
+
+
+def test_a_backbone_in_float64_has_an_inference_form_in_float32():
+    backbone = Backbone("test_efficientnet", pretrained=False)
+    x = torch.rand(2, 3, 64, 64)
+    for feature, wanted in zip(backbone.double().optimize(64)(x), backbone(x), strict=True):
+        assert feature.dtype is torch.float32
+        assert relative_error(feature, wanted) <= 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_backbone_on_a_gpu_has_an_inference_form_there():
+    backbone = Backbone("test_efficientnet", pretrained=False).cuda()
+    x = torch.rand(2, 3, 64, 64, device="cuda")
+    for feature, wanted in zip(backbone.optimize(64)(x), backbone(x), strict=True):
+        assert relative_error(feature, wanted) <= 1e-3
 
 
 @pytest.mark.parametrize(
