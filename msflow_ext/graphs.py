@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from msflow_ext.models.frozen import side_by_side
 Tensors = Tensor | Sequence[Tensor]
 
 _WARM_UPS = 3  # calls before the recording: libraries choose algorithms and allocate in them
+_RECORDING = Lock()  # a process may record one graph at a time
 
 
 def graphed(model: Callable[[Any], Any], example: Tensors) -> Callable[[Any], Any]:
@@ -43,16 +46,15 @@ def graphed(model: Callable[[Any], Any], example: Tensors) -> Callable[[Any], An
     (device,) = devices
     own = [t.detach().clone(memory_format=torch.preserve_format) for t in wanted]
     inputs = own[0] if isinstance(example, Tensor) else own
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.no_grad(), side_by_side(device):
-        warm_up = torch.cuda.Stream()
-        warm_up.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm_up):
-            for _ in range(_WARM_UPS):
-                model(inputs)
-        torch.cuda.current_stream().wait_stream(warm_up)
-        with torch.cuda.graph(graph):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with _RECORDING, torch.cuda.stream(stream), torch.no_grad(), side_by_side(device):
+        for _ in range(_WARM_UPS):
+            model(inputs)
+        # Other threads may use the GPU meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             results = model(inputs)
+    torch.cuda.current_stream(device).wait_stream(stream)
 
     def run(inputs: Tensors) -> Any:
         given = _list(inputs)
@@ -67,6 +69,65 @@ def graphed(model: Callable[[Any], Any], example: Tensors) -> Callable[[Any], An
         return results
 
     return run
+
+
+class Replayed:
+    """A detector's model, replayed as a CUDA graph for the batches that come again.
+
+    The second batch of a shape is recorded by :func:`graphed`; one that comes once, as the last of a folder, is not worth
+    it. The first ``most`` shapes that come again keep their graphs, others run without. So does all that follows a
+    recording that failed, of which one warning tells. Threads take turns; off the GPU they do not wait.
+
+    Args:
+        model: images to :class:`~msflow_ext.Prediction`.
+        record: ``record(model, batch)`` gives what is called in its place; the next call may overwrite its results.
+        on: type of the devices with graphs.
+        most: graphs to keep; each has memory of its own to work in.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Any],
+        *,
+        record: Callable[[Any, Tensor], Callable[[Tensor], Any]] = graphed,
+        on: str = "cuda",
+        most: int = 4,
+    ) -> None:
+        self.model = model
+        self._record, self._on, self._most = record, on, most
+        self._seen: set[Any] = set()
+        self._graphs: dict[Any, Callable[[Tensor], Any]] = {}
+        self._turn = Lock()
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Scores ``(N,)`` and anomaly maps ``(N, S, S)`` by the model on this device: on the CPU, the caller's own."""
+        if device.type != self._on:
+            found = self.model(images.to(device))
+            return found.score.cpu(), found.anomaly_map.cpu()
+        with self._turn:
+            images = images.to(device)
+            found = self._run(images)(images)
+            return found.score.to("cpu", copy=True), found.anomaly_map.to("cpu", copy=True)
+
+    def _run(self, images: Tensor) -> Callable[[Tensor], Any]:
+        """The graph for such images, if there is one or should be one now, else the model."""
+        kind = _kind(images)
+        if kind in self._seen and kind not in self._graphs and len(self._graphs) < self._most:
+            try:
+                self._graphs[kind] = self._record(self.model, images)
+            except (
+                Exception
+            ) as error:  # where the model itself is at fault, it fails again without a graph
+                self._most = 0
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                text = f"inference goes on without CUDA graphs, slower: {reason}"
+                warnings.warn(text, stacklevel=2)
+        self._seen.add(kind)
+        return self._graphs.get(kind, self.model)
+
+    def __reduce__(self) -> Any:  # a copy records its own
+        return Replayed, (self.model,)
 
 
 def _list(tensors: Tensors) -> list[Tensor]:

@@ -20,6 +20,7 @@ from msflow_ext.data import Images, Item
 from msflow_ext.data.images import Box
 from msflow_ext.decisions import Calibration
 from msflow_ext.features import decoded
+from msflow_ext.graphs import Replayed
 from msflow_ext.recipe import PRECISIONS
 from msflow_ext.sources import images_of, own_size
 
@@ -124,6 +125,9 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 class Detector:
     """A trained model that takes images as they come; several threads may use one at once.
 
+    On a GPU, batches of a shape that comes again are replayed as a CUDA graph (:class:`msflow_ext.graphs.Replayed`;
+    not run on a GPU yet), which shows later changes of weights only, not of settings such as ``model.score``.
+
     Args:
         model: as training made it.
         threshold: images that score higher are labelled 1; None for no labels.
@@ -149,6 +153,7 @@ class Detector:
         self.calibration = calibration
         self.colours = colours
         self.fit = fit
+        self._replayed = Replayed(model)
 
     def predict(
         self,
@@ -229,9 +234,10 @@ class Detector:
     def _score(self, images: list[Tensor]) -> tuple[list[float], np.ndarray]:
         """Scores and maps ``(N, S, S)`` of images ``(3, S, S)``."""
         device = next(chain(self.model.parameters(), self.model.buffers())).device
-        with torch.inference_mode():
-            found = self.model(torch.stack(images).to(device))
-        return found.score.tolist(), found.anomaly_map.float().cpu().numpy()
+        if self._replayed.model is not self.model:
+            self._replayed = Replayed(self.model)
+        scores, maps = self._replayed(torch.stack(images), device)
+        return scores.tolist(), maps.float().numpy()
 
     def _tiled(self, name: str, image: Tensor, overlap: int, batch_size: int) -> Result:
         """The result of an image ``(3, H, W)``, from tiles that overlap by so many pixels."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import cycle
 from typing import Any
 
@@ -122,18 +123,20 @@ def relaid(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     return y.to(dtype)
 
 
-_streams: list[torch.cuda.Stream] = []
+_streams: ContextVar[Sequence[torch.cuda.Stream]] = ContextVar("streams", default=())
 
 
 @contextmanager
 def side_by_side(device: torch.device) -> Iterator[None]:
-    """Inside, :func:`each_scale` works on scales of this CUDA device at the same time, on streams of their own."""
-    global _streams
-    before, _streams = _streams, [torch.cuda.Stream(device) for _ in range(_SIDE_STREAMS)]
+    """Inside, :func:`each_scale` works on scales of this CUDA device at the same time, on streams of their own.
+
+    Other threads go on as they did.
+    """
+    before = _streams.set([torch.cuda.Stream(device) for _ in range(_SIDE_STREAMS)])
     try:
         yield
     finally:
-        _streams = before
+        _streams.reset(before)
 
 
 _SIDE_STREAMS = 4
@@ -145,12 +148,12 @@ def each_scale(run: Callable[..., Any], *scales: Sequence[Any]) -> list[Any]:
     Memory stays safe without the allocator's knowledge: side streams begin after everything that the current stream
     was given, which waits for them at the end.
     """
-    arguments = zip(*scales, strict=True)
-    if not _streams:
+    arguments, streams = zip(*scales, strict=True), _streams.get()
+    if not streams:
         return [run(*each) for each in arguments]
     current, results, ends = torch.cuda.current_stream(), [], []
     start = current.record_event()
-    for stream, each in zip(cycle(_streams), arguments, strict=False):
+    for stream, each in zip(cycle(streams), arguments, strict=False):
         stream.wait_event(start)
         with torch.cuda.stream(stream):
             results.append(run(*each))
