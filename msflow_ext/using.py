@@ -97,6 +97,7 @@ def serve(options: Any) -> int:
         limits=serving.Limits(**{name: options[name] for name in names}),
         device=options.device,
         false_alarms=options.false_alarms,
+        precision=options.precision,
         ssl_certfile=options.ssl_certfile,
         ssl_keyfile=options.ssl_keyfile,
     )

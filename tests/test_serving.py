@@ -364,7 +364,7 @@ def test_the_command_serves_https_with_a_certificate(run, certificate):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
 def test_the_command_serves_until_it_is_told_to_stop(run, number):
     command = [sys.executable, "-W", "error", "-m", "msflow_ext", "serve", "--run", str(run)]
-    command += ["--port", "0", "--device", "cpu", "--max-bytes", "9000"]
+    command += ["--port", "0", "--device", "cpu", "--max-bytes", "9000", "--precision", "bfloat16"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": "geheim"}
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=alone, cwd=run

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from msflow_ext.data import LAYOUTS, PACKAGED
 from msflow_ext.engines import ENGINES
-from msflow_ext.recipe import PRESETS
+from msflow_ext.recipe import PRECISIONS, PRESETS
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -66,6 +66,14 @@ def add_out(part: ArgumentParser, text: str) -> None:
 def add_device(part: ArgumentParser) -> None:
     part.add_argument(
         "--device", type=str | None, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
+    )
+
+
+def add_precision(part: ArgumentParser) -> None:
+    part.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the prepacked form (default: the model as it trained)",
     )
 
 

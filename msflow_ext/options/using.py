@@ -10,10 +10,10 @@ from msflow_ext.options.shared import (
     add_engine,
     add_false_alarms,
     add_out,
+    add_precision,
     add_run,
     add_threads,
 )
-from msflow_ext.recipe import PRECISIONS
 from msflow_ext.shards import MAPS
 
 if TYPE_CHECKING:
@@ -52,11 +52,7 @@ def predict(part: ArgumentParser) -> None:
     part.add_argument("--threshold", type=float | None, help="label by this score instead")
     part.add_argument("--score-only", action="store_true", help="write no maps")
     part.add_argument("--batch-size", type=int, default=8, help="images, or tiles, at a time")
-    part.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        help="of the prepacked form (default: the model as it trained)",
-    )
+    add_precision(part)
     add_device(part)
     add_threads(part)
     text = "write Parquet into --out, a folder or URI, here or on Ray; the same command goes on with it"
@@ -81,6 +77,7 @@ def serve(part: ArgumentParser) -> None:
     part.add_argument("--concurrency", type=int, default=16, help="images at once, waiting or not")
     part.add_argument("--timeout", type=float, default=30.0, help="seconds for an image")
     add_false_alarms(part)
+    add_precision(part)
     add_device(part)
 
 

@@ -32,13 +32,14 @@ def serve(
     limits: Limits | None = None,
     device: str | None = None,
     false_alarms: float | None = None,
+    precision: str | None = None,
     ssl_certfile: str | Path | None = None,
     ssl_keyfile: str | Path | None = None,
 ) -> None:
     """Serve a run until SIGINT or SIGTERM; answers that are in work are finished.
 
     Args:
-        run, device, false_alarms: see :func:`msflow_ext.inference.load`.
+        run, device, false_alarms, precision: see :func:`msflow_ext.inference.load`.
         host: name or address to listen at.
         port: 0 for any free one; the log says which.
         token: that requests must bring; by default the environment's ``MSFLOW_TOKEN``, if any.
@@ -58,7 +59,7 @@ def serve(
     if not token and not all(ipaddress.ip_address(each[4][0]).is_loopback for each in found):
         raise ValueError(f"others can reach host {host}: give --token, or set MSFLOW_TOKEN")
     secured = _certificate(ssl_certfile, ssl_keyfile)
-    detector = load(run, device, false_alarms=false_alarms)
+    detector = load(run, device, false_alarms=false_alarms, precision=precision)
     app = application(detector, token, limits, name=Path(run).resolve().name)
     with socket.create_server(address[:2], family=family) as listening:
         name = f"[{address[0]}]" if family == socket.AF_INET6 else address[0]
