@@ -270,6 +270,8 @@ class Detector:
                 f"{name}: a tensor must be (3, {size}, {size}) of floating point, "
                 f"got {tuple(image.shape)} of {image.dtype}"
             )
+        if not image.isfinite().all():
+            raise ValueError(f"{name}: a tensor must be finite, it holds NaN or infinite values")
         return image.float(), (slice(0, size), slice(0, size))
 
     def _result(

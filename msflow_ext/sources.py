@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import io
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from msflow_ext.data import load_image
 from msflow_ext.data.items import SUFFIXES
+
+#: What can be iterated, but not over images.
+_NO_SOURCES = (bytes, bytearray, memoryview, io.IOBase, Mapping)
 
 
 def images_of(source: Any, numbers: Iterator[int] | None = None) -> Iterator[tuple[str, Any]]:
@@ -32,7 +36,7 @@ def images_of(source: Any, numbers: Iterator[int] | None = None) -> Iterator[tup
         yield f"image {next(numbers)}", _pixels(source)
     elif isinstance(source, (np.ndarray, Tensor)) and source.ndim != 4:
         yield f"image {next(numbers)}", source
-    elif isinstance(source, Iterable):
+    elif isinstance(source, Iterable) and not isinstance(source, _NO_SOURCES):
         for one in source:
             yield from images_of(one, numbers)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -165,7 +166,11 @@ def test_a_palette_16_bit_and_rotated_image_look_alike_from_file_and_from_pillow
         (torch.zeros(3, 32, 32), ValueError, r"image 0: a tensor must be \(3, 64, 64\)"),
         (torch.zeros(3, 64, 64, dtype=torch.uint8), ValueError, "of torch.uint8"),
         (np.zeros((4, 4)), TypeError, "must be bool, uint8 or uint16, got float64"),
+        (torch.full((3, 64, 64), float("nan")), ValueError, "image 0: a tensor must be finite"),
         (7, TypeError, "source must be a path, .* got int"),
+        (b"\x89PNG", TypeError, "source must be a path, .* got bytes"),
+        ([io.BytesIO(b"\x89PNG")], TypeError, "source must be a path, .* got BytesIO"),
+        ({"photo.png": 1}, TypeError, "source must be a path, .* got dict"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_named(detector, source, error, sentence):
