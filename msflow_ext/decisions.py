@@ -21,6 +21,14 @@ class Calibration:
     and the distribution, the chance that it gets a p-value of at most ``a`` is at most ``a``, over
     the draw of all of them.
 
+    >>> known = Calibration(scores=[0.1, 0.2, 0.3, 0.5], peaks=[1.0, 1.1, 1.4, 2.0])
+    >>> known.p_value(0.4)  # one of four scores as high, and so does the image itself: 2 of 5
+    0.4
+    >>> known.threshold(0.2), known.threshold(0.4)  # the more false alarms are allowed, the lower
+    (0.5, 0.3)
+    >>> images_needed(0.01)  # so many held-out images for a rate of 1%
+    99
+
     Attributes:
         scores: of the images, in rising order.
         peaks: the largest value of each image's anomaly map, in rising order.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from msflow_ext import cli, inference
+from msflow_ext import cli, decisions, inference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -47,11 +47,12 @@ def folder(tmp_path_factory) -> Path:
 
 def test_the_examples_of_the_docstrings_give_what_they_say(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    runner = doctest.DocTestRunner()
-    for example in doctest.DocTestFinder().find(inference):
-        runner.run(example)
-    assert runner.failures == 0
-    assert runner.tries >= 3
+    for module in (inference, decisions):
+        runner = doctest.DocTestRunner()
+        for example in doctest.DocTestFinder().find(module):
+            runner.run(example)
+        assert runner.failures == 0
+        assert runner.tries >= 3
 
 
 def test_the_readme_predicts_with_a_trained_run(folder, monkeypatch, capsys):
