@@ -31,6 +31,16 @@ class MSFlow(AnomalibModule):
     The rate of Adam follows the trainer's ``max_epochs`` as :class:`msflow_ext.recipe.Recipe` says. Where features are
     to be standardised, their statistics are taken from the training images before the first epoch.
 
+    >>> from anomalib.data import Folder
+    >>> from anomalib.engine import Engine
+    >>> from msflow_ext.compat.anomalib import MSFlow
+    >>> data = Folder("plates", root="plates", normal_dir="good", abnormal_dir="bad", num_workers=0)
+    >>> engine = Engine(max_epochs=2)  # the paper's recipe is for 100
+    >>> model = MSFlow("efficientnet_lite0", image_size=192)
+    >>> engine.fit(model, datamodule=data)
+    >>> (metrics,) = engine.test(model, datamodule=data)
+    >>> batches = engine.predict(model, datamodule=data)  # batch.pred_score, batch.anomaly_map
+
     Args:
         backbone, image_size, pretrained, blocks, cond_channels, out_indices, score, top_k: see
             :class:`msflow_ext.MSFlow`.

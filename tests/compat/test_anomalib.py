@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -82,6 +84,14 @@ def trained(anomalib, ours, data, tmp_path_factory) -> tuple[Any, Any]:
     trainer = engine(anomalib, folder, max_epochs=2)
     trainer.fit(model, datamodule=data)
     return model, trainer
+
+
+def test_the_example_of_the_docstring_runs(ours, data, tmp_path, monkeypatch):
+    shutil.copytree(data.root, tmp_path / "plates")
+    monkeypatch.chdir(tmp_path)
+    exec(doctest.script_from_examples(ours.MSFlow.__doc__), named := {})
+    assert 0 <= named["metrics"]["image_AUROC"] <= 1
+    assert {batch.anomaly_map.shape[1:] for batch in named["batches"]} == {(192, 192)}
 
 
 def test_training_moves_the_flows_and_leaves_the_backbone(ours, trained):
