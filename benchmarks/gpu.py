@@ -88,7 +88,8 @@ def check(_: Measured) -> Measured:
 
 
 def tests(_: Measured) -> Measured:
-    chosen = ("tests/ops", "tests/test_graphs.py", "-k", "cuda or graph or replay")
+    places = ("tests/ops", "tests/test_graphs.py", "tests/models/test_backbone.py")
+    chosen = (*places, "-k", "cuda or gpu or graph or replay")
     said = _output(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen)
     return {"result": said.strip().splitlines()[-1]}
 
