@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from benchmarks.bench_metrics import pro_800
+from benchmarks.bench_metrics import published
 from benchmarks.harness import run_in_pytest
 from msflow_ext import MSFlow
 from msflow_ext.bench import DEMO, TINY, Case, Provider
@@ -76,7 +76,6 @@ def run_case(
         inputs=lambda: [dataset],
         providers={
             f"{OFFICIAL} fp32": Provider(lambda: official_run(model, fp32)),
-            f"{OFFICIAL} bf16": Provider(lambda: official_run(model, bf16), 0.1),
             "ours fp32": Provider(lambda: our_run(model, fp32), 2e-2),
             "ours bf16": Provider(lambda: our_run(model, bf16), 0.1),
         },
@@ -100,7 +99,7 @@ def our_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet], lis
 def official_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet], list[float]]:
     """The same recipe the authors' way: the backbone in every epoch, scikit-learn and 800 thresholds after it.
 
-    Kinder than theirs: images are decoded once.
+    Kinder than theirs: images are decoded once. In float32: under autocast its losses are others altogether.
     """
 
     def run(dataset: DataSet) -> list[float]:
@@ -114,22 +113,19 @@ def official_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet]
         optimizer = torch.optim.Adam(parameters)
         tested = torch.stack([test[i] for i in range(len(test))])
         masks = np.array([test.mask(i) for i in range(len(test))])
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16")
         losses = []
         for epoch in range(recipe.epochs):
             optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch)
             total = 0.0
             for chunk in recipe.order(epoch, len(pixels)).split(recipe.batch_size):
-                with autocast:
-                    loss = flows.loss(net.features(pixels[chunk]))
+                loss = flows.loss(net.features(pixels[chunk]))
                 loss.backward()
                 clip_grad_norm_(parameters, recipe.clip)
                 optimizer.step()
                 optimizer.zero_grad()
                 total += loss.item() * len(chunk)
             losses.append(total / len(pixels))
-            with autocast:
-                found = [scores_of(net, flows, each) for each in tested.split(recipe.batch_size)]
+            found = [scores_of(net, flows, each) for each in tested.split(recipe.batch_size)]
             measure(dataset, masks, *(torch.cat(part).numpy() for part in zip(*found, strict=True)))
         dimensions = sum(f[0].numel() for f in net.features(pixels[:1]))
         return [loss / dimensions for loss in losses]
@@ -148,7 +144,7 @@ def measure(dataset: DataSet, masks: np.ndarray, scores: np.ndarray, maps: np.nd
 
     roc_auc_score([item.label for item in dataset.test], scores)
     roc_auc_score(masks.ravel(), maps.ravel())
-    pro_800(masks, maps)
+    published(masks, maps)
 
 
 def textures(train: int, test: int, side: int) -> DataSet:
