@@ -80,7 +80,7 @@ def do_all(
             category, folder = trial.category or "", str(trial.folder)
             seeds = trial.split_seed, trial.seed
             runs[trial] = table.Run(category, *seeds, folder, metrics, failure)
-            log.info("%s is done, %d of %d", trial.folder, len(runs), len(trials))
+            log.info("%s has ended, %d of %d", trial.folder, len(runs), len(trials))
             if write:
                 table.write(out, [runs[each] for each in trials if each in runs])
     return [runs[each] for each in trials]

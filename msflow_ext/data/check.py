@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .decoding import decode, read_mask, source_name, to_rgb
 from .items import DataSet, Item
@@ -58,7 +59,7 @@ def check_dataset(dataset: DataSet, workers: int = 2) -> Report:
     Faults: those of the reader; no image to train on; an image or a mask that cannot be decoded; a
     mask of another size than its image. Warnings: images of the same pixels; a mask that marks
     nothing on a defect, or something on a good image; test images of one class only; defects
-    without masks.
+    without masks; files that the layout has no place for.
 
     Args:
         workers: threads that decode.
@@ -72,6 +73,7 @@ def check_dataset(dataset: DataSet, workers: int = 2) -> Report:
         faults += each.faults
         warnings += each.warnings
     warnings += _duplicates(dataset, (each.digest for each in seen))
+    warnings += _unread(dataset)
     parts = {"train": dataset.train, "test": dataset.test}
     return Report(
         dataset.name,
@@ -143,6 +145,21 @@ def _duplicates(dataset: DataSet, digests: Iterable[bytes | None]) -> Iterator[s
         parts = " and ".join(dict.fromkeys(part for part, _ in same))
         names = _few([item.name for _, item in same])
         yield f"{len(same)} images of the same pixels in {parts}: {names}"
+
+
+def _unread(dataset: DataSet) -> Iterator[str]:
+    if dataset.folder is None:
+        return
+    items = (*dataset.train, *dataset.test)
+    read = {path for item in items for path in (item.image, item.mask) if isinstance(path, Path)}
+    files = sorted(path for path in dataset.folder.glob("*/**/*") if not path.is_dir())
+    rest = [
+        path for path in files if read.isdisjoint((path, path.parent))
+    ]  # a mask may be a folder
+    parts = [path.relative_to(dataset.folder).parts for path in rest]
+    names = ["/".join(each) for each in parts if not any(part[0] == "." for part in each)]
+    if names:
+        yield f"{len(names)} files are not read: {_few(names)}"
 
 
 def _few(words: Sequence[str]) -> str:

@@ -89,6 +89,8 @@ def decode(source: Source) -> Image.Image:
 
 def source_name(source: Source) -> str:
     """What to call a source in a sentence."""
+    if isinstance(source, np.memmap):
+        return str(source.filename)
     return "an array" if isinstance(source, np.ndarray) else str(source)
 
 

@@ -50,6 +50,7 @@ class DataSet:
     """One category of a data set: good images to train on, and labelled images to test on.
 
     ``faults`` are the errors that its reader met; what they concern is left out of the items.
+    ``folder`` has no files in its folders but those of the items; None where others may lie there.
     """
 
     name: str
@@ -57,6 +58,7 @@ class DataSet:
     train: tuple[Item, ...]
     test: tuple[Item, ...]
     faults: tuple[Exception, ...] = ()
+    folder: Path | None = None
 
     @property
     def split(self) -> str:

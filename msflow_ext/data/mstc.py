@@ -43,16 +43,23 @@ def read(root: Path, category: str | None, split_seed: int = 0) -> DataSet:
             Item(f"train/{name}/{i:04}", 0, "good", frames[i]) for i in range(0, len(frames), EVERY)
         ]
     test: list[Item] = []
-    for name, clip in _videos(root / "testing", category).items():
+    tested = _videos(root / "testing", category)
+    for name, clip in tested.items():
         test += _tested(root / "testing", name, _frames(clip, faults), faults)
+    faults += [
+        ValueError(f"mask {mask} has no video of its name")
+        for mask in sorted((root / "testing").glob("test_*_mask/*.npy"))
+        if _scene(mask.stem) == category and mask.stem not in tested
+    ]
     return DataSet("mstc", category, tuple(train), tuple(test), tuple(faults))
 
 
 def categories(root: Path) -> list[str]:
-    """The scenes that have training videos."""
+    """The scenes that have videos."""
     if not (root / "training").is_dir():
         raise FileNotFoundError(f"{root / 'training'} is not a folder")
-    scenes = sorted({_scene(name) for name in _videos(root / "training")})
+    parts = ("training", "testing")
+    scenes = sorted({_scene(name) for part in parts for name in _videos(root / part)})
     if not scenes:
         raise ValueError(f"{root / 'training'} holds neither frames/VIDEO nor videos")
     return scenes

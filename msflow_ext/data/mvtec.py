@@ -26,8 +26,9 @@ def read(root: Path, category: str | None, split_seed: int = 0) -> DataSet:
 
 
 def categories(root: Path) -> list[str]:
-    """The folders with a ``train`` inside; none if ``root`` is a category itself."""
-    return [name for name in subfolders(root) if (root / name / "train").is_dir()]
+    """The folders with a ``train`` or a ``test`` inside; none if ``root`` is a category itself."""
+    parts = ("train", "test")
+    return [name for name in subfolders(root) if any((root / name / p).is_dir() for p in parts)]
 
 
 def read_tree(layout: str, root: Path, category: str | None, good: str = "good") -> DataSet:
@@ -59,7 +60,7 @@ def read_tree(layout: str, root: Path, category: str | None, good: str = "good")
         for kind in sorted(lost)
     ]
     items = tuple(Item(f"train/good/{path.stem}", 0, "good", path) for path in train)
-    return DataSet(layout, folder.absolute().name, items, tuple(test), tuple(faults))
+    return DataSet(layout, folder.absolute().name, items, tuple(test), tuple(faults), folder)
 
 
 def _folders(parent: Path, faults: Faults) -> list[str]:

@@ -40,7 +40,7 @@ def read(root: Path, category: str | None, split_seed: int = 0) -> DataSet:
     trained = [_item(each, "train/") for each in found if each.split == "train"]
     tested = [_item(each) for each in found if each.split != "train"]
     train, test = unique((trained, tested), faults)
-    return DataSet("visa", category, train, test, tuple(faults))
+    return DataSet("visa", category, train, test, tuple(faults), root / category)
 
 
 def categories(root: Path) -> list[str]:

@@ -80,6 +80,11 @@ def damage(bottle, bomb):
     (test / "empty").mkdir()
     (truth / "empty").mkdir()
     save_mask(truth / "hole/000_mask.png")
+    save(train / "more/000.png")
+    save(bottle / "train/crack/000.png")
+    save(train / "008.gif")
+    (train / "009.png").symlink_to("gone.png")
+    save(train / ".trash/000.png")
     return [
         r"train.good holds both 000\.bmp and 000\.png",
         r"train.good.001\.png is empty$",
@@ -98,6 +103,8 @@ def damage(bottle, bomb):
         r"2 images of the same pixels in train and test: train/good/003, good/001",
         r"the mask of the defect crack/002 marks nothing",
         r"2 of 5 defects have no mask \(crack/000, stain/000\), so no pixels will be measured",
+        r"7 files are not read: ground_truth/crack/009_mask\.png, ground_truth/hole/000_mask\.png, "
+        r"train/crack/000\.png, train/good/000\.png, train/good/008\.gif and 2 more",
     ]
 
 
@@ -123,6 +130,12 @@ def test_the_command_prints_every_category_and_fails_if_one_has_faults(root, bom
     assert printed.count("warning: ") == len(warnings)
     assert cli.main([*arguments, "--category", "cable"]) == 0
     assert "bottle" not in capsys.readouterr().out
+
+
+def test_a_category_without_training_images_is_not_passed_over(root, capsys):
+    shutil.rmtree(root / "cable/train")
+    assert cli.main(["data", "check", str(root), "--layout", "mvtec"]) == 2
+    assert f"fault: {root / 'cable/train/good'} is not a folder" in capsys.readouterr().out
 
 
 def test_warnings_alone_do_not_fail_the_command(root, capsys):

@@ -1,5 +1,7 @@
 """Of every video each fifth frame is taken, with the labels and masks of that frame."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -90,6 +92,29 @@ def test_masks_that_do_not_fit_their_video_are_named(root, folder, array, senten
         np.save(path, array)
     with pytest.raises((FileNotFoundError, ValueError), match=sentence):
         open_dataset(root, "mstc", "01")
+
+
+def test_masks_of_a_video_that_is_not_there_are_named(root):
+    for folder in ("test_frame_mask", "test_pixel_mask"):
+        np.save(root / "testing" / folder / "01_0099.npy", LABELS)
+    dataset = open_dataset(root, "mstc", "01", strict=False)
+    names = [rf"mask .*{part}_mask.01_0099\.npy has no video" for part in ("frame", "pixel")]
+    assert all(map(re.search, names, map(str, dataset.faults)))
+    assert len(dataset.faults) == 2
+
+
+def test_a_scene_that_is_only_tested_is_a_category_without_training_images(root):
+    (root / "testing/frames/01_0014").rename(root / "testing/frames/03_0014")
+    assert list_categories(root, "mstc") == ["01", "02", "03"]
+    dataset = open_dataset(root, "mstc", "03", strict=False)
+    assert dataset.train == ()
+
+
+def test_a_mask_of_another_size_than_its_frame_is_named_by_its_file(root):
+    np.save(root / "testing/test_pixel_mask/01_0014.npy", PIXELS[:, :, :4])
+    images = Images(open_dataset(root, "mstc", "01").test, 8)
+    with pytest.raises(ValueError, match=r"mask .*01_0014\.npy is 4x6 pixels, its image .* is 8x6"):
+        images.mask(1)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
