@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -97,13 +97,11 @@ def demo(options: Any) -> int:
 
 def data(options: Any) -> int:
     """Look at a data set before training on it: data check."""
-    from msflow_ext.data import check_dataset, list_categories
+    from msflow_ext.data import check_dataset
 
     chosen, faults = vars(options[options.action]), 0
-    names = [chosen["category"]]
-    if chosen["data"] and names == [None]:
-        names = list_categories(chosen["data"], chosen["layout"]) or names
-    for name in names:
+    every = chosen["data"] and chosen["category"] is None
+    for name in _categories({**chosen, "category": "all"} if every else chosen):
         report = check_dataset(open_data({**chosen, "category": name}, strict=False))
         print(report)
         faults += len(report.faults)
@@ -191,18 +189,26 @@ COMMANDS: dict[str, Callable[[Any], int]] = {
 def _trials(options: Any) -> list[series.Trial]:
     """The trainings that the options ask for; none if it is one, of which no table is made."""
     from msflow_ext import series
-    from msflow_ext.data import list_categories
+    from msflow_ext.data import FIXED
 
-    categories: list[Any] = [options.category]
-    if options.category == "all":
-        categories = list_categories(options.data, options.layout) or [None]
-    elif "," in (options.category or ""):
-        categories = options.category.split(",")
-    elif not (options.seeds or options.split_seeds):
+    categories = _categories(vars(options))
+    if categories == [options.category] and not (options.seeds or options.split_seeds):
         return []
     split_seeds = options.split_seeds or [options.split_seed]
+    if len(split_seeds) > 1 and options.layout in FIXED:
+        raise ValueError(f"--split-seeds: layout {options.layout} says itself what is tested")
     seeds = options.seeds or [options.seed]
     return series.plan(Path(options.out), categories, split_seeds, seeds)
+
+
+def _categories(options: Mapping[str, Any]) -> list[str | None]:
+    """The categories that ``--category`` names: all, several with commas, one or None."""
+    from msflow_ext.data import list_categories
+
+    category = options["category"]
+    if category == "all":
+        return [*list_categories(options["data"], options["layout"])] or [None]
+    return [*category.split(",")] if category else [None]
 
 
 def _train_trial(options: Any, trial: series.Trial) -> dict[str, Any]:

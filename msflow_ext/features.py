@@ -266,12 +266,23 @@ def features_of_parts(
 def decoded(
     decode: Callable[[Any], Decoded], chunks: Iterable[list[Any]], workers: int
 ) -> Iterator[list[Decoded]]:
-    """``decode(source)`` of each chunk of sources, on threads, one chunk ahead of the caller."""
+    """``decode(source)`` of each chunk of sources, on threads, one chunk ahead of the caller.
+
+    Where a source fails, what is before it in its chunk comes first, and then the error.
+    """
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[list[Future[Decoded]]] = deque()
         for chunk in chunks:
             ahead.append([pool.submit(decode, source) for source in chunk])
             if len(ahead) > 1:
-                yield [future.result() for future in ahead.popleft()]
+                yield from _results(ahead.popleft())
         while ahead:
-            yield [future.result() for future in ahead.popleft()]
+            yield from _results(ahead.popleft())
+
+
+def _results(futures: list[Future[Decoded]]) -> Iterator[list[Decoded]]:
+    wrong = next((i for i, future in enumerate(futures) if future.exception()), len(futures))
+    if wrong:
+        yield [future.result() for future in futures[:wrong]]
+    if wrong < len(futures):
+        futures[wrong].result()

@@ -294,4 +294,4 @@ def _calibration(model: Any, held_out: Features, batch_size: int) -> Calibration
 
 def _brief(metrics: Mapping[str, float | None]) -> str:
     shown = (f"{name} {metrics[k]:.4f}" for k, name in RESULTS.items() if metrics[k] is not None)
-    return ", ".join(shown) or "no labels to test with"
+    return ", ".join(shown) or "nothing to measure: good and defective test images are wanted"

@@ -222,7 +222,7 @@ def test_predict_keeps_what_it_had_when_it_meets_a_broken_image(run, data, tmp_p
     broken = tmp_path / "broken.png"
     broken.write_bytes((data / "plate/test/good/0.png").read_bytes()[:100])
     paths = [str(data / "plate/test/good"), str(broken)]
-    command = ["predict", "--run", str(run), *paths, "--batch-size", "1", "--device", "cpu"]
+    command = ["predict", "--run", str(run), *paths, "--device", "cpu"]
     assert str(broken) in _fails(capsys, *command, "--out", str(tmp_path / "out"))
     assert len((tmp_path / "out" / "scores.csv").read_text().splitlines()) == 1 + 2
 
@@ -393,6 +393,12 @@ def test_chosen_categories_are_named_with_commas(data, tmp_path, capsys):
     assert "got 'cup'" in sentence
     assert (tmp_path / "out/plate/metrics.json").exists()
     assert (tmp_path / "out/table.md").exists()
+
+
+def test_several_splits_of_a_set_that_has_one_are_refused(data, tmp_path, capsys):
+    sentence = _fails(capsys, *_train(data, tmp_path / "out", "--split-seeds", "0", "1"))
+    assert "--split-seeds: layout mvtec says itself what is tested" in sentence
+    assert not (tmp_path / "out").exists()
 
 
 def test_debug_shows_where_an_error_arose(capsys, monkeypatch):

@@ -13,6 +13,7 @@ from .items import DataSet, Frame, Item
 
 __all__ = [
     "FITS",
+    "FIXED",
     "LAYOUTS",
     "PACKAGED",
     "DataSet",
@@ -36,6 +37,7 @@ LAYOUTS: dict[str, ModuleType] = {
     "mstc": mstc,
     "folder": folder,
 }
+FIXED = ("mvtec", "visa", "btad", "mstc")  # layouts that say themselves what is tested
 
 
 def open_dataset(

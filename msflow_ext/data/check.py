@@ -124,9 +124,10 @@ def _one_sided(test: Sequence[Item]) -> Iterator[str]:
     labels = {item.label for item in test}
     if not test:
         yield "there are no images to test on, so nothing will be measured"
-    elif len(labels) == 1:
-        kind = "defective" if labels == {1} else "good"
-        yield f"all test images are {kind}, so nothing will be measured"
+    elif labels == {0}:
+        yield "all test images are good, so nothing will be measured"
+    elif labels == {1}:
+        yield "all test images are defective, so no images will be measured"
     defects = [item for item in test if item.label == 1]
     bare = [item.name for item in defects if item.mask is None]
     if bare:

@@ -35,7 +35,7 @@ def add_layout(part: ArgumentParser) -> None:
     part.add_argument(
         "--category",
         type=str | None,
-        help="mono, brick, bottle, ...; train: also several (a,b); train, evaluate: all",
+        help="mono, brick, bottle, ...; train, data check: also several (a,b); they and evaluate: all",
     )
     part.add_argument("--split-seed", type=int, default=0, help="where the set has no fixed split")
     for name in ("normal", "abnormal", "masks"):

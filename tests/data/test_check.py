@@ -130,6 +130,9 @@ def test_the_command_prints_every_category_and_fails_if_one_has_faults(root, bom
     assert printed.count("warning: ") == len(warnings)
     assert cli.main([*arguments, "--category", "cable"]) == 0
     assert "bottle" not in capsys.readouterr().out
+    for several in ("all", "bottle,cable"):
+        assert cli.main([*arguments, "--category", several]) == 2
+        assert capsys.readouterr().out == printed
 
 
 def test_a_category_without_training_images_is_not_passed_over(root, capsys):

@@ -14,7 +14,7 @@ def test_a_set_without_training_images_is_at_fault():
     report = check_dataset(DataSet("set", "part", (), test))
     assert report.faults == ("there are no images to train on",)
     assert report.warnings == (
-        "all test images are defective, so nothing will be measured",
+        "all test images are defective, so no images will be measured",
         "2 of 2 defects have no mask, so no pixels will be measured",
     )
 
