@@ -182,7 +182,7 @@ class Features:
                 if not self._maps:
                     self._maps = self._allocate([tuple(x.shape[1:]) for x in pooled], dtype)
                 for maps, new in zip(self._maps, pooled, strict=True):
-                    maps[done : done + len(indices)].copy_(new)
+                    maps[done : done + len(new)].copy_(new)  # fewer before a broken image
                 done += len(indices)
                 bar.update(len(indices))
 

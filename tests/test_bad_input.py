@@ -29,7 +29,7 @@ def picture(path: Path) -> None:
 def data(tmp_path) -> Path:
     """A category ``cup`` in the layout of MVTec AD, and a list of its images."""
     root = tmp_path / "data"
-    for name in ("train/good/0", "train/good/1", "test/good/0", "test/scar/0"):
+    for name in ("train/good/0", "train/good/1", "train/good/2", "test/good/0", "test/scar/0"):
         picture(root / f"cup/{name}.png")
     picture(root / "cup/ground_truth/scar/0_mask.png")
     (root / "list.csv").write_text("path,label\ncup/train/good/0.png,good\n")
@@ -80,7 +80,7 @@ def add(path: str) -> Callable[[Path], None]:
         (lose("cup/ground_truth/scar/0_mask.png"), "scar/0.png has no mask"),
         (add("cup/ground_truth/scar/7_mask.png"), "scar/7_mask.png has no image of its name"),
         (add("cup/train/good/0.jpg"), "holds both 0.jpg and 0.png"),
-        (lambda root: (root / "cup/train/good/1.png").write_bytes(b"GIF89a"), "1.png "),
+        (lambda root: (root / "cup/train/good/2.png").write_bytes(b"GIF89a"), "2.png is not"),
     ],
     ids=["no-mask", "mask-alone", "one-name", "no-image"],
 )
@@ -135,7 +135,7 @@ def test_two_images_of_one_name_are_not_predicted_into_one_table(run, data, tmp_
     folders = [data / "cup/train/good", data / "cup/test/good"]
     command = ["predict", "--run", run, *folders, "--score-only", "--out", tmp_path / "out"]
     assert "two images are called 0.png" in fails(capsys, *command)
-    assert len((tmp_path / "out/scores.csv").read_text().splitlines()) == 1 + 2
+    assert len((tmp_path / "out/scores.csv").read_text().splitlines()) == 1 + 3
 
 
 def _commands(run: Path, data: Path, out: Path) -> list[list[object]]:
