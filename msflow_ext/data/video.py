@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ def frames(video: Path) -> list[Frame]:
 def load_frame(frame: Frame) -> np.ndarray:
     """A frame as ``(H, W)`` or ``(H, W, 3)`` uint8.
 
-    The video is opened anew and searched from the last key frame on: a folder of images is faster.
+    Frames that are read in their order come one after the other; for others, the video is searched from the last
+    key frame on. Each thread keeps the video that it read last open.
 
     Raises:
         As :func:`frames`.
@@ -43,15 +46,37 @@ def _count(video: Any) -> int:
 def _decoded(path: Path, read: Callable[[Any], Any]) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
-    plugin = "pillow" if path.suffix.lower() == ".gif" else "pyav"
     try:
-        import imageio.v3
-
-        with imageio.v3.imopen(path, "r", plugin=plugin) as video:
-            return read(video)
+        return read(_last.opened(path))
     except ImportError as error:
         raise ModuleNotFoundError(
             f"video {path} needs the packages imageio and av: pip install imageio av"
         ) from error
     except Exception as error:  # each plugin raises its own
+        _last.close()
         raise ValueError(f"video {path} cannot be decoded: {error}") from error
+
+
+class _Last(threading.local):
+    """The video that a thread read last: to close one takes imageio half a second."""
+
+    key: Any = None
+    video: Any = None
+
+    def opened(self, path: Path) -> Any:
+        key = (os.getpid(), path, path.stat().st_mtime_ns)  # a forked process opens it anew
+        if key != self.key:
+            import imageio.v3
+
+            self.close()
+            plugin = "pillow" if path.suffix.lower() == ".gif" else "pyav"
+            self.video, self.key = imageio.v3.imopen(path, "r", plugin=plugin), key
+        return self.video
+
+    def close(self) -> None:
+        video, self.video, self.key = self.video, None, None
+        if video is not None:
+            video.close()
+
+
+_last = _Last()

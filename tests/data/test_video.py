@@ -1,7 +1,9 @@
 """Videos are decoded through imageio, and what keeps them from it is named."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -28,6 +30,25 @@ def test_a_video_gives_the_items_that_a_folder_of_its_frames_gives(tmp_path, vid
     assert [item.image for item in video] == [Frame(videos / "01_001.gif", i) for i in (0, 5, 10)]
     seen, wanted = (Images(items, 4) for items in (video, folder))
     assert all(torch.equal(seen[i], wanted[i]) for i in range(3))
+
+
+def test_frames_of_a_compressed_video_come_in_any_order_and_from_many_threads(videos):
+    pytest.importorskip("av")
+    imageio = pytest.importorskip("imageio.v3")
+    grays = np.arange(20, 220, 5, dtype=np.uint8)
+    path = videos / "01_001.mp4"
+    film = np.broadcast_to(grays[:, None, None, None], (40, 32, 48, 3)).copy()
+    imageio.imwrite(path, film, plugin="pyav", codec="mpeg4", fps=25)
+    frames = open_dataset(videos.parents[1], "mstc", "01").train
+    assert [item.image for item in frames] == [Frame(path, i) for i in range(0, 40, 5)]
+    order = [0, 5, 10, 10, 35, 20, 0, 39, 1]
+
+    def worst(_):
+        seen = [np.asarray(load_image(Frame(path, i))).mean() for i in order]
+        return np.abs(seen - grays[order].astype(float)).max()
+
+    with ThreadPoolExecutor(3) as pool:
+        assert max(pool.map(worst, range(3))) < 2.5  # one frame differs from the next by 5
 
 
 def test_a_video_that_cannot_be_decoded_is_named(tmp_path, videos):
