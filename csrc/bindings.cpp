@@ -162,6 +162,7 @@ PYBIND11_MODULE(_C, m) {
   def("coupling_forward_cpu", &coupling_forward_cpu, check_coupling_forward);
   def("coupling_inverse_cpu", &coupling_inverse_cpu, check_coupling_inverse);
   def("coupling_backward_cpu", &coupling_backward_cpu, check_coupling_backward);
+  def("coupling_likelihood_cpu", &coupling_likelihood_cpu, check_coupling_likelihood);
   def("norm_forward_cpu", &norm_forward_cpu, check_norm_forward);
   def("norm_backward_cpu", &norm_backward_cpu, check_norm_backward);
   def("pool_forward_cpu", &pool_forward_cpu, check_pool_forward);
@@ -186,12 +187,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = MSFLOW_EXT_CUDA;
   m.def("cuda_problem", &cuda_problem, nogil);
   m.def("coupling_scratch", &coupling_scratch);
+  m.def("coupling_likelihood_scratch", &coupling_likelihood_scratch);
   m.def("norm_scratch", &norm_scratch);
   def("square_sums_scratch", &square_sums_scratch, check_square_sums_scratch);
   def("aggregate_scratch", &aggregate_scratch, check_aggregate_scratch);
   def("coupling_forward_cuda", &coupling_forward_cuda, check_coupling_forward);
   def("coupling_inverse_cuda", &coupling_inverse_cuda, check_coupling_inverse);
   def("coupling_backward_cuda", &coupling_backward_cuda, check_coupling_backward);
+  def("coupling_likelihood_cuda", &coupling_likelihood_cuda, check_coupling_likelihood);
   def("norm_forward_cuda", &norm_forward_cuda, check_norm_forward);
   def("norm_backward_cuda", &norm_backward_cuda, check_norm_backward);
   def("pool_forward_cuda", &pool_forward_cuda, check_pool_forward);

@@ -91,15 +91,29 @@ inline Shape shape(const Coupling& c) {
   return {"coupling", c.samples, c.positions, c.interleaved};
 }
 
+inline void check_inputs(const Coupling& c, const Tensor& x1, const Tensor& x2, const Tensor& a) {
+  const Shape s = shape(c);
+  s.check("x1", x1, x2.dtype, c.passive);
+  s.check("x2", x2, x2.dtype, c.active);
+  s.check("a", a, a.dtype, 2 * c.active);
+}
+
 inline constexpr auto check_coupling_forward =
     [](const Coupling& c, const Tensor& x1, const Tensor& x2, const Tensor& a, const Tensor& y1,
        const Tensor& y2, const void* log_det, auto...) {
+      check_inputs(c, x1, x2, a);
       const Shape s = shape(c);
-      s.check("x1", x1, x2.dtype, c.passive);
-      s.check("x2", x2, x2.dtype, c.active);
-      s.check("a", a, a.dtype, 2 * c.active);
       s.check("y1", y1, x2.dtype, c.split);
       s.check("y2", y2, x2.dtype, c.channels() - c.split);
+      check_vector("coupling", "log_det", log_det, c.samples);
+    };
+
+inline constexpr auto check_coupling_likelihood =
+    [](const Coupling& c, const Tensor& x1, const Tensor& x2, const Tensor& a,
+       const void* likelihoods, const void* log_det, auto...) {
+      check_inputs(c, x1, x2, a);
+      require(c.channels() > 0, "coupling", "channels", "be at least one");
+      check_vector("coupling", "likelihoods", likelihoods, c.samples * c.positions);
       check_vector("coupling", "log_det", log_det, c.samples);
     };
 

@@ -175,8 +175,12 @@ def _coupling_cases(
         def uncouple(*t: Tensor, form: str = form) -> tuple[Tensor, ...]:
             return ops.affine_coupling_inverse(*t, clamp_form=form)
 
+        def likelihood(*t: Tensor, form: str = form) -> tuple[Tensor, ...]:
+            return ops.coupling_log_likelihood(*t, clamp_form=form)
+
         yield f"coupling {form} {label}", couple, operands
         yield f"coupling inverse {form} {label}", uncouple, operands
+        yield f"coupling likelihood {form} {label}", likelihood, operands
         yield f"coupling backward {form} {label}", _gradients(couple), operands
 
 

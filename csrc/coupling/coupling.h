@@ -29,9 +29,14 @@ void coupling_backward_cpu(const Coupling&, Tensor grad_y1, Tensor grad_y2,
                            const void* grad_log_det, Tensor x1, Tensor x2, Tensor a, Tensor grad_x1,
                            Tensor grad_x2, Tensor grad_a, void* grad_scale, void* grad_offset);
 
+// Instead of the results, -1/2 of the mean over their channels of their squares: (N, P), wide.
+void coupling_likelihood_cpu(const Coupling&, Tensor x1, Tensor x2, Tensor a, void* likelihoods,
+                             void* log_det);
+
 // The same on CUDA's current device and this stream; `scratch` is memory of as many bytes as
-// coupling_scratch says.
+// *_scratch says.
 int64_t coupling_scratch(const Coupling&, DType x, DType a, bool backward);
+int64_t coupling_likelihood_scratch(const Coupling&, DType x, DType a);
 void coupling_forward_cuda(const Coupling&, Tensor x1, Tensor x2, Tensor a, Tensor y1, Tensor y2,
                            void* log_det, void* scratch, void* stream);
 void coupling_inverse_cuda(const Coupling&, Tensor y1, Tensor y2, Tensor a, Tensor x2,
@@ -40,5 +45,7 @@ void coupling_backward_cuda(const Coupling&, Tensor grad_y1, Tensor grad_y2,
                             const void* grad_log_det, Tensor x1, Tensor x2, Tensor a,
                             Tensor grad_x1, Tensor grad_x2, Tensor grad_a, void* grad_scale,
                             void* grad_offset, void* scratch, void* stream);
+void coupling_likelihood_cuda(const Coupling&, Tensor x1, Tensor x2, Tensor a, void* likelihoods,
+                              void* log_det, void* scratch, void* stream);
 
 }  // namespace msflow

@@ -1,101 +1,8 @@
 // The coupling on CUDA: one pass over the data, then a small kernel that sums what the blocks left.
-#include "common/launch.cuh"
-#include "coupling/coupling.h"
+#include "coupling/job.cuh"
 
 namespace msflow {
 namespace {
-
-constexpr int64_t stage_budget =
-    16 * 1024;  // bytes of shared memory for the rows of an interleaved block
-
-// Operands of all three directions; in each, some are unused. A packet holds 16 bytes of the
-// subnet's output.
-template <class X_, class A_>
-struct Job : Coupling {
-  using X = X_;
-  using A = A_;
-  using W = wide_t<X>;
-  static constexpr int V = packet_of<A>;
-
-  Tensor x1, x2, a, y1, y2;         // y1, y2: results, or their gradients
-  Tensor grad_x1, grad_x2, grad_a;  // backward
-  Clamp<W> k;                       // the soft clamp's constants
-  bool whole = false;               // packets are aligned
-  bool stage_whole = false;         // and so are those of the stage in shared memory
-  Planar planar;
-  Interleaved rows;
-  W* log_det_parts;  // (N, blocks of a sample)
-  W* grad_parts;     // (grad_rows, 2, C)
-  const W* grad_log_det = nullptr;
-
-  Job(const Coupling& c, void* memory, bool backward)
-      : Coupling(c),
-        k(make_clamp<W>(c.form, c.clamp)),
-        stage_whole(c.passive % V == 0 && c.channels() % V == 0),
-        planar(c.channels(), c.positions, V, threads, 4, false),
-        rows(c.positions, c.channels() * int64_t(sizeof(X)), stage_budget) {
-    Scratch scratch(memory);
-    log_det_parts = scratch.take<W>(backward ? 0 : blocks());
-    grad_parts = scratch.take<W>(backward ? grad_rows() * 2 * channels() : 0);
-    bytes = scratch.bytes();
-  }
-
-  int64_t bytes;  // of scratch memory
-  int64_t sample_blocks() const { return interleaved ? rows.tiles : planar.blocks(); }
-  int64_t blocks() const { return channels() ? samples * sample_blocks() : 0; }
-  int64_t grad_rows() const { return samples * (interleaved ? rows.tiles : planar.pieces); }
-  size_t stage_bytes() const { return size_t(rows.rows * channels()) * sizeof(X); }
-
-  // The channel from which result k comes; one outside makes the result NaN, because no exception
-  // leaves a kernel.
-  __device__ int64_t source(int64_t result) const {
-    if (!perm) return result;
-    const int64_t c = perm[result];
-    return c >= 0 && c < channels() ? c : -1;
-  }
-  __device__ W gain(int64_t c) const {
-    if (c < 0) return W(NAN);
-    return scale ? static_cast<const W*>(scale)[c] : W(1);
-  }
-  __device__ W shift(int64_t c) const {
-    return offset && c >= 0 ? static_cast<const W*>(offset)[c] : W(0);
-  }
-  __device__ X* result(int64_t n, int64_t channel) const {
-    return channel < split ? y1.template at<X>(n, channel) : y2.template at<X>(n, channel - split);
-  }
-
-  // a_s becomes s.
-  __device__ __forceinline__ void log_scales(W (&s)[V]) const {
-    if (form == ClampForm::atan) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) s[i] = log_scale<true>(k, s[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < V; ++i) s[i] = log_scale<false>(k, s[i]);
-    }
-  }
-  __device__ __forceinline__ Gradients<W> gradients(W grad_y, W grad_s, W x, W a_s, W a_t, W gain,
-                                                    W shift) const {
-    W slope;
-    const W s =
-        form == ClampForm::atan ? log_scale<true>(k, a_s, slope) : log_scale<false>(k, a_s, slope);
-    return active_gradients(k, grad_y, grad_s, x, s, slope, a_t, gain, shift, W(limit));
-  }
-};
-
-// Scale and offset of V channels.
-template <class J>
-struct Affine {
-  typename J::W gain[J::V], shift[J::V];
-
-  __device__ __forceinline__ Affine(const J& job, int64_t channel, int64_t count) {
-#pragma unroll
-    for (int i = 0; i < J::V; ++i) {
-      gain[i] = i < count ? job.gain(channel + i) : typename J::W(1);
-      shift[i] = i < count ? job.shift(channel + i) : typename J::W(0);
-    }
-  }
-};
 
 // ---- planar: a block is some rows of results, or a piece of one ----
 
@@ -108,30 +15,13 @@ __global__ void __launch_bounds__(threads, 1) forward_planar(const __grid_consta
   W sum = 0;
   if (at.channel < job.channels()) {
     const int64_t source = job.source(at.channel), c = source < 0 ? 0 : source;
-    const int64_t j = c - job.passive;
-    const bool active = j >= 0;
-    const W gain = job.gain(source), shift = job.shift(source), limit = W(job.limit);
-    const X* x = active ? job.x2.template at<X>(at.sample, j) : job.x1.template at<X>(at.sample, c);
+    const Affine<J> vector(job, source);
     X* y = job.result(at.sample, at.channel);
     for (int64_t p = at.first; p < at.last; p += at.step) {
       const int64_t count = at.last - p;
-      const bool whole = job.whole && count >= V;
-      W u[V];
-      load(u, x + p, count, whole);
-      if (active) {
-        W s[V], t[V];
-        load(s, job.a.template at<typename J::A>(at.sample, j, p), count, whole);
-        load(t, job.a.template at<typename J::A>(at.sample, j + job.active, p), count, whole);
-        job.log_scales(s);
-#pragma unroll
-        for (int i = 0; i < V; ++i) {
-          u[i] = coupled(u[i], s[i], job.k.shift * t[i]);
-          sum += s[i];
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < V; ++i) u[i] = affine(u[i], gain, shift, limit);
-      store(y + p, u, count, whole);
+      W v[V];
+      results(job, vector, at.sample, c, p, count, v, sum);
+      store(y + p, v, count, job.whole && count >= V);
     }
   }
   sum = block_sum(sum);
@@ -278,42 +168,24 @@ __device__ __forceinline__ void read_results(const J& job, const InterleavedPlac
 template <class J>
 __global__ void __launch_bounds__(threads, 1) forward_interleaved(const __grid_constant__ J job) {
   using X = typename J::X;
-  using A = typename J::A;
   using W = typename J::W;
   constexpr int V = J::V;
   const InterleavedPlace at(job.rows, job.positions);
   X* stage = shared_memory<X>();
-  const W limit = W(job.limit);
-  over_packets<V>(job.passive, at.rows, [&](int64_t c, int64_t count) {
-    const Affine<J> vector(job, c, count);
-    return [=, &job, &at](int row) {
-      W u[V];
-      load(u, job.x1.template at<X>(at.sample, c, at.first + row), count, job.whole && count >= V);
-#pragma unroll
-      for (int i = 0; i < V; ++i) u[i] = affine(u[i], vector.gain[i], vector.shift[i], limit);
-      store(stage + row * job.channels() + c, u, count, job.stage_whole);
-    };
-  });
   W sum = 0;
-  over_packets<V>(job.active, at.rows, [&](int64_t j, int64_t count) {
-    const Affine<J> vector(job, job.passive + j, count);
-    return [=, &job, &at, &sum](int row) {
-      const bool whole = job.whole && count >= V;
-      const int64_t p = at.first + row;
-      W u[V], s[V], t[V];
-      load(u, job.x2.template at<X>(at.sample, j, p), count, whole);
-      load(s, job.a.template at<A>(at.sample, j, p), count, whole);
-      load(t, job.a.template at<A>(at.sample, j + job.active, p), count, whole);
-      job.log_scales(s);
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        u[i] = coupled(u[i], s[i], job.k.shift * t[i]);
-        u[i] = affine(u[i], vector.gain[i], vector.shift[i], limit);
-        sum += s[i];
-      }
-      store(stage + row * job.channels() + job.passive + j, u, count, job.stage_whole);
-    };
-  });
+  const auto stage_half = [&](int64_t begin, int64_t size) {
+    over_packets<V>(size, at.rows, [&](int64_t k, int64_t count) {
+      const int64_t c = begin + k;
+      const Affine<J> vector(job, c, count);
+      return [=, &job, &at, &sum](int row) {
+        W v[V];
+        results(job, vector, at.sample, c, at.first + row, count, v, sum);
+        store(stage + row * job.channels() + c, v, count, job.stage_whole);
+      };
+    });
+  };
+  stage_half(0, job.passive);
+  stage_half(job.passive, job.active);
   sum = block_sum(sum);  // and the stage is complete
   if (threadIdx.x == 0) job.log_det_parts[blockIdx.x] = sum;
   write_results(job, at, stage, job.y1, 0, job.split);
@@ -412,20 +284,6 @@ __global__ void __launch_bounds__(threads, 1) backward_interleaved(const __grid_
 
 // ---- the second stage ----
 
-// A block sums the parts of one sample's log_det and adds that of the global scale.
-template <class W>
-__global__ void __launch_bounds__(threads, 1)
-    finish_log_det(const __grid_constant__ Coupling job, const W* parts, int64_t size, W sign,
-                   W* log_det) {
-  double sum = 0, scales = 0;
-  for (int64_t i = threadIdx.x; i < size; i += threads) sum += double(parts[blockIdx.x * size + i]);
-  if (job.scale)
-    for (int64_t c = threadIdx.x; c < job.channels(); c += threads)
-      scales += log(double(static_cast<const W*>(job.scale)[c]));
-  sum = block_sum(sum + scales * double(job.positions));
-  if (threadIdx.x == 0) log_det[blockIdx.x] = sign * W(sum);
-}
-
 // A block sums the parts (rows, 2, C) of warp_size channels.
 template <class W>
 __global__ void __launch_bounds__(threads, 1)
@@ -444,38 +302,12 @@ __global__ void __launch_bounds__(threads, 1)
   if (grad_offset) grad_offset[c] = W(offsets);
 }
 
-template <class J>
-void sum_log_det(const J& job, double sign, void* log_det, void* stream) {
-  using W = typename J::W;
-  launch(finish_log_det<W>, job.samples, 0, stream, static_cast<const Coupling&>(job),
-         static_cast<const W*>(job.log_det_parts), job.channels() ? job.sample_blocks() : 0,
-         W(sign), static_cast<W*>(log_det));
-}
-
-// Calls run with a null Job* that tells the element types of the stream and of the subnet's output.
-template <class Run>
-auto with_types(DType x, DType a, Run run) {
-  const auto both = [&](DType first, DType second) { return x == first && a == second; };
-  if (both(DType::float32, DType::float32)) return run((Job<float, float>*)nullptr);
-  if (both(DType::float64, DType::float64)) return run((Job<double, double>*)nullptr);
-  if (both(DType::bfloat16, DType::bfloat16)) return run((Job<bfloat16, bfloat16>*)nullptr);
-  if (both(DType::float16, DType::float16)) return run((Job<float16, float16>*)nullptr);
-  if (both(DType::float32, DType::bfloat16)) return run((Job<float, bfloat16>*)nullptr);
-  if (both(DType::float32, DType::float16)) return run((Job<float, float16>*)nullptr);
-  throw std::invalid_argument("coupling: no kernel for these element types");
-}
-
-// a_t must be aligned as a_s is.
-template <class J>
-bool subnet_aligned(const J& job) {
-  return job.interleaved ? job.active % J::V == 0 : true;
-}
-
 }  // namespace
 
 int64_t coupling_scratch(const Coupling& coupling, DType x, DType a, bool backward) {
+  const Pass pass = backward ? Pass::backward : Pass::forward;
   return with_types(x, a, [&](auto* tag) {
-    return std::remove_reference_t<decltype(*tag)>(coupling, nullptr, backward).bytes;
+    return std::remove_reference_t<decltype(*tag)>(coupling, nullptr, pass).bytes;
   });
 }
 
@@ -483,7 +315,7 @@ void coupling_forward_cuda(const Coupling& coupling, Tensor x1, Tensor x2, Tenso
                            Tensor y2, void* log_det, void* scratch, void* stream) {
   with_types(x2.dtype, a.dtype, [&](auto* tag) {
     using J = std::remove_reference_t<decltype(*tag)>;
-    J job(coupling, scratch, false);
+    J job(coupling, scratch, Pass::forward);
     require_memory(scratch, job.bytes);
     job.x1 = x1, job.x2 = x2, job.a = a, job.y1 = y1, job.y2 = y2;
     job.whole = aligned({x1, x2, a, y1, y2}) && subnet_aligned(job);
@@ -499,7 +331,7 @@ void coupling_inverse_cuda(const Coupling& coupling, Tensor y1, Tensor y2, Tenso
                            void* log_det, void* scratch, void* stream) {
   with_types(x2.dtype, a.dtype, [&](auto* tag) {
     using J = std::remove_reference_t<decltype(*tag)>;
-    J job(coupling, scratch, false);
+    J job(coupling, scratch, Pass::forward);
     require_memory(scratch, job.bytes);
     job.y1 = y1, job.y2 = y2, job.a = a, job.x2 = x2;
     job.whole = aligned({y1, y2, a, x2}) && subnet_aligned(job);
@@ -518,7 +350,7 @@ void coupling_backward_cuda(const Coupling& coupling, Tensor grad_y1, Tensor gra
   with_types(x2.dtype, a.dtype, [&](auto* tag) {
     using J = std::remove_reference_t<decltype(*tag)>;
     using W = typename J::W;
-    J job(coupling, scratch, true);
+    J job(coupling, scratch, Pass::backward);
     require_memory(scratch, job.bytes);
     job.y1 = grad_y1, job.y2 = grad_y2, job.x1 = x1, job.x2 = x2, job.a = a;
     job.grad_x1 = grad_x1, job.grad_x2 = grad_x2, job.grad_a = grad_a;

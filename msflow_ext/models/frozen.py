@@ -16,6 +16,9 @@ from msflow_ext import ops
 from msflow_ext.flows import AffineCoupling, Flow, FlowOutput
 from msflow_ext.ops._backend import is_interleaved
 
+# Called as :func:`~msflow_ext.ops.affine_coupling`; the last of its results is ``log_det``.
+Coupling = Callable[..., tuple[Tensor, ...]]
+
 
 class FrozenHead(nn.Module, ABC):
     """A snapshot of a head for inference: it takes and returns what the original does.
@@ -35,18 +38,25 @@ class FrozenHead(nn.Module, ABC):
     @torch.no_grad()
     def forward(self, features: Sequence[Tensor]) -> FlowOutput:
         """Latent tensors, in the dtype and memory format of the features, and ``log_det``."""
-        z, log_det = self.latent(features)
+        z, log_det = self.run(features, latent)
         like = zip(z, features, strict=True)
         return FlowOutput([relaid(t, f.dtype, _is_last(f)) for t, f in like], log_det)
 
     @torch.no_grad()
     def log_likelihood(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Log-likelihood maps ``[(N, H_i, W_i)]``, float32 or wider."""
-        return [ops.log_likelihood_map(z) for z in self.latent(features)[0]]
+        return self.run(features, ops.coupling_log_likelihood)[0]
 
     @abstractmethod
-    def latent(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Latent tensors as they come, and ``log_det``."""
+    def run(self, features: Sequence[Tensor], end: Coupling) -> tuple[list[Tensor], Tensor]:
+        """What ``end`` makes of the last coupling of each scale, as it comes, and ``log_det``."""
+
+
+def latent(x1: Tensor, x2: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """The result of :func:`~msflow_ext.ops.affine_coupling` in one piece, and its ``log_det``."""
+    split = x1.size(1) + x2.size(1)
+    z, _, log_det = ops.affine_coupling(x1, x2, *args, split=split, **options)
+    return z, log_det
 
 
 class FrozenFlow:
@@ -56,7 +66,7 @@ class FrozenFlow:
         flow: the original.
         subnets: one ``x1 -> a`` per step.
         dtype: of the state between the steps.
-        then, split: see :class:`~msflow_ext.flows.Flow`.
+        then: see :class:`~msflow_ext.flows.Flow`.
     """
 
     def __init__(
@@ -66,7 +76,6 @@ class FrozenFlow:
         dtype: torch.dtype,
         *,
         then: Tensor | None = None,
-        split: int | None = None,
     ) -> None:
         self.dtype = dtype
         self.passive = flow.channels - flow.channels // 2
@@ -74,19 +83,19 @@ class FrozenFlow:
             _FrozenStep(step, subnet, dtype)  # type: ignore[arg-type]
             for step, subnet in zip(flow.steps, subnets, strict=True)
         ]
-        self.split = flow.channels if split is None else split
         if then is not None:
             self.steps[-1].perm = self.steps[-1].perm[then]
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, x: Tensor, end: Coupling = ops.affine_coupling) -> tuple[Tensor, ...]:
+        """The results of the last step, which ``end`` couples, and ``log_det``."""
         x1 = relaid(x[:, : self.passive], self.dtype, True)
         x2 = relaid(x[:, self.passive :], self.dtype, True)
         log_dets = []
-        for step in self.steps:
-            split = self.split if step is self.steps[-1] else self.passive
-            x1, x2, log_det = step(x1, x2, split)
+        for step in self.steps[:-1]:
+            x1, x2, log_det = step(x1, x2, ops.affine_coupling)
             log_dets.append(log_det)
-        return x1, x2, sum(log_dets[1:], log_dets[0])
+        *results, log_det = self.steps[-1](x1, x2, end)
+        return *results, sum(log_dets, log_det)
 
 
 class _FrozenStep:
@@ -98,9 +107,8 @@ class _FrozenStep:
         self.affine, self.perm = (scale.clone(), offset.clone()), perm.clone()
         self.options = {"clamp": step.clamp, "clamp_form": step.clamp_form}
 
-    def __call__(self, x1: Tensor, x2: Tensor, split: int) -> tuple[Tensor, Tensor, Tensor]:
-        a = self.subnet(x1)
-        return ops.affine_coupling(x1, x2, a, *self.affine, self.perm, split=split, **self.options)
+    def __call__(self, x1: Tensor, x2: Tensor, couple: Coupling) -> tuple[Tensor, ...]:
+        return couple(x1, x2, self.subnet(x1), *self.affine, self.perm, **self.options)
 
 
 def relaid(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msflow_ext import ops
-from msflow_ext.models.frozen import FrozenFlow, FrozenHead, each_scale
+from msflow_ext.models.frozen import Coupling, FrozenFlow, FrozenHead, each_scale
 from msflow_ext.models.msflow_flows import (
     LIMIT,
     ConditionalFlow,
@@ -46,30 +46,28 @@ class OptimizedHead(FrozenHead):
         self._subnet_2 = _FrozenCrossScale(head.fusion.subnet_2, self.dtype)
         self._clamp = head.clamp
 
-    def latent(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def run(self, features: Sequence[Tensor], end: Coupling) -> tuple[list[Tensor], Tensor]:
         self._check(features)
         results = each_scale(lambda flow, x: flow(x), self._flows, features)
         halves = [(x1, x2) for x1, x2, _ in results]
         log_dets: list[Tensor] = [log_det for _, _, log_det in results]
-        z, y1 = [], []
+        options: Any = {"clamp": self._clamp, "clamp_form": "atan"}
+        found, y1 = [], []
         for (x1, _), a in zip(halves, self._subnet_2([x2 for _, x2 in halves]), strict=True):
-            _, y, log_det = self._couple(x1[:, :0], x1, a, split=0)
+            _, y, log_det = ops.affine_coupling(x1[:, :0], x1, a, **options)
             y1.append(y)
             log_dets.append(log_det)
         for y, (_, x2), a in zip(y1, halves, self._subnet_1(y1), strict=True):
-            whole, _, log_det = self._couple(y, x2, a, split=2 * y.size(1), limit=LIMIT)
-            z.append(whole)
+            result, log_det = end(y, x2, a, limit=LIMIT, **options)
+            found.append(result)
             log_dets.append(log_det)
-        return z, sum(log_dets[1:], log_dets[0])
-
-    def _couple(self, x1: Tensor, x2: Tensor, a: Tensor, **options: Any):
-        return ops.affine_coupling(x1, x2, a, clamp=self._clamp, clamp_form="atan", **options)
+        return found, sum(log_dets[1:], log_dets[0])
 
 
 def _freeze(flow: ConditionalFlow, perm: Tensor, dtype: torch.dtype) -> FrozenFlow:
     steps: Any = flow.steps
     subnets = [_FrozenSubnet(step.subnet, flow.cond_channels, dtype) for step in steps]
-    return FrozenFlow(flow, subnets, dtype, then=perm, split=flow.channels // 2)
+    return FrozenFlow(flow, subnets, dtype, then=perm)
 
 
 class _FrozenSubnet:

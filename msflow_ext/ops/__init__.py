@@ -7,6 +7,7 @@ from msflow_ext.ops.coupling import (
     affine_coupling_inverse,
     passive_half,
 )
+from msflow_ext.ops.coupling_likelihood import coupling_log_likelihood
 from msflow_ext.ops.norm import channel_norm
 from msflow_ext.ops.resample import pool_and_concatenate, upsample_and_add
 from msflow_ext.ops.score import (
@@ -28,6 +29,7 @@ __all__ = [
     "aggregate",
     "backend",
     "channel_norm",
+    "coupling_log_likelihood",
     "half_square_norm",
     "log_likelihood_map",
     "mean_aggregate",

@@ -57,7 +57,7 @@ def affine_coupling(
     Source: FrEIA 0.2 ``AllInOneBlock`` ("0.2"), FrEIA master ("head"), MSFlow's fusion flow ("atan").
     """
     split = x1.size(1) if split is None and x1.dim() > 1 else split
-    _check(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split)
+    check_operands(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split)
     assert split is not None
     arguments = (x1, x2, a, scale, offset, perm, float(clamp), clamp_form, float(limit), split)
     if not _backend.is_native(x1, x2, a, scale, offset, perm):
@@ -195,7 +195,7 @@ def _undo_affine(
     return y if scale is None else y / per_channel(scale, y)
 
 
-def _check(
+def check_operands(
     x1: Tensor,
     x2: Tensor,
     a: Tensor,
@@ -207,6 +207,7 @@ def _check(
     limit: float,
     split: int | None,
 ) -> None:
+    """Refuse what :func:`affine_coupling` does not take."""
     _check_halves("x1", x1, "x2", x2)
     n, c1, c2 = x1.size(0), x1.size(1), x2.size(1)
     if a.shape != (n, 2 * c2, *x2.shape[2:]):
@@ -317,7 +318,7 @@ def _run(results, x1, x2, a, scale, offset, perm, *options):
     y1, y2, log_det = results
     inter = _is_interleaved(x2, x1.size(1) + x2.size(1))
     _keep, v = _backend.views(inter, x1, x2, a, y1, y2)
-    job, _dense = _job(x1.size(1), x2, inter, scale, offset, perm, *options)
+    job, _dense = coupling_job(x1.size(1), x2, inter, scale, offset, perm, *options)
     _launch("coupling_forward", job, x2, a, *v, log_det.data_ptr())
 
 
@@ -331,7 +332,7 @@ def _run_backward(upstream, grads, _extra, x1, x2, a, scale, offset, perm, *opti
     inter = _is_interleaved(x2, x1.size(1) + x2.size(1))
     _keep, v = _backend.views(inter, *upstream[:2], x1, x2, a, *grads[:3])
     _keep2, (grad_log_det, *grad_vectors) = _backend.addresses(upstream[2], *grads[3:5])
-    job, _dense = _job(x1.size(1), x2, inter, scale, offset, perm, *options)
+    job, _dense = coupling_job(x1.size(1), x2, inter, scale, offset, perm, *options)
     _launch("coupling_backward", job, x2, a, *v[:2], grad_log_det, *v[2:], *grad_vectors)
 
 
@@ -347,7 +348,7 @@ def _run_inverse(results, y1, y2, a, scale, offset, perm, clamp, clamp_form):
     _keep, v = _backend.views(inter, y1, y2, a, x2)
     passive = y1.size(1) + y2.size(1) - x2.size(1)
     options = (clamp, clamp_form, math.inf, y1.size(1))
-    job, _dense = _job(passive, x2, inter, scale, offset, perm, *options)
+    job, _dense = coupling_job(passive, x2, inter, scale, offset, perm, *options)
     _launch("coupling_inverse", job, x2, a, *v, log_det.data_ptr())
 
 
@@ -368,7 +369,7 @@ def _launch(entry, job, x2, a, *arguments):
     _backend.run(entry, x2, job, *arguments, scratch=scratch)
 
 
-def _job(passive, x2, interleaved, scale, offset, perm, clamp, clamp_form, limit, split):
+def coupling_job(passive, x2, interleaved, scale, offset, perm, clamp, clamp_form, limit, split):
     """The kernels' description of a call, and the vectors that it points to."""
     dense, vectors = _backend.addresses(scale, offset, perm)
     form = CLAMP_FORMS.index(clamp_form)

@@ -34,6 +34,10 @@ def uncouple(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor) -
     return ops.affine_coupling_inverse(x1, x2, a, scale, offset)
 
 
+def couple_likelihood(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor) -> Any:
+    return ops.coupling_log_likelihood(x1, x2, a, scale, offset, limit=3.0)
+
+
 def norm(x: Tensor, weight: Tensor, bias: Tensor, bias_map: Tensor) -> tuple[Tensor, ...]:
     return (ops.channel_norm(x, weight, bias, bias_map),)
 
@@ -70,6 +74,7 @@ OPS: dict[str, tuple[Function, tuple[str, ...], str | None]] = {
     "coupling": (couple, ("x1", "x2", "a", "scale", "offset"), "msflow_ext.coupling"),
     "coupling-bare": (couple_bare, ("x1", "x2", "a"), "msflow_ext.coupling"),
     "coupling-inverse": (uncouple, ("x1", "x2", "a", "scale", "offset"), None),
+    "coupling-likelihood": (couple_likelihood, ("x1", "x2", "a", "scale", "offset"), None),
     "norm": (norm, ("x", "scale", "offset", "map"), "msflow_ext.channel_norm"),
     "likelihoods": (likelihoods, ("x",), "msflow_ext.square_sums"),
     "pool": (pool, ("x", "x2"), "msflow_ext.pool_and_concatenate"),

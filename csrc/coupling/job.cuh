@@ -1,0 +1,189 @@
+// A coupling call on CUDA: its operands, how they are cut into blocks, and the sum of its log_det.
+#pragma once
+
+#include "common/launch.cuh"
+#include "coupling/coupling.h"
+
+namespace msflow {
+namespace {
+
+constexpr int64_t stage_budget =
+    16 * 1024;  // bytes of shared memory for the rows of an interleaved block
+
+// What a call is about, which decides how it is cut: the inverse goes as the forward does.
+enum class Pass { forward, backward, likelihood };
+
+constexpr int likelihood_rows = 2 * warps;  // positions of an interleaved block, two for each warp
+
+// Operands of all passes; in each, some are unused. A packet holds 16 bytes of the
+// subnet's output.
+template <class X_, class A_>
+struct Job : Coupling {
+  using X = X_;
+  using A = A_;
+  using W = wide_t<X>;
+  static constexpr int V = packet_of<A>;
+
+  Tensor x1, x2, a, y1, y2;         // y1, y2: results, or their gradients
+  Tensor grad_x1, grad_x2, grad_a;  // backward
+  Clamp<W> k;                       // the soft clamp's constants
+  bool whole = false;               // packets are aligned
+  bool stage_whole = false;         // and so are those of the stage in shared memory
+  Planar planar;
+  Interleaved rows;
+  W* log_det_parts;  // (N, blocks of a sample)
+  W* grad_parts;     // (grad_rows, 2, C)
+  const W* grad_log_det = nullptr;
+  W* likelihoods = nullptr;  // (N, P)
+
+  Job(const Coupling& c, void* memory, Pass pass)
+      : Coupling(c),
+        k(make_clamp<W>(c.form, c.clamp)),
+        stage_whole(c.passive % V == 0 && c.channels() % V == 0),
+        planar(c.channels(), c.positions, V, threads, 4, false),
+        rows(c.positions, c.channels() * int64_t(sizeof(X)), stage_budget) {
+    if (pass == Pass::likelihood) {
+      planar = Planar(c.channels(), c.positions, V, max_depth_width, 1, true);
+      rows = Interleaved(c.positions, 1, likelihood_rows);
+    }
+    const bool backward = pass == Pass::backward;
+    Scratch scratch(memory);
+    log_det_parts = scratch.take<W>(backward ? 0 : blocks());
+    grad_parts = scratch.take<W>(backward ? grad_rows() * 2 * channels() : 0);
+    bytes = scratch.bytes();
+  }
+
+  int64_t bytes;  // of scratch memory
+  int64_t sample_blocks() const { return interleaved ? rows.tiles : planar.blocks(); }
+  int64_t blocks() const { return channels() ? samples * sample_blocks() : 0; }
+  int64_t grad_rows() const { return samples * (interleaved ? rows.tiles : planar.pieces); }
+  size_t stage_bytes() const { return size_t(rows.rows * channels()) * sizeof(X); }
+
+  // The channel from which result k comes; one outside makes the result NaN, because no exception
+  // leaves a kernel.
+  __device__ int64_t source(int64_t result) const {
+    if (!perm) return result;
+    const int64_t c = perm[result];
+    return c >= 0 && c < channels() ? c : -1;
+  }
+  __device__ W gain(int64_t c) const {
+    if (c < 0) return W(NAN);
+    return scale ? static_cast<const W*>(scale)[c] : W(1);
+  }
+  __device__ W shift(int64_t c) const {
+    return offset && c >= 0 ? static_cast<const W*>(offset)[c] : W(0);
+  }
+  __device__ X* result(int64_t n, int64_t channel) const {
+    return channel < split ? y1.template at<X>(n, channel) : y2.template at<X>(n, channel - split);
+  }
+
+  // a_s becomes s.
+  __device__ __forceinline__ void log_scales(W (&s)[V]) const {
+    if (form == ClampForm::atan) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) s[i] = log_scale<true>(k, s[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) s[i] = log_scale<false>(k, s[i]);
+    }
+  }
+  __device__ __forceinline__ Gradients<W> gradients(W grad_y, W grad_s, W x, W a_s, W a_t, W gain,
+                                                    W shift) const {
+    W slope;
+    const W s =
+        form == ClampForm::atan ? log_scale<true>(k, a_s, slope) : log_scale<false>(k, a_s, slope);
+    return active_gradients(k, grad_y, grad_s, x, s, slope, a_t, gain, shift, W(limit));
+  }
+};
+
+// Scale and offset of V neighbours: of one channel, or of as many.
+template <class J>
+struct Affine {
+  typename J::W gain[J::V], shift[J::V];
+
+  __device__ __forceinline__ Affine(const J& job, int64_t channel) {
+#pragma unroll
+    for (int i = 0; i < J::V; ++i) gain[i] = job.gain(channel), shift[i] = job.shift(channel);
+  }
+  __device__ __forceinline__ Affine(const J& job, int64_t channel, int64_t count) {
+#pragma unroll
+    for (int i = 0; i < J::V; ++i) {
+      gain[i] = i < count ? job.gain(channel + i) : typename J::W(1);
+      shift[i] = i < count ? job.shift(channel + i) : typename J::W(0);
+    }
+  }
+};
+
+// The results of channel c at position p and its neighbours, V in all, before they are permuted;
+// adds their log-scales to `sum`.
+template <class J>
+__device__ __forceinline__ void results(const J& job, const Affine<J>& vector, int64_t sample,
+                                        int64_t c, int64_t p, int64_t count,
+                                        typename J::W (&v)[J::V], typename J::W& sum) {
+  using X = typename J::X;
+  using A = typename J::A;
+  using W = typename J::W;
+  constexpr int V = J::V;
+  const bool whole = job.whole && count >= V;
+  const int64_t j = c - job.passive;
+  if (j < 0) {
+    load(v, job.x1.template at<X>(sample, c, p), count, whole);
+  } else {
+    W s[V], t[V];
+    load(v, job.x2.template at<X>(sample, j, p), count, whole);
+    load(s, job.a.template at<A>(sample, j, p), count, whole);
+    load(t, job.a.template at<A>(sample, j + job.active, p), count, whole);
+    job.log_scales(s);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      v[i] = coupled(v[i], s[i], job.k.shift * t[i]);
+      sum += s[i];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i) v[i] = affine(v[i], vector.gain[i], vector.shift[i], W(job.limit));
+}
+
+// A block sums the parts of one sample's log_det and adds that of the global scale.
+template <class W>
+__global__ void __launch_bounds__(threads, 1)
+    finish_log_det(const __grid_constant__ Coupling job, const W* parts, int64_t size, W sign,
+                   W* log_det) {
+  double sum = 0, scales = 0;
+  for (int64_t i = threadIdx.x; i < size; i += threads) sum += double(parts[blockIdx.x * size + i]);
+  if (job.scale)
+    for (int64_t c = threadIdx.x; c < job.channels(); c += threads)
+      scales += log(double(static_cast<const W*>(job.scale)[c]));
+  sum = block_sum(sum + scales * double(job.positions));
+  if (threadIdx.x == 0) log_det[blockIdx.x] = sign * W(sum);
+}
+
+template <class J>
+void sum_log_det(const J& job, double sign, void* log_det, void* stream) {
+  using W = typename J::W;
+  launch(finish_log_det<W>, job.samples, 0, stream, static_cast<const Coupling&>(job),
+         static_cast<const W*>(job.log_det_parts), job.channels() ? job.sample_blocks() : 0,
+         W(sign), static_cast<W*>(log_det));
+}
+
+// Calls run with a null Job* that tells the element types of the stream and of the subnet's output.
+template <class Run>
+auto with_types(DType x, DType a, Run run) {
+  const auto both = [&](DType first, DType second) { return x == first && a == second; };
+  if (both(DType::float32, DType::float32)) return run((Job<float, float>*)nullptr);
+  if (both(DType::float64, DType::float64)) return run((Job<double, double>*)nullptr);
+  if (both(DType::bfloat16, DType::bfloat16)) return run((Job<bfloat16, bfloat16>*)nullptr);
+  if (both(DType::float16, DType::float16)) return run((Job<float16, float16>*)nullptr);
+  if (both(DType::float32, DType::bfloat16)) return run((Job<float, bfloat16>*)nullptr);
+  if (both(DType::float32, DType::float16)) return run((Job<float, float16>*)nullptr);
+  throw std::invalid_argument("coupling: no kernel for these element types");
+}
+
+// a_t must be aligned as a_s is.
+template <class J>
+bool subnet_aligned(const J& job) {
+  return job.interleaved ? job.active % J::V == 0 : true;
+}
+
+}  // namespace
+}  // namespace msflow

@@ -1,0 +1,102 @@
+// The coupling's likelihood map on the CPU: squares are summed over channels where they arise.
+#include "coupling/job.h"
+
+namespace msflow {
+namespace {
+
+// An item is a block of positions of one sample, whose results nobody stores.
+template <bool Atan, class X, class A, class W>
+HD void likelihood_planar(const Job<W>& job, int64_t begin, int64_t end) {
+  const Clamp<W> k = job.k;
+  const W limit = W(job.limit), factor = W(-0.5 / double(job.channels()));
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / job.blocks(), first = item % job.blocks() * job.block();
+    const int64_t size = std::min(job.block(), job.positions - first);
+    W squares[most_positions] = {}, s[most_positions];
+    double log_det = 0;
+    for (int64_t c = 0; c < job.passive; ++c) {
+      const X* x = job.x1.template at<X>(n, c, first);
+      const W gain = job.gain[c], shift = job.shift[c];
+      INDEPENDENT
+      for (int64_t i = 0; i < size; ++i) {
+        const W v = affine(W(load(x[i])), gain, shift, limit);
+        squares[i] += v * v;
+      }
+    }
+    for (int64_t j = 0; j < job.active; ++j) {
+      const X* x = job.x2.template at<X>(n, j, first);
+      const A* a_s = job.a.template at<A>(n, j, first);
+      const A* a_t = job.a.template at<A>(n, j + job.active, first);
+      const W gain = job.gain[job.passive + j], shift = job.shift[job.passive + j];
+      log_scales<Atan>(k, a_s, s, size);
+      INDEPENDENT
+      for (int64_t i = 0; i < size; ++i) {
+        const W u = coupled(W(load(x[i])), s[i], k.shift * W(load(a_t[i])));
+        const W v = affine(u, gain, shift, limit);
+        squares[i] += v * v;
+      }
+      log_det += ordered_sum(s, size);
+    }
+    W* to = job.likelihoods + n * job.positions + first;
+    for (int64_t i = 0; i < size; ++i) to[i] = factor * squares[i];
+    job.log_det_parts[item] = log_det;
+  }
+}
+
+template <bool Atan, class X, class A, class W>
+HD void likelihood_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
+  const Clamp<W> k = job.k;
+  const W limit = W(job.limit), factor = W(-0.5 / double(job.channels()));
+  const int64_t passive = job.passive, active = job.active;
+  const auto buffer = scratch<W>(job.channels() + active);
+  W* squares = buffer.get();
+  W* s = squares + job.channels();
+  const W* gain = job.gain.data();
+  const W* shift = job.shift.data();
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / job.blocks(), first = item % job.blocks() * job.block();
+    const int64_t last = std::min(first + job.block(), job.positions);
+    W log_det[lanes] = {};
+    for (int64_t p = first; p < last; ++p) {
+      const X* x1 = job.x1.template at<X>(n, 0, p);
+      const X* x2 = job.x2.template at<X>(n, 0, p);
+      const A* a_s = job.a.template at<A>(n, 0, p);
+      const A* a_t = a_s + active;
+      INDEPENDENT
+      for (int64_t c = 0; c < passive; ++c) {
+        const W v = affine(W(load(x1[c])), gain[c], shift[c], limit);
+        squares[c] = v * v;
+      }
+      log_scales<Atan>(k, a_s, s, active);
+      INDEPENDENT
+      for (int64_t j = 0; j < active; ++j) {
+        const W u = coupled(W(load(x2[j])), s[j], k.shift * W(load(a_t[j])));
+        const W v = affine(u, gain[passive + j], shift[passive + j], limit);
+        squares[passive + j] = v * v;
+      }
+      job.likelihoods[n * job.positions + p] = factor * W(ordered_sum(squares, job.channels()));
+      add_to_lanes(s, active, log_det);
+    }
+    job.log_det_parts[item] = sum_lanes(log_det);
+  }
+}
+
+BODIES(likelihood)
+
+}  // namespace
+
+void coupling_likelihood_cpu(const Coupling& coupling, Tensor x1, Tensor x2, Tensor a,
+                             void* likelihoods, void* log_det) {
+  const auto run = [&](auto wide, Body body) {
+    using W = decltype(wide);
+    Job<W> job(coupling);
+    job.x1 = x1, job.x2 = x2, job.a = a, job.likelihoods = static_cast<W*>(likelihoods);
+    job.by_position = true;
+    job.log_det_parts = scratch<double>(job.items());
+    parallel_for(job.items(), job.item_size(), body, job);
+    job.sum_log_det(log_det, 1);
+  };
+  DISPATCH(likelihood, x2.dtype, a.dtype, run)
+}
+
+}  // namespace msflow

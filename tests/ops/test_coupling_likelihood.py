@@ -1,0 +1,156 @@
+"""Laws of the coupling's likelihood map: it is that of the coupling's results, whatever they would have been rounded to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from msflow_ext import ops
+from msflow_ext.testing import relative_error, tolerance
+
+Normal = Callable[..., Tensor]
+Layout = Callable[[Tensor], Tensor]
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+# Element types of the stream and of the subnet's output.
+DTYPES = {
+    "float32": (F32, F32),
+    "float64": (F64, F64),
+    "bfloat16": (BF16, BF16),
+    "bfloat16-subnet": (F32, BF16),
+}
+
+# (samples, passive, active, positions); on the CPU a block is 64 positions and lanes are 16, on CUDA a packet is
+# 16 bytes, a warp takes 32 packets of a position at a time and a block 16 positions.
+SHAPES = {
+    "even": (2, 4, 4, (4, 6)),
+    "odd-channels": (2, 4, 3, (5, 3)),
+    "one-pixel": (3, 5, 4, (1, 1)),
+    "many-blocks": (2, 9, 8, (21, 19)),
+    "whole-packets": (2, 16, 16, (8, 40)),
+    "many-channels": (1, 300, 260, (3, 3)),
+    "empty-batch": (0, 4, 3, (2, 2)),
+    "no-passive-channels": (2, 0, 6, (3, 5)),
+    "no-active-channels": (2, 3, 0, (3, 5)),
+    "no-positions": (2, 4, 3, (0, 5)),
+    "vectors": (5, 4, 3, ()),
+    "volumes": (2, 3, 3, (2, 3, 4)),
+}
+
+
+@pytest.fixture(params=DTYPES)
+def dtypes(request: pytest.FixtureRequest) -> tuple[torch.dtype, torch.dtype]:
+    return DTYPES[request.param]
+
+
+def make(
+    normal: Normal,
+    shape: str = "odd-channels",
+    dtypes: tuple[torch.dtype, torch.dtype] = (F64, F64),
+    layout: Layout = Tensor.contiguous,
+) -> list[Tensor]:
+    """x1, x2, a, scale and offset."""
+    n, c1, c2, positions = SHAPES[shape]
+    x, a = dtypes
+    wide = ops.accumulation_dtype(x)
+    halves = [normal(n, c, *positions, dtype=x) for c in (c1, c2)]
+    subnet = 6 * normal(n, 2 * c2, *positions, dtype=a)
+    vectors = [normal(c1 + c2, dtype=wide).exp(), normal(c1 + c2, dtype=wide)]
+    return [*map(layout, (*halves, subnet)), *vectors]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_equal_the_reference_in_every_shape_and_layout(
+    equals_reference: Any, normal: Normal, shape: str, layout: Layout, dtypes: Any
+) -> None:
+    n, c1, c2, positions = SHAPES[shape]
+    channels, pixels = c1 + c2, math.prod(positions)
+    terms = [channels, pixels * (channels + c2), 1, 1, 1, n * pixels, n * pixels]
+    couple = partial(ops.coupling_log_likelihood, clamp=1.9, limit=1.5)
+    equals_reference(couple, make(normal, shape, dtypes, layout), terms)
+
+
+@pytest.mark.parametrize("vectors", ["bare", "scale", "offset", "affine"])
+@pytest.mark.parametrize("form", ["0.2", "head", "atan"])
+@pytest.mark.parametrize("limit", [math.inf, 2.0])
+def test_it_is_the_map_of_the_couplings_results_with_every_option(
+    each_backend: str,
+    normal: Normal,
+    form: str,
+    vectors: str,
+    limit: float,
+    memory_format: Layout,
+) -> None:
+    x1, x2, a, scale, offset = make(normal, "many-blocks", layout=memory_format)
+    given = (
+        scale if vectors in ("scale", "affine") else None,
+        offset if vectors in ("offset", "affine") else None,
+        normal(len(scale)).argsort(),
+    )
+    options: Any = {"clamp": 1.3, "clamp_form": form, "limit": limit}
+    y1, y2, log_det = ops.affine_coupling(x1, x2, a, *given, **options)
+    got, same_log_det = ops.coupling_log_likelihood(x1, x2, a, *given, **options)
+    wanted = ops.log_likelihood_map(torch.cat((y1, y2), 1))
+    assert relative_error(got, wanted) <= tolerance(F64, len(scale))
+    assert relative_error(same_log_det, log_det) <= tolerance(F64, x2.numel())
+
+
+def test_nothing_is_rounded_to_half_precision_on_the_way(
+    native: None, normal: Normal, memory_format: Layout
+) -> None:
+    operands = make(normal, "many-blocks", (BF16, BF16), memory_format)
+    got, log_det = ops.coupling_log_likelihood(*operands)
+    wanted, wanted_log_det = ops.coupling_log_likelihood(*(t.double() for t in operands))
+    assert got.dtype is log_det.dtype is F32
+    assert got.is_contiguous()
+    assert relative_error(got, wanted) <= tolerance(F32, 17)
+    assert relative_error(log_det, wanted_log_det) <= tolerance(F32, operands[1].numel())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30], ids=str)
+@pytest.mark.parametrize("where", [0, 1])
+def test_non_finite_results_do_what_they_do_in_the_reference(
+    each_backend: str, normal: Normal, value: float, where: int, memory_format: Layout
+) -> None:
+    operands = [memory_format(normal(2, c, 3, 4)) for c in (3, 2, 4)]
+    operands[where][1, 1, 2, 3] = value
+    got, _ = ops.coupling_log_likelihood(*operands)
+    wanted = got.new_tensor(-math.inf if value > 0 else math.nan)
+    torch.testing.assert_close(got[1, 2, 3], wanted, equal_nan=True)
+    assert bool(got[0].isfinite().all()) and int(got.isfinite().sum()) == got.numel() - 1
+
+
+def test_first_and_second_derivatives_are_those_of_finite_differences(
+    native: None, normal: Normal, memory_format: Layout
+) -> None:
+    operands = [memory_format(normal(2, c, 2, 2, dtype=F64)).requires_grad_() for c in (2, 1, 2)]
+    assert torch.autograd.gradcheck(ops.coupling_log_likelihood, tuple(operands))
+    assert torch.autograd.gradgradcheck(ops.coupling_log_likelihood, tuple(operands))
+
+
+def test_more_channels_than_shared_memory_holds_are_right(
+    native: None, normal: Normal, memory_format: Layout
+) -> None:
+    operands = [memory_format(normal(2, c, 1, 2, dtype=F64)) for c in (2000, 1500, 3000)]
+    got = ops.coupling_log_likelihood(*operands)
+    with ops.backend("reference"):
+        wanted = ops.coupling_log_likelihood(*operands)
+    for g, w in zip(got, wanted, strict=True):
+        assert relative_error(g, w) <= tolerance(F64, 6000)
+
+
+def test_it_refuses_what_the_coupling_refuses(each_backend: str) -> None:
+    x1, x2, a = torch.zeros(2, 3, 4), torch.zeros(2, 2, 4), torch.zeros(2, 4, 4)
+    with pytest.raises(ValueError, match=r"coupling: a must be \(N, 2 \* C2, \*\) for x2"):
+        ops.coupling_log_likelihood(x1, x2, a[:, :2])
+    with pytest.raises(TypeError, match="coupling: perm must be"):
+        ops.coupling_log_likelihood(x1, x2, a, perm=torch.zeros(5))
+    with pytest.raises(ValueError, match="x1 and x2 must have one channel or more for a likeli"):
+        ops.coupling_log_likelihood(x1[:, :0], x2[:, :0], a[:, :0])
