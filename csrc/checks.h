@@ -100,11 +100,15 @@ inline void check_inputs(const Coupling& c, const Tensor& x1, const Tensor& x2, 
 
 inline constexpr auto check_coupling_forward =
     [](const Coupling& c, const Tensor& x1, const Tensor& x2, const Tensor& a, const Tensor& y1,
-       const Tensor& y2, const void* log_det, auto...) {
+       const Tensor& y2, const Tensor& copy, const void* log_det, auto...) {
       check_inputs(c, x1, x2, a);
       const Shape s = shape(c);
       s.check("y1", y1, x2.dtype, c.split);
       s.check("y2", y2, x2.dtype, c.channels() - c.split);
+      if (copy.data) {
+        require(a.dtype != x2.dtype, "coupling", "copy", "differ from y1 in its element type");
+        s.check("copy", copy, a.dtype, c.split);
+      }
       check_vector("coupling", "log_det", log_det, c.samples);
     };
 
@@ -129,10 +133,11 @@ inline constexpr auto check_coupling_inverse = [](const Coupling& c, const Tenso
 };
 
 inline constexpr auto check_coupling_backward =
-    [](const Coupling& c, const Tensor& gy1, const Tensor& gy2, const void* grad_log_det,
-       const Tensor& x1, const Tensor& x2, const Tensor& a, const Tensor& gx1, const Tensor& gx2,
-       const Tensor& ga, const void* grad_scale, const void* grad_offset, auto...) {
-      check_coupling_forward(c, x1, x2, a, gy1, gy2, grad_log_det);
+    [](const Coupling& c, const Tensor& gy1, const Tensor& gy2, const Tensor& gcopy,
+       const void* grad_log_det, const Tensor& x1, const Tensor& x2, const Tensor& a,
+       const Tensor& gx1, const Tensor& gx2, const Tensor& ga, const void* grad_scale,
+       const void* grad_offset, auto...) {
+      check_coupling_forward(c, x1, x2, a, gy1, gy2, gcopy, grad_log_det);
       const Shape s = shape(c);
       s.check("grad_x1", gx1, x2.dtype, c.passive);
       s.check("grad_x2", gx2, x2.dtype, c.active);

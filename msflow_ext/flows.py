@@ -77,12 +77,26 @@ class AffineCoupling(nn.Module):
         x1: Tensor,
         x2: Tensor,
         *cond: Tensor,
+        seen: Tensor | None = None,
         then: Tensor | None = None,
         split: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(y1, y2, log_det)``; ``then`` is a further permutation, ``split`` the channels of ``y1``."""
+        copy: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """``(y1, y2, log_det)``, or ``(y1, y2, copied, log_det)`` with ``copy``.
+
+        Args:
+            seen: ``x1`` as the subnet reads it, where that is another dtype: the ``copied`` of the step before.
+            then: a further permutation.
+            split: the channels of ``y1``.
+            copy: whether ``y1`` is wanted once more, in the dtype of the subnet's answer.
+        """
         affine = self._affine(x2.dtype, then)
-        return self._couple(x1, x2, self.subnet(x1, *cond), affine, split)
+        a = self.subnet(x1 if seen is None else seen, *cond)
+        if not copy:
+            return self._couple(x1, x2, a, affine, split)
+        options: Any = {"split": split, "clamp": self.clamp, "clamp_form": self.clamp_form}
+        y1, y2, log_det, copied = ops.affine_coupling_with_copy(x1, x2, a, *affine, **options)
+        return y1, y2, copied, log_det
 
     def inverse(self, y1: Tensor, y2: Tensor, *cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(x1, x2, log_det)`` of the inverse."""
@@ -153,10 +167,11 @@ class Flow(nn.Module):
         ``then`` permutes the result's channels once more, ``split`` says how many of them ``y1`` has: all by default.
         """
         passive = self.channels - self.channels // 2
-        end = {"then": then, "split": self.channels if split is None else split}
-        steps = [_Bound(step, cond) for step in self.steps]
-        steps[-1] = _Bound(self.steps[-1], cond, **end)
-        run = reversible if self.memory == "reversible" else in_turn
+        reverses = self.memory == "reversible"
+        run = reversible if reverses else in_turn
+        steps = [_Bound(step, cond, copy=not reverses) for step in self.steps]
+        split = self.channels if split is None else split
+        steps[-1] = _Bound(self.steps[-1], cond, then=then, split=split)
         y1, y2, log_det = run(steps, [x[:, :passive], x[:, passive:]])
         return y1, y2, log_det
 
@@ -178,15 +193,16 @@ class _Bound:
         self,
         step: Any,
         cond: Sequence[Tensor],
+        *,
         then: Tensor | None = None,
         split: int | None = None,
+        copy: bool = False,
     ) -> None:
-        self.step, self.cond, self.then, self.split = step, cond, then, split
+        self.step, self.cond, self.then = step, cond, then
+        self.form = {"then": then, "split": split, "copy": copy}
 
-    def __call__(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, ...]:
-        if self.split is None:
-            return self.step(x1, x2, *self.cond)
-        return self.step(x1, x2, *self.cond, then=self.then, split=self.split)
+    def __call__(self, x1: Tensor, x2: Tensor, seen: Tensor | None = None) -> tuple[Tensor, ...]:
+        return self.step(x1, x2, *self.cond, seen=seen, **self.form)
 
     def retrace(self, y1: Tensor, y2: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         return self.step.retrace(y1, y2, *self.cond, then=self.then)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from msflow_ext import ops
 from msflow_ext.flows import AffineCoupling, Flow, inverse_softplus_scale
-from msflow_ext.testing import relative_error
+from msflow_ext.testing import relative_error, tolerance
 
 Normal = Callable[..., Tensor]
 Layout = Callable[[Tensor], Tensor]
@@ -119,6 +119,30 @@ def test_the_end_of_a_flow_is_permuted_and_split_on_request(
     assert (y1.size(1), y2.size(1)) == (2, 3)
     assert torch.equal(torch.cat((y1, y2), 1), whole[:, then])
     assert torch.equal(same, log_det)
+
+
+def test_subnets_under_autocast_read_copies_and_give_what_casts_give(
+    each_backend: str, normal: Normal, memory_format: Layout
+) -> None:
+    flow = make(5).float()
+    x = memory_format(normal(2, 5, 3, 4)).requires_grad_()
+    read: list[Tensor] = []
+    for step in flow.steps:
+        step.subnet.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))  # type: ignore[union-attr]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _, log_det = flow(x)
+        assert [t.dtype for t in read] == [torch.float32, torch.bfloat16, torch.bfloat16]
+        x1, x2, total = x[:, :3], x[:, 3:], torch.zeros(2)
+        for step in flow.steps:
+            x1, x2, step_log_det = step(x1, x2)
+            total = total + step_log_det
+    assert torch.equal(y, torch.cat((x1, x2), 1))
+    assert torch.equal(log_det, total)
+    leaves = [x, *flow.parameters()]
+    got = torch.autograd.grad(y.square().sum() - log_det.sum(), leaves)
+    wanted = torch.autograd.grad(x1.square().sum() + x2.square().sum() - total.sum(), leaves)
+    for g, w in zip(got, wanted, strict=True):
+        assert relative_error(g, w) <= tolerance(torch.bfloat16)
 
 
 def test_native_and_reference_give_the_same_gradients(

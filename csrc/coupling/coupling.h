@@ -21,11 +21,13 @@ struct Coupling {
   HD int64_t channels() const { return passive + active; }
 };
 
+// `copy` (of no address: not wanted) is y1 once more, in the subnet's type, which is another; its
+// gradient adds to that of y1.
 void coupling_forward_cpu(const Coupling&, Tensor x1, Tensor x2, Tensor a, Tensor y1, Tensor y2,
-                          void* log_det);
+                          Tensor copy, void* log_det);
 void coupling_inverse_cpu(const Coupling&, Tensor y1, Tensor y2, Tensor a, Tensor x2,
                           void* log_det);
-void coupling_backward_cpu(const Coupling&, Tensor grad_y1, Tensor grad_y2,
+void coupling_backward_cpu(const Coupling&, Tensor grad_y1, Tensor grad_y2, Tensor grad_copy,
                            const void* grad_log_det, Tensor x1, Tensor x2, Tensor a, Tensor grad_x1,
                            Tensor grad_x2, Tensor grad_a, void* grad_scale, void* grad_offset);
 
@@ -38,10 +40,10 @@ void coupling_likelihood_cpu(const Coupling&, Tensor x1, Tensor x2, Tensor a, vo
 int64_t coupling_scratch(const Coupling&, DType x, DType a, bool backward);
 int64_t coupling_likelihood_scratch(const Coupling&, DType x, DType a);
 void coupling_forward_cuda(const Coupling&, Tensor x1, Tensor x2, Tensor a, Tensor y1, Tensor y2,
-                           void* log_det, void* scratch, void* stream);
+                           Tensor copy, void* log_det, void* scratch, void* stream);
 void coupling_inverse_cuda(const Coupling&, Tensor y1, Tensor y2, Tensor a, Tensor x2,
                            void* log_det, void* scratch, void* stream);
-void coupling_backward_cuda(const Coupling&, Tensor grad_y1, Tensor grad_y2,
+void coupling_backward_cuda(const Coupling&, Tensor grad_y1, Tensor grad_y2, Tensor grad_copy,
                             const void* grad_log_det, Tensor x1, Tensor x2, Tensor a,
                             Tensor grad_x1, Tensor grad_x2, Tensor grad_a, void* grad_scale,
                             void* grad_offset, void* scratch, void* stream);

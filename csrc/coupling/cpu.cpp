@@ -10,6 +10,13 @@ namespace {
 
 constexpr int64_t chunk = 256;  // numbers whose terms wait in the L1 cache for their sum
 
+// Numbers just written, once more in another type.
+template <class W, class X, class A>
+HD void copy_row(const X* from, A* to, int64_t size) {
+  INDEPENDENT
+  for (int64_t i = 0; i < size; ++i) store(to + i, W(load(from[i])));
+}
+
 // ---- planar: an item is one channel of one sample, its positions side by side ----
 
 template <bool Atan, class X, class A, class W>
@@ -43,6 +50,8 @@ HD void forward_planar(const Job<W>& job, int64_t begin, int64_t end) {
         sum += ordered_sum(s, size);
       }
     }
+    if (job.copy.data && result < job.split)
+      copy_row<W>(y, job.copy.template at<A>(n, result), job.positions);
     job.log_det_parts[item] = sum;
   }
 }
@@ -86,16 +95,23 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
     const X* grad_y = job.template result<X>(n, result);
     const W gain = job.gain[c], shift = job.shift[c], grad_s = job.grad_log_det[n];
     double sum_scale = 0, sum_offset = 0;
-    W gu[chunk], gv[chunk], s[chunk], slope[chunk];
+    const bool copied = job.copy.data && result < job.split;
+    W g_y[chunk], gu[chunk], gv[chunk], s[chunk], slope[chunk];
     for (int64_t start = 0; start < job.positions; start += chunk) {
       const int64_t size = std::min(chunk, job.positions - start);
+      INDEPENDENT
+      for (int64_t i = 0; i < size; ++i) g_y[i] = W(load(grad_y[start + i]));
+      if (copied) {
+        const A* copy = job.copy.template at<A>(n, result, start);
+        INDEPENDENT
+        for (int64_t i = 0; i < size; ++i) g_y[i] += W(load(copy[i]));
+      }
       if (j < 0) {
         const X* x = job.x1.template at<X>(n, c, start);
         X* grad_x = job.grad_x1.template at<X>(n, c, start);
         INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
-          const auto g =
-              passive_gradients(W(load(grad_y[start + i])), W(load(x[i])), gain, shift, limit);
+          const auto g = passive_gradients(g_y[i], W(load(x[i])), gain, shift, limit);
           gu[i] = g.scale, gv[i] = g.offset;
           store(grad_x + i, g.x);
         }
@@ -109,8 +125,8 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
         log_scales<Atan>(k, a_s, s, size, slope);
         INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
-          const auto g = active_gradients(k, W(load(grad_y[start + i])), grad_s, W(load(x[i])),
-                                          s[i], slope[i], W(load(a_t[i])), gain, shift, limit);
+          const auto g = active_gradients(k, g_y[i], grad_s, W(load(x[i])), s[i], slope[i],
+                                          W(load(a_t[i])), gain, shift, limit);
           gu[i] = g.scale, gv[i] = g.offset;
           store(grad_x + i, g.x);
           store(grad_s_row + i, g.a_s);
@@ -171,14 +187,16 @@ HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
         INDEPENDENT
         for (int64_t i = 0; i < rest; ++i) store(y2 + i, v[split + i]);
       }
+      if (job.copy.data) copy_row<W>(y1, job.copy.template at<A>(n, 0, p), split);
     }
     job.log_det_parts[item] = sum_lanes(lane);
   }
 }
 
 // Both results at one position, in the order of the channels that they come from, those before
-// `begin` left out. Buffers have room for all channels; it is in one of them.
-template <class X, class W>
+// `begin` left out; what there is of a copy adds to the first. Buffers have room for all channels;
+// it is in one of them.
+template <class X, class A, class W>
 HD const W* unpermuted(const Job<W>& job, int64_t n, int64_t p, int64_t begin, W* y, W* v) {
   const X* y1 = job.y1.template at<X>(n, 0, p);
   const X* y2 = job.y2.template at<X>(n, 0, p);
@@ -187,6 +205,11 @@ HD const W* unpermuted(const Job<W>& job, int64_t n, int64_t p, int64_t begin, W
   for (int64_t i = 0; i < split; ++i) y[i] = W(load(y1[i]));
   INDEPENDENT
   for (int64_t i = split; i < channels; ++i) y[i] = W(load(y2[i - split]));
+  if (job.copy.data) {
+    const A* copy = job.copy.template at<A>(n, 0, p);
+    INDEPENDENT
+    for (int64_t i = 0; i < split; ++i) y[i] += W(load(copy[i]));
+  }
   if (!job.perm) return y + begin;
   const int32_t* place = job.place.data();
   INDEPENDENT
@@ -209,7 +232,7 @@ HD void inverse_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
     const int64_t last = std::min(first + job.block(), job.positions);
     W lane[lanes] = {};
     for (int64_t p = first; p < last; ++p) {
-      const W* u = unpermuted<X>(job, n, p, passive, y, v);
+      const W* u = unpermuted<X, A>(job, n, p, passive, y, v);
       const A* a_s = job.a.template at<A>(n, 0, p);
       const A* a_t = a_s + active;
       X* x2 = job.x2.template at<X>(n, 0, p);
@@ -243,7 +266,7 @@ HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
     std::fill(sum_scale, sum_scale + 2 * channels, W(0));
     const W grad_s = job.grad_log_det[n];
     for (int64_t p = first; p < last; ++p) {
-      const W* grad = unpermuted<X>(job, n, p, 0, y, v);
+      const W* grad = unpermuted<X, A>(job, n, p, 0, y, v);
       const X* x1 = job.x1.template at<X>(n, 0, p);
       const X* x2 = job.x2.template at<X>(n, 0, p);
       const A* a_s = job.a.template at<A>(n, 0, p);
@@ -282,10 +305,10 @@ BODIES(backward)
 }  // namespace
 
 void coupling_forward_cpu(const Coupling& coupling, Tensor x1, Tensor x2, Tensor a, Tensor y1,
-                          Tensor y2, void* log_det) {
+                          Tensor y2, Tensor copy, void* log_det) {
   const auto run = [&](auto wide, Body body) {
     Job<decltype(wide)> job(coupling);
-    job.x1 = x1, job.x2 = x2, job.a = a, job.y1 = y1, job.y2 = y2;
+    job.x1 = x1, job.x2 = x2, job.a = a, job.y1 = y1, job.y2 = y2, job.copy = copy;
     job.log_det_parts = scratch<double>(job.items());
     parallel_for(job.items(), job.item_size(), body, job);
     job.sum_log_det(log_det, 1);
@@ -306,12 +329,13 @@ void coupling_inverse_cpu(const Coupling& coupling, Tensor y1, Tensor y2, Tensor
 }
 
 void coupling_backward_cpu(const Coupling& coupling, Tensor grad_y1, Tensor grad_y2,
-                           const void* grad_log_det, Tensor x1, Tensor x2, Tensor a, Tensor grad_x1,
-                           Tensor grad_x2, Tensor grad_a, void* grad_scale, void* grad_offset) {
+                           Tensor grad_copy, const void* grad_log_det, Tensor x1, Tensor x2,
+                           Tensor a, Tensor grad_x1, Tensor grad_x2, Tensor grad_a,
+                           void* grad_scale, void* grad_offset) {
   const auto run = [&](auto wide, Body body) {
     using W = decltype(wide);
     Job<W> job(coupling);
-    job.y1 = grad_y1, job.y2 = grad_y2, job.x1 = x1, job.x2 = x2, job.a = a;
+    job.y1 = grad_y1, job.y2 = grad_y2, job.copy = grad_copy, job.x1 = x1, job.x2 = x2, job.a = a;
     job.grad_x1 = grad_x1, job.grad_x2 = grad_x2, job.grad_a = grad_a;
     job.grad_log_det = static_cast<const W*>(grad_log_det);
     const int64_t channels = job.known();

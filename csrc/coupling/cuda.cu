@@ -21,7 +21,10 @@ __global__ void __launch_bounds__(threads, 1) forward_planar(const __grid_consta
       const int64_t count = at.last - p;
       W v[V];
       results(job, vector, at.sample, c, p, count, v, sum);
-      store(y + p, v, count, job.whole && count >= V);
+      const bool whole = job.whole && count >= V;
+      store(y + p, v, count, whole);
+      if (job.is_copied(at.channel))
+        store(job.copy.template at<typename J::A>(at.sample, at.channel, p), v, count, whole);
     }
   }
   sum = block_sum(sum);
@@ -79,6 +82,11 @@ __global__ void __launch_bounds__(threads, 1) backward_planar(const __grid_const
       const bool whole = job.whole && count >= V;
       W g[V], x[V];
       load(g, grad_y + p, count, whole);
+      if (job.is_copied(at.channel)) {
+        load(x, job.copy.template at<A>(at.sample, at.channel, p), count, whole);
+#pragma unroll
+        for (int i = 0; i < V; ++i) g[i] += x[i];
+      }
       if (active) {
         W s[V], t[V];
         load(x, job.x2.template at<X>(at.sample, j, p), count, whole);
@@ -140,8 +148,10 @@ __device__ __forceinline__ void write_results(const J& job, const InterleavedPla
 #pragma unroll
       for (int i = 0; i < J::V; ++i)
         u[i] = source.of[i] < 0 ? W(NAN) : W(load(stage[row * job.channels() + source.of[i]]));
-      store(y.template at<typename J::X>(at.sample, k, at.first + row), u, count,
-            job.whole && count >= J::V);
+      const bool whole = job.whole && count >= J::V;
+      store(y.template at<typename J::X>(at.sample, k, at.first + row), u, count, whole);
+      if (job.is_copied(begin + k))
+        store(job.copy.template at<typename J::A>(at.sample, k, at.first + row), u, count, whole);
     };
   });
 }
@@ -156,8 +166,15 @@ __device__ __forceinline__ void read_results(const J& job, const InterleavedPlac
     const Sources<J> source(job, begin + k, count);
     return [=, &job, &at, &y](int row) {
       W u[J::V];
-      load(u, y.template at<typename J::X>(at.sample, k, at.first + row), count,
-           job.whole && count >= J::V);
+      const bool whole = job.whole && count >= J::V;
+      load(u, y.template at<typename J::X>(at.sample, k, at.first + row), count, whole);
+      if (job.is_copied(begin + k)) {
+        W added[J::V];
+        load(added, job.copy.template at<typename J::A>(at.sample, k, at.first + row), count,
+             whole);
+#pragma unroll
+        for (int i = 0; i < J::V; ++i) u[i] += added[i];
+      }
 #pragma unroll
       for (int i = 0; i < J::V; ++i)
         if (source.of[i] >= 0) store(stage + row * job.channels() + source.of[i], u[i]);
@@ -312,13 +329,13 @@ int64_t coupling_scratch(const Coupling& coupling, DType x, DType a, bool backwa
 }
 
 void coupling_forward_cuda(const Coupling& coupling, Tensor x1, Tensor x2, Tensor a, Tensor y1,
-                           Tensor y2, void* log_det, void* scratch, void* stream) {
+                           Tensor y2, Tensor copy, void* log_det, void* scratch, void* stream) {
   with_types(x2.dtype, a.dtype, [&](auto* tag) {
     using J = std::remove_reference_t<decltype(*tag)>;
     J job(coupling, scratch, Pass::forward);
     require_memory(scratch, job.bytes);
-    job.x1 = x1, job.x2 = x2, job.a = a, job.y1 = y1, job.y2 = y2;
-    job.whole = aligned({x1, x2, a, y1, y2}) && subnet_aligned(job);
+    job.x1 = x1, job.x2 = x2, job.a = a, job.y1 = y1, job.y2 = y2, job.copy = copy;
+    job.whole = aligned({x1, x2, a, y1, y2, copy}) && subnet_aligned(job);
     if (job.interleaved)
       launch(forward_interleaved<J>, job.blocks(), job.stage_bytes(), stream, job);
     else
@@ -344,19 +361,19 @@ void coupling_inverse_cuda(const Coupling& coupling, Tensor y1, Tensor y2, Tenso
 }
 
 void coupling_backward_cuda(const Coupling& coupling, Tensor grad_y1, Tensor grad_y2,
-                            const void* grad_log_det, Tensor x1, Tensor x2, Tensor a,
-                            Tensor grad_x1, Tensor grad_x2, Tensor grad_a, void* grad_scale,
-                            void* grad_offset, void* scratch, void* stream) {
+                            Tensor grad_copy, const void* grad_log_det, Tensor x1, Tensor x2,
+                            Tensor a, Tensor grad_x1, Tensor grad_x2, Tensor grad_a,
+                            void* grad_scale, void* grad_offset, void* scratch, void* stream) {
   with_types(x2.dtype, a.dtype, [&](auto* tag) {
     using J = std::remove_reference_t<decltype(*tag)>;
     using W = typename J::W;
     J job(coupling, scratch, Pass::backward);
     require_memory(scratch, job.bytes);
-    job.y1 = grad_y1, job.y2 = grad_y2, job.x1 = x1, job.x2 = x2, job.a = a;
+    job.y1 = grad_y1, job.y2 = grad_y2, job.copy = grad_copy, job.x1 = x1, job.x2 = x2, job.a = a;
     job.grad_x1 = grad_x1, job.grad_x2 = grad_x2, job.grad_a = grad_a;
     job.grad_log_det = static_cast<const W*>(grad_log_det);
-    job.whole =
-        aligned({grad_y1, grad_y2, x1, x2, a, grad_x1, grad_x2, grad_a}) && subnet_aligned(job);
+    job.whole = aligned({grad_y1, grad_y2, grad_copy, x1, x2, a, grad_x1, grad_x2, grad_a}) &&
+                subnet_aligned(job);
     if (job.interleaved)
       launch(backward_interleaved<J>, job.blocks(), job.stage_bytes(), stream, job);
     else

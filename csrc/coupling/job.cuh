@@ -1,6 +1,8 @@
 // A coupling call on CUDA: its operands, how they are cut into blocks, and the sum of its log_det.
 #pragma once
 
+#include <type_traits>
+
 #include "common/launch.cuh"
 #include "coupling/coupling.h"
 
@@ -25,6 +27,7 @@ struct Job : Coupling {
   static constexpr int V = packet_of<A>;
 
   Tensor x1, x2, a, y1, y2;         // y1, y2: results, or their gradients
+  Tensor copy;                      // y1 in the subnet's type, or its gradient, if any
   Tensor grad_x1, grad_x2, grad_a;  // backward
   Clamp<W> k;                       // the soft clamp's constants
   bool whole = false;               // packets are aligned
@@ -75,6 +78,10 @@ struct Job : Coupling {
   }
   __device__ X* result(int64_t n, int64_t channel) const {
     return channel < split ? y1.template at<X>(n, channel) : y2.template at<X>(n, channel - split);
+  }
+  // Whether result k has a copy: never, where both types are one.
+  __device__ bool is_copied(int64_t k) const {
+    return !std::is_same<X, A>::value && copy.data && k < split;
   }
 
   // a_s becomes s.

@@ -19,6 +19,7 @@ constexpr int64_t most_positions = 64;  // of an item that holds all channels of
 template <class W>
 struct Job : Coupling {
   Tensor x1, x2, a, y1, y2;                 // y1, y2: results, or their gradients
+  Tensor copy;                              // y1 in the subnet's type, or its gradient, if any
   Tensor grad_x1, grad_x2, grad_a;          // backward
   Clamp<W> k;                               // the soft clamp's constants
   std::vector<W> gain, shift;               // scale and offset, 1 and 0 where there is none

@@ -5,6 +5,7 @@ from msflow_ext.ops.coupling import (
     accumulation_dtype,
     affine_coupling,
     affine_coupling_inverse,
+    affine_coupling_with_copy,
     passive_half,
 )
 from msflow_ext.ops.coupling_likelihood import coupling_log_likelihood
@@ -26,6 +27,7 @@ __all__ = [
     "accumulation_dtype",
     "affine_coupling",
     "affine_coupling_inverse",
+    "affine_coupling_with_copy",
     "aggregate",
     "backend",
     "channel_norm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,40 @@ def affine_coupling(
     if not _backend.is_native(x1, x2, a, scale, offset, perm):
         return affine_coupling_reference(*arguments)
     return _coupling(*arguments)
+
+
+def affine_coupling_with_copy(
+    x1: Tensor,
+    x2: Tensor,
+    a: Tensor,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    perm: Tensor | None = None,
+    *,
+    clamp: float = 2.0,
+    clamp_form: str = "0.2",
+    limit: float = math.inf,
+    split: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`affine_coupling`, and its first result once more, in the dtype of ``a``.
+
+    Where subnets work in half precision beside a float32 stream, that copy is what the next of them reads. It is
+    written in the same pass, and its gradient is added to that of ``y1`` in the pass back.
+
+    Returns:
+        ``y1``, ``y2`` and ``log_det`` of :func:`affine_coupling`, and ``copy (N, split, *)`` in the memory format of
+        ``y1``; that is ``y1`` itself where ``a`` has the dtype of ``x2``.
+    """
+    split = x1.size(1) if split is None and x1.dim() > 1 else split
+    check_operands(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split)
+    assert split is not None
+    arguments = (x1, x2, a, scale, offset, perm, float(clamp), clamp_form, float(limit), split)
+    if not _backend.is_native(x1, x2, a, scale, offset, perm):
+        return affine_coupling_with_copy_reference(*arguments)
+    if a.dtype is not x2.dtype:
+        return _coupling_with_copy(*arguments)
+    y1, y2, log_det = _coupling(*arguments)
+    return y1, y2, log_det, y1
 
 
 def affine_coupling_inverse(
@@ -137,6 +172,14 @@ def affine_coupling_reference(
         v = v.clamp(-limit, limit)
     v = v.to(x2.dtype)
     return v[:, :split], v[:, split:], log_det
+
+
+def affine_coupling_with_copy_reference(
+    x1: Tensor, x2: Tensor, a: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`affine_coupling_with_copy` in plain PyTorch."""
+    y1, y2, log_det = affine_coupling_reference(x1, x2, a, *rest)
+    return y1, y2, log_det, y1.to(a.dtype)
 
 
 def affine_coupling_inverse_reference(
@@ -314,10 +357,15 @@ def _allocate(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split):
     return y1, y2, x2.new_empty(x2.size(0), dtype=accumulation_dtype(x2.dtype))
 
 
+def _allocate_with_copy(x1, x2, a, *rest):
+    copy = _backend.empty(a, rest[-1], _is_interleaved(x2, x1.size(1) + x2.size(1)))
+    return *_allocate(x1, x2, a, *rest), copy
+
+
 def _run(results, x1, x2, a, scale, offset, perm, *options):
-    y1, y2, log_det = results
+    y1, y2, log_det, *copy = results
     inter = _is_interleaved(x2, x1.size(1) + x2.size(1))
-    _keep, v = _backend.views(inter, x1, x2, a, y1, y2)
+    _keep, v = _backend.views(inter, x1, x2, a, y1, y2, *(copy or [None]))
     job, _dense = coupling_job(x1.size(1), x2, inter, scale, offset, perm, *options)
     _launch("coupling_forward", job, x2, a, *v, log_det.data_ptr())
 
@@ -330,10 +378,11 @@ def _allocate_grads(x1, x2, a, scale, offset, *_):
 
 def _run_backward(upstream, grads, _extra, x1, x2, a, scale, offset, perm, *options):
     inter = _is_interleaved(x2, x1.size(1) + x2.size(1))
-    _keep, v = _backend.views(inter, *upstream[:2], x1, x2, a, *grads[:3])
-    _keep2, (grad_log_det, *grad_vectors) = _backend.addresses(upstream[2], *grads[3:5])
+    y1, y2, log_det, *copy = upstream
+    _keep, v = _backend.views(inter, y1, y2, *(copy or [None]), x1, x2, a, *grads[:3])
+    _keep2, (grad_log_det, *grad_vectors) = _backend.addresses(log_det, *grads[3:5])
     job, _dense = coupling_job(x1.size(1), x2, inter, scale, offset, perm, *options)
-    _launch("coupling_backward", job, x2, a, *v[:2], grad_log_det, *v[2:], *grad_vectors)
+    _launch("coupling_backward", job, x2, a, *v[:3], grad_log_det, *v[3:], *grad_vectors)
 
 
 def _allocate_inverse(y1, y2, a, *_):
@@ -378,14 +427,25 @@ def coupling_job(passive, x2, interleaved, scale, offset, perm, clamp, clamp_for
 
 
 _VECTORS = "Tensor? scale, Tensor? offset, Tensor? perm, float clamp, str clamp_form"
+_OPERANDS = f"(Tensor x1, Tensor x2, Tensor a, {_VECTORS}, float limit, int split)"
 _coupling = _backend.NativeOp(
     "coupling",
-    f"(Tensor x1, Tensor x2, Tensor a, {_VECTORS}, float limit, int split) -> (Tensor, Tensor, Tensor)",
+    f"{_OPERANDS} -> (Tensor, Tensor, Tensor)",
     allocate=_allocate,
     run=_run,
     allocate_grads=_allocate_grads,
     run_backward=_run_backward,
     reference=affine_coupling_reference,
+    tensors=6,
+)
+_coupling_with_copy = _backend.NativeOp(
+    "coupling_with_copy",
+    f"{_OPERANDS} -> (Tensor, Tensor, Tensor, Tensor)",
+    allocate=_allocate_with_copy,
+    run=_run,
+    allocate_grads=_allocate_grads,
+    run_backward=_run_backward,
+    reference=affine_coupling_with_copy_reference,
     tensors=6,
 )
 _inverse = _backend.NativeOp(

@@ -41,6 +41,7 @@ THRESHOLDS = torch.arange(8.0).flip(0)  # of which a call takes 3, also as float
 AT, MAYBE, FLOAT = Address(MEMORY.data_ptr()), Optional(MEMORY.data_ptr()), Code(0)
 
 PLANAR, NULLABLE = (AT, FLOAT, 40, 4, 1), (MAYBE, FLOAT, Free(0), 4, 1)
+HALF, COPY = (AT, Code(2), 40, 4, 1), (MAYBE, Code(2), 40, 4, 1)
 INTERLEAVED = (AT, FLOAT, 40, 1, 5)
 COUPLING = ("Coupling", (2, 3, 2, 4, 3), False, Code(0), 2.0, 9.0, MAYBE, MAYBE, Optional(0))
 NORM = ("Norm", (2, 5, 4), False, True, 1e-5, AT, AT)
@@ -51,9 +52,12 @@ MAPS = [(AT, 2, 3), (AT, 4, 2)]
 
 # Valid arguments of every entry point; a tuple that begins with a name is a description.
 CALLS: dict[str, tuple[Any, ...]] = {
-    "coupling_forward": (COUPLING, *[PLANAR] * 5, AT),
+    "coupling_forward": (COUPLING, *[PLANAR] * 2, HALF, *[PLANAR] * 2, COPY, AT),
     "coupling_inverse": (COUPLING, *[PLANAR] * 4, AT),
-    "coupling_backward": (COUPLING, *[PLANAR] * 2, AT, *[PLANAR] * 6, MAYBE, MAYBE),
+    "coupling_backward": (
+        *(COUPLING, PLANAR, PLANAR, COPY, AT),
+        *(PLANAR, PLANAR, HALF, PLANAR, PLANAR, HALF, MAYBE, MAYBE),
+    ),
     "coupling_likelihood": (COUPLING, *[PLANAR] * 3, AT, AT),
     "norm_forward": (NORM, PLANAR, NULLABLE, PLANAR, MAYBE),
     "norm_backward": (NORM, PLANAR, PLANAR, NULLABLE, AT, PLANAR, NULLABLE, AT, AT),
@@ -169,7 +173,11 @@ def test_thresholds_that_do_not_fall_are_refused() -> None:
 def test_tensors_of_different_types_are_refused() -> None:
     double = (AT, Code(1), 40, 4, 1)
     with pytest.raises(ValueError, match="x1 must have the element type of the call"):
-        run("coupling_forward_cpu", (COUPLING, double, *[PLANAR] * 4, AT))
+        run("coupling_forward_cpu", (COUPLING, double, *[PLANAR] * 4, None, AT))
+    with pytest.raises(ValueError, match="copy must differ from y1 in its element type"):
+        run("coupling_forward_cpu", (COUPLING, *[PLANAR] * 6, AT))
+    with pytest.raises(ValueError, match="copy must have the element type of the call"):
+        run("coupling_forward_cpu", (COUPLING, *[PLANAR] * 2, HALF, *[PLANAR] * 3, AT))
     with pytest.raises(ValueError, match="y must have the element type of the call"):
         run("norm_forward_cpu", (NORM, PLANAR, None, double, 0))
     with pytest.raises(ValueError, match="x must be float32, or bfloat16"):

@@ -34,6 +34,12 @@ def uncouple(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor) -
     return ops.affine_coupling_inverse(x1, x2, a, scale, offset)
 
 
+def couple_with_copy(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor) -> Any:
+    a = a.to({F32: torch.bfloat16}.get(a.dtype, a.dtype))
+    *results, copy = ops.affine_coupling_with_copy(x1, x2, a, scale, offset, limit=3.0, split=2)
+    return *results, copy.to(x2.dtype)
+
+
 def couple_likelihood(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor) -> Any:
     return ops.coupling_log_likelihood(x1, x2, a, scale, offset, limit=3.0)
 
@@ -74,6 +80,11 @@ OPS: dict[str, tuple[Function, tuple[str, ...], str | None]] = {
     "coupling": (couple, ("x1", "x2", "a", "scale", "offset"), "msflow_ext.coupling"),
     "coupling-bare": (couple_bare, ("x1", "x2", "a"), "msflow_ext.coupling"),
     "coupling-inverse": (uncouple, ("x1", "x2", "a", "scale", "offset"), None),
+    "coupling-with-copy": (
+        couple_with_copy,
+        ("x1", "x2", "a", "scale", "offset"),
+        "msflow_ext.coupling_with_copy",
+    ),
     "coupling-likelihood": (couple_likelihood, ("x1", "x2", "a", "scale", "offset"), None),
     "norm": (norm, ("x", "scale", "offset", "map"), "msflow_ext.channel_norm"),
     "likelihoods": (likelihoods, ("x",), "msflow_ext.square_sums"),
@@ -212,12 +223,18 @@ def test_registered_ops_pass_the_checks_of_torch(
     native: None, normal: Normal, name: str, memory_format: Layout
 ) -> None:
     operands = [t.requires_grad_() for t in make(normal, name, layout=memory_format)]
+    if name == "coupling-with-copy":
+        operands[2] = operands[2].detach().bfloat16().requires_grad_()
     perm = torch.arange(6, -1, -1, device=operands[0].device)
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "coupling": (torch.ops.msflow_ext.coupling, (*operands, perm, 2.0, "0.2", 3.0, 2)),
         "coupling-bare": (
             torch.ops.msflow_ext.coupling,
             (*operands, None, None, None, 1.9, "atan", float("inf"), 4),
+        ),
+        "coupling-with-copy": (
+            torch.ops.msflow_ext.coupling_with_copy,
+            (*operands, perm, 2.0, "0.2", 3.0, 2),
         ),
         "norm": (torch.ops.msflow_ext.channel_norm, (*operands, True, 1e-5)),
         "likelihoods": (torch.ops.msflow_ext.square_sums, tuple(operands)),
