@@ -167,21 +167,21 @@ def _coupling_cases(
     halves = [normal(3, c, *size) for c in (c1, c2)]
     a, scale = normal(3, 2 * c2, *size, dtype=subnet), normal(c1 + c2, dtype=wide).exp()
     operands = [*halves, a, scale, normal(c1 + c2, dtype=wide), torch.randperm(c1 + c2)]
+    functions = (ops.affine_coupling, ops.affine_coupling_inverse, ops.coupling_log_likelihood)
     for form in CLAMP_FORMS:
-
-        def couple(*t: Tensor, form: str = form) -> tuple[Tensor, ...]:
-            return ops.affine_coupling(*t, clamp_form=form)
-
-        def uncouple(*t: Tensor, form: str = form) -> tuple[Tensor, ...]:
-            return ops.affine_coupling_inverse(*t, clamp_form=form)
-
-        def likelihood(*t: Tensor, form: str = form) -> tuple[Tensor, ...]:
-            return ops.coupling_log_likelihood(*t, clamp_form=form)
-
-        yield f"coupling {form} {label}", couple, operands
-        yield f"coupling inverse {form} {label}", uncouple, operands
-        yield f"coupling likelihood {form} {label}", likelihood, operands
-        yield f"coupling backward {form} {label}", _gradients(couple), operands
+        couple, uncouple, likelihood = (partial(f, clamp_form=form) for f in functions)
+        cases: dict[str, Any] = {
+            "coupling": couple,
+            "coupling inverse": uncouple,
+            "coupling likelihood": likelihood,
+            "coupling backward": _gradients(couple),
+        }
+        if dtype is not subnet:
+            copying = partial(ops.affine_coupling_with_copy, clamp_form=form)
+            cases["coupling with copy"] = copying
+            cases["coupling with copy backward"] = _gradients(copying)
+        for case, function in cases.items():
+            yield f"{case} {form} {label}", function, operands
 
 
 def _other_cases(

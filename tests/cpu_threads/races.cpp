@@ -107,16 +107,24 @@ void check_coupling(DType type, DType subnet, bool interleaved, const std::strin
   const auto t = [&](Numbers& x, int64_t c) { return view(x, c, positions, interleaved); };
   const Coupling job{samples,      passive, active,   positions,    passive,       interleaved,
                      ClampForm(0), 2,       INFINITY, scale.data(), offset.data(), perm.data()};
-  check("coupling forward" + name, {&y1, &y2, &log_det}, [&] {
+  Numbers copied = of(subnet, passive), likelihoods(wide(type), samples * positions);
+  const Tensor copy = type == subnet ? Tensor{} : t(copied, passive);
+  std::vector<Numbers*> results{&y1, &y2, &log_det};
+  if (copy.data) results.push_back(&copied);
+  check("coupling forward" + name, results, [&] {
     coupling_forward_cpu(job, t(x1, passive), t(x2, active), t(a, 2 * active), t(y1, passive),
-                         t(y2, active), log_det.data());
+                         t(y2, active), copy, log_det.data());
+  });
+  check("coupling likelihood" + name, {&likelihoods, &log_det}, [&] {
+    coupling_likelihood_cpu(job, t(x1, passive), t(x2, active), t(a, 2 * active),
+                            likelihoods.data(), log_det.data());
   });
   check("coupling inverse" + name, {&gx2, &log_det}, [&] {
     coupling_inverse_cpu(job, t(y1, passive), t(y2, active), t(a, 2 * active), t(gx2, active),
                          log_det.data());
   });
   check("coupling backward" + name, {&gx1, &gx2, &ga, &gscale, &goffset}, [&] {
-    coupling_backward_cpu(job, t(y1, passive), t(y2, active), log_det.data(), t(x1, passive),
+    coupling_backward_cpu(job, t(y1, passive), t(y2, active), copy, log_det.data(), t(x1, passive),
                           t(x2, active), t(a, 2 * active), t(gx1, passive), t(gx2, active),
                           t(ga, 2 * active), gscale.data(), goffset.data());
   });
