@@ -169,7 +169,8 @@ class Flow(nn.Module):
         passive = self.channels - self.channels // 2
         reverses = self.memory == "reversible"
         run = reversible if reverses else in_turn
-        steps = [_Bound(step, cond, copy=not reverses) for step in self.steps]
+        copy = not reverses and torch.is_autocast_enabled(x.device.type)
+        steps = [_Bound(step, cond, copy=copy) for step in self.steps]
         split = self.channels if split is None else split
         steps[-1] = _Bound(self.steps[-1], cond, then=then, split=split)
         y1, y2, log_det = run(steps, [x[:, :passive], x[:, passive:]])
