@@ -31,12 +31,13 @@ OTHERS = ("flows", "pipeline", "training step", "training run", latency.GROUP)
 
 
 def write(document: dict[str, Any]) -> Iterator[str]:
-    """Write all tables, the charts and the README's block; the paths written."""
+    """Write all tables, the charts and the README's block, that with as many threads as most of it was measured with."""
     page = results.file_for(document["machine"]).with_suffix(".md")
     page.write_text("\n".join(markdown(document)) + "\n")
     yield str(page)
     shown = {case for _, case in HEADLINES}
-    threads = max((row["threads"] for row in document["rows"] if row["case"] in shown), default=1)
+    counts = [row["threads"] for row in document["rows"] if row["case"] in shown]
+    threads = max(counts, key=lambda each: (counts.count(each), each), default=1)
     for name, headline in CHARTS.items():
         title, case = HEADLINES[headline]
         row = _find(document, case, threads)
