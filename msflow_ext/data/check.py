@@ -154,9 +154,8 @@ def _unread(dataset: DataSet) -> Iterator[str]:
     items = (*dataset.train, *dataset.test)
     read = {path for item in items for path in (item.image, item.mask) if isinstance(path, Path)}
     files = sorted(path for path in dataset.folder.glob("*/**/*") if not path.is_dir())
-    rest = [
-        path for path in files if read.isdisjoint((path, path.parent))
-    ]  # a mask may be a folder
+    # A mask may be a folder.
+    rest = [path for path in files if read.isdisjoint((path, path.parent))]
     parts = [path.relative_to(dataset.folder).parts for path in rest]
     names = ["/".join(each) for each in parts if not any(part[0] == "." for part in each)]
     if names:

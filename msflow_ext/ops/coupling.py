@@ -57,11 +57,8 @@ def affine_coupling(
 
     Source: FrEIA 0.2 ``AllInOneBlock`` ("0.2"), FrEIA master ("head"), MSFlow's fusion flow ("atan").
     """
-    split = x1.size(1) if split is None and x1.dim() > 1 else split
-    check_operands(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split)
-    assert split is not None
-    arguments = (x1, x2, a, scale, offset, perm, float(clamp), clamp_form, float(limit), split)
-    if not _backend.is_native(x1, x2, a, scale, offset, perm):
+    arguments = _arguments(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split)
+    if not _backend.is_native(*arguments[:6]):
         return affine_coupling_reference(*arguments)
     return _coupling(*arguments)
 
@@ -88,11 +85,8 @@ def affine_coupling_with_copy(
         ``y1``, ``y2`` and ``log_det`` of :func:`affine_coupling`, and ``copy (N, split, *)`` in the memory format of
         ``y1``; that is ``y1`` itself where ``a`` has the dtype of ``x2``.
     """
-    split = x1.size(1) if split is None and x1.dim() > 1 else split
-    check_operands(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split)
-    assert split is not None
-    arguments = (x1, x2, a, scale, offset, perm, float(clamp), clamp_form, float(limit), split)
-    if not _backend.is_native(x1, x2, a, scale, offset, perm):
+    arguments = _arguments(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split)
+    if not _backend.is_native(*arguments[:6]):
         return affine_coupling_with_copy_reference(*arguments)
     if a.dtype is not x2.dtype:
         return _coupling_with_copy(*arguments)
@@ -236,6 +230,24 @@ def _undo_affine(
     if offset is not None:
         y = y - per_channel(offset, y)
     return y if scale is None else y / per_channel(scale, y)
+
+
+def _arguments(
+    x1: Tensor,
+    x2: Tensor,
+    a: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    perm: Tensor | None,
+    clamp: float,
+    clamp_form: str,
+    limit: float,
+    split: int | None,
+) -> tuple[Any, ...]:
+    """Of the kernels and references: checked, the six tensors first."""
+    split = x1.size(1) if split is None and x1.dim() > 1 else split
+    check_operands(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split)
+    return x1, x2, a, scale, offset, perm, float(clamp), clamp_form, float(limit), split
 
 
 def check_operands(
