@@ -7,7 +7,7 @@ import ctypes
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -226,13 +226,24 @@ def addresses(*vectors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
 
 
 def empty(
-    like: Tensor, channels: int, interleaved: bool, dtype: torch.dtype | None = None
+    like: Tensor,
+    channels: int,
+    interleaved: bool,
+    dtype: torch.dtype | None = None,
+    size: Sequence[int] | None = None,
 ) -> Tensor:
-    """New tensor shaped as ``like`` but with ``channels`` channels, in the given order."""
-    n, _, *positions = like.shape
-    if interleaved:
-        return like.new_empty((n, *positions, channels), dtype=dtype).movedim(-1, 1)
-    return like.new_empty((n, channels, *positions), dtype=dtype)
+    """New tensor ``(N, channels, *size)``, by default with the sizes of ``like``, in the given order.
+
+    It is no view of another: what a custom autograd function returns could not be changed in place then.
+    """
+    sizes = like.shape[2:] if size is None else size
+    shape = (like.size(0), channels, *sizes)
+    if not interleaved:
+        return like.new_empty(shape, dtype=dtype)
+    steps = [max(channels, 1)]
+    for each in reversed(sizes):
+        steps.insert(0, steps[0] * max(each, 1))
+    return like.new_empty_strided(shape, (steps[0], 1, *steps[1:]), dtype=dtype)
 
 
 class NativeOp:

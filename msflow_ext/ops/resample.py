@@ -135,9 +135,8 @@ def _slices(whole: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
 def _allocate_pool(*args):
     *maps, height, width = args
     maps = [t for t in maps if t is not None]
-    interleaved = _backend.is_interleaved(maps[0])
-    like = maps[0][:, :1, :1, :1].expand(-1, -1, height, width)
-    return (_backend.empty(like, sum(t.size(1) for t in maps), interleaved),)
+    interleaved, channels = _backend.is_interleaved(maps[0]), sum(t.size(1) for t in maps)
+    return (_backend.empty(maps[0], channels, interleaved, size=(height, width)),)
 
 
 def _run_pool(results, *args):

@@ -223,8 +223,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) ->
 
 
 def _allocate(x, weight, bias, pad_rows, pad_columns, relu):
-    n, height, width = x.size(0), *_out_size(x, pad_rows, pad_columns)
-    return (x.new_empty((n, height, width, bias.numel())).movedim(-1, 1),)
+    size = _out_size(x, pad_rows, pad_columns)
+    return (_backend.empty(x, bias.numel(), True, size=size),)
 
 
 def _run(results, x, weight, bias, pad_rows, pad_columns, relu):

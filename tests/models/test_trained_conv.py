@@ -167,3 +167,15 @@ def test_the_flows_train_through_it(forms: list[Any], normal: Normal) -> None:
         assert g is not None and p.grad is not None
         assert relative_error(g.double(), p.grad) <= 1e-4
     assert any(taken) and not any(forms[len(taken) :])
+
+
+def test_what_follows_may_change_the_results_in_place(forms: list[Any], normal: Normal) -> None:
+    ours, theirs = pair()
+    x = normal(*LARGE)
+    found, wanted = (
+        derivatives(nn.Sequential(conv, nn.ReLU(inplace=True)), x)  # type: ignore[arg-type]
+        for conv in (ours, theirs)
+    )
+    assert forms == [(4, F32)]
+    for one, other in zip(found, wanted, strict=True):
+        assert relative_error(one, other.double()) < 1e-4

@@ -163,6 +163,27 @@ def test_twice_gives_the_same_bits(
     assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+@pytest.mark.parametrize("name", REGISTERED)
+def test_results_can_be_changed_in_place(
+    native: None, normal: Normal, name: str, layout: str
+) -> None:
+    order = getattr(torch, layout)
+    operands = make(normal, name, layout=lambda t: t.contiguous(memory_format=order))
+    function = OPS[name][0]
+
+    def doubled(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(2 * r for r in function(*leaves))
+
+    def in_place(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(r.mul_(2) for r in function(*leaves))
+
+    for one, other in zip(
+        differentiate(in_place, operands), differentiate(doubled, operands), strict=True
+    ):
+        assert one.equal(other)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_two_threads_give_the_bits_of_one(
     native: None, normal: Normal, name: str, memory_format: Layout, two_threads: None
