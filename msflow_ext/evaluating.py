@@ -76,7 +76,8 @@ def _test(options: Any, out: Path | None) -> dict[str, Any]:
     from msflow_ext.inference import load
     from msflow_ext.report import write_scores
 
-    detector = load(options.run, options.device, false_alarms=options.false_alarms)
+    how = {"false_alarms": options.false_alarms, "precision": options.precision}
+    detector = load(options.run, options.device, **how)
     model = detector.model
     own = not (options.data or options.normal)
     dataset = open_data(run_settings(Path(options.run)) if own else vars(options))

@@ -126,6 +126,23 @@ def test_evaluate_repeats_the_result_of_the_run_and_takes_other_data(run, data, 
     assert row.split()[-2:] == ["-", "-"]  # no masks, no pixel metrics
 
 
+@pytest.mark.parametrize(("precision", "error"), [("float32", 1e-4), ("bfloat16", 0.25)])
+def test_evaluate_tests_the_prepacked_form_that_predict_and_serve_take(
+    run, tmp_path, precision, error
+):
+    out = tmp_path / "evaluated"
+    command = ["evaluate", "--run", str(run), "--device", "cpu", "--out", str(out)]
+    assert cli.main([*command, "--precision", precision]) == 0
+
+    def scores(folder):
+        rows = (folder / "scores.csv").read_text().splitlines()[1:]
+        return [float(row.split(",")[3]) for row in rows]
+
+    assert scores(out) == pytest.approx(scores(run), rel=error)
+    if precision == "bfloat16":
+        assert scores(out) != scores(run)
+
+
 def test_a_run_with_padding_is_evaluated_with_padding(data, tmp_path):
     run, out = tmp_path / "run", tmp_path / "evaluated"
     assert cli.main(_train(data, run, "--fit", "pad")) == 0

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def evaluate(part: ArgumentParser) -> None:
     add_run(part)
     add_data(part)
+    add_precision(part)
     add_device(part)
     add_false_alarms(part)
     part.add_argument(
