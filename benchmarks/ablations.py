@@ -64,6 +64,7 @@ def variants() -> dict[str, Variant]:
         "batch 16, learnable base": replace(robust(batch_size=16), change=with_learnable_base),
         "FastFlow paper": Variant(FastFlow, recipe=FASTFLOW),
         "FastFlow paper, 8 epochs": Variant(FastFlow, recipe=FASTFLOW, epochs=8),
+        "FastFlow paper, 100 epochs": Variant(FastFlow, recipe=FASTFLOW, epochs=100),
         "FastFlow standardised, batch 8, 12 epochs": Variant(
             FastFlow, {"standardize": True}, replace(FASTFLOW, batch_size=8), epochs=12
         ),

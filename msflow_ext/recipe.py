@@ -123,6 +123,11 @@ class Recipe:
             return rate * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
         return rate * self.decay ** sum(epoch >= round(s * self.epochs) for s in self.milestones)
 
+    def is_tested(self, epoch: int) -> bool:
+        """Whether the model is tested after so many epochs."""
+        every = self.eval_every or math.ceil(self.epochs / 10)
+        return epoch == self.epochs or (epoch > 0 and epoch % every == 0)
+
     def order(self, epoch: int, images: int) -> Tensor:
         """The order of the images in ``epoch``, ``(images,)`` int64: a function of seed and epoch alone."""
         return torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(images))

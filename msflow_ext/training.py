@@ -29,6 +29,7 @@ from msflow_ext.data import DataSet, Images
 from msflow_ext.decisions import Calibration, judged
 from msflow_ext.distributed import Ranks
 from msflow_ext.evaluation import RESULTS, Evaluation, Truth, evaluate
+from msflow_ext.examiner import Examiner
 from msflow_ext.features import Features, features_of_parts
 from msflow_ext.inference import pick_device
 from msflow_ext.models.padim import Padim
@@ -69,7 +70,8 @@ def train(
     """Train ``model.head`` on ``dataset.train``, test it on ``dataset.test``, and write the folder ``run``.
 
     The result is that of the last epoch; the best epoch on the test set stands beside it, as such.
-    A checkpoint is written after the first epoch, at every test and at least once a minute.
+    A checkpoint is written after the first epoch, before every test and at least once a minute. Tests run beside the
+    epochs that follow, on a copy of the head, where there is a GPU or more than one thread for that.
     Several processes take the steps that one would take, and the first of them writes all files.
 
     Args:
@@ -141,45 +143,44 @@ def train(
             if ranks.first:
                 settled = yaml.safe_dump(dict(settings or {}), sort_keys=False)
                 write_text(run / "config.yaml", settled)
+        room = fabric.device.type != "cpu" or torch.get_num_threads() > 1
+        beside = room and ranks.size == 1  # several processes exchange one thing at a time
+        test = partial(_test, tested, truth, recipe.batch_size)
+        examiner = stack.enter_context(Examiner(model, test, beside=beside))
         head, optimizer = fabric.setup(model.head, adam)
         head.mark_forward_method("loss")
         model.eval()
         bar = stack.enter_context(_bar(recipe, state["epoch"], len(trained), progress))
         saved, final = -math.inf, None
-
-        def test() -> Evaluation:
-            try:
-                model.fit_latents(partial(trained.batches, recipe.batch_size), ranks.total)
-                return evaluate(model.predict_features, tested, truth, recipe.batch_size)
-            except FloatingPointError as error:
-                raise _stopped(run, state["epoch"], str(error)) from None
-
+        if recipe.is_tested(state["epoch"]):  # a checkpoint is older than its test
+            examiner.begin(state["epoch"])
         while state["epoch"] < recipe.epochs:
             model.train()
             loss = _epoch(fabric, head, optimizer, trained, recipe, state["epoch"], run, bar)
             model.eval()
             state["losses"].append(loss)
             state["epoch"] += 1
-            every = recipe.eval_every or math.ceil(recipe.epochs / 10)
-            due = state["epoch"] % every == 0 or state["epoch"] == recipe.epochs
+            due = recipe.is_tested(state["epoch"])
+            late = time.monotonic() - saved > CHECKPOINT_SECONDS
+            final = _take(examiner, state, run, wait=due or late) or final
             if due:
-                final = test()
-                state["evaluations"].append({"epoch": state["epoch"], **final.metrics})
-                if ranks.first:
-                    log.info("epoch %d: loss %.4f, %s", state["epoch"], loss, _brief(final.metrics))
+                model.fit_latents(partial(trained.batches, recipe.batch_size), ranks.total)
             with ranks.agreed():
-                late = time.monotonic() - saved > CHECKPOINT_SECONDS
                 if ranks.first and (due or late):
                     state["seconds"] = time.monotonic() - began
                     save_checkpoint(run / CHECKPOINT, state, model, adam)
                     saved = time.monotonic()
-        final = final or test()  # a resumed run may have had nothing left to train
+            if due:
+                examiner.begin(state["epoch"])
+                final = _take(examiner, state, run, wait=not beside) or final
+        final = _take(examiner, state, run, wait=True) or final
         gaussian = _baseline(trained, tested, truth, recipe.batch_size) if baseline else None
         calibration = _calibration(model, held_out, recipe.batch_size) if held else None
 
     metrics: dict[str, Any] = {}
     with ranks.agreed():
         if ranks.first:
+            assert final is not None  # the last epoch is tested
             metrics = summary(state, final.metrics)
             metrics |= {"baseline": gaussian, "seconds": round(time.monotonic() - began, 3)}
             _finish(run, model, shown, final, state, metrics, calibration)
@@ -272,6 +273,28 @@ def _epoch(
             raise _stopped(run, epoch + 1, what) from None
     total = sum(loss * len(chunk) for (loss, _), chunk in zip(steps, chunks, strict=True))
     return total / len(features) / sum(x[0].numel() for x in features[features.own[:1]])
+
+
+def _test(tested: Features, truth: Truth, batch_size: int, model: Any) -> Evaluation:
+    return evaluate(model.predict_features, tested, truth, batch_size)
+
+
+def _take(examiner: Examiner, state: dict[str, Any], run: Path, *, wait: bool) -> Evaluation | None:
+    """What a test found that is done, or is waited for; written down and said."""
+    epoch = examiner.epoch
+    try:
+        found = examiner.take(wait=wait)
+    except FloatingPointError as error:
+        raise _stopped(run, epoch, str(error)) from None
+    if found is None:
+        return None
+    if epoch not in (each["epoch"] for each in state["evaluations"]):
+        state["evaluations"].append({"epoch": epoch, **found.metrics})
+    if found.metrics:  # those of several processes are with the first
+        log.info(
+            "epoch %d: loss %.4f, %s", epoch, state["losses"][epoch - 1], _brief(found.metrics)
+        )
+    return found
 
 
 def _stopped(run: Path, epoch: int, what: str) -> TrainingDiverged:
