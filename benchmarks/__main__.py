@@ -18,7 +18,7 @@ BUSY = 0.1  # share of the machine that other processes may take
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.targets or options.report:
-        document = results.read(options.file or results.newest())
+        document = results.read(options.file) if options.file else results.newest()
         for line in report.write(document) if options.report else targets.table(document):
             print(line)
         return 0

@@ -102,22 +102,24 @@ def step(pair: Pair) -> Case:
     )
 
 
-def table(document: dict[str, Any], threads: int) -> Iterator[str]:
-    """Markdown: a line per model and backbone, with the fastest of its providers; nothing without such rows."""
-    rows = {row["case"]: row for row in document["rows"] if row["threads"] == threads}
-    names = [case.removeprefix(f"{IMAGE} ") for case in rows if case.startswith(f"{IMAGE} ")]
-    if not names:
-        return
-    what = "trained + frozen parameters | GFLOP an image | ms an image | MB"
-    yield f"| model, backbone, image | {what} | ms a step of {BATCH} | MB |"
-    yield "|---|---:|---:|---:|---:|---:|---:|"
-    for name in names:
-        row = rows[f"{IMAGE} {name}"]
-        found = row["facts"]
-        parameters = f"{found['trained'] / 1e6:.1f} + {found['frozen'] / 1e6:.1f} M"
-        cells = [parameters, f"{found['flops'] / 1e9:.1f}"]
-        cells += _fastest(row) + _fastest(rows.get(f"{STEP} {name}"))
-        yield f"| {name} | {' | '.join(cells)} |"
+def table(document: dict[str, Any]) -> Iterator[str]:
+    """Markdown by number of threads: a line per model and backbone, with the fastest of its providers; maybe none."""
+    for threads in sorted({row["threads"] for row in document["rows"]}):
+        rows = {row["case"]: row for row in document["rows"] if row["threads"] == threads}
+        names = [case.removeprefix(f"{IMAGE} ") for case in rows if case.startswith(f"{IMAGE} ")]
+        if not names:
+            continue
+        what = "trained + frozen parameters | GFLOP an image | ms an image | MB"
+        title = f"model, backbone, image; {threads} thread{'s' * (threads > 1)}"
+        yield from ("", f"| {title} | {what} | ms a step of {BATCH} | MB |")
+        yield "|---|---:|---:|---:|---:|---:|---:|"
+        for name in names:
+            row = rows[f"{IMAGE} {name}"]
+            found = row["facts"]
+            parameters = f"{found['trained'] / 1e6:.1f} + {found['frozen'] / 1e6:.1f} M"
+            cells = [parameters, f"{found['flops'] / 1e9:.1f}"]
+            cells += _fastest(row) + _fastest(rows.get(f"{STEP} {name}"))
+            yield f"| {name} | {' | '.join(cells)} |"
 
 
 def facts(model: Any) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ HEADLINES = (
     ("Pixel AUROC, 83 images", "pixel AUROC 83 images 512 px"),
     ("AUPRO, 83 images", "AUPRO 83 images 512 px"),
 )
+HEADLINE_CASES = {case for _, case in HEADLINES}
 CHARTS = {"flows": 0, "pipeline": 1, "training": 2}
 
 #: Groups whose few providers stand side by side; elsewhere the cases do.
@@ -31,22 +32,41 @@ OTHERS = ("flows", "pipeline", "training step", "training run", latency.GROUP)
 
 
 def write(document: dict[str, Any]) -> Iterator[str]:
-    """Write all tables, the charts and the README's block, that with as many threads as most of it was measured with."""
+    """Write all tables of a document; and from all documents the charts and the README's block."""
     page = results.file_for(document["machine"]).with_suffix(".md")
     page.write_text("\n".join(markdown(document)) + "\n")
     yield str(page)
-    shown = {case for _, case in HEADLINES}
-    counts = [row["threads"] for row in document["rows"] if row["case"] in shown]
-    threads = max(counts, key=lambda each: (counts.count(each), each), default=1)
-    for name, headline in CHARTS.items():
-        title, case = HEADLINES[headline]
-        row = _find(document, case, threads)
-        if row:
-            path = results.FOLDER / f"{name}.svg"
-            path.write_text(chart(f"{title}, 512 px: {_threads(threads)}", row))
-            yield str(path)
-    update(README, "benchmarks", "\n".join(headlines(document, threads)))
+    documents = results.times()
+    for best in speeds(documents)[:1]:
+        threads = usual_threads(best, HEADLINE_CASES)
+        for name, headline in CHARTS.items():
+            title, case = HEADLINES[headline]
+            row = _find(best, case, threads)
+            if row:
+                path = results.FOLDER / f"{name}.svg"
+                path.write_text(chart(f"{title}, 512 px: {_threads(threads)}", row))
+                yield str(path)
+    update(README, "benchmarks", "\n".join(headlines(documents)))
     yield str(README)
+
+
+def speeds(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each kind of processor the newest document with a headline, those with the most instructions first.
+
+    ``documents`` are in the order of their dates.
+    """
+    newest = {
+        tuple(document["machine"]["flags"]): document
+        for document in documents
+        if any(row["case"] in HEADLINE_CASES for row in document["rows"])
+    }
+    return sorted(newest.values(), key=lambda document: -len(document["machine"]["flags"]))
+
+
+def usual_threads(document: dict[str, Any], cases: Collection[str]) -> int:
+    """The number of threads that most of these cases were measured with."""
+    counts = [row["threads"] for row in document["rows"] if row["case"] in cases]
+    return max(counts, key=lambda each: (counts.count(each), each), default=1)
 
 
 def markdown(document: dict[str, Any]) -> Iterator[str]:
@@ -79,11 +99,24 @@ def markdown(document: dict[str, Any]) -> Iterator[str]:
         yield from ("", "## Not timed, because the results were wrong", "", *refused)
 
 
-def headlines(document: dict[str, Any], threads: int) -> Iterator[str]:
-    """The README's block."""
-    yield f"Measured on {machine_line(document['machine'])}, with {_threads(threads)}, at 512 px;"
-    yield "`benchmarks/README.md` says how, and how to repeat it."
-    yield ""
+def headlines(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The README's block, from documents in the order of their dates."""
+    yield "Images of 512 px; `benchmarks/README.md` says how this was measured, and how to repeat it."
+    for document in speeds(documents):
+        threads = usual_threads(document, HEADLINE_CASES)
+        yield from ("", f"{machine_line(document['machine'])}, {_threads(threads)}:", "")
+        yield from _speed_table(document, threads)
+    for name in CHARTS:
+        if (results.FOLDER / f"{name}.svg").exists():
+            yield from ("", f"![Time of {name} by provider](benchmarks/results/{name}.svg)")
+    for table in (bench_models.table, latency.markdown):
+        found = ((document, list(table(document))) for document in reversed(documents))
+        document, lines = next((each for each in found if each[1]), (None, []))
+        if document:
+            yield from ("", f"{machine_line(document['machine'])}:", *lines)
+
+
+def _speed_table(document: dict[str, Any], threads: int) -> Iterator[str]:
     yield "| | the usual way | the best other | ours | faster than usual | than the best other |"
     yield "|---|---:|---:|---:|---:|---:|"
     for title, case in HEADLINES:
@@ -100,12 +133,6 @@ def headlines(document: dict[str, Any], threads: int) -> Iterator[str]:
             *(f"{ratio(times[n], times[ours]):.1f}x" for n in (usual, other)),
         ]
         yield f"| {title} | {' | '.join(cells)} |"
-    for name in CHARTS:
-        if (results.FOLDER / f"{name}.svg").exists():
-            yield from ("", f"![Time of {name} by provider](benchmarks/results/{name}.svg)")
-    yield ""
-    yield from bench_models.table(document, threads)
-    yield from latency.markdown(document)
 
 
 def update(path: Path, name: str, block: str) -> None:
@@ -129,7 +156,7 @@ def chart(title: str, row: Row) -> str:
 
 
 def machine_line(facts: dict[str, Any]) -> str:
-    flags = [flag for flag in facts["flags"] if flag not in ("avx2", "neon")]
+    flags = [f for f in facts["flags"] if f not in ("avx2", "neon")] or facts["flags"]
     amx = "" if "amx_bf16" in flags else ", no AMX"
     return (
         f"{facts['cpu']}, {facts['cores']} cores ({', '.join(flags)}{amx}), "

@@ -17,14 +17,19 @@ def file_for(facts: dict[str, Any]) -> Path:
     return FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
-def newest() -> Path:
-    """The times that were written last, by the date inside; others have files of their own."""
+def times() -> list[dict[str, Any]]:
+    """All documents of times, by the date inside; accuracies and the like have files of their own."""
     others = (ACCURACY, BULK, SERVING, SOAK)
-    times = (path for path in FOLDER.glob("*.json") if not path.name.startswith(others))
-    files = sorted(times, key=lambda path: read(path)["machine"]["date"])
-    if not files:
+    paths = (path for path in FOLDER.glob("*.json") if not path.name.startswith(others))
+    return sorted(map(read, paths), key=lambda document: document["machine"]["date"])
+
+
+def newest() -> dict[str, Any]:
+    """The times that were measured last."""
+    found = times()
+    if not found:
         raise SystemExit(f"no results in {FOLDER}: run python -m benchmarks first")
-    return files[-1]
+    return found[-1]
 
 
 def read(path: Path) -> dict[str, Any]:

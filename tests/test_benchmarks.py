@@ -187,11 +187,36 @@ def test_the_table_of_models_holds_parameters_operations_times_and_memory(load: 
         model.features(models.blank(model))
     steps = [9 * (32 * 5 + 5 * 64), 32 * 5 + 5 * 64]  # 3x3, then 1x1; 5 hidden of 32 channels
     assert facts["flops"] == counter.get_total_flops() + 2 * 16 * sum(steps)
-    threads = rows[0]["threads"]
-    lines = list(models.table({"rows": rows}, threads))
-    assert [line.count("|") for line in lines] == [8, 8, 8]
-    assert lines[2].startswith("| FastFlow test_vit 64 px | ")
-    assert list(models.table({"rows": rows}, threads + 1)) == []
+    lines = list(models.table({"rows": rows}))
+    assert [line.count("|") for line in lines] == [0, 8, 8, 8]
+    assert f"; {rows[0]['threads']} thread" in lines[1]
+    assert lines[3].startswith("| FastFlow test_vit 64 px | ")
+    assert list(models.table({"rows": rows[1:]})) == []
+
+
+def test_the_readme_has_the_newest_speeds_of_each_kind_of_processor(load: Load) -> None:
+    report = load("report")
+    case = report.HEADLINES[0][1]
+
+    def measured(flags: list[str], date: str, ms: float, case: str = case) -> dict[str, Any]:
+        providers = {"official fp32": {"ms": [100.0]}, "ours": {"ms": [ms]}}
+        facts = {"cpu": "C", "cores": 2, "memory_gib": 8, "versions": {"torch": "2"}}
+        return {
+            "machine": {**facts, "flags": flags, "date": date},
+            "rows": [{"case": case, "threads": 1, "providers": providers}],
+        }
+
+    narrow, wide = ["avx2"], ["avx2", "avx512f"]
+    documents = [
+        measured(wide, "1", 50),
+        measured(wide, "2", 20),
+        measured(narrow, "3", 40),
+        measured(wide, "4", 1, "norm"),
+    ]
+    assert report.speeds(documents) == [documents[1], documents[2]]
+    text = "\n".join(report.headlines(documents))
+    assert [text.count(f" {ratio}x ") for ratio in ("2.0", "5.0", "2.5")] == [0, 2, 2]
+    assert text.index("avx512f") < text.index("5.0x") < text.index("2.5x")
 
 
 def test_a_report_stands_between_the_markers_and_nowhere_else(load: Load, tmp_path: Path) -> None:
