@@ -19,6 +19,7 @@ from torch import Tensor
 
 from msflow_ext.data import Images, Item
 from msflow_ext.distributed import Ranks, even_shares
+from msflow_ext.free_memory import free_memory
 
 if TYPE_CHECKING:
     from msflow_ext.recipe import Recipe
@@ -39,8 +40,9 @@ class Features:
     Args:
         model: has ``features(images)``.
         images: what the features are of.
-        cache: ``"memory"`` keeps the features there; ``"disk"`` in the mapped ``file``, which
-            :meth:`close` removes; ``"off"`` computes them on every use.
+        cache: ``"memory"`` keeps the features there, or if ``file`` is given and they need more than
+            half of what is free, in that file; ``"disk"`` in the mapped ``file``, which :meth:`close`
+            removes; ``"off"`` computes them on every use.
         dtype: of the cache: float32, or bfloat16 for half the space.
         batch_size: images per call of the backbone.
         workers: threads that decode images.
@@ -79,7 +81,7 @@ class Features:
         self._device = next(model.parameters()).device
         self._workers = workers
         self._maps: list[Tensor] = []
-        self._file = file if cache == "disk" else None
+        self._file, self._cache = file if cache != "off" else None, cache
         if cache != "off" and len(self.own):
             try:
                 self._fill(dtype, batch_size, progress)
@@ -105,6 +107,11 @@ class Features:
         self._maps = []
         if self._file is not None:
             self._file.unlink(missing_ok=True)
+
+    @property
+    def place(self) -> str:
+        """Where the features are: ``memory``, ``disk`` or nowhere, ``off``."""
+        return "off" if self._cache == "off" else "memory" if self._file is None else "disk"
 
     @property
     def nbytes(self) -> int:
@@ -197,9 +204,12 @@ class Features:
     def _allocate(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
         shapes = [(len(self.own), *shape) for shape in shapes]
         sizes = [math.prod(shape) for shape in shapes]
-        if self._file is None:
+        wanted, free = sum(sizes) * dtype.itemsize, free_memory()
+        fits = free is None or wanted * self.ranks.size <= free / 2  # all may be on one machine
+        if self._file is None or (self._cache == "memory" and fits):
+            self._file = None
             return [torch.empty(shape, dtype=dtype) for shape in shapes]
-        wanted, free = sum(sizes) * dtype.itemsize, shutil.disk_usage(self._file.parent).free
+        free = shutil.disk_usage(self._file.parent).free
         if wanted > free:
             raise OSError(f"{self._file} needs {wanted:,} bytes, the disk has {free:,} left")
         _reserve(self._file, wanted)
@@ -258,8 +268,10 @@ def features_of_parts(
     with ranks.agreed():
         found += map(compute, others)
     megabytes = int(ranks.total(torch.tensor(sum(each.nbytes for each in found)))) / 1e6
-    counts = " + ".join(str(len(each)) for each in found if len(each))
-    log.info("features of %s images: %.0f MB (cache: %s)", counts, megabytes, recipe.cache)
+    filled = [each for each in found if len(each)]
+    counts = " + ".join(str(len(each)) for each in filled)
+    places = "+".join(dict.fromkeys(each.place for each in filled))
+    log.info("features of %s images: %.0f MB (cache: %s)", counts, megabytes, places)
     return found
 
 

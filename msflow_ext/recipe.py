@@ -41,7 +41,8 @@ class Recipe:
         precision: ``float32``, or ``bfloat16`` (autocast; weights stay float32, cached features are halved).
         memory: what the backward pass rests on, see :class:`msflow_ext.models.detector.FlowHead`; ``reversible`` needs
             ``float32``.
-        cache: where the backbone's features are kept: ``memory``, ``disk`` or ``off``.
+        cache: where the backbone's features are kept: ``memory`` (on disk what needs more than half of what is free),
+            ``disk`` or ``off``.
         eval_every: epochs between tests; a tenth of them if None.
         workers: threads that decode images.
         fit: how images become square, see :class:`msflow_ext.data.Images`: ``resize`` or ``pad``.

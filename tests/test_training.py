@@ -22,6 +22,7 @@ from msflow_ext.compat.msflow import head_from_state_dict, to_official_names
 from msflow_ext.data import DataSet, Images, Item
 from msflow_ext.features import Features
 from msflow_ext.flows import MEMORY
+from msflow_ext.free_memory import free_memory
 from msflow_ext.recipe import PRESETS
 from msflow_ext.run_folder import summary
 from msflow_ext.training import Recipe, TrainingDiverged, make_optimizer, train, train_epoch
@@ -281,6 +282,48 @@ def test_features_on_disk_give_the_same_bits_and_leave_no_file(tmp_path, squares
     train(build_model(), squares, run, Recipe(epochs=2, batch_size=4, cache="disk"), device="cpu")
     assert _same(run, finished_run)
     assert not list(run.glob("*.cache"))
+
+
+def test_features_that_memory_does_not_hold_go_to_the_disk(
+    tmp_path, monkeypatch, caplog, squares, finished_run
+):
+    from msflow_ext import features
+
+    run, seen, recipe = tmp_path / "run", [], Recipe(epochs=2, batch_size=4)
+    trained = train_epoch
+
+    def look(*args, **kwargs):
+        seen.extend(path.name for path in run.glob("*.cache"))
+        return trained(*args, **kwargs)
+
+    images = Features(build_model(), Images(squares.train, SIZE)).nbytes  # test images need as much
+    caplog.set_level("INFO", logger="msflow_ext")
+    monkeypatch.setattr(training, "train_epoch", look)
+    for free, place in ((2 * images, "memory"), (2 * images - 2, "disk")):
+        monkeypatch.setattr(features, "free_memory", lambda free=free: free)
+        train(build_model(), squares, run, recipe, device="cpu", overwrite=True)
+        assert _same(run, finished_run)
+        assert f"(cache: {place})" in caplog.text
+        assert (len(seen) > 0) == (place == "disk")
+    assert set(seen) == {"features-training.cache", "features-test.cache"}
+    assert not list(run.glob("*.cache"))
+
+
+def test_free_memory_is_what_machine_and_container_leave(tmp_path):
+    assert free_memory(tmp_path) is None
+    files = {
+        "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    4000 kB\n",
+        "sys/fs/cgroup/memory.max": "max\n",
+        "sys/fs/cgroup/memory.current": "1000\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert free_memory(tmp_path) == 4000 * 1024
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("3000\n")
+    assert free_memory(tmp_path) == 2000
+    here = free_memory()
+    assert here is None or here > 0
 
 
 def test_features_computed_anew_every_epoch_give_the_same_training(tmp_path, squares, finished_run):
