@@ -54,7 +54,8 @@ def both(name: str, make: Callable[[], tuple[Any, list[Tensor]]], batch: int) ->
                 msflow_ext.accelerate(flows)
             return step(flows, wrap) if train else wrap(flows)
 
-        return Provider(build, BF16 if wrap is autocast else FP32, **options)
+        bf16 = wrap is autocast
+        return Provider(build, BF16 if bf16 else FP32, bf16=bf16, **options)
 
     def case(train: bool) -> Case:
         return Case(

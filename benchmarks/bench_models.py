@@ -92,7 +92,7 @@ def step(pair: Pair) -> Case:
         inputs=inputs,
         providers={
             "ours fp32": Provider(lambda: run("32-true"), FP32),
-            "ours bf16": Provider(lambda: run("bf16-mixed"), BF16),
+            "ours bf16": Provider(lambda: run("bf16-mixed"), BF16, bf16=True),
         },
         wanted="ours fp32",
         hot=True,

@@ -77,7 +77,7 @@ def run_case(
         providers={
             f"{OFFICIAL} fp32": Provider(lambda: official_run(model, fp32)),
             "ours fp32": Provider(lambda: our_run(model, fp32), 2e-2),
-            "ours bf16": Provider(lambda: our_run(model, bf16), 0.1),
+            "ours bf16": Provider(lambda: our_run(model, bf16), 0.1, bf16=True),
         },
         wanted=f"{OFFICIAL} fp32",
         grad=True,

@@ -87,7 +87,7 @@ def case(graphs: Graphs, batch: int, aoti: bool = False) -> Case:
         inputs=lambda: [torch.rand(batch, 3, size, size, generator=_seed())],
         providers={
             "eager fp32": Provider(lambda: _reference(_forward(model)), FP32),
-            "eager bf16": Provider(lambda: _reference(autocast(_forward(model))), BF16),
+            "eager bf16": Provider(lambda: _reference(autocast(_forward(model))), BF16, bf16=True),
             "torch.compile fp32": Provider(
                 lambda: _reference(compiled(_forward(model))), FP32, slow=True
             ),

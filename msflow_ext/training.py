@@ -33,6 +33,7 @@ from msflow_ext.examiner import Examiner
 from msflow_ext.features import Features, features_of_parts
 from msflow_ext.inference import pick_device
 from msflow_ext.models.padim import Padim
+from msflow_ext.models.processor import has_bfloat16
 from msflow_ext.recipe import Recipe
 from msflow_ext.run_folder import (
     METRICS,
@@ -218,6 +219,10 @@ def _fabric(device: torch.device, recipe: Recipe) -> Fabric:
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its defaults
     devices = 1 if device.index is None else [device.index]
     mixed = recipe.precision == "bfloat16"
+    if mixed and device.type == "cpu" and not has_bfloat16():
+        log.warning(
+            "this processor has no instructions for bfloat16: precision float32 is much faster here"
+        )
     fabric = Fabric(
         accelerator=device.type, devices=devices, precision="bf16-mixed" if mixed else "32-true"
     )

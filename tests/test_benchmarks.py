@@ -17,7 +17,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from msflow_ext import FastFlow
-from msflow_ext.bench import TINY, Case, Provider, difference, machine, measure, ratio, table
+from msflow_ext.bench import (
+    TINY,
+    Case,
+    Provider,
+    difference,
+    harness,
+    machine,
+    measure,
+    ratio,
+    table,
+)
 from msflow_ext.bench.cases import flows
 from msflow_ext.table import Line
 
@@ -82,6 +92,17 @@ def test_a_provider_that_fails_does_not_keep_the_others_from_being_timed() -> No
     assert found["right"]["ms"]
 
 
+def test_bfloat16_is_not_timed_where_the_processor_has_no_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for able in (True, False):
+        monkeypatch.setattr(harness, "has_bfloat16", lambda able=able: able)
+        found = measure(flows(**TINY), seconds=0)["providers"]
+        assert ("ms" in found["eager bf16"]) == able
+        assert "ms" in found["eager fp32"] and "ms" in found["ours optimized bf16"]
+    assert found["eager bf16"] == {"refused": "this processor has no instructions for bfloat16"}
+
+
 def test_a_copy_of_as_many_bytes_is_timed_beside() -> None:
     row = measure(doubling(lambda x: x + x, bytes=800), seconds=0)
     assert set(row["providers"]) == {"right", "wrong", "copy"}
@@ -102,7 +123,10 @@ def test_inputs_rotate_past_the_cache_unless_hot(monkeypatch: pytest.MonkeyPatch
     assert len(seen[False]) * 400 > 2 * 1000
 
 
-def test_all_flows_agree_with_eager_pytorch_and_are_timed() -> None:
+def test_all_flows_agree_with_eager_pytorch_and_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(harness, "has_bfloat16", lambda: True)
     row = measure(flows(**TINY), seconds=0)
     for name, found in row["providers"].items():
         assert found["error"] <= (0.05 if "bf16" in name else 1e-4), name

@@ -333,9 +333,14 @@ def test_features_computed_anew_every_epoch_give_the_same_training(tmp_path, squ
     assert metrics["losses"] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_bfloat16_trains_and_halves_the_cache(tmp_path, squares, finished_run):
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_trains_and_halves_the_cache_and_says_where_it_is_slow(
+    tmp_path, monkeypatch, caplog, squares, finished_run, fast
+):
+    monkeypatch.setattr(training, "has_bfloat16", lambda: fast)
     recipe = Recipe(epochs=2, batch_size=4, precision="bfloat16")
     metrics = train(build_model(), squares, tmp_path / "run", recipe, device="cpu")
+    assert ("no instructions for bfloat16: precision float32" in caplog.text) != fast
     wanted = json.loads((finished_run / "metrics.json").read_text())["losses"]
     assert metrics["losses"] == pytest.approx(wanted, rel=0.02)
     model, images = build_model(), Images(squares.train, 64)

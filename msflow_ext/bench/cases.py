@@ -94,15 +94,15 @@ def training_step(
             new = OfficialMSFlow(_new_head(*head), maps, permutation)
             return _their_step(new, bf16=bf16, compile=slow, **options)
 
-        return Provider(make, BF16 if bf16 else FP32, slow)
+        return Provider(make, BF16 if bf16 else FP32, slow, bf16)
 
-    def ours(precision: str, tolerance: float, memory: str = "lean") -> Provider:
+    def ours(*, bf16: bool = False, memory: str = "lean") -> Provider:
         def make() -> Callable[..., Any]:
             new = _new_head(*head)
             new.memory = memory
-            return our_step(new, precision)
+            return our_step(new, "bf16-mixed" if bf16 else "32-true")
 
-        return Provider(make, tolerance)
+        return Provider(make, BF16 if bf16 else FP32, bf16=bf16)
 
     authors = "dense" if OFFICIAL == "official" else "index"
     return Case(
@@ -115,9 +115,9 @@ def training_step(
             "eager bf16 tuned": theirs("index", bf16=True, tuned=True),
             "compile fp32": theirs("index", slow=True),
             "compile bf16": theirs("index", bf16=True, slow=True),
-            "ours fp32": ours("32-true", FP32),
-            "ours reversible fp32": ours("32-true", FP32, "reversible"),
-            "ours bf16": ours("bf16-mixed", BF16),
+            "ours fp32": ours(),
+            "ours reversible fp32": ours(memory="reversible"),
+            "ours bf16": ours(bf16=True),
         },
         wanted=f"{OFFICIAL} fp32",
         hot=True,
@@ -162,7 +162,8 @@ def _theirs(make: Callable[[str, torch.memory_format], Callable[..., Any]]) -> d
                 run = mode(run)
             return run
 
-        return Provider(build, BF16 if autocast in modes else FP32, **options)
+        bf16 = autocast in modes
+        return Provider(build, BF16 if bf16 else FP32, bf16=bf16, **options)
 
     official = {
         "official fp32": provider("dense"),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from msflow_ext.bench import machine, memory
 from msflow_ext.bench.summary import difference, tensors_of
+from msflow_ext.models.processor import has_bfloat16
 
 MOST_ROUNDS = 40
 SAMPLE_SECONDS = 2e-3  # shorter calls are repeated until a sample takes this long
@@ -30,12 +31,14 @@ class Provider:
         make: builds the callable that takes the case's inputs; what it builds once is not timed.
         tolerance: largest deviation from the wanted results, in units of their largest magnitude.
         slow: takes a minute or more to build; run on request only.
+        bf16: PyTorch convolves in bfloat16; not timed where the processor has no instructions for that.
         wanted: results of its own to be equal to, where it computes another quantity than the others.
     """
 
     make: Callable[[], Callable[..., Any]]
     tolerance: float = 1e-4
     slow: bool = False
+    bf16: bool = False
     wanted: Callable[..., Any] | None = None
 
 
@@ -118,6 +121,9 @@ def prepare(case: Case, names: Sequence[str] | None = None, *, slow: bool = Fals
             common = _results(case.wanted, inputs, case.calls)
         for name in chosen:
             provider = case.providers[name]
+            if provider.bf16 and not has_bfloat16():
+                ready.found[name] = {"refused": "this processor has no instructions for bfloat16"}
+                continue
             wanted = common if provider.wanted is None else [provider.wanted(*inputs)]
             if name == case.wanted:
                 ready.found[name] = {"error": 0.0, "tolerance": provider.tolerance}

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from msflow_ext import ops
+from msflow_ext.models.processor import has_bfloat16
 from msflow_ext.models.winograd import winograd_form
 
 _DECIDING = Lock()
@@ -26,10 +29,11 @@ class PackedConv2d(nn.Module):
     The first input decides: Winograd's form where it pays (:func:`~msflow_ext.models.winograd.winograd_form`; its
     weight takes 1.8 or 4 times the memory), else the layout that the library would otherwise make at every call. That
     layout comes from what torch's own freezing emits, which is private: where it is missing or refuses, plain
-    ``conv2d`` on a channels_last weight is the same convolution.
+    ``conv2d`` on a channels_last weight is the same convolution. Where the processor has no instructions for bfloat16,
+    such a convolution is one in float32 between two casts.
 
     Args:
-        conv: any ``Conv2d``; a snapshot is taken.
+        conv: any ``Conv2d``, or timm's ``Conv2dSame``, which pads as TensorFlow does; a snapshot is taken.
         dtype: of input and output.
         relu: whether a ReLU follows, in the same pass.
     """
@@ -43,12 +47,15 @@ class PackedConv2d(nn.Module):
         if conv.padding_mode != "zeros":  # as Conv2d does: pad first, then convolve without padding
             self.border, self.padding = list(conv._reversed_padding_repeated_twice), (0, 0)
         self.mode = conv.padding_mode
+        self.kernel_size, self.same = conv.kernel_size, isinstance(conv, Conv2dSame)
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
         self.dtype, self.relu = dtype, relu
         self.convolve: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.border:
+        if self.same:
+            x = pad_same(x, *map(list, (self.kernel_size, self.stride, self.dilation)))
+        elif self.border:
             x = F.pad(x, self.border, mode=self.mode)
         if self.convolve is None:
             with _DECIDING:
@@ -71,14 +78,18 @@ class PackedConv2d(nn.Module):
                 padding=self.padding,
                 relu=self.relu,
             )
-        bias = None if self.bias is None else self.bias.to(self.dtype)
-        weight = self.weight.to(self.dtype, memory_format=torch.channels_last)
-        packable = (
-            self.dtype in (torch.float32, torch.bfloat16)
-            and x.device.type == "cpu"
-            and not isinstance(self.padding, str)
-        )
-        if packable:
+        on_cpu = x.device.type == "cpu"
+        if self.dtype is torch.bfloat16 and on_cpu and not has_bfloat16():
+            return partial(_between_casts, self._direct(x.float(), torch.float32))
+        return self._direct(x, self.dtype)
+
+    def _direct(self, x: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        assert self.weight is not None
+        options = (self.padding, self.stride, self.dilation, self.groups)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        weight = self.weight.to(dtype, memory_format=torch.channels_last)
+        known = dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu"
+        if known and not isinstance(self.padding, str):
             try:
                 packed = torch.ops.mkldnn._reorder_convolution_weight(
                     weight, *options, list(x.shape)
@@ -89,6 +100,10 @@ class PackedConv2d(nn.Module):
                 return partial(_packed, packed, bias, options, "relu" if self.relu else "none")
         options = (self.stride, self.padding, self.dilation, self.groups)
         return partial(_plain, weight, bias, options, self.relu)
+
+
+def _between_casts(convolve: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return convolve(x.float()).to(x.dtype)
 
 
 def _packed(
@@ -130,7 +145,7 @@ def optimize_network(network: nn.Module, example: Tensor, dtype: torch.dtype) ->
             copied = plain
     copied.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, module in list(copied.named_modules()):
-        if type(module) is nn.Conv2d:
+        if isinstance(module, nn.Conv2d) and type(module) in (nn.Conv2d, Conv2dSame):
             _replace(copied, name, PackedConv2d(module, dtype))
     return copied
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msflow_ext.models.processor import has_amx
 from msflow_ext.ops.winograd import factor_dtypes
 
 #: Tile, and dtype of the factors.
@@ -43,11 +44,7 @@ def winograd_form(
     positions = x.size(0) * x.size(2) * x.size(3)
     if isinstance(padding, str) or min(c_in, c_out) < (64 if half else 32) or positions < 64:
         return None
-    if half and _has_amx():
+    if half and has_amx():
         return None
     large, factor = (3, torch.bfloat16) if half else (4, torch.float32)
     return (large if positions >= 1024 else 2), factor
-
-
-def _has_amx() -> bool:
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())

@@ -35,7 +35,7 @@ def forms(native: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return taken[-1]
 
     monkeypatch.setattr(trained_conv, "training_form", watch)
-    monkeypatch.setattr(winograd, "_has_amx", lambda: False)  # beside which bfloat16 stays direct
+    monkeypatch.setattr(winograd, "has_amx", lambda: False)  # beside which bfloat16 stays direct
     return taken
 
 

@@ -26,7 +26,7 @@ PLAIN: tuple[Any, ...] = ((1, 1), (1, 1), (1, 1), 1)
 def factors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A processor that multiplies these."""
     monkeypatch.setattr(winograd, "factor_dtypes", lambda: request.param)
-    monkeypatch.setattr(winograd, "_has_amx", lambda: False)
+    monkeypatch.setattr(winograd, "has_amx", lambda: False)
     return request.param
 
 
@@ -76,7 +76,7 @@ def test_few_channels_in_bfloat16_stay_direct(factors: Any) -> None:
 
 
 def test_matrix_units_keep_bfloat16_direct(monkeypatch: pytest.MonkeyPatch, factors: Any) -> None:
-    monkeypatch.setattr(winograd, "_has_amx", lambda: True)
+    monkeypatch.setattr(winograd, "has_amx", lambda: True)
     assert BF16 not in factors or form(BF16) is None
     assert form(F32) == (4, F32)
 
