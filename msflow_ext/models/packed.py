@@ -54,7 +54,7 @@ class PackedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.same:
-            x = pad_same(x, *map(list, (self.kernel_size, self.stride, self.dilation)))
+            x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
         elif self.border:
             x = F.pad(x, self.border, mode=self.mode)
         if self.convolve is None:
