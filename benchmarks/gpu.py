@@ -173,6 +173,10 @@ def _kernel_cases(
     n = x1.nbytes
     return {
         "coupling forward": (6 * n, lambda: ops.affine_coupling(x1, x2, a, *vectors)),
+        "coupling without log_det": (
+            6 * n,
+            lambda: ops.affine_coupling(x1, x2, a, *vectors, log_det=False),
+        ),
         "coupling likelihood": (
             4 * n,
             lambda: ops.coupling_log_likelihood(x1, x2, a, *vectors),

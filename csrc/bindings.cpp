@@ -187,7 +187,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = MSFLOW_EXT_CUDA;
   m.def("cuda_problem", &cuda_problem, nogil);
   m.def("coupling_scratch", &coupling_scratch);
-  m.def("coupling_likelihood_scratch", &coupling_likelihood_scratch);
   m.def("norm_scratch", &norm_scratch);
   def("square_sums_scratch", &square_sums_scratch, check_square_sums_scratch);
   def("aggregate_scratch", &aggregate_scratch, check_aggregate_scratch);

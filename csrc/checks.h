@@ -109,17 +109,16 @@ inline constexpr auto check_coupling_forward =
         require(a.dtype != x2.dtype, "coupling", "copy", "differ from y1 in its element type");
         s.check("copy", copy, a.dtype, c.split);
       }
-      check_vector("coupling", "log_det", log_det, c.samples);
+      check_optional("coupling", "log_det", log_det, c.samples);
     };
 
-inline constexpr auto check_coupling_likelihood =
-    [](const Coupling& c, const Tensor& x1, const Tensor& x2, const Tensor& a,
-       const void* likelihoods, const void* log_det, auto...) {
-      check_inputs(c, x1, x2, a);
-      require(c.channels() > 0, "coupling", "channels", "be at least one");
-      check_vector("coupling", "likelihoods", likelihoods, c.samples * c.positions);
-      check_vector("coupling", "log_det", log_det, c.samples);
-    };
+inline constexpr auto check_coupling_likelihood = [](const Coupling& c, const Tensor& x1,
+                                                     const Tensor& x2, const Tensor& a,
+                                                     const void* likelihoods, auto...) {
+  check_inputs(c, x1, x2, a);
+  require(c.channels() > 0, "coupling", "channels", "be at least one");
+  check_vector("coupling", "likelihoods", likelihoods, c.samples * c.positions);
+};
 
 inline constexpr auto check_coupling_inverse = [](const Coupling& c, const Tensor& y1,
                                                   const Tensor& y2, const Tensor& a,
@@ -138,6 +137,7 @@ inline constexpr auto check_coupling_backward =
        const Tensor& gx1, const Tensor& gx2, const Tensor& ga, const void* grad_scale,
        const void* grad_offset, auto...) {
       check_coupling_forward(c, x1, x2, a, gy1, gy2, gcopy, grad_log_det);
+      check_vector("coupling", "grad_log_det", grad_log_det, c.samples);
       const Shape s = shape(c);
       s.check("grad_x1", gx1, x2.dtype, c.passive);
       s.check("grad_x2", gx2, x2.dtype, c.active);

@@ -167,12 +167,13 @@ def _coupling_cases(
     halves = [normal(3, c, *size) for c in (c1, c2)]
     a, scale = normal(3, 2 * c2, *size, dtype=subnet), normal(c1 + c2, dtype=wide).exp()
     operands = [*halves, a, scale, normal(c1 + c2, dtype=wide), torch.randperm(c1 + c2)]
-    functions = (ops.affine_coupling, ops.affine_coupling_inverse, ops.coupling_log_likelihood)
+    functions = (ops.affine_coupling, ops.affine_coupling_inverse, _coupling_results, _likelihood)
     for form in CLAMP_FORMS:
-        couple, uncouple, likelihood = (partial(f, clamp_form=form) for f in functions)
+        couple, uncouple, alone, likelihood = (partial(f, clamp_form=form) for f in functions)
         cases: dict[str, Any] = {
             "coupling": couple,
             "coupling inverse": uncouple,
+            "coupling without log_det": alone,
             "coupling likelihood": likelihood,
             "coupling backward": _gradients(couple),
         }
@@ -206,6 +207,14 @@ def _other_cases(
     if dtype in (torch.float32, torch.bfloat16):
         weight, bias = (normal(*s, dtype=torch.float32) for s in ((5, c1 + c2, 3, 3), (5,)))
         yield f"winograd {label}", _convolve, [x, weight / 9, bias]
+
+
+def _coupling_results(*t: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    return ops.affine_coupling(*t, **options, log_det=False)[:2]
+
+
+def _likelihood(*t: Tensor, **options: Any) -> tuple[Tensor]:
+    return (ops.coupling_log_likelihood(*t, **options),)
 
 
 def _norm(*t: Tensor) -> tuple[Tensor]:

@@ -311,7 +311,7 @@ void coupling_forward_cpu(const Coupling& coupling, Tensor x1, Tensor x2, Tensor
     job.x1 = x1, job.x2 = x2, job.a = a, job.y1 = y1, job.y2 = y2, job.copy = copy;
     job.log_det_parts = scratch<double>(job.items());
     parallel_for(job.items(), job.item_size(), body, job);
-    job.sum_log_det(log_det, 1);
+    if (log_det) job.sum_log_det(log_det, 1);
   };
   DISPATCH(forward, x2.dtype, a.dtype, run)
 }

@@ -301,6 +301,28 @@ __global__ void __launch_bounds__(threads, 1) backward_interleaved(const __grid_
 
 // ---- the second stage ----
 
+// A block sums the parts of one sample's log_det and adds that of the global scale.
+template <class W>
+__global__ void __launch_bounds__(threads, 1)
+    finish_log_det(const __grid_constant__ Coupling job, const W* parts, int64_t size, W sign,
+                   W* log_det) {
+  double sum = 0, scales = 0;
+  for (int64_t i = threadIdx.x; i < size; i += threads) sum += double(parts[blockIdx.x * size + i]);
+  if (job.scale)
+    for (int64_t c = threadIdx.x; c < job.channels(); c += threads)
+      scales += log(double(static_cast<const W*>(job.scale)[c]));
+  sum = block_sum(sum + scales * double(job.positions));
+  if (threadIdx.x == 0) log_det[blockIdx.x] = sign * W(sum);
+}
+
+template <class J>
+void sum_log_det(const J& job, double sign, void* log_det, void* stream) {
+  using W = typename J::W;
+  launch(finish_log_det<W>, job.samples, 0, stream, static_cast<const Coupling&>(job),
+         static_cast<const W*>(job.log_det_parts), job.channels() ? job.sample_blocks() : 0,
+         W(sign), static_cast<W*>(log_det));
+}
+
 // A block sums the parts (rows, 2, C) of warp_size channels.
 template <class W>
 __global__ void __launch_bounds__(threads, 1)
@@ -340,7 +362,7 @@ void coupling_forward_cuda(const Coupling& coupling, Tensor x1, Tensor x2, Tenso
       launch(forward_interleaved<J>, job.blocks(), job.stage_bytes(), stream, job);
     else
       launch(forward_planar<J>, job.blocks(), 0, stream, job);
-    sum_log_det(job, 1, log_det, stream);
+    if (log_det) sum_log_det(job, 1, log_det, stream);
   });
 }
 

@@ -1,4 +1,4 @@
-// A coupling call on CUDA: its operands, how they are cut into blocks, and the sum of its log_det.
+// A coupling call on CUDA: its operands, and how they are cut into blocks.
 #pragma once
 
 #include <type_traits>
@@ -49,10 +49,9 @@ struct Job : Coupling {
       planar = Planar(c.channels(), c.positions, V, max_depth_width, 1, true);
       rows = Interleaved(c.positions, 1, likelihood_rows);
     }
-    const bool backward = pass == Pass::backward;
     Scratch scratch(memory);
-    log_det_parts = scratch.take<W>(backward ? 0 : blocks());
-    grad_parts = scratch.take<W>(backward ? grad_rows() * 2 * channels() : 0);
+    log_det_parts = scratch.take<W>(pass == Pass::forward ? blocks() : 0);
+    grad_parts = scratch.take<W>(pass == Pass::backward ? grad_rows() * 2 * channels() : 0);
     bytes = scratch.bytes();
   }
 
@@ -149,28 +148,6 @@ __device__ __forceinline__ void results(const J& job, const Affine<J>& vector, i
   }
 #pragma unroll
   for (int i = 0; i < V; ++i) v[i] = affine(v[i], vector.gain[i], vector.shift[i], W(job.limit));
-}
-
-// A block sums the parts of one sample's log_det and adds that of the global scale.
-template <class W>
-__global__ void __launch_bounds__(threads, 1)
-    finish_log_det(const __grid_constant__ Coupling job, const W* parts, int64_t size, W sign,
-                   W* log_det) {
-  double sum = 0, scales = 0;
-  for (int64_t i = threadIdx.x; i < size; i += threads) sum += double(parts[blockIdx.x * size + i]);
-  if (job.scale)
-    for (int64_t c = threadIdx.x; c < job.channels(); c += threads)
-      scales += log(double(static_cast<const W*>(job.scale)[c]));
-  sum = block_sum(sum + scales * double(job.positions));
-  if (threadIdx.x == 0) log_det[blockIdx.x] = sign * W(sum);
-}
-
-template <class J>
-void sum_log_det(const J& job, double sign, void* log_det, void* stream) {
-  using W = typename J::W;
-  launch(finish_log_det<W>, job.samples, 0, stream, static_cast<const Coupling&>(job),
-         static_cast<const W*>(job.log_det_parts), job.channels() ? job.sample_blocks() : 0,
-         W(sign), static_cast<W*>(log_det));
 }
 
 // Calls run with a null Job* that tells the element types of the stream and of the subnet's output.

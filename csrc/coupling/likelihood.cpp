@@ -13,7 +13,6 @@ HD void likelihood_planar(const Job<W>& job, int64_t begin, int64_t end) {
     const int64_t n = item / job.blocks(), first = item % job.blocks() * job.block();
     const int64_t size = std::min(job.block(), job.positions - first);
     W squares[most_positions] = {}, s[most_positions];
-    double log_det = 0;
     for (int64_t c = 0; c < job.passive; ++c) {
       const X* x = job.x1.template at<X>(n, c, first);
       const W gain = job.gain[c], shift = job.shift[c];
@@ -35,11 +34,9 @@ HD void likelihood_planar(const Job<W>& job, int64_t begin, int64_t end) {
         const W v = affine(u, gain, shift, limit);
         squares[i] += v * v;
       }
-      log_det += ordered_sum(s, size);
     }
     W* to = job.likelihoods + n * job.positions + first;
     for (int64_t i = 0; i < size; ++i) to[i] = factor * squares[i];
-    job.log_det_parts[item] = log_det;
   }
 }
 
@@ -56,7 +53,6 @@ HD void likelihood_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / job.blocks(), first = item % job.blocks() * job.block();
     const int64_t last = std::min(first + job.block(), job.positions);
-    W log_det[lanes] = {};
     for (int64_t p = first; p < last; ++p) {
       const X* x1 = job.x1.template at<X>(n, 0, p);
       const X* x2 = job.x2.template at<X>(n, 0, p);
@@ -75,9 +71,7 @@ HD void likelihood_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
         squares[passive + j] = v * v;
       }
       job.likelihoods[n * job.positions + p] = factor * W(ordered_sum(squares, job.channels()));
-      add_to_lanes(s, active, log_det);
     }
-    job.log_det_parts[item] = sum_lanes(log_det);
   }
 }
 
@@ -86,15 +80,13 @@ BODIES(likelihood)
 }  // namespace
 
 void coupling_likelihood_cpu(const Coupling& coupling, Tensor x1, Tensor x2, Tensor a,
-                             void* likelihoods, void* log_det) {
+                             void* likelihoods) {
   const auto run = [&](auto wide, Body body) {
     using W = decltype(wide);
     Job<W> job(coupling);
     job.x1 = x1, job.x2 = x2, job.a = a, job.likelihoods = static_cast<W*>(likelihoods);
     job.by_position = true;
-    job.log_det_parts = scratch<double>(job.items());
     parallel_for(job.items(), job.item_size(), body, job);
-    job.sum_log_det(log_det, 1);
   };
   DISPATCH(likelihood, x2.dtype, a.dtype, run)
 }

@@ -11,10 +11,10 @@ __global__ void __launch_bounds__(threads, 1) likelihood_planar(const __grid_con
   constexpr int V = J::V;
   const PlanarPlace at(job.planar, job.positions);
   const int64_t count = job.positions - at.first;
-  W squares[V] = {}, log_det = 0;
+  W squares[V] = {}, log_scales = 0;  // the latter unread
   for (int64_t c = at.channel; c < job.channels(); c += job.planar.depth) {
     W v[V];
-    results(job, Affine<J>(job, c), at.sample, c, at.first, count, v, log_det);
+    results(job, Affine<J>(job, c), at.sample, c, at.first, count, v, log_scales);
 #pragma unroll
     for (int i = 0; i < V; ++i) squares[i] += v[i] * v[i];
   }
@@ -23,8 +23,6 @@ __global__ void __launch_bounds__(threads, 1) likelihood_planar(const __grid_con
   for (int i = 0; i < V; ++i) squares[i] *= W(-0.5 / double(job.channels()));
   if (threadIdx.x / job.planar.width == 0)
     store(job.likelihoods + at.sample * job.positions + at.first, squares, count, false);
-  log_det = block_sum(log_det);
-  if (threadIdx.x == 0) job.log_det_parts[blockIdx.x] = log_det;
 }
 
 // A warp takes every 8th position of its block.
@@ -35,7 +33,7 @@ __global__ void __launch_bounds__(threads, 1)
   constexpr int V = J::V, mine = likelihood_rows / warps;
   const InterleavedPlace at(job.rows, job.positions);
   const int first = int(threadIdx.x) / warp_size;
-  W squares[mine] = {}, log_det = 0;
+  W squares[mine] = {}, log_scales = 0;  // the latter unread
   const auto add_half = [&](int64_t begin, int64_t size) {
     for (int64_t k = threadIdx.x % warp_size * V; k < size; k += warp_size * V) {
       const int64_t c = begin + k, count = size - k;
@@ -45,7 +43,7 @@ __global__ void __launch_bounds__(threads, 1)
         const int row = first + r * warps;
         if (row >= at.rows) break;
         W v[V];
-        results(job, vector, at.sample, c, at.first + row, count, v, log_det);
+        results(job, vector, at.sample, c, at.first + row, count, v, log_scales);
 #pragma unroll
         for (int i = 0; i < V; ++i) squares[r] += v[i] * v[i];
       }
@@ -60,30 +58,20 @@ __global__ void __launch_bounds__(threads, 1)
     if (threadIdx.x % warp_size == 0 && row < at.rows)
       job.likelihoods[at.sample * job.positions + at.first + row] = likelihood;
   }
-  log_det = block_sum(log_det);
-  if (threadIdx.x == 0) job.log_det_parts[blockIdx.x] = log_det;
 }
 
 }  // namespace
 
-int64_t coupling_likelihood_scratch(const Coupling& coupling, DType x, DType a) {
-  return with_types(x, a, [&](auto* tag) {
-    return std::remove_reference_t<decltype(*tag)>(coupling, nullptr, Pass::likelihood).bytes;
-  });
-}
-
 void coupling_likelihood_cuda(const Coupling& coupling, Tensor x1, Tensor x2, Tensor a,
-                              void* likelihoods, void* log_det, void* scratch, void* stream) {
+                              void* likelihoods, void*, void* stream) {
   with_types(x2.dtype, a.dtype, [&](auto* tag) {
     using J = std::remove_reference_t<decltype(*tag)>;
-    J job(coupling, scratch, Pass::likelihood);
-    require_memory(scratch, job.bytes);
+    J job(coupling, nullptr, Pass::likelihood);
     job.x1 = x1, job.x2 = x2, job.a = a;
     job.likelihoods = static_cast<typename J::W*>(likelihoods);
     job.whole = aligned({x1, x2, a}) && subnet_aligned(job);
     launch(job.interleaved ? likelihood_interleaved<J> : likelihood_planar<J>, job.blocks(), 0,
            stream, job);
-    sum_log_det(job, 1, log_det, stream);
   });
 }
 

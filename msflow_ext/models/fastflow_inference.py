@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msflow_ext.models.frozen import Coupling, FrozenFlow, FrozenHead, each_scale
+from msflow_ext.models.frozen import Coupling, FrozenFlow, FrozenHead, each_scale, total
 from msflow_ext.models.packed import PackedConv2d
 
 
@@ -31,14 +31,15 @@ class OptimizedFastFlowHead(FrozenHead):
             for flow in head.flows
         ]
 
-    def run(self, features: Sequence[Tensor], end: Coupling) -> tuple[list[Tensor], Tensor]:
+    def run(
+        self, features: Sequence[Tensor], couple: Coupling, end: Coupling
+    ) -> tuple[list[Tensor], Tensor | None]:
         self._check(features)
         if self.norms:
             pairs: Any = zip(features, self.norms, strict=True)
             features = [norm(f.to(norm.weight.dtype)) for f, norm in pairs]
-        results = each_scale(lambda flow, x: flow(x, end), self._flows, features)
-        log_dets: list[Tensor] = [log_det for _, log_det in results]
-        return [result for result, _ in results], sum(log_dets[1:], log_dets[0])
+        results = each_scale(lambda flow, x: flow(x, couple, end), self._flows, features)
+        return [result for result, _ in results], total(log_det for _, log_det in results)
 
 
 def _freeze(subnet: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

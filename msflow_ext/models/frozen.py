@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -16,8 +17,8 @@ from msflow_ext import ops
 from msflow_ext.flows import AffineCoupling, Flow, FlowOutput
 from msflow_ext.ops._backend import is_interleaved
 
-# Called as :func:`~msflow_ext.ops.affine_coupling`; the last of its results is ``log_det``.
-Coupling = Callable[..., tuple[Tensor, ...]]
+# Called as :func:`~msflow_ext.ops.affine_coupling`; the last of its results is ``log_det``, or None.
+Coupling = Callable[..., tuple[Any, ...]]
 
 
 class FrozenHead(nn.Module, ABC):
@@ -38,18 +39,21 @@ class FrozenHead(nn.Module, ABC):
     @torch.no_grad()
     def forward(self, features: Sequence[Tensor]) -> FlowOutput:
         """Latent tensors, in the dtype and memory format of the features, and ``log_det``."""
-        z, log_det = self.run(features, latent)
+        z, log_det = self.run(features, ops.affine_coupling, latent)
+        assert log_det is not None
         like = zip(z, features, strict=True)
         return FlowOutput([relaid(t, f.dtype, _is_last(f)) for t, f in like], log_det)
 
     @torch.no_grad()
     def log_likelihood(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Log-likelihood maps ``[(N, H_i, W_i)]``, float32 or wider."""
-        return self.run(features, ops.coupling_log_likelihood)[0]
+        """Log-likelihood maps ``[(N, H_i, W_i)]``, float32 or wider, without a ``log_det`` on the way."""
+        return self.run(features, partial(ops.affine_coupling, log_det=False), likelihood)[0]
 
     @abstractmethod
-    def run(self, features: Sequence[Tensor], end: Coupling) -> tuple[list[Tensor], Tensor]:
-        """What ``end`` makes of the last coupling of each scale, as it comes, and ``log_det``."""
+    def run(
+        self, features: Sequence[Tensor], couple: Coupling, end: Coupling
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """What ``end`` makes of the last coupling of each scale, as it comes, and ``log_det``; ``couple`` does the rest."""
 
 
 def latent(x1: Tensor, x2: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -57,6 +61,17 @@ def latent(x1: Tensor, x2: Tensor, *args: Any, **options: Any) -> tuple[Tensor, 
     split = x1.size(1) + x2.size(1)
     z, _, log_det = ops.affine_coupling(x1, x2, *args, split=split, **options)
     return z, log_det
+
+
+def likelihood(*args: Any, **options: Any) -> tuple[Tensor, None]:
+    """:func:`~msflow_ext.ops.coupling_log_likelihood`, and no ``log_det``."""
+    return ops.coupling_log_likelihood(*args, **options), None
+
+
+def total(log_dets: Iterable[Tensor | None]) -> Tensor | None:
+    """Their sum, of those that there are."""
+    found = [log_det for log_det in log_dets if log_det is not None]
+    return sum(found[1:], found[0]) if found else None
 
 
 class FrozenFlow:
@@ -86,16 +101,16 @@ class FrozenFlow:
         if then is not None:
             self.steps[-1].perm = self.steps[-1].perm[then]
 
-    def __call__(self, x: Tensor, end: Coupling = ops.affine_coupling) -> tuple[Tensor, ...]:
-        """The results of the last step, which ``end`` couples, and ``log_det``."""
+    def __call__(self, x: Tensor, couple: Coupling, end: Coupling) -> tuple[Any, ...]:
+        """The results of the last step, which ``end`` couples, and ``log_det``; ``couple`` does the other steps."""
         x1 = relaid(x[:, : self.passive], self.dtype, True)
         x2 = relaid(x[:, self.passive :], self.dtype, True)
         log_dets = []
         for step in self.steps[:-1]:
-            x1, x2, log_det = step(x1, x2, ops.affine_coupling)
+            x1, x2, log_det = step(x1, x2, couple)
             log_dets.append(log_det)
         *results, log_det = self.steps[-1](x1, x2, end)
-        return *results, sum(log_dets, log_det)
+        return *results, total([*log_dets, log_det])
 
 
 class _FrozenStep:
@@ -107,7 +122,7 @@ class _FrozenStep:
         self.affine, self.perm = (scale.clone(), offset.clone()), perm.clone()
         self.options = {"clamp": step.clamp, "clamp_form": step.clamp_form}
 
-    def __call__(self, x1: Tensor, x2: Tensor, couple: Coupling) -> tuple[Tensor, ...]:
+    def __call__(self, x1: Tensor, x2: Tensor, couple: Coupling) -> tuple[Any, ...]:
         return couple(x1, x2, self.subnet(x1), *self.affine, self.perm, **self.options)
 
 

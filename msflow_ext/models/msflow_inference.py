@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msflow_ext import ops
-from msflow_ext.models.frozen import Coupling, FrozenFlow, FrozenHead, each_scale
+from msflow_ext.models.frozen import Coupling, FrozenFlow, FrozenHead, each_scale, total
 from msflow_ext.models.msflow_flows import (
     LIMIT,
     ConditionalFlow,
@@ -46,22 +46,24 @@ class OptimizedHead(FrozenHead):
         self._subnet_2 = _FrozenCrossScale(head.fusion.subnet_2, self.dtype)
         self._clamp = head.clamp
 
-    def run(self, features: Sequence[Tensor], end: Coupling) -> tuple[list[Tensor], Tensor]:
+    def run(
+        self, features: Sequence[Tensor], couple: Coupling, end: Coupling
+    ) -> tuple[list[Tensor], Tensor | None]:
         self._check(features)
-        results = each_scale(lambda flow, x: flow(x), self._flows, features)
+        results = each_scale(lambda flow, x: flow(x, couple, couple), self._flows, features)
         halves = [(x1, x2) for x1, x2, _ in results]
-        log_dets: list[Tensor] = [log_det for _, _, log_det in results]
+        log_dets = [log_det for _, _, log_det in results]
         options: Any = {"clamp": self._clamp, "clamp_form": "atan"}
         found, y1 = [], []
         for (x1, _), a in zip(halves, self._subnet_2([x2 for _, x2 in halves]), strict=True):
-            _, y, log_det = ops.affine_coupling(x1[:, :0], x1, a, **options)
+            _, y, log_det = couple(x1[:, :0], x1, a, **options)
             y1.append(y)
             log_dets.append(log_det)
         for y, (_, x2), a in zip(y1, halves, self._subnet_1(y1), strict=True):
             result, log_det = end(y, x2, a, limit=LIMIT, **options)
             found.append(result)
             log_dets.append(log_det)
-        return found, sum(log_dets[1:], log_dets[0])
+        return found, total(log_dets)
 
 
 def _freeze(flow: ConditionalFlow, perm: Tensor, dtype: torch.dtype) -> FrozenFlow:

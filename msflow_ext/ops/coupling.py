@@ -26,7 +26,8 @@ def affine_coupling(
     clamp_form: str = "0.2",
     limit: float = math.inf,
     split: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    log_det: bool = True,
+) -> tuple[Tensor, Tensor, Any]:
     r"""Scale and shift ``x2`` as a subnet of ``x1`` asked in ``a``, then scale, shift and permute all channels.
 
     .. math::
@@ -47,10 +48,11 @@ def affine_coupling(
             ``"atan"``: :math:`0.636\, \alpha \arctan(a_s / \alpha)` and a shift by :math:`a_t` itself.
         limit: the results are clamped to ``[-limit, limit]``, ``limit > 0``; no term of ``log_det``.
         split: channels of the first result, ``C1`` by default.
+        log_det: False where nobody reads it, which saves a GPU the launch of a kernel; the rest has the same bits.
 
     Returns:
         ``y1 (N, split, *)``, ``y2 (N, C1 + C2 - split, *)`` in the memory format and dtype of ``x2``, and
-        ``log_det (N,)`` in nats, float64 for float64 and float32 else.
+        ``log_det (N,)`` in nats, float64 for float64 and float32 else, or None.
 
     Raises:
         ValueError: shapes, devices or values do not fit. TypeError: dtypes do not.
@@ -58,9 +60,9 @@ def affine_coupling(
     Source: FrEIA 0.2 ``AllInOneBlock`` ("0.2"), FrEIA master ("head"), MSFlow's fusion flow ("atan").
     """
     arguments = _arguments(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split)
-    if not _backend.is_native(*arguments[:6]):
-        return affine_coupling_reference(*arguments)
-    return _coupling(*arguments)
+    op = _coupling if log_det else _results_alone
+    run = op if _backend.is_native(*arguments[:6]) else op.reference
+    return run(*arguments) if log_det else (*run(*arguments), None)
 
 
 def affine_coupling_with_copy(
@@ -362,11 +364,15 @@ def _check_vectors(
             raise ValueError(f"coupling: {name} must be on {x.device}, got {vector.device}")
 
 
-def _allocate(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, split):
-    inter = _is_interleaved(x2, x1.size(1) + x2.size(1))
-    y1 = _backend.empty(x2, split, inter)
-    y2 = _backend.empty(x2, x1.size(1) + x2.size(1) - split, inter)
-    return y1, y2, x2.new_empty(x2.size(0), dtype=accumulation_dtype(x2.dtype))
+def _allocate_results(x1, x2, *rest):
+    channels, split = x1.size(1) + x2.size(1), rest[-1]
+    inter = _is_interleaved(x2, channels)
+    return _backend.empty(x2, split, inter), _backend.empty(x2, channels - split, inter)
+
+
+def _allocate(x1, x2, *rest):
+    log_det = x2.new_empty(x2.size(0), dtype=accumulation_dtype(x2.dtype))
+    return *_allocate_results(x1, x2, *rest), log_det
 
 
 def _allocate_with_copy(x1, x2, a, *rest):
@@ -375,11 +381,11 @@ def _allocate_with_copy(x1, x2, a, *rest):
 
 
 def _run(results, x1, x2, a, scale, offset, perm, *options):
-    y1, y2, log_det, *copy = results
+    y1, y2, log_det, copy = (*results, None, None)[:4]
     inter = _is_interleaved(x2, x1.size(1) + x2.size(1))
-    _keep, v = _backend.views(inter, x1, x2, a, y1, y2, *(copy or [None]))
+    _keep, v = _backend.views(inter, x1, x2, a, y1, y2, copy)
     job, _dense = coupling_job(x1.size(1), x2, inter, scale, offset, perm, *options)
-    _launch("coupling_forward", job, x2, a, *v, log_det.data_ptr())
+    _launch("coupling_forward", job, x2, a, *v, 0 if log_det is None else log_det.data_ptr())
 
 
 def _allocate_grads(x1, x2, a, scale, offset, *_):
@@ -390,8 +396,10 @@ def _allocate_grads(x1, x2, a, scale, offset, *_):
 
 def _run_backward(upstream, grads, _extra, x1, x2, a, scale, offset, perm, *options):
     inter = _is_interleaved(x2, x1.size(1) + x2.size(1))
-    y1, y2, log_det, *copy = upstream
-    _keep, v = _backend.views(inter, y1, y2, *(copy or [None]), x1, x2, a, *grads[:3])
+    y1, y2, log_det, copy = (*upstream, None, None)[:4]
+    if log_det is None:
+        log_det = x2.new_zeros(x2.size(0), dtype=accumulation_dtype(x2.dtype))
+    _keep, v = _backend.views(inter, y1, y2, copy, x1, x2, a, *grads[:3])
     _keep2, (grad_log_det, *grad_vectors) = _backend.addresses(log_det, *grads[3:5])
     job, _dense = coupling_job(x1.size(1), x2, inter, scale, offset, perm, *options)
     _launch("coupling_backward", job, x2, a, *v[:3], grad_log_det, *v[3:], *grad_vectors)
@@ -448,6 +456,16 @@ _coupling = _backend.NativeOp(
     allocate_grads=_allocate_grads,
     run_backward=_run_backward,
     reference=affine_coupling_reference,
+    tensors=6,
+)
+_results_alone = _backend.NativeOp(
+    "coupling_results",
+    f"{_OPERANDS} -> (Tensor, Tensor)",
+    allocate=_allocate_results,
+    run=_run,
+    allocate_grads=_allocate_grads,
+    run_backward=_run_backward,
+    reference=lambda *args: affine_coupling_reference(*args)[:2],
     tensors=6,
 )
 _coupling_with_copy = _backend.NativeOp(

@@ -27,10 +27,11 @@ def coupling_log_likelihood(
     clamp: float = 2.0,
     clamp_form: str = "0.2",
     limit: float = math.inf,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     r""":func:`~msflow_ext.ops.log_likelihood_map` of the results of :func:`~msflow_ext.ops.affine_coupling`.
 
-    The results themselves are neither written nor rounded to the dtype of ``x2``; gradients are those of the reference.
+    The results themselves are neither written nor rounded to the dtype of ``x2``, and there is no ``log_det``; gradients
+    are those of the reference.
 
     Args:
         x1, x2, a, scale, offset, clamp, clamp_form, limit: as for :func:`~msflow_ext.ops.affine_coupling`, with one
@@ -38,7 +39,7 @@ def coupling_log_likelihood(
         perm: likewise; in what order channels are summed, it has no say.
 
     Returns:
-        ``(N, *)`` and ``log_det (N,)`` in nats, float64 for float64 and float32 else.
+        ``(N, *)`` in nats, float64 for float64 and float32 else.
 
     Raises:
         ValueError: shapes, devices or values do not fit. TypeError: dtypes do not.
@@ -51,7 +52,7 @@ def coupling_log_likelihood(
     arguments = (x1, x2, a, scale, offset, float(clamp), clamp_form, float(limit))
     if not _backend.is_native(x1, x2, a, scale, offset):
         return coupling_log_likelihood_reference(*arguments)
-    return _likelihood(*arguments)
+    return _likelihood(*arguments)[0]
 
 
 def coupling_log_likelihood_reference(
@@ -63,22 +64,20 @@ def coupling_log_likelihood_reference(
     clamp: float,
     clamp_form: str,
     limit: float,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """:func:`coupling_log_likelihood` in plain PyTorch."""
     dtype = accumulation_dtype(x2.dtype)
     x1, x2, a = x1.to(dtype), x2.to(dtype), a.to(dtype)
     split = x1.size(1) + x2.size(1)
-    z, _, log_det = affine_coupling_reference(
+    z, _, _ = affine_coupling_reference(
         x1, x2, a, scale, offset, None, clamp, clamp_form, limit, split
     )
-    return log_likelihood_map_reference(z), log_det
+    return log_likelihood_map_reference(z)
 
 
 def _allocate(x1, x2, *_):
-    wide = accumulation_dtype(x2.dtype)
-    return x2.new_empty((x2.size(0), *x2.shape[2:]), dtype=wide), x2.new_empty(
-        x2.size(0), dtype=wide
-    )
+    shape = (x2.size(0), *x2.shape[2:])
+    return (x2.new_empty(shape, dtype=accumulation_dtype(x2.dtype)),)
 
 
 def _run(results, x1, x2, a, scale, offset, clamp, clamp_form, limit):
@@ -87,23 +86,15 @@ def _run(results, x1, x2, a, scale, offset, clamp, clamp_form, limit):
     job, _dense = coupling_job(
         x1.size(1), x2, inter, scale, offset, None, clamp, clamp_form, limit, 0
     )
-    types = _backend.DTYPES[x2.dtype], _backend.DTYPES[a.dtype]
-    _backend.run(
-        "coupling_likelihood",
-        x2,
-        job,
-        *v,
-        *(t.data_ptr() for t in results),
-        scratch=lambda: _backend.C.coupling_likelihood_scratch(job, *types),
-    )
+    _backend.run("coupling_likelihood", x2, job, *v, results[0].data_ptr())
 
 
 _likelihood = _backend.NativeOp(
     "coupling_likelihood",
     "(Tensor x1, Tensor x2, Tensor a, Tensor? scale, Tensor? offset, float clamp, str clamp_form, float limit)"
-    " -> (Tensor, Tensor)",
+    " -> Tensor",
     allocate=_allocate,
     run=_run,
-    reference=coupling_log_likelihood_reference,
+    reference=lambda *args: (coupling_log_likelihood_reference(*args),),
     tensors=5,
 )

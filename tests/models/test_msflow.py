@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msflow_ext import MSFlowHead, ops
+from msflow_ext import FastFlowHead, MSFlowHead, ops
 from msflow_ext.testing import relative_error
 
 Normal = Callable[..., Tensor]
@@ -203,6 +203,27 @@ def test_the_inference_form_is_a_snapshot(normal: Normal, memory_format: Layout)
     head.load_state_dict(make(seed=1).state_dict())
     out = form(x)
     for got, want in zip((*out.z, out.log_det), (*wanted.z, wanted.log_det), strict=True):
+        assert relative_error(got, want) <= 1e-12
+
+
+@pytest.mark.parametrize("kind", ["msflow", "fastflow"])
+def test_likelihoods_of_the_inference_form_take_no_log_det(
+    normal: Normal, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    asked: list[bool] = []
+    couple = ops.affine_coupling
+
+    def asking(*operands: Any, log_det: bool = True, **options: Any) -> Any:
+        asked.append(log_det)
+        return couple(*operands, log_det=log_det, **options)
+
+    head: Any = make() if kind == "msflow" else FastFlowHead(CHANNELS, steps=2).double()
+    x = draw(normal)
+    wanted, form = head.log_likelihood(x), head.optimize()
+    monkeypatch.setattr(ops, "affine_coupling", asking)
+    maps = form.log_likelihood(x)
+    assert asked and not any(asked)
+    for got, want in zip(maps, wanted, strict=True):
         assert relative_error(got, want) <= 1e-12
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from msflow_ext import ops
+from msflow_ext.ops import _backend
 from msflow_ext.testing import relative_error, tolerance
 
 Normal = Callable[..., Tensor]
@@ -149,6 +151,35 @@ def test_kernels_equal_the_reference_on_expanded_operands_and_gradients(
         assert relative_error(got, want) <= tolerance(F64, 16)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_log_det_the_other_results_and_their_gradients_have_the_same_bits(
+    each_backend: str, normal: Normal, shape: str, layout: Layout, dtypes: Any
+) -> None:
+    def run(log_det: bool) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in operands]
+        results = ops.affine_coupling(*leaves, limit=1.5, split=SHAPES[shape][-1], log_det=log_det)
+        assert (results[2] is None) != log_det
+        wanted = [t for t in leaves if t.requires_grad]
+        return [*results[:2], *torch.autograd.grad(results[:2], wanted, results[:2])]
+
+    operands = make(normal, shape, dtypes, layout)
+    assert all(map(torch.equal, run(log_det=False), run(log_det=True)))
+
+
+def test_a_result_that_nobody_reads_launches_no_kernel(
+    native: None, normal: Normal, memory_format: Layout
+) -> None:
+    operands = make(normal, layout=memory_format)
+    if not _backend.runs_cuda(operands[0]) or operands[0].is_cuda:
+        pytest.skip("only the emulator counts launches")
+    count = ctypes.c_uint64.in_dll(ctypes.CDLL(_backend.C.__file__), "emulated_launches")
+    before = count.value
+    ops.affine_coupling(*operands)
+    ops.affine_coupling(*operands, log_det=False)
+    ops.coupling_log_likelihood(*operands)
+    assert count.value - before == 2 + 1 + 1
+
+
 @pytest.mark.parametrize("shape", [s for s in SHAPES if SHAPES[s][2] > 1])
 def test_results_and_gradients_have_dtype_and_memory_format_of_their_operands(
     native: None, normal: Normal, shape: str, layout: Layout, dtypes: Any
@@ -267,15 +298,19 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(
     *operands, perm = make(normal, "tiny", layout=memory_format, vectors=VECTORS[vectors])
     inputs: Any = [None if t is None else t.requires_grad_() for t in operands]
 
-    def couple(*t: Any) -> tuple[Tensor, ...]:
-        return ops.affine_coupling(*t, perm=perm, clamp_form=form, limit=limit, split=1)
+    def couple(*t: Any, **options: Any) -> tuple[Tensor, ...]:
+        options |= {"clamp_form": form, "limit": limit, "split": 1}
+        return ops.affine_coupling(*t, perm=perm, **options)
+
+    def alone(*t: Any) -> tuple[Tensor, ...]:
+        return couple(*t, log_det=False)[:2]
 
     def uncouple(*t: Any) -> tuple[Tensor, ...]:
         return ops.affine_coupling_inverse(*t, perm=perm, clamp_form=form)
 
     clipped = torch.cat(couple(*inputs)[:2], 1).abs() == limit
     assert bool(clipped.any()) == (limit < math.inf)
-    for function in (couple, uncouple):
+    for function in (couple, alone, uncouple):
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 

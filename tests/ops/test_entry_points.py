@@ -52,13 +52,13 @@ MAPS = [(AT, 2, 3), (AT, 4, 2)]
 
 # Valid arguments of every entry point; a tuple that begins with a name is a description.
 CALLS: dict[str, tuple[Any, ...]] = {
-    "coupling_forward": (COUPLING, *[PLANAR] * 2, HALF, *[PLANAR] * 2, COPY, AT),
+    "coupling_forward": (COUPLING, *[PLANAR] * 2, HALF, *[PLANAR] * 2, COPY, MAYBE),
     "coupling_inverse": (COUPLING, *[PLANAR] * 4, AT),
     "coupling_backward": (
         *(COUPLING, PLANAR, PLANAR, COPY, AT),
         *(PLANAR, PLANAR, HALF, PLANAR, PLANAR, HALF, MAYBE, MAYBE),
     ),
-    "coupling_likelihood": (COUPLING, *[PLANAR] * 3, AT, AT),
+    "coupling_likelihood": (COUPLING, *[PLANAR] * 3, AT),
     "norm_forward": (NORM, PLANAR, NULLABLE, PLANAR, MAYBE),
     "norm_backward": (NORM, PLANAR, PLANAR, NULLABLE, AT, PLANAR, NULLABLE, AT, AT),
     "pool_forward": (RESAMPLE, PLANAR, PLANAR),
@@ -72,7 +72,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "winograd": (WINOGRAD, INTERLEAVED, INTERLEAVED),
     "winograd_weight": (WEIGHT,),
 }
-WITHOUT_SCRATCH = ("norm_forward", "pool", "upsample")
+WITHOUT_SCRATCH = ("coupling_likelihood", "norm_forward", "pool", "upsample")
 if getattr(_backend.C, "cuda_architectures", "") == "emulated":
     CALLS = {f"{name}_cpu": call for name, call in CALLS.items()} | {
         f"{name}_cuda": (*call, Free(0) if name.startswith(WITHOUT_SCRATCH) else AT, Free(0))
@@ -194,7 +194,7 @@ MANY, FEWER = 2**40, 2**29
         (ops.affine_coupling, [(0, FEWER, 2), (0, FEWER, 2), (0, 2 * FEWER, 2)], (0,)),
         (ops.affine_coupling, [(1, 2 * FEWER, 0), (1, FEWER, 0), (1, 2 * FEWER, 0)], (1,)),
         (ops.affine_coupling_inverse, [(1, FEWER, 0), (1, FEWER, 0), (1, 2 * FEWER, 0)], (1,)),
-        (ops.coupling_log_likelihood, [(0, FEWER, 2), (0, FEWER, 2), (0, 2 * FEWER, 2)], (0,)),
+        (ops.coupling_log_likelihood, [(0, FEWER, 2), (0, FEWER, 2), (0, 2 * FEWER, 2)], (0, 2)),
         (ops.log_likelihood_map, [(0, MANY, 5)], (0, 5)),
         (ops.half_square_norm, [(1, MANY, 0)], (1,)),
         (ops.upsample_and_add, [(0, 1, MANY, 1), (0, 1, 3, 1)], (0, 1, MANY, 1)),

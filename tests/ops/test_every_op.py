@@ -40,8 +40,12 @@ def couple_with_copy(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: T
     return *results, copy.to(x2.dtype)
 
 
+def couple_alone(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor) -> Any:
+    return ops.affine_coupling(x1, x2, a, scale, offset, limit=3.0, split=2, log_det=False)[:2]
+
+
 def couple_likelihood(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor) -> Any:
-    return ops.coupling_log_likelihood(x1, x2, a, scale, offset, limit=3.0)
+    return (ops.coupling_log_likelihood(x1, x2, a, scale, offset, limit=3.0),)
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, bias_map: Tensor) -> tuple[Tensor, ...]:
@@ -84,6 +88,11 @@ OPS: dict[str, tuple[Function, tuple[str, ...], str | None]] = {
         couple_with_copy,
         ("x1", "x2", "a", "scale", "offset"),
         "msflow_ext.coupling_with_copy",
+    ),
+    "coupling-without-log-det": (
+        couple_alone,
+        ("x1", "x2", "a", "scale", "offset"),
+        "msflow_ext.coupling_results",
     ),
     "coupling-likelihood": (couple_likelihood, ("x1", "x2", "a", "scale", "offset"), None),
     "norm": (norm, ("x", "scale", "offset", "map"), "msflow_ext.channel_norm"),
@@ -252,6 +261,10 @@ def test_registered_ops_pass_the_checks_of_torch(
         "coupling-bare": (
             torch.ops.msflow_ext.coupling,
             (*operands, None, None, None, 1.9, "atan", float("inf"), 4),
+        ),
+        "coupling-without-log-det": (
+            torch.ops.msflow_ext.coupling_results,
+            (*operands, perm, 2.0, "0.2", 3.0, 2),
         ),
         "coupling-with-copy": (
             torch.ops.msflow_ext.coupling_with_copy,
