@@ -182,10 +182,13 @@ inline void check(const Resample& r) {
   check_sizes("resample", {r.width, r.low_width}, 1);
 }
 
+inline Shape above(const Resample& r) {
+  return {"resample", r.samples, r.height * r.width, r.interleaved};
+}
+
 inline void check_pair(const Resample& r, const Tensor& high, const Tensor& low) {
-  const Shape above{"resample", r.samples, r.height * r.width, r.interleaved};
   const Shape below{"resample", r.samples, r.low_height * r.low_width, r.interleaved};
-  above.check("x", high, high.dtype, r.channels);
+  above(r).check("x", high, high.dtype, r.channels);
   below.check("low", low, high.dtype, r.channels);
 }
 inline constexpr auto check_pool_forward = [](const Resample& r, const Tensor& x, const Tensor& low,
@@ -196,7 +199,9 @@ inline constexpr auto check_pool_backward = [](const Resample& r, const Tensor& 
 inline constexpr auto check_upsample_forward = [](const Resample& r, const Tensor& x,
                                                   const Tensor& low, const Tensor& y, auto...) {
   check_pair(r, y, low);
-  check_pair(r, x, low);
+  require(x.dtype == y.dtype || x.dtype == wide(y.dtype), "resample", "x",
+          "be float32 or have the element type of the call");
+  above(r).check("x", x, x.dtype, r.channels);
 };
 inline constexpr auto check_upsample_backward = [](const Resample& r, const Tensor& grad_y,
                                                    const Tensor& grad_low,

@@ -124,6 +124,7 @@ def _cases(cuda: bool) -> Iterator[tuple[str, Any, list[Tensor]]]:
                 mixed = "" if x is a else f" with {str(a).removeprefix('torch.')}"
                 label = f"{str(x).removeprefix('torch.')}{mixed} {layout}{size}"
                 yield from _coupling_cases(label, x, a, sides, memory_format)
+                yield from _upsampling_cases(label, x, a, sides, memory_format)
                 if x is a:
                     yield from _other_cases(label, x, sides, memory_format)
     for dtype in (torch.float32, torch.float64):
@@ -185,6 +186,19 @@ def _coupling_cases(
             yield f"{case} {form} {label}", function, operands
 
 
+def _upsampling_cases(
+    label: str,
+    dtype: torch.dtype,
+    low: torch.dtype,
+    sides: tuple[int, int, tuple[int, int]],
+    layout: torch.memory_format,
+) -> Iterator[tuple[str, Any, list[Tensor]]]:
+    normal, (channels, _, size) = _normal(dtype, layout), sides
+    operands = [normal(3, channels, *size), normal(3, channels, 4, 5, dtype=low)]
+    yield f"upsampling {label}", _upsample, operands
+    yield f"upsampling backward {label}", _gradients(_upsample), operands
+
+
 def _other_cases(
     label: str,
     dtype: torch.dtype,
@@ -198,7 +212,6 @@ def _other_cases(
     functions: dict[str, tuple[Any, list[Tensor]]] = {
         "norm": (_norm, [x, *vectors, normal(1, c1 + c2, *size)]),
         "pooling": (_pool, [normal(3, c1, *size), normal(3, c2, 4, 5)]),
-        "upsampling": (_upsample, [normal(3, c1, *size), normal(3, c1, 4, 5)]),
         "score": (_score, [x]),
     }
     for name, (function, operands) in functions.items():

@@ -24,7 +24,7 @@ using Axis = std::vector<Sum<W>>;
 // Pooling and upsampling and their derivatives are all y = x + rows * input * columns.
 template <class W>
 struct Job : Resample {
-  Tensor input, x, y;         // x may be null
+  Tensor input, x, y;         // x may be null, and wider than y
   int64_t in_width, y_width;  // of the input's and the result's rows
   Axis<W> rows, columns;
 };
@@ -91,7 +91,7 @@ HD void accumulate(W* sum, const X* x, int64_t size, W weight) {
   for (int64_t i = 0; i < size; ++i) sum[i] += weight * W(load(x[i]));
 }
 
-template <class X, class W>
+template <class X, class Base, class W>
 HD void planar(const Job<W>& job, int64_t begin, int64_t end) {
   const auto buffer = scratch<W>(job.in_width);
   W* sum = buffer.get();
@@ -104,7 +104,7 @@ HD void planar(const Job<W>& job, int64_t begin, int64_t end) {
       for (size_t k = 0; k < row.weights.size(); ++k)
         accumulate(sum, job.input.template at<X>(n, c, (row.begin + int64_t(k)) * job.in_width),
                    job.in_width, row.weights[k]);
-      const X* x = job.x.data ? job.x.template at<X>(n, c, i * job.y_width) : nullptr;
+      const Base* x = job.x.data ? job.x.template at<Base>(n, c, i * job.y_width) : nullptr;
       X* y = job.y.template at<X>(n, c, i * job.y_width);
       for (int64_t j = 0; j < job.y_width; ++j) {
         const Sum<W>& column = job.columns[j];
@@ -117,7 +117,7 @@ HD void planar(const Job<W>& job, int64_t begin, int64_t end) {
   }
 }
 
-template <class X, class W>
+template <class X, class Base, class W>
 HD void interleaved(const Job<W>& job, int64_t begin, int64_t end) {
   const auto buffer = scratch<W>(job.channels);
   W* sum = buffer.get();
@@ -129,7 +129,7 @@ HD void interleaved(const Job<W>& job, int64_t begin, int64_t end) {
       const Sum<W>& column = job.columns[j];
       std::fill(sum, sum + job.channels, W(0));
       if (job.x.data)
-        accumulate(sum, job.x.template at<X>(n, 0, i * job.y_width + j), job.channels, W(1));
+        accumulate(sum, job.x.template at<Base>(n, 0, i * job.y_width + j), job.channels, W(1));
       for (size_t k = 0; k < row.weights.size(); ++k)
         for (size_t l = 0; l < column.weights.size(); ++l) {
           const int64_t p = (row.begin + int64_t(k)) * job.in_width + column.begin + int64_t(l);
@@ -143,14 +143,15 @@ HD void interleaved(const Job<W>& job, int64_t begin, int64_t end) {
   }
 }
 
-#define BODY(X)                                                                     \
-  MSFLOW_CLONES void body_##X(int64_t begin, int64_t end, void* context) {          \
-    const auto& job = *static_cast<const Job<wide_t<X>>*>(context);                 \
-    job.interleaved ? interleaved<X>(job, begin, end) : planar<X>(job, begin, end); \
+#define BODY(X, Base)                                                                           \
+  MSFLOW_CLONES void body_##X##_##Base(int64_t begin, int64_t end, void* context) {             \
+    const auto& job = *static_cast<const Job<wide_t<X>>*>(context);                             \
+    job.interleaved ? interleaved<X, Base>(job, begin, end) : planar<X, Base>(job, begin, end); \
   }
-BODY(float)
-BODY(double)
-BODY(bfloat16)
+BODY(float, float)
+BODY(double, double)
+BODY(bfloat16, bfloat16)
+BODY(bfloat16, float)
 
 template <class W>
 void run(Job<W>& job, Body body) {
@@ -161,23 +162,25 @@ void run(Job<W>& job, Body body) {
 }
 
 // `to_low` says whether the low map is what is written; `axis<W>(high, low)` makes the sums.
-#define RUN(resample, input, x, y, to_low, axis)                           \
-  if ((resample).samples == 0) return; /* whatever the sizes say */        \
-  const auto run_as = [&](auto wide, Body body) {                          \
-    using W = decltype(wide);                                              \
-    Job<W> job{resample,                                                   \
-               input,                                                      \
-               x,                                                          \
-               y,                                                          \
-               to_low ? (resample).width : (resample).low_width,           \
-               to_low ? (resample).low_width : (resample).width,           \
-               axis<W>((resample).height, (resample).low_height),          \
-               axis<W>((resample).width, (resample).low_width)};           \
-    run(job, body);                                                        \
-  };                                                                       \
-  if ((y).dtype == DType::float32) return run_as(float(), body_float);     \
-  if ((y).dtype == DType::float64) return run_as(double(), body_double);   \
-  if ((y).dtype == DType::bfloat16) return run_as(float(), body_bfloat16); \
+#define RUN(resample, input, x, y, to_low, axis)                                      \
+  if ((resample).samples == 0) return; /* whatever the sizes say */                   \
+  const auto run_as = [&](auto wide, Body body) {                                     \
+    using W = decltype(wide);                                                         \
+    Job<W> job{resample,                                                              \
+               input,                                                                 \
+               x,                                                                     \
+               y,                                                                     \
+               to_low ? (resample).width : (resample).low_width,                      \
+               to_low ? (resample).low_width : (resample).width,                      \
+               axis<W>((resample).height, (resample).low_height),                     \
+               axis<W>((resample).width, (resample).low_width)};                      \
+    run(job, body);                                                                   \
+  };                                                                                  \
+  const bool wide_base = (x).data && (x).dtype != (y).dtype;                          \
+  if ((y).dtype == DType::float32) return run_as(float(), body_float_float);          \
+  if ((y).dtype == DType::float64) return run_as(double(), body_double_double);       \
+  if ((y).dtype == DType::bfloat16)                                                   \
+    return run_as(float(), wide_base ? body_bfloat16_float : body_bfloat16_bfloat16); \
   throw std::invalid_argument("resample: no kernel for this element type")
 
 }  // namespace

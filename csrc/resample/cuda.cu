@@ -21,9 +21,10 @@ struct Line {
 
 enum class Kind : int { pool, upsample };
 
-template <class X_>
+template <class X_, class Base_>
 struct Job {
   using X = X_;
+  using Base = Base_;
   using W = wide_t<X>;
   static constexpr int V = packet_of<X>;
 
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(threads, 1) resample(const __grid_constant__ J
     const int64_t count = (job.interleaved ? job.channels : job.positions()) - along;
     const bool whole = job.whole && count >= V;
     W sums[V] = {};
-    if (job.base.data) load(sums, job.base.template at<X>(n, c, p), count, whole);
+    if (job.base.data) load(sums, job.base.template at<typename J::Base>(n, c, p), count, whole);
     // Calls add(weight, position) for every input of the result at q.
     const auto inputs = [&](unsigned q, auto add) {
       const int y = int(q / unsigned(job.width)), x = int(q % unsigned(job.width));
@@ -133,14 +134,14 @@ __global__ void __launch_bounds__(threads, 1) resample(const __grid_constant__ J
   }
 }
 
-template <class X>
+template <class X, class Base = X>
 void run(const Resample& r, Kind kind, bool forward, Tensor from, Tensor base, Tensor to,
          void* stream) {
   if (r.samples == 0) return;  // whatever the sizes say
   const bool onto_low = forward == (kind == Kind::pool);
   if (r.height * r.width > std::numeric_limits<int32_t>::max())
     throw std::invalid_argument("resample: a map may have at most 2^31 - 1 positions on CUDA");
-  Job<X> job;
+  Job<X, Base> job;
   job.samples = r.samples, job.channels = r.channels, job.interleaved = r.interleaved;
   job.height = int(onto_low ? r.low_height : r.height);
   job.width = int(onto_low ? r.low_width : r.width);
@@ -153,35 +154,40 @@ void run(const Resample& r, Kind kind, bool forward, Tensor from, Tensor base, T
     throw std::invalid_argument("resample: the sides of both maps may add up to at most " +
                                 std::to_string(shared_limit / sizeof(Line<wide_t<X>>)) +
                                 " on CUDA");
-  launch(resample<Job<X>>, job.samples * job.sample_blocks(), bytes, stream, job);
+  launch(resample<Job<X, Base>>, job.samples * job.sample_blocks(), bytes, stream, job);
 }
 
-void run(DType dtype, const Resample& r, Kind kind, bool forward, Tensor from, Tensor base,
-         Tensor to, void* stream) {
-  if (dtype == DType::float32) return run<float>(r, kind, forward, from, base, to, stream);
-  if (dtype == DType::float64) return run<double>(r, kind, forward, from, base, to, stream);
-  if (dtype == DType::bfloat16) return run<bfloat16>(r, kind, forward, from, base, to, stream);
-  if (dtype == DType::float16) return run<float16>(r, kind, forward, from, base, to, stream);
+void run(const Resample& r, Kind kind, bool forward, Tensor from, Tensor base, Tensor to,
+         void* stream) {
+  const bool wide_base = base.data && base.dtype != to.dtype;
+  if (to.dtype == DType::float32) return run<float>(r, kind, forward, from, base, to, stream);
+  if (to.dtype == DType::float64) return run<double>(r, kind, forward, from, base, to, stream);
+  if (to.dtype == DType::bfloat16)
+    return wide_base ? run<bfloat16, float>(r, kind, forward, from, base, to, stream)
+                     : run<bfloat16>(r, kind, forward, from, base, to, stream);
+  if (to.dtype == DType::float16)
+    return wide_base ? run<float16, float>(r, kind, forward, from, base, to, stream)
+                     : run<float16>(r, kind, forward, from, base, to, stream);
   throw std::invalid_argument("resample: no kernel for this element type");
 }
 
 }  // namespace
 
 void pool_forward_cuda(const Resample& r, Tensor x, Tensor low, void*, void* stream) {
-  run(x.dtype, r, Kind::pool, true, x, {}, low, stream);
+  run(r, Kind::pool, true, x, {}, low, stream);
 }
 
 void pool_backward_cuda(const Resample& r, Tensor grad_low, Tensor grad_x, void*, void* stream) {
-  run(grad_x.dtype, r, Kind::pool, false, grad_low, {}, grad_x, stream);
+  run(r, Kind::pool, false, grad_low, {}, grad_x, stream);
 }
 
 void upsample_forward_cuda(const Resample& r, Tensor x, Tensor low, Tensor y, void*, void* stream) {
-  run(x.dtype, r, Kind::upsample, true, low, x, y, stream);
+  run(r, Kind::upsample, true, low, x, y, stream);
 }
 
 void upsample_backward_cuda(const Resample& r, Tensor grad_y, Tensor grad_low, void*,
                             void* stream) {
-  run(grad_y.dtype, r, Kind::upsample, false, grad_y, {}, grad_low, stream);
+  run(r, Kind::upsample, false, grad_y, {}, grad_low, stream);
 }
 
 }  // namespace msflow

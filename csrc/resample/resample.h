@@ -14,7 +14,7 @@ struct Resample {
 
 void pool_forward_cpu(const Resample&, Tensor x, Tensor low);
 void pool_backward_cpu(const Resample&, Tensor grad_low, Tensor grad_x);
-// y = x + upsampled low
+// y = x + upsampled low; x may be float32 beside half precision
 void upsample_forward_cpu(const Resample&, Tensor x, Tensor low, Tensor y);
 void upsample_backward_cpu(const Resample&, Tensor grad_y, Tensor grad_low);
 

@@ -51,7 +51,8 @@ def upsample_and_add(x: Tensor, low: Tensor) -> Tensor:
             place.
 
     Returns:
-        ``(N, C, H, W)`` in the memory format of ``x``.
+        ``(N, C, H, W)`` in the memory format of ``x`` and the dtype of ``low``, rounded once: under autocast, what the
+        next convolution reads.
 
     Raises:
         ValueError: shapes or devices do not fit. TypeError: dtypes do not fit.
@@ -59,7 +60,6 @@ def upsample_and_add(x: Tensor, low: Tensor) -> Tensor:
     Source: MSFlow, the fusion flow's subnet.
     """
     _check_pair(x, low)
-    low = low.to(x.dtype)
     if not _backend.is_native(x, low):
         return upsample_and_add_reference(x, low)
     return _upsample(x, low)[0]
@@ -76,7 +76,7 @@ def upsample_and_add_reference(x: Tensor, low: Tensor) -> Tensor:
     """:func:`upsample_and_add` in plain PyTorch."""
     wide = accumulation_dtype(x.dtype)
     up = F.interpolate(low.to(wide), x.shape[2:], mode="bilinear", align_corners=True)
-    return (x.to(wide) + up).to(x.dtype)
+    return (x.to(wide) + up).to(low.dtype)
 
 
 def _check_maps(x: Sequence[Tensor]) -> None:
@@ -163,7 +163,7 @@ def _run_pool_backward(upstream, grads, _extra, *args):
 
 
 def _allocate_upsample(x, low):
-    return (_backend.empty(x, x.size(1), _backend.is_interleaved(x)),)
+    return (_backend.empty(x, x.size(1), _backend.is_interleaved(x), low.dtype),)
 
 
 def _run_upsample(results, x, low):

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msflow_ext import FastFlowHead, MSFlowHead
+from msflow_ext import FastFlowHead, MSFlowHead, ops
 from msflow_ext.bench import memory
 from msflow_ext.flows import recomputed
-from msflow_ext.models.msflow_flows import LIMIT, ConditionedSubnet
+from msflow_ext.models.msflow_flows import LIMIT, ConditionedSubnet, CrossScaleSubnet
 from msflow_ext.testing import relative_error
 
 Normal = Callable[..., Tensor]
@@ -200,3 +200,26 @@ def test_autocast_recomputes_what_it_computed(normal: Normal) -> None:
         return list(torch.autograd.grad(y.float().square().sum(), list(subnet.parameters())))
 
     assert all(map(torch.equal, grads(True), grads(False)))
+
+
+def test_autocast_casts_and_keeps_no_upsampled_sum_which_changes_no_bit(
+    native: None, normal: Normal
+) -> None:
+    subnet = CrossScaleSubnet((4, 6))
+    x = [normal(2, 4, 9, 7).requires_grad_(), normal(2, 6, 4, 3).requires_grad_()]
+
+    def with_casts(x: list[Tensor]) -> list[Tensor]:
+        mixed = subnet.norm(subnet.conv1(ops.pool_and_concatenate(x, (4, 3))))
+        parts = torch.relu(subnet.conv2(mixed)).float().split(subnet.channels, 1)
+        sums = [ops.upsample_and_add(t, m) for t, m in zip(x, parts, strict=True)]
+        return [conv(t) for conv, t in zip(subnet.conv_out, sums, strict=True)]
+
+    def differentiate(run: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(x)
+        loss = torch.stack([t.float().square().sum() for t in y]).sum()
+        return [*y, *torch.autograd.grad(loss, [*x, *subnet.parameters()])]
+
+    assert all(map(torch.equal, differentiate(subnet), differentiate(with_casts)))
+    ours, theirs = (memory.saved(lambda f=f: differentiate(f)) for f in (subnet, with_casts))
+    assert theirs - ours >= sum(torch.bfloat16.itemsize * t.numel() for t in x)

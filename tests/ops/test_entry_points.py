@@ -63,7 +63,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "norm_backward": (NORM, PLANAR, PLANAR, NULLABLE, AT, PLANAR, NULLABLE, AT, AT),
     "pool_forward": (RESAMPLE, PLANAR, PLANAR),
     "pool_backward": (RESAMPLE, PLANAR, PLANAR),
-    "upsample_forward": (RESAMPLE, *[PLANAR] * 3),
+    "upsample_forward": (RESAMPLE, PLANAR, HALF, HALF),
     "upsample_backward": (RESAMPLE, PLANAR, PLANAR),
     "square_sums": (2, 5, 4, False, PLANAR, MAYBE, MAYBE),
     "aggregate": (FLOAT, 2, 4, 5, 3, MAPS, *[AT] * 5),
@@ -178,6 +178,8 @@ def test_tensors_of_different_types_are_refused() -> None:
         run("coupling_forward_cpu", (COUPLING, *[PLANAR] * 6, AT))
     with pytest.raises(ValueError, match="copy must have the element type of the call"):
         run("coupling_forward_cpu", (COUPLING, *[PLANAR] * 2, HALF, *[PLANAR] * 3, AT))
+    with pytest.raises(ValueError, match="x must be float32 or have the element type of the call"):
+        run("upsample_forward_cpu", (RESAMPLE, PLANAR, double, double))
     with pytest.raises(ValueError, match="y must have the element type of the call"):
         run("norm_forward_cpu", (NORM, PLANAR, None, double, 0))
     with pytest.raises(ValueError, match="x must be float32, or bfloat16"):

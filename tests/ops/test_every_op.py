@@ -21,6 +21,11 @@ Function = Callable[..., tuple[Tensor, ...]]
 F32, F64 = torch.float32, torch.float64
 
 
+def narrowed(x: Tensor) -> Tensor:
+    """In the half precision that goes beside float32."""
+    return x.to({F32: torch.bfloat16}.get(x.dtype, x.dtype))
+
+
 def couple(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
     perm = torch.arange(len(scale) - 1, -1, -1, device=scale.device)
     return ops.affine_coupling(x1, x2, a, scale, offset, perm, limit=3.0, split=2)
@@ -35,8 +40,8 @@ def uncouple(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor) -
 
 
 def couple_with_copy(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor) -> Any:
-    a = a.to({F32: torch.bfloat16}.get(a.dtype, a.dtype))
-    *results, copy = ops.affine_coupling_with_copy(x1, x2, a, scale, offset, limit=3.0, split=2)
+    options: Any = {"limit": 3.0, "split": 2}
+    *results, copy = ops.affine_coupling_with_copy(x1, x2, narrowed(a), scale, offset, **options)
     return *results, copy.to(x2.dtype)
 
 
@@ -62,6 +67,10 @@ def pool(x: Tensor, x2: Tensor) -> tuple[Tensor, ...]:
 
 def upsample(x: Tensor, low: Tensor) -> tuple[Tensor, ...]:
     return (ops.upsample_and_add(x, low),)
+
+
+def upsample_onto_wider(x: Tensor, low: Tensor) -> tuple[Tensor, ...]:
+    return (ops.upsample_and_add(x, narrowed(low)).to(x.dtype),)
 
 
 def convolve(x: Tensor, weight: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
@@ -99,6 +108,11 @@ OPS: dict[str, tuple[Function, tuple[str, ...], str | None]] = {
     "likelihoods": (likelihoods, ("x",), "msflow_ext.square_sums"),
     "pool": (pool, ("x", "x2"), "msflow_ext.pool_and_concatenate"),
     "upsample": (upsample, ("x", "low"), "msflow_ext.upsample_and_add"),
+    "upsample-onto-wider": (
+        upsample_onto_wider,
+        ("x", "low"),
+        "msflow_ext.upsample_and_add",
+    ),
     "winograd": (convolve, ("x", "weight", "offset"), None),
     "aggregate": (aggregate, ("maps", "small maps"), None),
     "mean-aggregate": (mean_aggregate, ("maps", "small maps"), None),
@@ -253,8 +267,9 @@ def test_registered_ops_pass_the_checks_of_torch(
     native: None, normal: Normal, name: str, memory_format: Layout
 ) -> None:
     operands = [t.requires_grad_() for t in make(normal, name, layout=memory_format)]
-    if name == "coupling-with-copy":
-        operands[2] = operands[2].detach().bfloat16().requires_grad_()
+    narrow = {"coupling-with-copy": 2, "upsample-onto-wider": 1}.get(name)
+    if narrow is not None:
+        operands[narrow] = narrowed(operands[narrow].detach()).requires_grad_()
     perm = torch.arange(6, -1, -1, device=operands[0].device)
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "coupling": (torch.ops.msflow_ext.coupling, (*operands, perm, 2.0, "0.2", 3.0, 2)),
@@ -274,6 +289,7 @@ def test_registered_ops_pass_the_checks_of_torch(
         "likelihoods": (torch.ops.msflow_ext.square_sums, tuple(operands)),
         "pool": (torch.ops.msflow_ext.pool_and_concatenate, (*operands, *[None] * 6, 2, 2)),
         "upsample": (torch.ops.msflow_ext.upsample_and_add, tuple(operands)),
+        "upsample-onto-wider": (torch.ops.msflow_ext.upsample_and_add, tuple(operands)),
     }
     op, arguments = calls[name]
     torch.library.opcheck(op.default, arguments)

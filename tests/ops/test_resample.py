@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,15 @@ SIZES = {
 }
 
 
+# Element types of a map and of the coarse one that is added.
+PAIRS = {
+    "float32": (F32, F32),
+    "float64": (F64, F64),
+    "bfloat16": (BF16, BF16),
+    "bfloat16-onto-float32": (F32, BF16),
+}
+
+
 @pytest.fixture(params=[F32, F64, BF16], ids=["float32", "float64", "bfloat16"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
@@ -47,12 +57,17 @@ def test_pooling_kernels_equal_the_reference(
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtypes", PAIRS.values(), ids=PAIRS)
 def test_upsampling_kernels_equal_the_reference(
-    equals_reference: Any, normal: Normal, size: str, layout: Layout, dtype: torch.dtype
+    equals_reference: Any,
+    normal: Normal,
+    size: str,
+    layout: Layout,
+    dtypes: tuple[torch.dtype, torch.dtype],
 ) -> None:
-    high, low = SIZES[size]
-    operands = [layout(normal(2, 19, *s, dtype=dtype)) for s in (high, low)]
-    terms = [5, 1, 4 * high[0] * high[1]]
+    pairs = zip(SIZES[size], dtypes, strict=True)
+    operands = [layout(normal(2, 19, *s, dtype=d)) for s, d in pairs]
+    terms = [5, 1, 4 * math.prod(SIZES[size][0])]
     equals_reference(lambda *t: (ops.upsample_and_add(*t),), operands, terms, layout)
 
 
@@ -81,12 +96,18 @@ def test_maps_of_different_layouts_give_the_format_of_the_first(
     assert relative_error(got, wanted) <= tolerance(F32, 4)
 
 
-def test_low_may_be_narrower(each_backend: str, normal: Normal) -> None:
-    x, low = normal(2, 3, 4, 4), normal(2, 3, 2, 2, dtype=BF16).requires_grad_()
-    y = ops.upsample_and_add(x, low)
-    assert torch.equal(y, ops.upsample_and_add(x, low.float()))
-    y.sum().backward()
-    assert low.grad is not None and low.grad.dtype is BF16
+def test_onto_a_wider_map_results_and_gradients_have_the_bits_of_casts(
+    each_backend: str, normal: Normal, layout: Layout
+) -> None:
+    x = layout(normal(2, 19, 7, 11)).requires_grad_()
+    low = layout(normal(2, 19, 3, 4, dtype=BF16)).requires_grad_()
+    y, cast = ops.upsample_and_add(x, low), ops.upsample_and_add(x, low.float()).to(BF16)
+    assert y.dtype is BF16
+    assert y.stride() == cast.stride()
+    upstream = normal(*y.shape, dtype=BF16)
+    got, wanted = (torch.autograd.grad(r, (x, low), upstream) for r in (y, cast))
+    assert [g.dtype for g in got] == [F32, BF16]
+    assert all(map(torch.equal, (y, *got), (cast, *wanted)))
 
 
 def test_any_number_of_scales_is_pooled(each_backend: str, normal: Normal) -> None:
