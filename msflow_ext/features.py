@@ -204,8 +204,8 @@ class Features:
     def _allocate(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
         shapes = [(len(self.own), *shape) for shape in shapes]
         sizes = [math.prod(shape) for shape in shapes]
-        wanted, free = sum(sizes) * dtype.itemsize, free_memory()
-        fits = free is None or wanted * self.ranks.size <= free / 2  # all may be on one machine
+        wanted, left = sum(sizes) * dtype.itemsize, free_memory()
+        fits = left is None or wanted * self.ranks.size <= left / 2  # all may be on one machine
         if self._file is None or (self._cache == "memory" and fits):
             self._file = None
             return [torch.empty(shape, dtype=dtype) for shape in shapes]
