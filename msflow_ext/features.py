@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -78,7 +79,7 @@ class Features:
         self.ranks = ranks or Ranks()
         self.own = self.ranks.own(len(images))
         self._model = model
-        self._device = next(model.parameters()).device
+        self._device = next(chain(model.parameters(), model.buffers())).device
         self._workers = workers
         self._maps: list[Tensor] = []
         self._file, self._cache = file if cache != "off" else None, cache
