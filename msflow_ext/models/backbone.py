@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Sequence
 from os import PathLike
@@ -20,6 +21,11 @@ from msflow_ext.models.pretrained import (
 )
 
 __all__ = ["PACKAGED", "Backbone", "load_packaged", "packaged_classifier"]
+
+#: What bfloat16 may do to a backbone's features, in their standard deviations.
+MOST_ROUNDING = 0.02
+
+log = logging.getLogger(__name__)
 
 
 class Backbone(nn.Module):
@@ -132,7 +138,9 @@ class Backbone(nn.Module):
     def optimize(self, image_size: int, dtype: torch.dtype | None = None) -> Backbone:
         """A copy for inference: batch norms folded, convolutions prepacked, channels_last, float32 or bfloat16.
 
-        The folding is checked on a random image of side ``image_size`` (at most 256 pixels).
+        Looks at a random image of side ``image_size`` (at most 256 pixels): whether folding changes the features, and
+        whether bfloat16 does by more than ``MOST_ROUNDING`` of their deviation. Then the copy stays in float32, and a
+        warning is logged: flows that were trained on other features find more defects than there are.
         """
         from msflow_ext.models.packed import optimize_network
 
@@ -148,6 +156,15 @@ class Backbone(nn.Module):
         example = torch.randn(1, 3, *sides, generator=torch.Generator().manual_seed(0))
         example = example.to(self.mean)  # its device, its dtype
         form.network = optimize_network(self.network, example, dtype)
+        if dtype is torch.bfloat16:
+            error = _deviation(form.network(example.to(dtype)), self.network(example))
+            if error > MOST_ROUNDING:
+                log.warning(
+                    "features of %s err by %.0f%% in bfloat16: its backbone stays in float32",
+                    self.name,
+                    100 * error,
+                )
+                return self.optimize(image_size)
         return form
 
     def train(self, mode: bool = True) -> Backbone:
@@ -158,6 +175,13 @@ class Backbone(nn.Module):
         if self.image_size is not None:
             return (height, width) == self.image_size
         return min(height, width) >= 2 * self.strides[-1]
+
+
+@torch.no_grad()
+def _deviation(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Root mean square of the difference over the standard deviation, of the worst scale."""
+    pairs = [(a.double(), b.double()) for a, b in zip(found, wanted, strict=True)]
+    return max(float((a - b).square().mean().sqrt() / b.std()) for a, b in pairs)
 
 
 class _Blocks(nn.Module):

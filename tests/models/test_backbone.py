@@ -273,3 +273,21 @@ def test_a_backbone_on_a_gpu_has_an_inference_form_there():
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Backbone(**{"name": "test_resnet", "pretrained": False, **arguments})
+
+
+def test_a_backbone_that_bfloat16_spoils_stays_in_float32_and_says_so(caplog):
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    network = Backbone("efficientnet_lite0")
+    forms = [network.optimize(64, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert "features of efficientnet_lite0 err by 3% in bfloat16" in caplog.text
+    for one, other in zip(*(form(images) for form in forms), strict=True):
+        assert one.dtype is torch.float32
+        assert one.equal(other)
+
+    caplog.clear()
+    (found,) = {
+        f.dtype
+        for f in Backbone("test_resnet", pretrained=False).optimize(64, torch.bfloat16)(images)
+    }
+    assert found is torch.bfloat16
+    assert not caplog.text
