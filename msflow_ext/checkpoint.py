@@ -122,6 +122,14 @@ def previous(path: Path) -> Path:
     return path.with_suffix(".previous" + path.suffix)
 
 
+def withdraw(path: Path) -> None:
+    """Take the checkpoint at ``path`` back: the one before it is there again, or none."""
+    if previous(path).exists():
+        os.replace(previous(path), path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors that :func:`save_checkpoint` wrote; no code in the file is ever run.
 

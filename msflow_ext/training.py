@@ -23,11 +23,12 @@ from msflow_ext.checkpoint import (
     read_json,
     restore,
     save_checkpoint,
+    withdraw,
     write_text,
 )
 from msflow_ext.data import DataSet, Images
 from msflow_ext.decisions import Calibration, judged
-from msflow_ext.distributed import Ranks
+from msflow_ext.distributed import ProcessFailed, Ranks
 from msflow_ext.evaluation import RESULTS, Evaluation, Truth, evaluate
 from msflow_ext.examiner import Examiner
 from msflow_ext.features import Features, features_of_parts
@@ -163,7 +164,7 @@ def train(
             state["epoch"] += 1
             due = recipe.is_tested(state["epoch"])
             late = time.monotonic() - saved > CHECKPOINT_SECONDS
-            final = _take(examiner, state, run, wait=due or late) or final
+            final = _take(examiner, state, run, ranks, wait=due or late) or final
             if due:
                 model.fit_latents(partial(trained.batches, recipe.batch_size), ranks.total)
             with ranks.agreed():
@@ -173,8 +174,8 @@ def train(
                     saved = time.monotonic()
             if due:
                 examiner.begin(state["epoch"])
-                final = _take(examiner, state, run, wait=not beside) or final
-        final = _take(examiner, state, run, wait=True) or final
+                final = _take(examiner, state, run, ranks, wait=not beside) or final
+        final = _take(examiner, state, run, ranks, wait=True) or final
         gaussian = _baseline(trained, tested, truth, recipe.batch_size) if baseline else None
         calibration = _calibration(model, held_out, recipe.batch_size) if held else None
 
@@ -284,12 +285,23 @@ def _test(tested: Features, truth: Truth, batch_size: int, model: Any) -> Evalua
     return evaluate(model.predict_features, tested, truth, batch_size)
 
 
-def _take(examiner: Examiner, state: dict[str, Any], run: Path, *, wait: bool) -> Evaluation | None:
-    """What a test found that is done, or is waited for; written down and said."""
+def _take(
+    examiner: Examiner, state: dict[str, Any], run: Path, ranks: Ranks, *, wait: bool
+) -> Evaluation | None:
+    """What a test found that is done, or is waited for; written down and said.
+
+    Raises:
+        TrainingDiverged, ProcessFailed: a score or a map is not finite. The checkpoint, which is of that epoch, is
+            taken back.
+    """
     epoch = examiner.epoch
     try:
         found = examiner.take(wait=wait)
-    except FloatingPointError as error:
+    except (FloatingPointError, ProcessFailed) as error:
+        if ranks.first:
+            withdraw(run / CHECKPOINT)
+        if isinstance(error, ProcessFailed):
+            raise
         raise _stopped(run, epoch, str(error)) from None
     if found is None:
         return None

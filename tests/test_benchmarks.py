@@ -328,9 +328,10 @@ def test_a_service_under_many_clients_makes_no_error(
 
 
 def test_every_way_to_run_a_detector_gives_its_results_and_a_line_of_the_table(
-    load: Load, tmp_path: Path
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")
+    monkeypatch.setattr(harness, "has_bfloat16", lambda: True)
     latency = load("latency")
     model = FastFlow("test_resnet", image_size=32, steps=1, pretrained=False, seed=1).eval()
     graphs = latency.Graphs(model, tmp_path)

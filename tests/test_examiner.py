@@ -140,21 +140,32 @@ def test_a_run_killed_beside_a_test_resumes_to_the_same_results(
     assert results(run) == results(waited)
 
 
-def test_a_map_that_is_not_finite_stops_the_run_by_epoch_and_image(tmp_path, monkeypatch, squares):
-    tested, calls = training.evaluate, []
+def test_a_map_that_is_not_finite_stops_the_run_and_its_checkpoint_is_taken_back(
+    tmp_path, monkeypatch, squares, waited
+):
+    tested, calls, spoilt = training.evaluate, [], 0
 
     def test(*args: Any) -> Evaluation:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == spoilt:
             raise FloatingPointError("score or map of image good/7 is not finite")
         return tested(*args)
 
-    monkeypatch.setattr(training, "evaluate", test)
-    with pytest.raises(TrainingDiverged, match=r"stopped in epoch 2: score or map of image good/7"):
-        train(build_model(), squares, tmp_path / "run", RECIPE, device="cpu")
-    assert threading.active_count() == 1 or not any(
-        thread.name.startswith("test") for thread in threading.enumerate()
-    )
+    run = tmp_path / "run"
+    for spoilt, rest in ((2, "keeps the last good state"), (1, "nothing was saved yet")):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "evaluate", test)
+            sentence = f"stopped in epoch {spoilt}: score or map of image good/7.*{rest}"
+            with pytest.raises(TrainingDiverged, match=sentence):
+                train(build_model(), squares, run, RECIPE, device="cpu", overwrite=True)
+        assert not any(thread.name.startswith("test_") for thread in threading.enumerate())
+        if spoilt == 2:
+            assert read_checkpoint(run / "model.safetensors")[0]["epoch"] == 1
+            train(build_model(), squares, run, RECIPE, device="cpu", resume=True)
+            assert results(run) == results(waited)
+        else:
+            assert not (run / "model.safetensors").exists()
 
 
 class Model(nn.Module):
