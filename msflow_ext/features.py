@@ -20,7 +20,7 @@ from torch import Tensor
 
 from msflow_ext.data import Images, Item
 from msflow_ext.distributed import Ranks, even_shares
-from msflow_ext.free_memory import free_memory
+from msflow_ext.resources import free_memory
 
 if TYPE_CHECKING:
     from msflow_ext.recipe import Recipe

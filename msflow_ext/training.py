@@ -36,6 +36,7 @@ from msflow_ext.inference import pick_device
 from msflow_ext.models.padim import Padim
 from msflow_ext.models.processor import has_bfloat16
 from msflow_ext.recipe import Recipe
+from msflow_ext.resources import cores
 from msflow_ext.run_folder import (
     METRICS,
     clear_run,
@@ -73,7 +74,7 @@ def train(
 
     The result is that of the last epoch; the best epoch on the test set stands beside it, as such.
     A checkpoint is written after the first epoch, before every test and at least once a minute. Tests run beside the
-    epochs that follow, on a copy of the head, where there is a GPU or more than one thread for that.
+    epochs that follow, on a copy of the head, where there is a GPU, or a core that torch's threads leave free.
     Several processes take the steps that one would take, and the first of them writes all files.
 
     Args:
@@ -145,7 +146,8 @@ def train(
             if ranks.first:
                 settled = yaml.safe_dump(dict(settings or {}), sort_keys=False)
                 write_text(run / "config.yaml", settled)
-        room = fabric.device.type != "cpu" or torch.get_num_threads() > 1
+        # On two cores with two threads, training beside a test took 1.05 to 1.25 times as long as waiting for it.
+        room = fabric.device.type != "cpu" or torch.get_num_threads() < cores()
         beside = room and ranks.size == 1  # several processes exchange one thing at a time
         test = partial(_test, tested, truth, recipe.batch_size)
         examiner = stack.enter_context(Examiner(model, test, beside=beside))

@@ -26,9 +26,11 @@ RECIPE = Recipe(epochs=4, batch_size=4, eval_every=1)
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
+def room(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, and a core more."""
+    monkeypatch.setattr(training, "cores", lambda: 2)
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
@@ -75,8 +77,8 @@ def waited(tmp_path_factory: pytest.TempPathFactory, squares: DataSet) -> Path:
     """A run that waits for every test."""
     run = tmp_path_factory.mktemp("waited") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "Examiner", lambda *args, beside: Examiner(*args, beside=False))
-        torch.set_num_threads(2)
+        patch.setattr(training, "cores", lambda: 1)
+        torch.set_num_threads(1)
         train(build_model(), squares, run, RECIPE, device="cpu")
     return run
 

@@ -22,8 +22,8 @@ from msflow_ext.compat.msflow import head_from_state_dict, to_official_names
 from msflow_ext.data import DataSet, Images, Item
 from msflow_ext.features import Features
 from msflow_ext.flows import MEMORY
-from msflow_ext.free_memory import free_memory
 from msflow_ext.recipe import PRESETS
+from msflow_ext.resources import free_memory
 from msflow_ext.run_folder import summary
 from msflow_ext.training import Recipe, TrainingDiverged, make_optimizer, train, train_epoch
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from msflow_ext.ops import _backend
+from msflow_ext.resources import cores
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "neon", "sve")
 PACKAGES = (
@@ -46,12 +47,6 @@ def facts() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def cores() -> int:
-    """How many processors this process may use."""
-    affinity: Any = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def cache_bytes() -> int:

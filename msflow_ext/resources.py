@@ -1,15 +1,23 @@
-"""How much memory this process may still take."""
+"""What this process may use of the machine: processors and memory."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from typing import Any
 
-#: Limit and use of a container, by the second and the first version of Linux's control groups.
+#: Files with limit and use of a container, by the second and the first version of Linux's control groups.
 GROUPS = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
+
+
+def cores() -> int:
+    """How many processors."""
+    affinity: Any = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
