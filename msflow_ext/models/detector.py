@@ -250,7 +250,8 @@ class Detector(nn.Module, ABC):
         """The inference form of the whole pipeline; this model stays as it is.
 
         Batch norms of the backbone are folded, all convolutions prepacked, everything runs channels_last in ``dtype``:
-        float32 (None) or bfloat16. Statistics and weights are those of this moment.
+        float32 (None) or bfloat16; a backbone that bfloat16 spoils stays in float32, see :meth:`Backbone.optimize`.
+        Statistics and weights are those of this moment.
         """
         form = copy.copy(self)
         form._modules = dict(self._modules)
