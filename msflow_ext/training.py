@@ -160,7 +160,11 @@ def train(
             examiner.begin(state["epoch"])
         while state["epoch"] < recipe.epochs:
             model.train()
-            loss = _epoch(fabric, head, optimizer, trained, recipe, state["epoch"], run, bar)
+            try:
+                loss = _epoch(fabric, head, optimizer, trained, recipe, state["epoch"], run, bar)
+            except TrainingDiverged:
+                _take(examiner, state, run, ranks, wait=True)  # the epoch before may be to blame
+                raise
             model.eval()
             state["losses"].append(loss)
             state["epoch"] += 1

@@ -170,6 +170,30 @@ def test_a_map_that_is_not_finite_stops_the_run_and_its_checkpoint_is_taken_back
             assert not (run / "model.safetensors").exists()
 
 
+def test_a_test_that_fails_is_told_before_the_epoch_that_fails_beside_it(
+    tmp_path, monkeypatch, squares
+):
+    trained, second, calls = training.train_epoch, threading.Event(), []
+
+    def epoch(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            second.set()
+            raise TrainingDiverged("the loss is nan")
+        return trained(*args, **kwargs)
+
+    def test(*_: Any) -> Evaluation:
+        assert second.wait(60)
+        raise FloatingPointError("score or map of image good/6 is not finite")
+
+    monkeypatch.setattr(training, "train_epoch", epoch)
+    monkeypatch.setattr(training, "evaluate", test)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 1e9)
+    sentence = "stopped in epoch 1: score or map of image good/6.*nothing was saved yet"
+    with pytest.raises(TrainingDiverged, match=sentence):
+        train(build_model(), squares, tmp_path / "run", RECIPE, device="cpu")
+
+
 class Model(nn.Module):
     """Counts how often it was trained; its backbone must not be copied."""
 
