@@ -140,7 +140,7 @@ class Backbone(nn.Module):
 
         Looks at a random image of side ``image_size`` (at most 256 pixels): whether folding changes the features, and
         whether bfloat16 does by more than ``MOST_ROUNDING`` of their deviation. Then the copy stays in float32, and a
-        warning is logged: flows that were trained on other features find more defects than there are.
+        warning is logged: flows that were trained on other features tell good from bad less well.
         """
         from msflow_ext.models.packed import optimize_network
 
