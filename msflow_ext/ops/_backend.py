@@ -102,7 +102,6 @@ def is_native(*tensors: Tensor | None, cuda: bool = True) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def cuda_problem(device: int) -> str | None:
     """Why no compiled kernel serves this CUDA device; None if one does."""
     if C is None:
@@ -114,6 +113,9 @@ def cuda_problem(device: int) -> str | None:
             _cuda_problems[device] = C.cuda_problem() or None
     return _cuda_problems[device]
 
+
+# As torch.compiler.assume_constant_result marks it, which would import the compiler: over a second, for everybody.
+cuda_problem._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 _cuda_problems: dict[int, str | None] = {}
 
