@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from benchmarks.harness import DTYPES, normal, run_in_pytest
 from msflow_ext import ops
@@ -32,9 +33,12 @@ def test_winograd(benchmark: Any, case: Case, provider: str) -> None:
 
 
 def cases(quick: bool) -> list[Case]:
-    """Batch 1 and 4, channels_last."""
+    """Batch 1 and 4, the gradient of the weight batch 8, channels_last."""
     shapes = [(8, 32, 48), (8, 64, 64)] if quick else SHAPES
-    return [make(dtype, *shape, batch) for batch in (1, 4) for dtype in DTYPES for shape in shapes]
+    return [
+        *(make(dtype, *shape, batch) for batch in (1, 4) for dtype in DTYPES for shape in shapes),
+        *(gradient(dtype, *shape) for dtype in DTYPES for shape in shapes),
+    ]
 
 
 def make(dtype: str, side: int, c_in: int, c_out: int, batch: int) -> Case:
@@ -54,6 +58,31 @@ def make(dtype: str, side: int, c_in: int, c_out: int, batch: int) -> Case:
         wanted=lambda x: F.conv2d(
             x.double(), conv.weight.double(), bias_of(conv).double(), padding=1
         ),
+        hot=True,
+    )
+
+
+def gradient(dtype: str, side: int, c_in: int, c_out: int, batch: int = 8) -> Case:
+    """Of the weight."""
+    shape = (c_out, c_in, 3, 3)
+
+    def inputs() -> list[Tensor]:
+        sizes = (batch, c_in, side, side), (batch, c_out, side, side)
+        return [normal(*size, dtype=DTYPES[dtype], layout="nhwc") for size in sizes]
+
+    return Case(
+        name=f"winograd weight gradient {dtype} {c_in}->{c_out} {side}x{side} b{batch}",
+        rows=[],
+        inputs=inputs,
+        providers={
+            "eager": Provider(
+                lambda: lambda x, grad: conv2d_weight(x, shape, grad, padding=1),
+                TOLERANCES[dtype],
+                bf16=dtype == "bf16",
+            ),
+            "ours": Provider(lambda: ops.winograd_weight_grad, TOLERANCES[dtype]),
+        },
+        wanted=lambda x, grad: conv2d_weight(x.double(), shape, grad.double(), padding=1),
         hot=True,
     )
 

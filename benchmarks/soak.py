@@ -43,6 +43,7 @@ def op_calls() -> Iterator[Callable[[], Any]]:
         lambda: ops.upsample_and_add(x, x[..., :3, :3]),
         lambda: ops.aggregate(maps, 12),
         lambda: ops.winograd_conv2d(x, factors, vector[:8]),
+        lambda: ops.winograd_weight_grad(x, x),
     ]
     while True:
         yield from calls

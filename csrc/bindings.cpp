@@ -143,6 +143,18 @@ WinogradWeight winograd_weight(const std::tuple<int64_t, int64_t, int64_t>& size
                                 static_cast<const float*>(pointer(correction)), pointer(values)});
 }
 
+WinogradGradient winograd_gradient(const std::tuple<int64_t, int64_t, int64_t, int64_t>& input,
+                                   const std::tuple<int64_t, int64_t, int64_t>& output,
+                                   const std::tuple<int64_t, int64_t>& padding, Address transform,
+                                   Address kernel) {
+  const auto& [samples, channels, height, width] = input;
+  const auto& [out_channels, out_height, out_width] = output;
+  const auto& [pad_top, pad_left] = padding;
+  return checked(WinogradGradient{
+      samples, channels, height, width, out_channels, out_height, out_width, pad_top, pad_left,
+      static_cast<const float*>(pointer(transform)), static_cast<float*>(pointer(kernel))});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -155,6 +167,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Resample>(m, "Resample").def(py::init(&resample));
   py::class_<Winograd>(m, "Winograd").def(py::init(&winograd));
   py::class_<WinogradWeight>(m, "WinogradWeight").def(py::init(&winograd_weight));
+  py::class_<WinogradGradient>(m, "WinogradGradient").def(py::init(&winograd_gradient));
 
   m.def("set_parallel_for",
         [](Address f) { torch_parallel_for = reinterpret_cast<ParallelFor>(f); });
@@ -175,6 +188,7 @@ PYBIND11_MODULE(_C, m) {
   def("ranking_cpu", &ranking_cpu, check_ranking);
   def("winograd_cpu", &winograd_cpu, check_winograd);
   def("winograd_weight_cpu", &winograd_weight_cpu, [](const WinogradWeight&) {});
+  def("winograd_gradient_cpu", &winograd_gradient_cpu, check_winograd_gradient);
   m.def("winograd_factors_cpu", [] {
     std::vector<int> numbers;
     for (DType type : winograd_factors_cpu()) numbers.push_back(int(type));

@@ -273,16 +273,22 @@ inline constexpr auto check_ranking = [](DType, const void* scores, const uint8_
   check_vector("ranking", "reached", reached, count);
 };
 
-inline void check(const Winograd& w) {
-  check_sizes("winograd", {w.samples, w.channels, w.height, w.width});
-  check_sizes("winograd", {w.samples, w.out_channels, w.out_height, w.out_width});
-  check_sizes("winograd", {w.channels, w.out_channels});
-  check_sizes("winograd", {w.pad_top, w.pad_left});
-  require(w.tile >= 2 && w.tile <= 4, "winograd", "tile", "be 2, 3 or 4");
-  require(w.out_height == w.height + 2 * w.pad_top - 2 && w.out_height > 0, "winograd",
-          "out_height", "be height + 2 * padding - 2");
-  require(w.out_width == w.width + 2 * w.pad_left - 2 && w.out_width > 0, "winograd", "out_width",
+// Of Winograd's convolution, and of the gradient of its weight.
+template <class W>
+void check_maps(const char* op, const W& w) {
+  check_sizes(op, {w.samples, w.channels, w.height, w.width});
+  check_sizes(op, {w.samples, w.out_channels, w.out_height, w.out_width});
+  check_sizes(op, {w.channels, w.out_channels});
+  check_sizes(op, {w.pad_top, w.pad_left});
+  require(w.out_height == w.height + 2 * w.pad_top - 2 && w.out_height > 0, op, "out_height",
+          "be height + 2 * padding - 2");
+  require(w.out_width == w.width + 2 * w.pad_left - 2 && w.out_width > 0, op, "out_width",
           "be width + 2 * padding - 2");
+}
+
+inline void check(const Winograd& w) {
+  check_maps("winograd", w);
+  require(w.tile >= 2 && w.tile <= 4, "winograd", "tile", "be 2, 3 or 4");
   const bool half = w.factors == DType::bfloat16;
   require(w.factors == DType::float32 || (half && w.tile < 4), "winograd", "factors",
           "be float32, or bfloat16 in tiles of 2 or 3");
@@ -318,5 +324,21 @@ inline void check(const WinogradWeight& w) {
   check_optional(op, "correction", w.correction, w.points * w.points);
   check_vector(op, "values", w.values, w.points * panels * words * 32);
 }
+
+inline void check(const WinogradGradient& w) {
+  check_maps("winograd_gradient", w);
+  check_vector("winograd_gradient", "transform", w.transform, 36 * 9);
+  check_vector("winograd_gradient", "kernel", w.kernel, w.out_channels * w.channels * 9);
+}
+
+inline constexpr auto check_winograd_gradient = [](const WinogradGradient& w, const Tensor& x,
+                                                   const Tensor& grad) {
+  const Shape from{"winograd_gradient", w.samples, w.height * w.width, true};
+  const Shape to{"winograd_gradient", w.samples, w.out_height * w.out_width, true};
+  require(x.dtype == DType::float32 || x.dtype == DType::bfloat16, "winograd_gradient", "x",
+          "be float32 or bfloat16");
+  from.check("x", x, x.dtype, w.channels);
+  to.check("grad", grad, x.dtype, w.out_channels);
+};
 
 }  // namespace msflow

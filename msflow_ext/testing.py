@@ -220,6 +220,7 @@ def _other_cases(
     if dtype in (torch.float32, torch.bfloat16):
         weight, bias = (normal(*s, dtype=torch.float32) for s in ((5, c1 + c2, 3, 3), (5,)))
         yield f"winograd {label}", _convolve, [x, weight / 9, bias]
+        yield f"winograd weight gradient {label}", _weight_grad, [x, normal(3, 5, *size)]
 
 
 def _coupling_results(*t: Tensor, **options: Any) -> tuple[Tensor, ...]:
@@ -250,6 +251,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     """With all sizes of tiles; factors as wide as the bias."""
     values = [ops.winograd_weight(weight, tile, bias.dtype) for tile in (2, 3, 4)]
     return tuple(ops.winograd_conv2d(x, v, bias) for v in values)
+
+
+def _weight_grad(x: Tensor, grad: Tensor) -> tuple[Tensor]:
+    return (ops.winograd_weight_grad(x, grad),)
 
 
 def _aggregate(size: int, *maps: Tensor) -> tuple[Tensor, ...]:

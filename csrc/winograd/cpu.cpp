@@ -5,37 +5,28 @@
 
 #include "common/half.h"
 #include "common/parallel.h"
-#include "winograd/formula.h"
-#include "winograd/vector.h"
+#include "winograd/tiles.h"
 #include "winograd/winograd.h"
 
 namespace msflow {
 namespace {
 
-constexpr int64_t panel = 32;  // channels of the result whose weights lie side by side
-constexpr int64_t line = 16;   // words
 // Bytes of intermediate results at once, but tiles enough for the weights' way from memory.
 constexpr int64_t cached = 4 << 20, enough = 64;
 
-// Channels: the transforms wait for memory (64x64 192 -> 256, tiles of 4: 1.9 -> 1.1 ms).
-constexpr int64_t ahead = 2 * line;
-
-HD int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
-
 struct Job : Winograd {
   Tensor x, y;
-  int64_t points, down, across, tiles;  // of a tile; tiles of an image, and of all
+  Grid grid;
+  int64_t points, tiles, block;   // of a tile; in all, and at work
   int64_t words, v_step, m_step;  // 32-bit words of a tile at a point, and from one to the next
   int64_t v_point, m_point;       // from a point to the next
-  int64_t first = 0, block;       // tiles at work
   std::unique_ptr<uint32_t[]> buffer, zeros;
   uint32_t* v;  // (points, block, v_step) transformed input
   float* m;     // (points, block, m_step) products
 
-  explicit Job(const Winograd& w) : Winograd(w) {
+  explicit Job(const Winograd& w) : Winograd(w), grid(tile, out_height, out_width) {
     points = (tile + 2) * (tile + 2);
-    down = (out_height + tile - 1) / tile, across = (out_width + tile - 1) / tile;
-    tiles = samples * down * across;
+    tiles = samples * grid.per_image();
     words = factors == DType::bfloat16 ? (channels + 1) / 2 : channels;
     // Whole cache lines, and no power of two, so that rows do not share cache sets.
     v_step = round_up(words, line) + line, m_step = round_up(out_channels, panel) + line;
@@ -52,71 +43,16 @@ struct Job : Winograd {
   }
 
   int64_t panels() const { return (out_channels + panel - 1) / panel; }
-  int64_t size() const { return std::min(block, tiles - first); }
+  int64_t size() const { return std::min(block, tiles - grid.first); }
 };
 
-// Where a tile begins in its image's results.
-struct Place {
-  int64_t n, row, column;
-
-  HD Place(const Job& job, int64_t tile)
-      : n(tile / (job.down * job.across)),
-        row(tile / job.across % job.down * job.tile),
-        column(tile % job.across * job.tile) {}
-};
-
-template <class V, class T>
-HD void load_part(const T* from, int64_t size, V& v) {
-  if (size >= size_of<V>) return load(from, v);
-  T part[size_of<V>] = {};
-  memcpy(part, from, size * sizeof(T));
-  load(part, v);
-}
-
-template <class V, class T>
-HD void store_part(T* to, int64_t size, const V& v) {
-  if (size >= size_of<V>) return store(to, v);
-  T part[size_of<V>];
-  store(part, v);
-  memcpy(to, part, size * sizeof(T));
-}
-
-// F: type of the factors.
 template <class V, class X, class F, int tile>
-HD void transform_tiles(const Job& job, int64_t begin, int64_t end) {
-  constexpr int side = tile + 2;
+HD void transform_input(const Job& job, int64_t begin, int64_t end) {
   constexpr int64_t in_word = 4 / int64_t(sizeof(F));
-  const int64_t step = job.v_step * in_word, point = job.v_point * in_word;
-  for (int64_t item = begin; item < end; ++item) {
-    const Place place(job, job.first + item);
-    const X* from[side][side];
-    for (int i = 0; i < side; ++i) {
-      for (int j = 0; j < side; ++j) {
-        const int64_t h = place.row + i - job.pad_top, w = place.column + j - job.pad_left;
-        const bool inside = h >= 0 && h < job.height && w >= 0 && w < job.width;
-        from[i][j] = inside ? job.x.at<X>(place.n, 0, h * job.width + w)
-                            : reinterpret_cast<const X*>(job.zeros.get());
-      }
-    }
-    F* to = reinterpret_cast<F*>(job.v) + item * step;
-    for (int64_t c = 0; c < job.channels; c += size_of<V>) {
-      V half[side][side];
-      for (int j = 0; j < side; ++j) {
-        V x[side], t[side];
-        for (int i = 0; i < side; ++i) {
-          PREFETCH(from[i][j] + c + ahead, 0, 3);
-          load_part(from[i][j] + c, job.channels - c, x[i]);
-        }
-        input_transform(x, t);
-        for (int i = 0; i < side; ++i) half[i][j] = t[i];
-      }
-      for (int i = 0; i < side; ++i) {
-        V t[side];
-        input_transform(half[i], t);
-        for (int j = 0; j < side; ++j) store(to + (i * side + j) * point + c, t[j]);
-      }
-    }
-  }
+  const Map map{job.x,       job.channels, job.height,     job.width,
+                job.pad_top, job.pad_left, job.zeros.get()};
+  const Values values{job.v, job.v_point * in_word, panel, job.v_step * in_word};
+  transform_tiles<V, X, F, tile + 2, tile + 2>(job.grid, map, values, begin, end);
 }
 
 template <class V, class X, int tile>
@@ -124,7 +60,7 @@ HD void transform_products(const Job& job, int64_t begin, int64_t end) {
   constexpr int side = tile + 2;
   const float floor = job.relu ? 0.f : -std::numeric_limits<float>::infinity();
   for (int64_t item = begin; item < end; ++item) {
-    const Place place(job, job.first + item);
+    const Place place(job.grid, job.grid.first + item);
     const float* from = job.m + item * job.m_step;
     const int64_t rows = std::min<int64_t>(tile, job.out_height - place.row);
     const int64_t columns = std::min<int64_t>(tile, job.out_width - place.column);
@@ -229,8 +165,8 @@ MSFLOW_CLONES void multiply_narrow(int64_t begin, int64_t end, void* context) {
     function<V, __VA_ARGS__>(*static_cast<const Job*>(context), begin, end); \
   }
 #define INPUT(X, F, tile)                                                          \
-  TRANSFORM(WIDE, Floats16, input_##X##_##F##_##tile, transform_tiles, X, F, tile) \
-  TRANSFORM(MSFLOW_CLONES, Floats8, input_##X##_##F##_##tile, transform_tiles, X, F, tile)
+  TRANSFORM(WIDE, Floats16, input_##X##_##F##_##tile, transform_input, X, F, tile) \
+  TRANSFORM(MSFLOW_CLONES, Floats8, input_##X##_##F##_##tile, transform_input, X, F, tile)
 #define OUTPUT(X, tile)                                                       \
   TRANSFORM(WIDE, Floats16, output_##X##_##tile, transform_products, X, tile) \
   TRANSFORM(MSFLOW_CLONES, Floats8, output_##X##_##tile, transform_products, X, tile)
@@ -240,7 +176,7 @@ MSFLOW_CLONES void multiply_narrow(int64_t begin, int64_t end, void* context) {
   INPUT(bfloat16, float, tile)                                                                   \
   OUTPUT(float, tile)                                                                            \
   OUTPUT(bfloat16, tile)                                                                         \
-  TRANSFORM(WIDE, Floats16, input_bfloat16_bfloat16_##tile, transform_tiles, bfloat16, bfloat16, \
+  TRANSFORM(WIDE, Floats16, input_bfloat16_bfloat16_##tile, transform_input, bfloat16, bfloat16, \
             tile)
 TILES(TRANSFORMS)
 
@@ -279,7 +215,7 @@ void winograd_cpu(const Winograd& winograd, Tensor x, Tensor y) {
   const int64_t size = job.tile - 2;
   const Body input = pairs ? input_pairs[size] : bodies.input[half][size];
   const Body multiply = pairs ? multiply_pairs : bodies.multiply;
-  for (; job.first < job.tiles; job.first += job.block) {
+  for (; job.grid.first < job.tiles; job.grid.first += job.block) {
     const int64_t work = job.size() * job.words * panel;
     parallel_for(job.size(), job.points * job.channels, input, job);
     parallel_for(job.points * job.panels(), work, multiply, job);

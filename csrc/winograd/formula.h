@@ -14,7 +14,7 @@ constexpr float winograd_r = 0.70710678118654752f, winograd_1_r = 1.414213562373
 
 // The input's values at the points; x: numbers side by side.
 template <class V>
-HD void input_transform(const V (&x)[4], V (&t)[4]) {
+HD void to_points(const V (&x)[4], V (&t)[4]) {
   t[0] = x[2] - x[0];
   t[1] = x[2] + x[1];
   t[2] = x[2] - x[1];
@@ -22,7 +22,7 @@ HD void input_transform(const V (&x)[4], V (&t)[4]) {
 }
 
 template <class V>
-HD void input_transform(const V (&x)[5], V (&t)[5]) {
+HD void to_points(const V (&x)[5], V (&t)[5]) {
   const V odd = x[3] - winograd_b2 * x[1], even = winograd_a * (x[2] - winograd_b2 * x[0]);
   t[0] = odd + even;
   t[1] = odd - even;
@@ -33,7 +33,7 @@ HD void input_transform(const V (&x)[5], V (&t)[5]) {
 }
 
 template <class V>
-HD void input_transform(const V (&x)[6], V (&t)[6]) {
+HD void to_points(const V (&x)[6], V (&t)[6]) {
   t[0] = x[0] - 2.5f * x[2] + x[4];
   const V even = x[4] - 2.f * x[2], odd = winograd_r * (x[3] - 2.f * x[1]);
   t[1] = even + odd;
@@ -67,6 +67,19 @@ HD void output_transform(const V (&m)[6], V (&y)[4]) {
   y[1] = odd + odd_1;
   y[2] = 0.5f * even + 2.f * even_1;
   y[3] = 0.5f * odd + 2.f * odd_1 + m[5];
+}
+
+// A result's gradient at the points: output_transform, transposed.
+template <class V>
+HD void to_points(const V (&y)[4], V (&t)[6]) {
+  t[0] = y[0];
+  const V even = y[0] + 0.5f * y[2], odd = winograd_r * (y[1] + 0.5f * y[3]);
+  t[1] = even + odd;
+  t[2] = even - odd;
+  const V even_1 = y[0] + 2.f * y[2], odd_1 = winograd_1_r * (y[1] + 2.f * y[3]);
+  t[3] = even_1 + odd_1;
+  t[4] = even_1 - odd_1;
+  t[5] = y[3];
 }
 
 }  // namespace msflow

@@ -4,13 +4,13 @@
 
 #include "common/half.h"
 #include "common/parallel.h"
-#include "winograd/vector.h"
+#include "winograd/tiles.h"
 #include "winograd/winograd.h"
 
 namespace msflow {
 namespace {
 
-constexpr int64_t panel = 32, taps = 9, most_points = 36;
+constexpr int64_t taps = 9, most_points = 36;
 
 struct Job : WinogradWeight {
   int64_t panels, words;

@@ -30,6 +30,16 @@ struct WinogradWeight {
 
 void winograd_weight_cpu(const WinogradWeight&);
 
+// What a convolution's weight gets of the gradient of its results, in tiles of 4 x 4 of them.
+struct WinogradGradient {
+  int64_t samples, channels, height, width, out_channels, out_height, out_width;
+  int64_t pad_top, pad_left;
+  const float* transform;  // (36, 9), as a WinogradWeight's
+  float* kernel;           // (out_channels, channels, 9)
+};
+
+void winograd_gradient_cpu(const WinogradGradient&, Tensor x, Tensor grad);
+
 // Factors for which this processor has the registers and instructions that make them fast.
 std::vector<DType> winograd_factors_cpu();
 

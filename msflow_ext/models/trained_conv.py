@@ -18,8 +18,8 @@ _SHARING = 2048
 class TrainedConv2d(nn.Conv2d):
     """A convolution whose training on the CPU takes Winograd's form where it pays; else what it inherits.
 
-    Forward and the gradient of the input take the form, the gradient of the weight is the library's. Derivatives of
-    derivatives, compiled and exported graphs and everything without a gradient take the direct convolution.
+    Derivatives of derivatives, compiled and exported graphs and everything without a gradient take the direct
+    convolution.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -67,19 +67,12 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # somebody differentiates this once more
-            found = (
-                conv2d_input(x.shape, weight.to(x.dtype), grad, padding=1) if wants_x else None,
-                conv2d_weight(x, weight.shape, grad, padding=1) if wants_weight else None,
-                grad.sum((0, 2, 3)) if wants_bias else None,
-            )
+            grad_x = conv2d_input(x.shape, weight.to(x.dtype), grad, padding=1) if wants_x else None
+            slope = conv2d_weight(x, weight.shape, grad, padding=1) if wants_weight else None
         else:
-            shape = grad.new_empty(weight.shape)  # of the weight the library wants no more
-            found = torch.ops.aten.convolution_backward(
-                *(grad, x, shape, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
-                [False, wants_weight, wants_bias],
-            )
-        grad_x, *rest = found
-        if wants_x and grad_x is None:
-            turned = ops.winograd_weight(weight, *ctx.form, adjoint=True)
-            grad_x = ops.winograd_conv2d(grad, turned, weight.new_zeros(weight.size(1)))
-        return grad_x, *(None if g is None else g.to(weight.dtype) for g in rest), None
+            turned = ops.winograd_weight(weight, *ctx.form, adjoint=True) if wants_x else None
+            nothing = weight.new_zeros(weight.size(1))
+            grad_x = None if turned is None else ops.winograd_conv2d(grad, turned, nothing)
+            slope = ops.winograd_weight_grad(x, grad) if wants_weight else None
+        shift = grad.sum((0, 2, 3), dtype=weight.dtype) if wants_bias else None
+        return grad_x, None if slope is None else slope.to(weight.dtype), shift, None

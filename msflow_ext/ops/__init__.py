@@ -19,7 +19,7 @@ from msflow_ext.ops.score import (
     log_likelihood_map,
     mean_aggregate,
 )
-from msflow_ext.ops.winograd import winograd_conv2d, winograd_weight
+from msflow_ext.ops.winograd import winograd_conv2d, winograd_weight, winograd_weight_grad
 
 __all__ = [
     "Aggregate",
@@ -40,4 +40,5 @@ __all__ = [
     "upsample_and_add",
     "winograd_conv2d",
     "winograd_weight",
+    "winograd_weight_grad",
 ]

@@ -224,6 +224,26 @@ void check_winograd_weight(DType factors, const std::string& name) {
   check("winograd_weight" + name, {&values}, [&] { winograd_weight_cpu(job); });
 }
 
+void check_winograd_gradient(DType type, const std::string& name) {
+  constexpr int64_t from = 34, to = 40;
+  Numbers x(type, samples * from * positions), grad(type, samples * to * positions);
+  Numbers transform(DType::float32, 36 * 9), kernel(DType::float32, to * from * 9);
+  const WinogradGradient job{samples,
+                             from,
+                             height,
+                             width,
+                             to,
+                             height,
+                             width,
+                             1,
+                             1,
+                             static_cast<float*>(transform.data()),
+                             static_cast<float*>(kernel.data())};
+  check("winograd_gradient" + name, {&kernel}, [&] {
+    winograd_gradient_cpu(job, view(x, from, positions, true), view(grad, to, positions, true));
+  });
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -246,5 +266,6 @@ int main(int count, char** arguments) {
     if (type == bf16)
       for (int64_t tile : {2, 3}) check_winograd(bf16, bf16, tile, " bfloat16 factors");
   for (DType type : {f32, bf16}) check_winograd_weight(type, names[int(type)]);
+  for (DType type : {f32, bf16}) check_winograd_gradient(type, names[int(type)]);
   std::printf("%d threads: %d kernels give the bits of one\n", threads, int(kernels));
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from msflow_ext import ops
 from msflow_ext.ops.winograd import factor_dtypes
@@ -112,6 +112,69 @@ def test_the_adjoint_is_the_derivative_of_torch(normal: Normal, tile: int) -> No
     got = ops.winograd_conv2d(grad, values, torch.zeros(4, dtype=F64))
     wanted = conv2d_input((2, 4, 7, 8), weight, grad, padding=1)
     assert relative_error(got, wanted) <= 1e-13
+
+
+def gradient_inputs(normal: Normal, shape: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Input of a convolution, and a gradient of its results."""
+    size, c_out, (rows, columns) = SHAPES[shape]
+    grad = normal(size[0], c_out, size[2] + 2 * rows - 2, size[3] + 2 * columns - 2, dtype=dtype)
+    return normal(*size, dtype=dtype), grad
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gradient_of_the_weight_is_that_of_torch(normal: Normal, shape: str) -> None:
+    x, grad = gradient_inputs(normal, shape, F64)
+    _, c_out, padding = SHAPES[shape]
+    got = ops.winograd_weight_grad(x, grad, padding=padding)
+    wanted = conv2d_weight(x, (c_out, x.size(1), 3, 3), grad, padding=padding)  # pyright: ignore[reportArgumentType]
+    assert got.dtype is F64
+    assert relative_error(got, wanted) <= 1e-13
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_kernels_give_the_gradient_of_the_weight(
+    native: None, normal: Normal, shape: str, dtype: torch.dtype, layout: Layout
+) -> None:
+    x, grad = gradient_inputs(normal, shape, dtype)
+    padding = SHAPES[shape][2]
+    got = ops.winograd_weight_grad(layout(x), layout(grad), padding=padding)
+    wanted = ops.winograd_weight_grad(x.double(), grad.double(), padding=padding)
+    assert got.dtype is F32 and got.is_contiguous()
+    # In bfloat16, too, factors and sums are float32.
+    assert relative_error(got, wanted) <= tolerance(F32, 36 * grad[:, 0].numel())
+    with ops.backend("reference"):
+        reference = ops.winograd_weight_grad(x, grad, padding=padding)
+    assert reference.dtype is F32
+    assert relative_error(reference, wanted) <= tolerance(F32, 36 * grad[:, 0].numel())
+
+
+@pytest.mark.parametrize(
+    ("size", "c_out"),
+    [((2, 1056, 8, 12), 1100), ((9, 64, 64, 68), 96), ((5, 520, 40, 20), 300)],
+    ids=["groups-of-channels", "blocks-of-tiles", "both"],
+)
+def test_the_gradient_of_the_weight_is_whole_where_memory_is_held_small(
+    native: None, normal: Normal, size: tuple[int, int, int, int], c_out: int
+) -> None:
+    x, grad = normal(*size, dtype=F32), normal(size[0], c_out, *size[2:], dtype=F32)
+    got = ops.winograd_weight_grad(x, grad)
+    wanted = conv2d_weight(x, (c_out, size[1], 3, 3), grad, padding=1)
+    assert float((got - wanted).norm() / wanted.norm()) <= 1e-5
+    assert float((got - wanted).abs().amax() / wanted.square().mean().sqrt()) <= 1e-3
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(ops.winograd_weight_grad(x, grad), got)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 5), (3, 0, 5), (3, 2, 0)], ids=str)
+def test_the_gradient_of_nothing_is_zero(each_backend: str, sizes: tuple[int, int, int]) -> None:
+    n, c_in, c_out = sizes
+    got = ops.winograd_weight_grad(torch.ones(n, c_in, 4, 6), torch.ones(n, c_out, 4, 6))
+    assert got.shape == (c_out, c_in, 3, 3) and not got.any()
 
 
 def test_points_cost_the_digits_that_are_stated(each_backend: str, normal: Normal) -> None:
@@ -230,6 +293,26 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: ops.winograd_conv2d(X(1, 2, 4, 4), VALUES, X(0)),
         TypeError,
         r"bias must be .* got torch.float32 \(0,\)",
+    ),
+    "gradient of other size": (
+        lambda: ops.winograd_weight_grad(X(2, 2, 4, 6), X(2, 5, 4, 5)),
+        ValueError,
+        r"winograd_weight_grad: grad must be \(2, C_out, 4, 6\), got \(2, 5, 4, 5\)",
+    ),
+    "gradient of too small": (
+        lambda: ops.winograd_weight_grad(X(1, 2, 2, 4), X(1, 5, 0, 4), padding=(0, 1)),
+        ValueError,
+        r"winograd_weight_grad: x must be .* of at least 3x3 with its padding",
+    ),
+    "gradient of other dtype": (
+        lambda: ops.winograd_weight_grad(X(1, 2, 4, 6), X(1, 5, 4, 6, dtype=BF16)),
+        TypeError,
+        "x and grad must be of one floating dtype, got torch.float32 and torch.bfloat16",
+    ),
+    "gradient elsewhere": (
+        lambda: ops.winograd_weight_grad(X(1, 2, 4, 6), X(1, 5, 4, 6, device="meta")),
+        ValueError,
+        "grad must be on cpu, got meta",
     ),
     "elsewhere": (
         lambda: ops.winograd_conv2d(X(1, 2, 4, 4), VALUES, X(5, device="meta")),
