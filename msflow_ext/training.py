@@ -19,11 +19,11 @@ from torch import Tensor
 from msflow_ext import distributed
 from msflow_ext.checkpoint import (
     CHECKPOINT,
+    Saver,
     previous,
     read_json,
     restore,
     save_checkpoint,
-    withdraw,
     write_text,
 )
 from msflow_ext.data import DataSet, Images
@@ -51,8 +51,6 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from tqdm import tqdm
 
-CHECKPOINT_SECONDS = 60.0
-
 log = logging.getLogger(__name__)
 
 
@@ -73,8 +71,9 @@ def train(
     """Train ``model.head`` on ``dataset.train``, test it on ``dataset.test``, and write the folder ``run``.
 
     The result is that of the last epoch; the best epoch on the test set stands beside it, as such.
-    A checkpoint is written after the first epoch, before every test and at least once a minute. Tests run beside the
-    epochs that follow, on a copy of the head, where there is a GPU, or a core that torch's threads leave free.
+    A checkpoint is written after the first epoch, before every test and at least once a minute, but for large models
+    (:class:`msflow_ext.checkpoint.Saver`). Tests run beside the epochs that follow, on a copy of the head, where there
+    is a GPU, or a core that torch's threads leave free.
     Several processes take the steps that one would take, and the first of them writes all files.
 
     Args:
@@ -155,7 +154,8 @@ def train(
         head.mark_forward_method("loss")
         model.eval()
         bar = stack.enter_context(_bar(recipe, state["epoch"], len(trained), progress))
-        saved, final = -math.inf, None
+        saver = Saver(run / CHECKPOINT, state["epoch"] if tensors else None)
+        final = None
         if recipe.is_tested(state["epoch"]):  # a checkpoint is older than its test
             examiner.begin(state["epoch"])
         while state["epoch"] < recipe.epochs:
@@ -163,25 +163,24 @@ def train(
             try:
                 loss = _epoch(fabric, head, optimizer, trained, recipe, state["epoch"], run, bar)
             except TrainingDiverged:
-                _take(examiner, state, run, ranks, wait=True)  # the epoch before may be to blame
+                _take(examiner, state, saver, ranks, wait=True)  # the epoch before may be to blame
                 raise
             model.eval()
             state["losses"].append(loss)
             state["epoch"] += 1
             due = recipe.is_tested(state["epoch"])
-            late = time.monotonic() - saved > CHECKPOINT_SECONDS
-            final = _take(examiner, state, run, ranks, wait=due or late) or final
+            save = saver.is_due(tested=due)
+            final = _take(examiner, state, saver, ranks, wait=due or save) or final
             if due:
                 model.fit_latents(partial(trained.batches, recipe.batch_size), ranks.total)
             with ranks.agreed():
-                if ranks.first and (due or late):
+                if ranks.first and save:
                     state["seconds"] = time.monotonic() - began
-                    save_checkpoint(run / CHECKPOINT, state, model, adam)
-                    saved = time.monotonic()
+                    saver.save(state, model, adam)
             if due:
                 examiner.begin(state["epoch"])
-                final = _take(examiner, state, run, ranks, wait=not beside) or final
-        final = _take(examiner, state, run, ranks, wait=True) or final
+                final = _take(examiner, state, saver, ranks, wait=not beside) or final
+        final = _take(examiner, state, saver, ranks, wait=True) or final
         gaussian = _baseline(trained, tested, truth, recipe.batch_size) if baseline else None
         calibration = _calibration(model, held_out, recipe.batch_size) if held else None
 
@@ -282,7 +281,7 @@ def _epoch(
         names = ", ".join(items[i].name for i in chunks[error.step].tolist())
         what = f"{error} in step {error.step + 1} (images {names})"
         with ranks.agreed():
-            raise _stopped(run, epoch + 1, what) from None
+            raise _stopped(run / CHECKPOINT, epoch + 1, what) from None
     total = sum(loss * len(chunk) for (loss, _), chunk in zip(steps, chunks, strict=True))
     return total / len(features) / sum(x[0].numel() for x in features[features.own[:1]])
 
@@ -292,23 +291,22 @@ def _test(tested: Features, truth: Truth, batch_size: int, model: Any) -> Evalua
 
 
 def _take(
-    examiner: Examiner, state: dict[str, Any], run: Path, ranks: Ranks, *, wait: bool
+    examiner: Examiner, state: dict[str, Any], saver: Saver, ranks: Ranks, *, wait: bool
 ) -> Evaluation | None:
     """What a test found that is done, or is waited for; written down and said.
 
     Raises:
-        TrainingDiverged, ProcessFailed: a score or a map is not finite. The checkpoint, which is of that epoch, is
-            taken back.
+        TrainingDiverged, ProcessFailed: a score or a map is not finite. A checkpoint of that epoch is taken back.
     """
     epoch = examiner.epoch
     try:
         found = examiner.take(wait=wait)
     except (FloatingPointError, ProcessFailed) as error:
         if ranks.first:
-            withdraw(run / CHECKPOINT)
+            saver.withdraw(epoch)
         if isinstance(error, ProcessFailed):
             raise
-        raise _stopped(run, epoch, str(error)) from None
+        raise _stopped(saver.path, epoch, str(error)) from None
     if found is None:
         return None
     if epoch not in (each["epoch"] for each in state["evaluations"]):
@@ -320,8 +318,7 @@ def _take(
     return found
 
 
-def _stopped(run: Path, epoch: int, what: str) -> TrainingDiverged:
-    kept = run / CHECKPOINT
+def _stopped(kept: Path, epoch: int, what: str) -> TrainingDiverged:
     rest = f"{kept} keeps the last good state" if kept.exists() else "nothing was saved yet"
     return TrainingDiverged(f"training stopped in epoch {epoch}: {what}; {rest}")
 

@@ -108,7 +108,7 @@ def test_epochs_go_on_while_a_test_runs(tmp_path, monkeypatch, squares, waited):
 
     monkeypatch.setattr(training, "train_epoch", epoch)
     monkeypatch.setattr(training, "evaluate", test)
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 1e9)
+    monkeypatch.setattr(training.Saver, "SECONDS", 1e9)
     train(build_model(), squares, tmp_path / "run", RECIPE, device="cpu")
     assert threading.main_thread() not in threads
     assert results(tmp_path / "run") == results(waited)
@@ -188,7 +188,7 @@ def test_a_test_that_fails_is_told_before_the_epoch_that_fails_beside_it(
 
     monkeypatch.setattr(training, "train_epoch", epoch)
     monkeypatch.setattr(training, "evaluate", test)
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 1e9)
+    monkeypatch.setattr(training.Saver, "SECONDS", 1e9)
     sentence = "stopped in epoch 1: score or map of image good/6.*nothing was saved yet"
     with pytest.raises(TrainingDiverged, match=sentence):
         train(build_model(), squares, tmp_path / "run", RECIPE, device="cpu")

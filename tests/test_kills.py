@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from msflow_ext import checkpoint
 from msflow_ext.checkpoint import previous, read_checkpoint, restore, save_checkpoint
 
 KILLS = int(os.environ.get("MSFLOW_KILLS", "5"))
@@ -114,3 +116,41 @@ def test_a_header_that_is_no_object_is_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, path, {"msflow_ext": "[1]"})
     with pytest.raises(ValueError, match="its header is no JSON object"):
         read_checkpoint(path)
+
+
+def test_a_checkpoint_that_takes_long_is_written_the_less_often(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def save(seconds: float, epoch: int) -> None:
+        def write(*_: Any) -> None:
+            nonlocal now
+            now += seconds
+
+        monkeypatch.setattr(checkpoint, "save_checkpoint", write)
+        saver.save({"epoch": epoch}, nn.Linear(1, 1), None)
+
+    saver = checkpoint.Saver(tmp_path / "model.safetensors")
+    assert saver.is_due(tested=False), "after the first epoch"
+    save(0.9, 1)
+    assert saver.is_due(tested=True) and not saver.is_due(tested=False)
+    now += 61
+    assert saver.is_due(tested=False)
+    save(5.0, 2)
+    now += 99
+    assert not saver.is_due(tested=True) and not saver.is_due(tested=False)
+    now += 2
+    assert saver.is_due(tested=True) and saver.is_due(tested=False)
+
+
+def test_only_the_checkpoint_of_the_epoch_is_taken_back(tmp_path):
+    path, model = tmp_path / "model.safetensors", nn.Linear(1, 1)
+    saver = checkpoint.Saver(path)
+    for epoch in (1, 2):
+        saver.save({"epoch": epoch}, model, None)
+    saver.withdraw(3)
+    assert read_checkpoint(path)[0]["epoch"] == 2
+    saver.withdraw(2)
+    assert read_checkpoint(path)[0]["epoch"] == 1
+    checkpoint.Saver(path, 1).withdraw(1)
+    assert not path.exists()
