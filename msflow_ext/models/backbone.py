@@ -19,6 +19,7 @@ from msflow_ext.models.pretrained import (
     packaged_classifier,
     timm_name,
 )
+from msflow_ext.models.processor import has_bfloat16
 
 __all__ = ["PACKAGED", "Backbone", "load_packaged", "packaged_classifier"]
 
@@ -140,11 +141,15 @@ class Backbone(nn.Module):
 
         Looks at a random image of side ``image_size`` (at most 256 pixels): whether folding changes the features, and
         whether bfloat16 does by more than ``MOST_ROUNDING`` of their deviation. Then the copy stays in float32, and a
-        warning is logged: flows that were trained on other features tell good from bad less well.
+        warning is logged: flows that were trained on other features tell good from bad less well. So does a transformer
+        on a processor without instructions for bfloat16, where it would take five times as long.
         """
         from msflow_ext.models.packed import optimize_network
 
         dtype = dtype or torch.float32
+        transformer = self.image_size is not None
+        if dtype is torch.bfloat16 and transformer and self.mean.is_cpu and not has_bfloat16():
+            dtype = torch.float32
         form = copy.copy(self)
         form._modules = {}
         form._buffers = dict(self._buffers)

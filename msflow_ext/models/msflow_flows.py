@@ -60,6 +60,11 @@ class ConditionalFlow(Flow):
         return self._encodings[key]
 
 
+# The condition's share of a convolution is kept for the backward pass, not computed again, where so many images have it
+# in common: the less memory it is beside theirs.
+_SHARING = 4
+
+
 class ConditionedSubnet(nn.Module):
     """Conv3x3 - LayerNorm over channels - ReLU - Conv3x3 of the passive half and the condition.
 
@@ -87,8 +92,13 @@ class ConditionedSubnet(nn.Module):
         h = self.conv_x(x1)
         wide = accumulation_dtype(h.dtype)
 
+        def share() -> Tensor:
+            return self.conv_cond(cond).to(wide)
+
+        kept = share() if torch.compiler.is_compiling() or len(x1) >= _SHARING else None
+
         def normed() -> Tensor:
-            return recomputed(partial(self.norm, h), lambda: self.conv_cond(cond).to(wide))
+            return recomputed(partial(self.norm, h), share) if kept is None else self.norm(h, kept)
 
         return recomputed(self.conv_out, normed)
 
