@@ -155,6 +155,11 @@ def _fastest(row: Row | None) -> list[str]:
         return ["-", "-"]
     best = min(timed, key=lambda each: quantiles(each["ms"])[0])
     return [
-        f"{quantiles(best['ms'])[0]:.3g}",
-        f"{best['peak_mb']:.3g}" if "peak_mb" in best else "-",
+        _digits(quantiles(best["ms"])[0]),
+        _digits(best["peak_mb"]) if "peak_mb" in best else "-",
     ]
+
+
+def _digits(value: float) -> str:
+    """Three digits, or more where they stand before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
