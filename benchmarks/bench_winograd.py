@@ -63,26 +63,33 @@ def make(dtype: str, side: int, c_in: int, c_out: int, batch: int) -> Case:
 
 
 def gradient(dtype: str, side: int, c_in: int, c_out: int, batch: int = 8) -> Case:
-    """Of the weight."""
-    shape = (c_out, c_in, 3, 3)
+    """Of the weight; PyTorch's as autograd calls it, in both memory formats."""
+    weight = torch.empty(c_out, c_in, 3, 3, dtype=DTYPES[dtype])
+    tolerance, planar = TOLERANCES[dtype], {}
 
     def inputs() -> list[Tensor]:
         sizes = (batch, c_in, side, side), (batch, c_out, side, side)
         return [normal(*size, dtype=DTYPES[dtype], layout="nhwc") for size in sizes]
+
+    def autograd(x: Tensor, grad: Tensor) -> Tensor:
+        geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry)[1]
+
+    def autograd_nchw(x: Tensor, grad: Tensor) -> Tensor:
+        if not planar:  # an eager network has them so
+            planar.update(x=x.contiguous(), grad=grad.contiguous())
+        return autograd(**planar)
 
     return Case(
         name=f"winograd weight gradient {dtype} {c_in}->{c_out} {side}x{side} b{batch}",
         rows=[],
         inputs=inputs,
         providers={
-            "eager": Provider(
-                lambda: lambda x, grad: conv2d_weight(x, shape, grad, padding=1),
-                TOLERANCES[dtype],
-                bf16=dtype == "bf16",
-            ),
-            "ours": Provider(lambda: ops.winograd_weight_grad, TOLERANCES[dtype]),
+            "eager": Provider(lambda: autograd_nchw, tolerance, bf16=dtype == "bf16"),
+            "eager channels_last": Provider(lambda: autograd, tolerance, bf16=dtype == "bf16"),
+            "ours": Provider(lambda: ops.winograd_weight_grad, tolerance),
         },
-        wanted=lambda x, grad: conv2d_weight(x.double(), shape, grad.double(), padding=1),
+        wanted=lambda x, grad: conv2d_weight(x.double(), weight.shape, grad.double(), padding=1),
         hot=True,
     )
 

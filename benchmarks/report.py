@@ -27,7 +27,7 @@ HEADLINE_CASES = {case for _, case in HEADLINES}
 CHARTS = {"flows": 0, "pipeline": 1, "training": 2}
 
 #: Groups whose few providers stand side by side; elsewhere the cases do.
-OPS = ("coupling", "norm", "likelihood", "aggregation", "pixel AUROC", "AUPRO", "model")
+OPS = ("coupling", "norm", "winograd", "likelihood", "aggregation", "pixel AUROC", "AUPRO", "model")
 OTHERS = ("flows", "pipeline", "training step", "training run", latency.GROUP)
 
 
