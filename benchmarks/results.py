@@ -12,8 +12,9 @@ ACCURACY, BULK, SERVING, SOAK = "accuracy-", "bulk-", "serving-", "soak-"
 
 
 def file_for(facts: dict[str, Any]) -> Path:
-    """Where rows of this machine and day belong."""
-    name = f"{facts['cpu']} {facts['cores']}c {facts['date'][:10]}"
+    """Where rows of this machine and day belong: processors of one name may have other instructions."""
+    widest = facts["flags"][-1:]
+    name = " ".join((facts["cpu"], *widest, f"{facts['cores']}c", facts["date"][:10]))
     return FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
