@@ -147,7 +147,7 @@ _kept: dict[Any, Cached] = {}
 
 def features_of(model: Any, dataset: DataSet, *key: Any) -> Cached:
     """``key`` says what else they depend on."""
-    key = (*key, type(model), model.head.channels, model.standardize)
+    key = (*key, type(model), model.head.channels, model.standardize, model.config["whiten"])
     if key not in _kept:
         while len(_kept) > 1:
             _kept.pop(next(iter(_kept)))

@@ -36,10 +36,14 @@ class Variant:
     epochs: int | None = None
 
 
+#: What differs in the robust preset as it was before its features were whitened; most variants differ from that one.
+PLAIN: dict[str, Any] = {"lr": 2e-3, "noise": 0.0}
+
+
 def robust(arguments: Mapping[str, Any] | None = None, **changes: Any) -> Variant:
-    """MSFlow's robust preset but for these arguments and this of the recipe."""
-    whole = {**ROBUST.model, **(arguments or {})}
-    return Variant(arguments=whole, recipe=replace(ROBUST.recipe, **changes))
+    """MSFlow's robust preset without whitening, but for these arguments and this of the recipe."""
+    whole = {**ROBUST.model, "whiten": False, **(arguments or {})}
+    return Variant(arguments=whole, recipe=replace(ROBUST.recipe, **{**PLAIN, **changes}))
 
 
 def variants() -> dict[str, Variant]:
@@ -53,6 +57,10 @@ def variants() -> dict[str, Variant]:
         "reflect padding": Variant(change=reflect),
         "stride 32": Variant(arguments={"blocks": (2, 5, 8, 8)}),
         "MSFlow robust": robust(),
+        "MSFlow robust, whitened": Variant(arguments=ROBUST.model, recipe=ROBUST.recipe),
+        "whitened, stride 32": Variant(
+            arguments={**ROBUST.model, "blocks": (1, 1, 2, 2)}, recipe=ROBUST.recipe
+        ),
         "robust, batch 16": robust(batch_size=16),
         "batch 16, stride 32": robust({"blocks": (1, 1, 2, 2)}, batch_size=16),
         "batch 16, noise 0.3": robust(batch_size=16, noise=0.3),
@@ -62,6 +70,9 @@ def variants() -> dict[str, Variant]:
         "batch 16, weight decay 1e-4": robust(batch_size=16, weight_decay=1e-4),
         "batch 16, clamp 1": robust({"clamp": 1.0}, batch_size=16),
         "batch 16, learnable base": replace(robust(batch_size=16), change=with_learnable_base),
+        "FastFlow robust": Variant(
+            FastFlow, PRESETS["robust"]["fastflow"].model, PRESETS["robust"]["fastflow"].recipe
+        ),
         "FastFlow paper": Variant(FastFlow, recipe=FASTFLOW),
         "FastFlow paper, 8 epochs": Variant(FastFlow, recipe=FASTFLOW, epochs=8),
         "FastFlow paper, 100 epochs": Variant(FastFlow, recipe=FASTFLOW, epochs=100),
@@ -69,7 +80,12 @@ def variants() -> dict[str, Variant]:
             FastFlow, {"standardize": True}, replace(FASTFLOW, batch_size=8), epochs=12
         ),
         "FastFlow, 2 steps, standardised, cosine": Variant(
-            FastFlow, {"steps": 2, "standardize": True}, replace(ROBUST.recipe, batch_size=16)
+            FastFlow,
+            {"steps": 2, "standardize": True},
+            replace(ROBUST.recipe, batch_size=16, **PLAIN),
+        ),
+        "FastFlow, 2 steps, whitened": Variant(
+            FastFlow, {"steps": 2, "standardize": True, "whiten": True}, ROBUST.recipe
         ),
     }
 

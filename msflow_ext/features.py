@@ -151,7 +151,8 @@ class Features:
     def standardize(self, batch_size: int = 8) -> None:
         """Give the model the statistics of these features, and bring what is cached in line.
 
-        Mean and standard deviation of every channel, summed in float64 over all images and positions.
+        Mean and standard deviation of every channel, summed in float64 over all images and positions; and where the
+        model whitens, of what that makes the mean and covariance at every position.
         """
         sums: list[Tensor] = []
         for batch in self.batches(batch_size):
@@ -165,10 +166,18 @@ class Features:
             for (count, _, second), mean in zip(sums, means, strict=True)
         ]
         self._model.set_statistics(means, stds)
-        for i, maps in enumerate(self._maps):
-            mean, std = (v[i].to("cpu", torch.float32).view(-1, 1, 1) for v in (means, stds))
-            for one in maps:
-                one.copy_((one - mean) / std)
+        self._change(self._model.standardized, batch_size)
+        if self._model.whitening is not None:
+            self._model.whitening.fit(self.batches(batch_size), self.ranks.total)
+            self._change(self._model.whitening, batch_size)
+
+    def _change(self, change: Callable[[list[Tensor]], list[Tensor]], batch_size: int) -> None:
+        """Replace what is cached."""
+        rows = torch.arange(len(self.own) if self._maps else 0)
+        for part in rows.split(batch_size) if len(rows) else ():
+            changed = change([maps[part].to(self._device, torch.float32) for maps in self._maps])
+            for maps, new in zip(self._maps, changed, strict=True):
+                maps[part] = new.to(maps)
 
     def _shares(self, indices: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Who keeps the images of a batch, or may compute them as well as others, and who takes which."""
@@ -259,8 +268,7 @@ def features_of_parts(
         return stack.enter_context(closing(features))
 
     if model.standardize:  # what a former training left would count twice
-        channels = model.head.channels
-        model.set_statistics([torch.zeros(c) for c in channels], [torch.ones(c) for c in channels])
+        model.forget_statistics()
     trained, *others = parts
     with ranks.agreed():
         found = [compute(trained)]

@@ -119,7 +119,7 @@ def test_an_openvino_file_has_its_weights_beside_it(tmp_path, images):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("MSFlow", {"score": "paper", "standardize": True}),
+        ("MSFlow", {"score": "paper", "standardize": True, "whiten": True}),
         ("FastFlow", {"score": "log", "anomaly_map": "clamped"}),
         ("FastFlow", {"score": "nll", "padding_mode": "reflect", "backbone": "resnet18"}),
         ("FastFlow", {"backbone": "test_vit", "position_base": True}),

@@ -36,7 +36,7 @@ CASES: dict[str, tuple[dict[str, Any], Recipe]] = {
     "uneven": (EVERYTHING, BASE),
     "often-empty": ({}, replace(BASE, batch_size=2, cache="disk", hold_out=0.3, false_alarms=0.4)),
     "always-empty": ({}, replace(BASE, batch_size=1, cache="off", epochs=1)),
-    "standardized": ({"standardize": True}, BASE),
+    "standardized": ({"standardize": True, "whiten": True}, BASE),
 }
 
 
@@ -50,7 +50,7 @@ def build(**options: Any) -> MSFlow:
         torch.manual_seed(0)
         small: dict[str, Any] = {"blocks": (1, 1, 2), "cond_channels": 8, "seed": 1, **options}
         model = MSFlow("test_efficientnet", image_size=SIZE, pretrained=False, **small)
-    for part in (model.head, model.base, model.clamped):
+    for part in (model.head, model.whitening, model.base, model.clamped):
         if part is not None:
             part.double()
     model.head.register_forward_pre_hook(lambda _, given: ([x.double() for x in given[0]],))

@@ -124,7 +124,7 @@ class MSFlow(AnomalibModule):
         """Standardise features, where they are, by the statistics of the training images of all processes."""
         if not self.detector.standardize:
             return
-        self.detector.set_statistics(*_neutral(self.detector.head.channels))
+        self.detector.forget_statistics()
         sums: list[Tensor] = []
         batches: Any = self.trainer.train_dataloader
         for batch in batches:
@@ -172,8 +172,3 @@ class _Model(nn.Module):
     def forward(self, images: Tensor) -> Any:
         found = self.detector(images)
         return InferenceBatch(pred_score=found.score, anomaly_map=found.anomaly_map)
-
-
-def _neutral(channels: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Means and deviations that change nothing."""
-    return [torch.zeros(c) for c in channels], [torch.ones(c) for c in channels]

@@ -17,7 +17,7 @@ from msflow_ext import ops
 from msflow_ext.flows import MEMORY
 from msflow_ext.models.backbone import Backbone
 from msflow_ext.models.clamped_map import ClampedMap
-from msflow_ext.models.position_base import PositionBase, Total, alone
+from msflow_ext.models.position_base import PositionBase, Total, Whitening, alone
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -118,6 +118,7 @@ class Detector(nn.Module, ABC):
         image_size: side ``S`` of the square input and of the maps, in pixels; None: see :func:`side`.
         standardize: whether features are standardised per channel by statistics of the training set, once
             :meth:`set_statistics` was called.
+        whiten: whether standardised features are whitened at every position: see :class:`Whitening`.
         position_base: whether :meth:`fit_latents` puts a :class:`PositionBase` behind the flow.
         score: of an image: ``paper``, ``log``, ``nll`` or ``map``.
         top_k: share of the pixels that make it.
@@ -135,6 +136,7 @@ class Detector(nn.Module, ABC):
         *,
         image_size: int | None,
         standardize: bool,
+        whiten: bool,
         position_base: bool,
         score: str,
         top_k: float,
@@ -148,15 +150,16 @@ class Detector(nn.Module, ABC):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if not 0 < top_k <= 1:
             raise ValueError(f"top_k must be in (0, 1], got {top_k}")
+        if whiten and not standardize:
+            raise ValueError("whiten needs standardize, got whiten True and standardize False")
         self.score, self.top_k = score, top_k
         self.image_size = side(image_size, backbone)
         self.standardize = standardize
         self.backbone = backbone
         self.head: Any = head  # or its inference form
-        self.base: PositionBase | None = None
-        if position_base:
-            sizes = [self.pooled_size(*grid) for grid in backbone.grids(self.image_size)]
-            self.base = PositionBase(head.channels, sizes)
+        sizes = self._sizes() if whiten or position_base else []
+        self.whitening = Whitening(head.channels, sizes) if whiten else None
+        self.base = PositionBase(head.channels, sizes) if position_base else None
         self.clamped = ClampedMap(len(head.channels)) if anomaly_map == "clamped" else None
         for i, c in enumerate(backbone.channels):
             self.register_buffer(f"feature_mean{i}", torch.zeros(c))
@@ -167,6 +170,7 @@ class Detector(nn.Module, ABC):
             "out_indices": list(backbone.out_indices),
             "padding_mode": backbone.padding_mode,
             "standardize": standardize,
+            "whiten": whiten,
             "position_base": position_base,
             "score": score,
             "top_k": top_k,
@@ -184,8 +188,12 @@ class Detector(nn.Module, ABC):
     def features(self, images: Tensor) -> list[Tensor]:
         """Feature maps ``[(N, C_i, H_i, W_i)]`` as the head takes them."""
         pooled = [self.pool(f) for f in self.backbone(images)]
-        if not self.standardize:
-            return pooled
+        if self.standardize:
+            pooled = self.standardized(pooled)
+        return pooled if self.whitening is None else self.whitening(pooled)
+
+    def standardized(self, pooled: Sequence[Tensor]) -> list[Tensor]:
+        """Pooled maps by the statistics of their channels."""
         return [
             (f - _column(getattr(self, f"feature_mean{i}")))
             / _column(getattr(self, f"feature_std{i}"))
@@ -195,6 +203,10 @@ class Detector(nn.Module, ABC):
     def pool(self, x: Tensor) -> Tensor:
         """What the head gets of a map of the backbone: here all of it."""
         return x
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Of the maps that the head gets."""
+        return [self.pooled_size(*grid) for grid in self.backbone.grids(self.image_size)]
 
     def pooled_size(self, height: int, width: int) -> tuple[int, int]:
         """Size of what :meth:`pool` makes of a map of this size."""
@@ -241,6 +253,14 @@ class Detector(nn.Module, ABC):
                 raise ValueError(f"set_statistics: scale {i} holds non-finite values")
             getattr(self, f"feature_mean{i}").copy_(mean)
             getattr(self, f"feature_std{i}").copy_(std.clamp_min(1e-6))
+
+    def forget_statistics(self) -> None:
+        """Leave features as the backbone gives them, until statistics are set again."""
+        for i in range(len(self.head.channels)):
+            getattr(self, f"feature_mean{i}").zero_()
+            getattr(self, f"feature_std{i}").fill_(1)
+        if self.whitening is not None:
+            self.whitening.reset()
 
     def loss(self, images: Tensor) -> Tensor:
         """Training loss of a batch of images: see :meth:`FlowHead.loss`."""

@@ -186,8 +186,10 @@ class FastFlow(Detector):
         top_k: share of the pixels that make the latter three.
         anomaly_map: ``"paper"``, the mean over scales; or ``"clamped"``: see
             :class:`~msflow_ext.models.clamped_map.ClampedMap`.
-        position_base: for parts that always lie alike: Gaussians at every position of the latent maps, fitted to the
-            training set after training; see :class:`~msflow_ext.models.position_base.PositionBase`.
+        whiten: for parts that always lie alike: standardised features are whitened at every position, by the training
+            set's means and covariances there; see :class:`~msflow_ext.models.position_base.Whitening`.
+        position_base: likewise: Gaussians at every position of the latent maps, fitted to the training set after
+            training; see :class:`~msflow_ext.models.position_base.PositionBase`.
 
     Raises:
         ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.
@@ -208,6 +210,7 @@ class FastFlow(Detector):
         layer_norm: bool | None = None,
         padding_mode: str = "zeros",
         standardize: bool = False,
+        whiten: bool = False,
         score: str = "paper",
         top_k: float = 0.03,
         anomaly_map: str = "paper",
@@ -241,6 +244,7 @@ class FastFlow(Detector):
             head,
             image_size=size,
             standardize=bool(standardize),
+            whiten=bool(whiten),
             position_base=bool(position_base),
             steps=head.steps,
             hidden_ratio=head.hidden_ratio,

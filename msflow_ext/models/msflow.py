@@ -147,8 +147,10 @@ class MSFlow(Detector):
         top_k: share of the pixels that make the score.
         anomaly_map: ``"paper"``, additive over scales; or ``"clamped"``: see
             :class:`~msflow_ext.models.clamped_map.ClampedMap`.
-        position_base: for parts that always lie alike: Gaussians at every position of the latent maps, fitted to the
-            training set after training; see :class:`~msflow_ext.models.position_base.PositionBase`.
+        whiten: for parts that always lie alike: standardised features are whitened at every position, by the training
+            set's means and covariances there; see :class:`~msflow_ext.models.position_base.Whitening`.
+        position_base: likewise: Gaussians at every position of the latent maps, fitted to the training set after
+            training; see :class:`~msflow_ext.models.position_base.PositionBase`.
 
     Raises:
         ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.
@@ -167,6 +169,7 @@ class MSFlow(Detector):
         out_indices: Sequence[int] | None = None,
         padding_mode: str | None = None,
         standardize: bool | None = None,
+        whiten: bool = False,
         score: str = "log",
         top_k: float = 0.03,
         anomaly_map: str = "paper",
@@ -195,6 +198,7 @@ class MSFlow(Detector):
             head,
             image_size=size,
             standardize=preset["standardize"] if standardize is None else bool(standardize),
+            whiten=bool(whiten),
             position_base=bool(position_base),
             blocks=list(head.blocks),
             cond_channels=list(head.cond_channels),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msflow_ext.models.position_base import Moments, Total, alone, positions
+from msflow_ext.models.position_base import Moments, Total, alone, cells
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Padim:
         mean, factor, shape = self._gaussians
         x = _embed("predict", features)
         _check_shape("predict", x, shape)
-        whitened = torch.linalg.solve_triangular(factor, positions(x) - mean, upper=False)
+        whitened = torch.linalg.solve_triangular(factor, cells(x - mean), upper=False)
         distance = torch.linalg.vector_norm(whitened, dim=1).T.reshape(-1, 1, *shape[1:])
         maps = _resize(distance, (size, size)).squeeze(1)
         return PadimPrediction(maps.amax((1, 2)), maps)

@@ -39,7 +39,7 @@ RECIPE = (
 )
 MODEL = (  # arguments of a model; None: as the preset or the model has it
     *("out_indices", "blocks", "steps", "hidden_ratio", "conv3x3_only"),
-    *("standardize", "score", "anomaly_map", "position_base"),
+    *("standardize", "whiten", "score", "anomaly_map", "position_base"),
 )
 SETTINGS = (
     *(*DATA, *RECIPE, *MODEL),
@@ -93,6 +93,11 @@ def train(part: ArgumentParser) -> None:
             "--standardize",
             bool | None,
             "true: each channel by its statistics over the training set",
+        ),
+        (
+            "--whiten",
+            bool | None,
+            "true: features by their covariances at every position, for parts that lie alike",
         ),
         ("--score", str | None, "of an image: paper, log, nll or map"),
         (

@@ -1,21 +1,27 @@
-"""The Gaussians behind a flow against their definition in numpy, and in the models that take them."""
+"""The Gaussians before and behind a flow against their definitions in numpy, and in the models that take them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import Tensor
 
 from msflow_ext import FastFlow, MSFlow, load, ops
-from msflow_ext.data import DataSet, Item
-from msflow_ext.models.position_base import RIDGE, PositionBase
+from msflow_ext.data import DataSet, Images, Item
+from msflow_ext.features import Features
+from msflow_ext.models import position_base
+from msflow_ext.models.position_base import RIDGE, Gaussians, PositionBase, Whitening
 from msflow_ext.recipe import Recipe
 from msflow_ext.training import train
 
-SIZES = [(3, 2), (1, 1)]
+SIZES = [(13, 5), (1, 1)]
+SMALL = {"backbone": "test_resnet", "image_size": 64, "pretrained": False, "seed": 0}
 
 
 def latents(images: int, seed: int = 0) -> list[Tensor]:
@@ -29,28 +35,84 @@ def latents(images: int, seed: int = 0) -> list[Tensor]:
     ]
 
 
+def noise() -> DataSet:
+    rng = np.random.default_rng(0)
+    items = [Item(f"{i}", i % 2, "", rng.integers(0, 255, (64, 64), np.uint8)) for i in range(8)]
+    return DataSet("noise", "gray", tuple(items[:4]), tuple(items[4:]))
+
+
+def by_cells(maps: Tensor, side: int) -> Iterator[tuple[list[tuple[int, int]], np.ndarray]]:
+    """The positions of each cell, and the covariance in it about the means of the positions."""
+    height, width = maps.shape[2:]
+    for top, left in product(range(0, height, side), range(0, width, side)):
+        rows, columns = range(top, min(top + side, height)), range(left, min(left + side, width))
+        where = list(product(rows, columns))
+        yield where, np.mean([np.cov(maps[:, :, i, j].numpy().T) for i, j in where], 0)
+
+
+#: How many numbers the covariances may have, and the side of the first scale's cells, of which it has 65, 21 or 1.
+LIMITS = [(2**25, 1), (21 * 4**2, 2), (0, 13)]
+
+
+@pytest.mark.parametrize(("limit", "side"), LIMITS)
 @pytest.mark.parametrize("batch", [1, 7, 20])
-def test_it_whitens_every_position_by_its_own_gaussian_for_any_batch_size(batch: int) -> None:
-    train_z, test_z = latents(20), latents(3, seed=1)
+def test_a_base_whitens_every_position_by_its_mean_and_its_cells_covariance(
+    batch: int, limit: int, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(position_base, "LIMIT", limit)
+    seen, unseen = latents(20), latents(3, seed=1)
     base = PositionBase((4, 5), SIZES).double()
-    base.fit(zip(*(z.split(batch) for z in train_z), strict=True))
-    for x, y, got in zip(train_z, test_z, base(test_z), strict=True):
+    base.fit(zip(*(z.split(batch) for z in seen), strict=True))
+    for x, y, got in zip(seen, unseen, base(unseen), strict=True):
         assert got.shape == y.shape
-        for i, j in np.ndindex(*x.shape[2:]):
-            seen = x[:, :, i, j].numpy()
-            covariance = np.cov(seen.T) + RIDGE * np.eye(x.shape[1])
-            wanted = np.linalg.solve(
-                np.linalg.cholesky(covariance), (y[:, :, i, j].numpy() - seen.mean(0)).T
-            )
-            np.testing.assert_allclose(got[:, :, i, j].T, (1 + RIDGE) ** 0.5 * wanted, 1e-9, 1e-9)
+        for where, covariance in by_cells(x, side):
+            lower = np.linalg.cholesky(covariance + RIDGE * np.eye(x.shape[1]))
+            for i, j in where:
+                deviation = (y[:, :, i, j] - x[:, :, i, j].mean(0)).numpy().T
+                wanted = (1 + RIDGE) ** 0.5 * np.linalg.solve(lower, deviation)
+                np.testing.assert_allclose(got[:, :, i, j].T, wanted, 1e-9, 1e-9)
 
 
-def test_before_it_is_fitted_it_changes_nothing_and_one_image_is_too_few() -> None:
-    base, z = PositionBase((4, 5), SIZES).double(), latents(2)
-    assert all(torch.equal(a, b) for a, b in zip(base(z), z, strict=True))
-    for too_few in ([], [latents(1)]):
-        with pytest.raises(ValueError, match="must hold at least two images"):
-            base.fit(too_few)
+@pytest.mark.parametrize(("limit", "side"), LIMITS)
+@pytest.mark.parametrize("batch", [1, 7, 20])
+def test_whitening_takes_the_symmetric_root_of_shrunk_covariances(
+    batch: int, limit: int, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(position_base, "LIMIT", limit)
+    seen, unseen = latents(20), latents(3, seed=1)
+    whitening = Whitening((4, 5), SIZES).double()
+    whitening.fit(zip(*(x.split(batch) for x in seen), strict=True))
+    for x, y, got in zip(seen, unseen, whitening(unseen), strict=True):
+        c = x.shape[1]
+        usual = sum(len(where) * own for where, own in by_cells(x, side)) / x[0, 0].numel()
+        for where, own in by_cells(x, side):
+            n = 20 * len(where)
+            shrunk = (n * own + c * usual) / (n + c) + 0.1 * np.eye(c)
+            root = np.real(scipy.linalg.sqrtm(shrunk))
+            for i, j in where:
+                deviation = (y[:, :, i, j] - x[:, :, i, j].mean(0)).numpy().T
+                wanted = np.linalg.solve(root, deviation)
+                np.testing.assert_allclose(got[:, :, i, j].T, wanted, 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize("kind", [PositionBase, Whitening])
+def test_unfitted_or_reset_it_changes_nothing_and_one_image_is_too_few(
+    kind: type[Gaussians],
+) -> None:
+    gaussians, z = kind((4, 5), SIZES).double(), latents(2)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(gaussians(z), z, strict=True))
+        for too_few in ([], [latents(1)]):
+            with pytest.raises(ValueError, match="must hold at least two images"):
+                gaussians.fit(too_few)
+        gaussians.fit([z])
+        assert not any(torch.allclose(a, b) for a, b in zip(gaussians(z), z, strict=True))
+        gaussians.reset()
+
+
+def test_maps_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"maps must be \[\(4, 13, 5\), .* got \[\(4, 5, 13\), "):
+        PositionBase((4, 5), SIZES)([latents(2)[0].mT, latents(2)[1]])
 
 
 @pytest.mark.parametrize(
@@ -65,12 +127,8 @@ def test_before_it_is_fitted_it_changes_nothing_and_one_image_is_too_few() -> No
 def test_a_model_trains_tests_keeps_and_applies_it(
     kind: type, options: dict, tmp_path: Path
 ) -> None:
-    rng = np.random.default_rng(0)
-    items = [Item(f"{i}", i % 2, "", rng.integers(0, 255, (64, 64), np.uint8)) for i in range(8)]
-    data = DataSet("noise", "gray", tuple(items[:4]), tuple(items[4:]))
-    options = {"backbone": "test_resnet", "image_size": 64, **options}
-    model = kind(**options, pretrained=False, position_base=True, seed=0)
-    train(model, data, tmp_path, Recipe(epochs=1, batch_size=3), device="cpu")
+    model = kind(**{**SMALL, **options}, position_base=True)
+    train(model, noise(), tmp_path, Recipe(epochs=1, batch_size=3), device="cpu")
     images = torch.rand(2, 3, 64, 64)
     features = model.features(images)
     got, z = model(images), model.base(model.head(features).z)
@@ -83,3 +141,36 @@ def test_a_model_trains_tests_keeps_and_applies_it(
     assert torch.equal(again(images).anomaly_map, got.anomaly_map)
     form = model.optimize()
     torch.testing.assert_close(form(images).score, got.score, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["memory", "off"])
+@pytest.mark.parametrize("kind", [MSFlow, FastFlow])
+def test_whitened_features_are_those_of_the_training_cached_or_not_and_once(
+    kind: type, cache: str, tmp_path: Path
+) -> None:
+    options = {**SMALL, "standardize": True, "whiten": True}
+    model, recipe = kind(**options), Recipe(epochs=1, batch_size=3, cache=cache)
+    for run in ("first", "again"):  # what the first training left must not count
+        train(model, noise(), tmp_path / run, recipe, device="cpu")
+    images = Images(noise().train, 64)
+    plain = kind(**{**options, "whiten": False})
+    plain.backbone = model.backbone
+    features = Features(plain, images)
+    features.standardize()
+    standardized = features[torch.arange(4)]
+    whitening = Whitening(model.head.channels, [(x.size(2), x.size(3)) for x in standardized])
+    whitening.fit([standardized])
+    wanted = whitening(standardized)
+    again = load(tmp_path / "again", "cpu").model
+    got = again.features(torch.stack([images[i] for i in range(4)]))
+    for a, b, c in zip(got, wanted, standardized, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(b, c, atol=0.1)
+    torch.testing.assert_close(
+        again(images[0][None]).score, model.optimize()(images[0][None]).score, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_whitening_needs_standardized_features() -> None:
+    with pytest.raises(ValueError, match="whiten needs standardize"):
+        MSFlow(**SMALL, standardize=False, whiten=True)
