@@ -70,9 +70,6 @@ def variants() -> dict[str, Variant]:
         "batch 16, weight decay 1e-4": robust(batch_size=16, weight_decay=1e-4),
         "batch 16, clamp 1": robust({"clamp": 1.0}, batch_size=16),
         "batch 16, learnable base": replace(robust(batch_size=16), change=with_learnable_base),
-        "FastFlow robust": Variant(
-            FastFlow, PRESETS["robust"]["fastflow"].model, PRESETS["robust"]["fastflow"].recipe
-        ),
         "FastFlow paper": Variant(FastFlow, recipe=FASTFLOW),
         "FastFlow paper, 8 epochs": Variant(FastFlow, recipe=FASTFLOW, epochs=8),
         "FastFlow paper, 100 epochs": Variant(FastFlow, recipe=FASTFLOW, epochs=100),
@@ -86,6 +83,9 @@ def variants() -> dict[str, Variant]:
         ),
         "FastFlow, 2 steps, whitened": Variant(
             FastFlow, {"steps": 2, "standardize": True, "whiten": True}, ROBUST.recipe
+        ),
+        "FastFlow, 8 steps, whitened": Variant(
+            FastFlow, {"standardize": True, "whiten": True}, ROBUST.recipe
         ),
     }
 
