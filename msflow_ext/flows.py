@@ -275,27 +275,29 @@ class _Reversible(torch.autograd.Function):
         return None, None, *grad_state, *found
 
 
-def recomputed(function: Callable[[Tensor], Tensor], make: Callable[[], Tensor]) -> Tensor:
-    """``function(make())``, whose input is made again in the backward pass instead of being kept.
+def recomputed(function: Callable[[Tensor], Any], make: Callable[[], Tensor]) -> Any:
+    """``function(make())``, whose input, and views of it, are made again in the backward pass instead of being kept.
 
     For inputs that are cheap to make from what is kept anyway.
     """
     x = make()
-    if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(x)
-    address, device = x.data_ptr(), x.device.type
+    address, device = x.untyped_storage().data_ptr(), x.device.type
     autocast = torch.autocast(
         device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     )
 
     def pack(saved: Tensor) -> Any:
-        return make if saved.data_ptr() == address else saved
+        if saved.untyped_storage().data_ptr() != address:
+            return saved
+        return saved.shape, saved.stride(), saved.storage_offset()
 
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         with torch.no_grad(), autocast:
-            return packed()
+            return make().as_strided(*packed)
 
     with saved_tensors_hooks(pack, unpack):
         return function(x)

@@ -91,7 +91,7 @@ class FastFlowHead(FlowHead):
         normed = self.normalize(features)
         z, log_dets = [], []
         for x, flow in zip(normed, self.flows, strict=True):
-            whole, _, log_det = flow(laid_out(x, flow.steps[0].subnet[0]))  # type: ignore[union-attr, index]
+            whole, _, log_det = laid_out(flow, x, flow.steps[0].subnet[0])  # type: ignore[union-attr, index]
             z.append(whole)
             log_dets.append(log_det)
         total = sum(log_dets[1:], log_dets[0])

@@ -41,8 +41,9 @@ class ConditionalFlow(Flow):
         self._encodings: dict[tuple[Any, ...], Tensor] = {}
 
     def forward(self, x: Tensor, *cond: Tensor, **end: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x = laid_out(x, self.steps[0].subnet.conv_x)  # type: ignore[union-attr, arg-type]
-        return super().forward(x, self._encoding(x), **end)
+        run = partial(super().forward, **end)
+        first = self.steps[0].subnet.conv_x  # type: ignore[union-attr]
+        return laid_out(lambda x: run(x, self._encoding(x)), x, first)  # type: ignore[arg-type]
 
     def inverse(self, y: Tensor, *cond: Tensor) -> tuple[Tensor, Tensor]:
         return super().inverse(y, self._encoding(y))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from msflow_ext import ops
+from msflow_ext.flows import recomputed
 from msflow_ext.models.winograd import Form, winograd_form
 
 # A step transforms the weight twice; so many positions are to share that (8x8 576 -> 1024, 8 images, AVX2: 1.4x).
@@ -44,13 +46,26 @@ def training_form(x: Tensor, conv: nn.Conv2d) -> Form | None:
     return winograd_form(x, dtype, weight, (1, 1), conv.stride, conv.dilation, conv.groups)
 
 
-def laid_out(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """``x`` as a chain of couplings whose subnets begin with this convolution trains fastest on it.
+def laid_out(function: Callable[[Tensor], Any], x: Tensor, conv: nn.Conv2d) -> Any:
+    """``function(x)``, with ``x`` as a chain of couplings whose subnets begin with this convolution trains fastest on it.
 
-    Winograd's form reads and writes channels_last.
+    Winograd's form reads and writes channels_last. A copy of what the caller keeps is not kept for the backward pass too.
+
+    Raises:
+        RuntimeError: in the backward pass, if ``x`` was modified in between.
     """
-    taken = training_form(x, conv) is not None
-    return x.contiguous(memory_format=torch.channels_last) if taken else x
+    if training_form(x, conv) is None or x.is_contiguous(memory_format=torch.channels_last):
+        return function(x)
+    if x.requires_grad or x.is_inference():
+        return function(x.contiguous(memory_format=torch.channels_last))
+    version = x._version
+
+    def copy() -> Tensor:
+        if x._version != version:
+            raise RuntimeError("features were modified in place before the backward pass")
+        return x.contiguous(memory_format=torch.channels_last)
+
+    return recomputed(function, copy)
 
 
 class _Convolution(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from msflow_ext import MSFlowHead
 from msflow_ext.models import trained_conv, winograd
-from msflow_ext.models.trained_conv import TrainedConv2d
+from msflow_ext.models.trained_conv import TrainedConv2d, laid_out
 from msflow_ext.ops.winograd import factor_dtypes
 from msflow_ext.testing import relative_error
 
@@ -179,3 +180,41 @@ def test_what_follows_may_change_the_results_in_place(forms: list[Any], normal: 
     assert forms == [(4, F32)]
     for one, other in zip(found, wanted, strict=True):
         assert relative_error(one, other.double()) < 1e-4
+
+
+def test_the_copy_of_features_in_the_convolutions_format_is_not_kept_but_made_again(
+    forms: list[Any], normal: Normal
+) -> None:
+    x, conv = normal(*LARGE, dtype=F32), pair()[0]
+    made = []
+
+    def halves(x: Tensor) -> Tensor:
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        made.append(weakref.ref(x.untyped_storage()))
+        return conv(x[:, :64]).sum() + (x[:, 32:] * weight).sum()  # views, as couplings take them
+
+    weight = normal(1, 32, 1, 1, dtype=F32).requires_grad_()
+    loss = laid_out(halves, x, conv)
+    found = torch.autograd.grad(loss, [conv.weight, weight])
+    direct = nn.functional.conv2d(x, conv.weight, conv.bias, padding=1).sum()
+    wanted = torch.autograd.grad(direct + (x[:, 32:] * weight).sum(), [conv.weight, weight])
+    for got, right in zip(found, wanted, strict=True):
+        assert relative_error(got, right) <= 1e-5
+    loss = laid_out(halves, x, conv)
+    assert made[-1]() is None
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="features were modified in place before the backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["inference", "differentiable"])
+def test_the_copy_of_other_features_is_kept(forms: list[Any], normal: Normal, kind: str) -> None:
+    with torch.inference_mode(kind == "inference"):
+        x = normal(*LARGE, dtype=F32)
+    x.requires_grad_(kind == "differentiable")
+    conv = pair()[0]
+    laid_out(conv, x, conv).square().sum().backward()
+    slope, conv.weight.grad = conv.weight.grad, None
+    conv(x.clone()).square().sum().backward()
+    assert slope is not None and conv.weight.grad is not None
+    assert relative_error(slope, conv.weight.grad) <= 1e-6
