@@ -148,6 +148,7 @@ def test_a_model_trains_tests_keeps_and_applies_it(
 def test_whitened_features_are_those_of_the_training_cached_or_not_and_once(
     kind: type, cache: str, tmp_path: Path
 ) -> None:
+    torch.manual_seed(0)  # of the backbone
     options = {**SMALL, "standardize": True, "whiten": True}
     model, recipe = kind(**options), Recipe(epochs=1, batch_size=3, cache=cache)
     for run in ("first", "again"):  # what the first training left must not count
@@ -166,9 +167,8 @@ def test_whitened_features_are_those_of_the_training_cached_or_not_and_once(
     for a, b, c in zip(got, wanted, standardized, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(b, c, atol=0.1)
-    torch.testing.assert_close(
-        again(images[0][None]).score, model.optimize()(images[0][None]).score, rtol=1e-3, atol=1e-4
-    )
+    one = images[0][None]  # of which whitening has multiplied what folding rounds
+    torch.testing.assert_close(again(one).score, model.optimize()(one).score, rtol=0.01, atol=1e-3)
 
 
 def test_whitening_needs_standardized_features() -> None:
