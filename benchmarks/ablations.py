@@ -84,6 +84,9 @@ def variants() -> dict[str, Variant]:
         "FastFlow, 2 steps, whitened": Variant(
             FastFlow, {"steps": 2, "standardize": True, "whiten": True}, ROBUST.recipe
         ),
+        "FastFlow, whitened, no LayerNorm": Variant(
+            FastFlow, {"standardize": True, "whiten": True, "layer_norm": False}, ROBUST.recipe
+        ),
         "FastFlow, 8 steps, whitened": Variant(
             FastFlow, {"standardize": True, "whiten": True}, ROBUST.recipe
         ),
