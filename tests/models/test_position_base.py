@@ -167,8 +167,8 @@ def test_whitened_features_are_those_of_the_training_cached_or_not_and_once(
     for a, b, c in zip(got, wanted, standardized, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(b, c, atol=0.1)
-    one = images[0][None]  # of which whitening has multiplied what folding rounds
-    torch.testing.assert_close(again(one).score, model.optimize()(one).score, rtol=0.01, atol=1e-3)
+    one = images[0][None]
+    torch.testing.assert_close(again(one).score, model.optimize()(one).score, rtol=1e-3, atol=1e-4)
 
 
 def test_whitening_needs_standardized_features() -> None:
