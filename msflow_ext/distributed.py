@@ -197,6 +197,9 @@ def join(device: str | torch.device | None = None) -> Ranks:
 
     Args:
         device: where they compute: what is there is exchanged by NCCL, what is in memory by gloo.
+
+    A group that the caller has made is the caller's to end, by ``torch.distributed.destroy_process_group``;
+    one made here is ended when the interpreter is: gloo's threads must not outlive it.
     """
     if not started():
         return Ranks()
