@@ -57,9 +57,8 @@ def variants() -> dict[str, Variant]:
         "reflect padding": Variant(change=reflect),
         "stride 32": Variant(arguments={"blocks": (2, 5, 8, 8)}),
         "MSFlow robust": robust(),
-        "MSFlow robust, whitened": Variant(arguments=ROBUST.model, recipe=ROBUST.recipe),
-        "whitened, stride 32": Variant(
-            arguments={**ROBUST.model, "blocks": (1, 1, 2, 2)}, recipe=ROBUST.recipe
+        "MSFlow robust, whitened across scales": Variant(
+            arguments=ROBUST.model, recipe=ROBUST.recipe
         ),
         "robust, batch 16": robust(batch_size=16),
         "batch 16, stride 32": robust({"blocks": (1, 1, 2, 2)}, batch_size=16),
@@ -81,14 +80,8 @@ def variants() -> dict[str, Variant]:
             {"steps": 2, "standardize": True},
             replace(ROBUST.recipe, batch_size=16, **PLAIN),
         ),
-        "FastFlow, 2 steps, whitened": Variant(
-            FastFlow, {"steps": 2, "standardize": True, "whiten": True}, ROBUST.recipe
-        ),
-        "FastFlow, whitened, no LayerNorm": Variant(
-            FastFlow, {"standardize": True, "whiten": True, "layer_norm": False}, ROBUST.recipe
-        ),
-        "FastFlow, 8 steps, whitened": Variant(
-            FastFlow, {"standardize": True, "whiten": True}, ROBUST.recipe
+        "FastFlow, whitened across scales, no LayerNorm": Variant(
+            FastFlow, PRESETS["robust"]["fastflow"].model, PRESETS["robust"]["fastflow"].recipe
         ),
     }
 

@@ -230,8 +230,6 @@ def _train(options: Any) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     ranks = distributed.join(options.device)
     with ranks.agreed():
-        if options.model not in PRESETS[options.preset]:
-            raise ValueError(f"--model {options.model} has no preset {options.preset}")
         dataset = open_data(vars(options))
         model = _build(options, dataset)
     given = {name: options[name] for name in RECIPE if options[name] is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import math
@@ -23,9 +24,13 @@ from msflow_ext.distributed import Ranks, even_shares
 from msflow_ext.resources import free_memory
 
 if TYPE_CHECKING:
+    from msflow_ext.models.position_base import Whitening
     from msflow_ext.recipe import Recipe
 
 CACHES = ("memory", "disk", "off")
+
+#: Into how many parts images are split that are whitened by each other's statistics.
+FOLDS = 5
 
 Decoded = TypeVar("Decoded")
 
@@ -82,6 +87,7 @@ class Features:
         self._device = next(chain(model.parameters(), model.buffers())).device
         self._workers = workers
         self._maps: list[Tensor] = []
+        self._folds: list[Whitening] = []  # where nothing is cached
         self._file, self._cache = file if cache != "off" else None, cache
         if cache != "off" and len(self.own):
             try:
@@ -152,7 +158,11 @@ class Features:
         """Give the model the statistics of these features, and bring what is cached in line.
 
         Mean and standard deviation of every channel, summed in float64 over all images and positions; and where the
-        model whitens, of what that makes the mean and covariance at every position.
+        model whitens, of what that makes the mean and covariance at every position. But these images are whitened
+        by each other, every fifth by the other four fifths, such that they are to the flow what new images will be.
+
+        Raises:
+            ValueError: the model whitens, and there are fewer than three images.
         """
         sums: list[Tensor] = []
         for batch in self.batches(batch_size):
@@ -166,15 +176,34 @@ class Features:
             for (count, _, second), mean in zip(sums, means, strict=True)
         ]
         self._model.set_statistics(means, stds)
-        self._change(self._model.standardized, batch_size)
+        rows = torch.arange(len(self.own))
+        self._change(self._model.standardized, rows, batch_size)
         if self._model.whitening is not None:
-            self._model.whitening.fit(self.batches(batch_size), self.ranks.total)
-            self._change(self._model.whitening, batch_size)
+            self._whiten(self._model.whitening, batch_size)
 
-    def _change(self, change: Callable[[list[Tensor]], list[Tensor]], batch_size: int) -> None:
-        """Replace what is cached."""
-        rows = torch.arange(len(self.own) if self._maps else 0)
-        for part in rows.split(batch_size) if len(rows) else ():
+    def _whiten(self, whitening: Whitening, batch_size: int) -> None:
+        """Fit it to all images; whiten each of them by those of the other folds."""
+        if len(self) < 3:
+            raise ValueError(f"whiten needs 3 training images or more, got {len(self)}")
+        total, folds = self.ranks.total, []
+        whole = whitening.count(self.batches(batch_size), total)
+        for fold in range(min(FOLDS, len(self))):
+            rows = (self.own % FOLDS == fold).nonzero().squeeze(1)
+            chunks = self.own[rows].split(batch_size) if len(rows) else ()
+            part = whitening.count((self[indices] for indices in chunks), total, whole)
+            whitening.take([a.without(b) for a, b in zip(whole, part, strict=True)])
+            self._change(whitening, rows, batch_size)
+            if not self._maps:
+                folds.append(copy.deepcopy(whitening))
+            whitening.reset()  # features that are computed anew shall be plain
+        whitening.take(whole)
+        self._folds = folds
+
+    def _change(
+        self, change: Callable[[list[Tensor]], list[Tensor]], rows: Tensor, batch_size: int
+    ) -> None:
+        """Replace these rows of what is cached."""
+        for part in rows.split(batch_size) if self._maps and len(rows) else ():
             changed = change([maps[part].to(self._device, torch.float32) for maps in self._maps])
             for maps, new in zip(self._maps, changed, strict=True):
                 maps[part] = new.to(maps)
@@ -204,7 +233,16 @@ class Features:
                 bar.update(len(indices))
 
     def _pooled(self, indices: Tensor, pixels: Tensor) -> list[Tensor]:
-        pooled = self._model.features(pixels.to(self._device))
+        pixels = pixels.to(self._device)
+        if self._folds:
+            pooled = self._model.plain_features(pixels)
+            for fold in (indices % FOLDS).unique():
+                rows = indices % FOLDS == fold
+                parts = self._folds[fold]([x[rows] for x in pooled])
+                for x, new in zip(pooled, parts, strict=True):
+                    x[rows] = new
+        else:
+            pooled = self._model.features(pixels)
         finite = torch.stack([x.isfinite().flatten(1).all(1) for x in pooled]).all(0)
         if not finite.all():
             name = self.images.items[int(indices[int(finite.int().argmin())])].name

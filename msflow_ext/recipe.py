@@ -185,6 +185,14 @@ class Preset:
 
 _CONSTANT: dict[str, Any] = {"clip": None, "warmup": 0.0, "milestones": ()}
 
+_SHORT = Recipe(lr=1e-3, warmup=0.0, schedule="cosine", noise=0.5)
+_WHITENED: dict[str, Any] = {
+    "standardize": True,
+    "whiten": True,
+    "score": "map",
+    "anomaly_map": "clamped",
+}
+
 #: What the papers train with, and what was better and steadier on average on other data (``benchmarks/NOTES.md``).
 PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {
@@ -194,15 +202,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
     },
     "robust": {
-        "msflow": Preset(
-            Recipe(lr=1e-3, warmup=0.0, schedule="cosine", noise=0.5),
-            {
-                "blocks": (1, 1, 2),
-                "standardize": True,
-                "whiten": True,
-                "score": "map",
-                "anomaly_map": "clamped",
-            },
-        ),
+        "msflow": Preset(_SHORT, {"blocks": (1, 1, 2), **_WHITENED}),
+        "fastflow": Preset(_SHORT, {"layer_norm": False, **_WHITENED}),
     },
 }

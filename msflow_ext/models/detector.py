@@ -187,10 +187,14 @@ class Detector(nn.Module, ABC):
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
         """Feature maps ``[(N, C_i, H_i, W_i)]`` as the head takes them."""
+        found = self.plain_features(images)
+        return found if self.whitening is None else self.whitening(found)
+
+    @torch.no_grad()
+    def plain_features(self, images: Tensor) -> list[Tensor]:
+        """The feature maps before they are whitened, where they are."""
         pooled = [self.pool(f) for f in self.backbone(images)]
-        if self.standardize:
-            pooled = self.standardized(pooled)
-        return pooled if self.whitening is None else self.whitening(pooled)
+        return self.standardized(pooled) if self.standardize else pooled
 
     def standardized(self, pooled: Sequence[Tensor]) -> list[Tensor]:
         """Pooled maps by the statistics of their channels."""

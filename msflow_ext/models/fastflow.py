@@ -186,8 +186,8 @@ class FastFlow(Detector):
         top_k: share of the pixels that make the latter three.
         anomaly_map: ``"paper"``, the mean over scales; or ``"clamped"``: see
             :class:`~msflow_ext.models.clamped_map.ClampedMap`.
-        whiten: for parts that always lie alike: standardised features are whitened at every position, by the training
-            set's means and covariances there; see :class:`~msflow_ext.models.position_base.Whitening`.
+        whiten: for parts that always lie alike: standardised features are whitened at every position given the coarser
+            scales there, by the training set's means and covariances: see :class:`~msflow_ext.models.position_base.Whitening`.
         position_base: likewise: Gaussians at every position of the latent maps, fitted to the training set after
             training; see :class:`~msflow_ext.models.position_base.PositionBase`.
 

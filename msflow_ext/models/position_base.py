@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: How many numbers the covariances of a scale have at most: 128 MiB of float32.
+#: How many numbers the covariances of a scale have at most: 256 MiB of float64.
 LIMIT = 2**25
 
 #: Added to the variance of every latent channel, which is near 1: fewer images need more.
@@ -54,6 +55,20 @@ class Moments:
         self._outer.baddbmm_(parts, parts.mT)
         self.count += maps.shape[0]
 
+    def fresh(self) -> Moments:
+        """None yet, of the same positions, to be counted and taken off these."""
+        found = copy.copy(self)
+        found.count = 0
+        found._total, found._outer = torch.zeros_like(self._total), torch.zeros_like(self._outer)
+        return found
+
+    def without(self, part: Moments) -> Moments:
+        """These without some of them, in the place of ``part``."""
+        part.count = self.count - part.count
+        part._total = self._total - part._total
+        part._outer.neg_().add_(self._outer)
+        return part
+
     def join(self) -> None:
         """Count what all processes have counted."""
         self.count = int(self._sum(torch.tensor(self.count)))
@@ -71,14 +86,11 @@ class Moments:
 
 
 class Gaussians(nn.Module):
-    r"""A Gaussian at every position of maps, by which they are whitened: :math:`x'_p = W_p (x_p - \mu_p)`.
+    r"""A Gaussian at every position of maps, by which they are whitened: :math:`x'_p = W_p (y_p - \mu_p)`.
 
-    Every position has a mean and a covariance of its own; but where those of a scale took more than 128 MiB, the positions
-    of a cell, a square as small as can be, share a covariance about their means. A subclass says which :math:`W_p` a
-    covariance makes.
-
-    Memory: :math:`C^2` numbers a cell, and twice as many bytes each while fitting: 4 MB for efficientnet_lite0 at 192
-    pixels, 0.3 GB for wide_resnet50_2 at 512, where cells are 3 x 3 or 4 x 4.
+    A subclass says of what :math:`y_p` there is a Gaussian, the position's own channels first, and which :math:`W_p` its
+    covariance makes. Every position has a mean and a covariance of its own; but where those of a scale took more than
+    2^25 numbers, the positions of a cell, a square as small as can be, share a covariance about their means.
 
     Args:
         channels: of each scale.
@@ -88,12 +100,24 @@ class Gaussians(nn.Module):
     def __init__(self, channels: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
         super().__init__()
         self.scales = [(c, *size) for c, size in zip(channels, sizes, strict=True)]
-        self.sides = [_side(*scale) for scale in self.scales]
-        for i, (scale, side) in enumerate(zip(self.scales, self.sides, strict=True)):
-            mean = torch.zeros(scale)
+        self.sides = []
+        for i, (c, *size) in enumerate(self.scales):
+            mean = torch.zeros(self.width(i), *size)
+            side = _side(*mean.shape)
+            self.sides.append(side)
             self.register_buffer(f"mean{i}", mean)
-            count = len(cells(mean[None], side))
-            self.register_buffer(f"whiten{i}", torch.eye(len(mean)).repeat(count, 1, 1))
+            self.register_buffer(
+                f"whiten{i}", mean.new_zeros(len(cells(mean[None], side)), c, len(mean))
+            )
+        self.reset()
+
+    def width(self, scale: int) -> int:
+        """How many numbers a Gaussian of this scale is of."""
+        return self.scales[scale][0]
+
+    def joined(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the Gaussians are of: ``[(N, width, H_i, W_i)]``."""
+        return maps
 
     def reset(self) -> None:
         """Change nothing until the next :meth:`fit`."""
@@ -110,15 +134,34 @@ class Gaussians(nn.Module):
         Raises:
             ValueError: fewer than two images.
         """
-        moments: list[Moments] = []
+        self.take(self.count(batches, total))
+
+    @torch.no_grad()
+    def count(
+        self,
+        batches: Iterable[Sequence[Tensor]],
+        total: Total = alone,
+        like: Sequence[Moments] = (),
+    ) -> list[Moments]:
+        """The moments of batches, of each scale; ``like``: those of all images, of which these are some."""
+        moments = [each.fresh() for each in like]
         for maps in batches:
+            joined = self.joined(maps)
             moments = moments or [
-                Moments(x, total, side) for x, side in zip(maps, self.sides, strict=True)
+                Moments(x, total, side) for x, side in zip(joined, self.sides, strict=True)
             ]
-            for each, x in zip(moments, maps, strict=True):
+            for each, x in zip(moments, joined, strict=True):
                 each.add(x)
         for each in moments:
             each.join()
+        return moments
+
+    def take(self, moments: Sequence[Moments]) -> None:
+        """Whiten by these moments, which cannot be used after.
+
+        Raises:
+            ValueError: they are of fewer than two images.
+        """
         if not moments or moments[0].count < 2:
             raise ValueError(f"{type(self).__name__}.fit: batches must hold at least two images")
         for i, each in enumerate(moments):
@@ -126,15 +169,16 @@ class Gaussians(nn.Module):
             self.get_buffer(f"mean{i}").copy_(mean)
             self.regularize(covariance, each)
             kept = self.get_buffer(f"whiten{i}")
-            for whiten, part in zip(kept.split(64), covariance.split(64), strict=True):
-                whiten.copy_(self.factor(part))  # in parts: it takes several times their memory
+            parts = zip(kept.split(64), covariance.split(64), strict=True)
+            for whiten, part in parts:  # factors take several times their memory
+                whiten.copy_(self.factor(part, whiten.size(1)))
 
     def regularize(self, covariance: Tensor, moments: Moments) -> None:
-        """Change covariances ``(cells, C, C)`` from these moments in place, such that they can be inverted."""
+        """Change covariances ``(cells, K, K)`` from these moments in place, such that they can be inverted."""
         raise NotImplementedError
 
-    def factor(self, covariance: Tensor) -> Tensor:
-        """The matrices that whiten what has these covariances ``(..., C, C)``."""
+    def factor(self, covariance: Tensor, channels: int) -> Tensor:
+        """The matrices ``(..., channels, K)`` that whiten the first channels of what has covariances ``(..., K, K)``."""
         raise NotImplementedError
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -147,9 +191,9 @@ class Gaussians(nn.Module):
         if found != self.scales:
             raise ValueError(f"maps must be {self.scales} (channels, height, width), got {found}")
         whitened = []
-        for i, (x, side) in enumerate(zip(maps, self.sides, strict=True)):
-            parts = cells(x - self.get_buffer(f"mean{i}"), side)
-            whitened.append(_maps(self.get_buffer(f"whiten{i}") @ parts, side, x.shape))
+        for i, (y, side) in enumerate(zip(self.joined(maps), self.sides, strict=True)):
+            parts = cells(y - self.get_buffer(f"mean{i}"), side)
+            whitened.append(_maps(self.get_buffer(f"whiten{i}") @ parts, side, maps[i].shape))
         return whitened
 
 
@@ -160,41 +204,66 @@ class PositionBase(Gaussians):
     covariance of their own at each. With those of the training images, once the flow is trained,
 
     .. math:: z'_p = \sqrt{1 + r}\, L_p^{-1} (z_p - \mu_p), \qquad L_p L_p^T = \Sigma_p + r I, \quad r = 0.4.
+
+    Memory: :math:`C^2` numbers a cell, and several times as many bytes each while fitting: 4 MB for efficientnet_lite0 at 192
+    pixels, 0.3 GB for wide_resnet50_2 at 512, where cells are 3 x 3 or 4 x 4.
     """
 
     def regularize(self, covariance: Tensor, moments: Moments) -> None:
         covariance.diagonal(dim1=1, dim2=2).add_(RIDGE)
         covariance.div_(1 + RIDGE)
 
-    def factor(self, covariance: Tensor) -> Tensor:
+    def factor(self, covariance: Tensor, channels: int) -> Tensor:
         lower = torch.linalg.cholesky(covariance)
-        identity = torch.eye(lower.size(1), dtype=lower.dtype, device=lower.device)
+        identity = torch.eye(channels, dtype=lower.dtype, device=lower.device)
         return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
 
 
 class Whitening(Gaussians):
     r"""Features of which a Gaussian at every position has taken what it knows: the flow learns the rest.
 
-    With :math:`\mu_p` and :math:`\Sigma_p` of standardised features of C channels, :math:`n_p` vectors (training images
-    times positions of the cell) and, to make few of them steady, C further ones of the covariance
-    :math:`\overline{\Sigma}` of all cells,
+    Standardised features :math:`x` of a scale are whitened given those of all coarser scales at the same place,
+    :math:`u` (bilinear, ``align_corners=False``): what they tell of :math:`x` is taken off, then what is left is whitened,
 
-    .. math:: x'_p = \left(\frac{n_p \Sigma_p + C\, \overline{\Sigma}}{n_p + C} + 0.1\, I\right)^{-1/2} (x_p - \mu_p).
+    .. math:: x'_p = S_p^{-1/2} \left(x_p - \mu_p - B_p (u_p - \nu_p)\right), \qquad
+        B_p = \Sigma_p^{xu} (\Sigma_p^{uu})^{-1}, \quad S_p = \Sigma_p^{xx} - B_p \Sigma_p^{ux}.
 
-    The symmetric root leaves each channel as near to itself as can be: alike at all positions, which share the flow's
-    weights.
+    as the Gaussian of all scales together has it. :math:`\Sigma_p` is the covariance of K channels over :math:`n_p` vectors
+    (images times positions of the cell) and, to make few of them steady, over K further ones, whose covariance is the mean
+    of all cells plus :math:`0.1\, I`. The symmetric root leaves each channel as near to itself as can be: alike at all
+    positions, which share the flow's weights.
+
+    Images that a flow shall learn are whitened by the others, see :meth:`msflow_ext.features.Features.standardize`: by
+    themselves they come out far shorter than any new one, which the flow then never saw the like of.
+
+    Memory: a scale's channels times K numbers a cell, and twice :math:`K^2` of 8 bytes while fitting: 15 MB and 0.35 GB for
+    efficientnet_lite0 at 192 pixels, 0.15 and 1.1 GB for wide_resnet50_2 at 512, where 22 x 22, 11 x 11 and 4 x 4 positions
+    of its scales make a cell.
     """
 
-    def regularize(self, covariance: Tensor, moments: Moments) -> None:
-        channels, weights = covariance.size(1), moments.positions
-        usual = torch.einsum("kij,k->ij", covariance, weights[:, 0, 0]) / weights.sum()
-        share = moments.count * weights / (moments.count * weights + channels)
-        covariance.mul_(share).addcmul_(1 - share, usual)
-        covariance.diagonal(dim1=1, dim2=2).add_(0.1)
+    def width(self, scale: int) -> int:
+        return sum(c for c, *_ in self.scales[scale:])
 
-    def factor(self, covariance: Tensor) -> Tensor:
-        variances, axes = torch.linalg.eigh(covariance)
-        return (axes * variances.rsqrt().unsqueeze(-2)) @ axes.mT
+    def joined(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
+        def at(x: Tensor, like: Tensor) -> Tensor:
+            return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+
+        return [torch.cat((x, *(at(u, x) for u in maps[i + 1 :])), 1) for i, x in enumerate(maps)]
+
+    def regularize(self, covariance: Tensor, moments: Moments) -> None:
+        width, weights = covariance.size(1), moments.positions
+        usual = torch.einsum("kij,k->ij", covariance, weights[:, 0, 0]) / weights.sum()
+        usual.diagonal().add_(0.1)
+        share = moments.count * weights / (moments.count * weights + width)
+        covariance.mul_(share).addcmul_(1 - share, usual)
+
+    def factor(self, covariance: Tensor, channels: int) -> Tensor:
+        own, coarser = covariance[..., :channels, :channels], covariance[..., channels:, channels:]
+        across = covariance[..., channels:, :channels]
+        slope = torch.cholesky_solve(across, torch.linalg.cholesky(coarser)).mT
+        variances, axes = torch.linalg.eigh(own - slope @ across)
+        root = (axes * variances.rsqrt().unsqueeze(-2)) @ axes.mT
+        return torch.cat((root, -root @ slope), -1)
 
 
 def cells(maps: Tensor, side: int = 1) -> Tensor:

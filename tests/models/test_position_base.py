@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from msflow_ext import FastFlow, MSFlow, load, ops
@@ -24,14 +26,14 @@ SIZES = [(13, 5), (1, 1)]
 SMALL = {"backbone": "test_resnet", "image_size": 64, "pretrained": False, "seed": 0}
 
 
-def latents(images: int, seed: int = 0) -> list[Tensor]:
+def latents(images: int, seed: int = 0, sizes: list[tuple[int, int]] = SIZES) -> list[Tensor]:
     """Correlated maps of two scales, each position about its own mean."""
     rng = torch.Generator().manual_seed(seed)
     where = torch.Generator().manual_seed(9)
     return [
         torch.randn(images, c, *size, generator=rng, dtype=torch.float64).cumsum(1)
         + 5 * torch.randn(c, *size, generator=where, dtype=torch.float64)
-        for c, size in zip((4, 5), SIZES, strict=True)
+        for c, size in zip((4, 5), sizes, strict=True)
     ]
 
 
@@ -73,26 +75,36 @@ def test_a_base_whitens_every_position_by_its_mean_and_its_cells_covariance(
                 np.testing.assert_allclose(got[:, :, i, j].T, wanted, 1e-9, 1e-9)
 
 
-@pytest.mark.parametrize(("limit", "side"), LIMITS)
+@pytest.mark.parametrize(("cells", "side"), [(2**20, 1), (21, 2), (0, 13)])
 @pytest.mark.parametrize("batch", [1, 7, 20])
-def test_whitening_takes_the_symmetric_root_of_shrunk_covariances(
-    batch: int, limit: int, side: int, monkeypatch: pytest.MonkeyPatch
+def test_whitening_takes_the_root_of_shrunk_covariances_given_the_coarser_scales(
+    batch: int, cells: int, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(position_base, "LIMIT", limit)
-    seen, unseen = latents(20), latents(3, seed=1)
-    whitening = Whitening((4, 5), SIZES).double()
+    sizes = [(13, 5), (3, 2)]
+    monkeypatch.setattr(position_base, "LIMIT", cells * 9**2)
+    seen, unseen = latents(20, sizes=sizes), latents(3, seed=1, sizes=sizes)
+    whitening = Whitening((4, 5), sizes).double()
     whitening.fit(zip(*(x.split(batch) for x in seen), strict=True))
-    for x, y, got in zip(seen, unseen, whitening(unseen), strict=True):
-        c = x.shape[1]
-        usual = sum(len(where) * own for where, own in by_cells(x, side)) / x[0, 0].numel()
-        for where, own in by_cells(x, side):
+    assert whitening.sides[0] == side
+    for i, got in enumerate(whitening(unseen)):
+        c = seen[i].shape[1]
+        x, y = (
+            torch.cat(
+                [m[i], *(F.interpolate(u, m[i].shape[2:], mode="bilinear") for u in m[i + 1 :])], 1
+            )
+            for m in (seen, unseen)
+        )
+        width, each = x.shape[1], list(by_cells(x, whitening.sides[i]))
+        usual = sum(len(where) * own for where, own in each) / x[0, 0].numel() + 0.1 * np.eye(width)
+        for where, own in each:
             n = 20 * len(where)
-            shrunk = (n * own + c * usual) / (n + c) + 0.1 * np.eye(c)
-            root = np.real(scipy.linalg.sqrtm(shrunk))
-            for i, j in where:
-                deviation = (y[:, :, i, j] - x[:, :, i, j].mean(0)).numpy().T
-                wanted = np.linalg.solve(root, deviation)
-                np.testing.assert_allclose(got[:, :, i, j].T, wanted, 1e-9, 1e-9)
+            shrunk = (n * own + width * usual) / (n + width)
+            slope = np.linalg.solve(shrunk[c:, c:], shrunk[c:, :c]).T
+            root = np.real(scipy.linalg.sqrtm(shrunk[:c, :c] - slope @ shrunk[c:, :c]))
+            for p, q in where:
+                deviation = (y[:, :, p, q] - x[:, :, p, q].mean(0)).numpy().T
+                wanted = np.linalg.solve(root, deviation[:c] - slope @ deviation[c:])
+                np.testing.assert_allclose(got[:, :, p, q].T, wanted, 1e-9, 1e-9)
 
 
 @pytest.mark.parametrize("kind", [PositionBase, Whitening])
@@ -145,7 +157,7 @@ def test_a_model_trains_tests_keeps_and_applies_it(
 
 @pytest.mark.parametrize("cache", ["memory", "off"])
 @pytest.mark.parametrize("kind", [MSFlow, FastFlow])
-def test_whitened_features_are_those_of_the_training_cached_or_not_and_once(
+def test_new_images_are_whitened_by_the_training_images_of_the_last_training(
     kind: type, cache: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)  # of the backbone
@@ -154,14 +166,8 @@ def test_whitened_features_are_those_of_the_training_cached_or_not_and_once(
     for run in ("first", "again"):  # what the first training left must not count
         train(model, noise(), tmp_path / run, recipe, device="cpu")
     images = Images(noise().train, 64)
-    plain = kind(**{**options, "whiten": False})
-    plain.backbone = model.backbone
-    features = Features(plain, images)
-    features.standardize()
-    standardized = features[torch.arange(4)]
-    whitening = Whitening(model.head.channels, [(x.size(2), x.size(3)) for x in standardized])
-    whitening.fit([standardized])
-    wanted = whitening(standardized)
+    standardized = plain_features(model, images)[torch.arange(4)]
+    wanted = whitened_by(standardized, standardized)
     again = load(tmp_path / "again", "cpu").model
     got = again.features(torch.stack([images[i] for i in range(4)]))
     for a, b, c in zip(got, wanted, standardized, strict=True):
@@ -169,6 +175,47 @@ def test_whitened_features_are_those_of_the_training_cached_or_not_and_once(
         assert not torch.allclose(b, c, atol=0.1)
     one = images[0][None]
     torch.testing.assert_close(again(one).score, model.optimize()(one).score, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["memory", "off"])
+def test_images_to_learn_are_whitened_by_the_others(cache: str) -> None:
+    torch.manual_seed(0)
+    model = MSFlow(**SMALL, standardize=True, whiten=True)
+    images = Images([*noise().train, *noise().test[:3]], 64)
+    features = Features(model, images, cache=cache)
+    features.standardize(batch_size=3)
+    standardized = plain_features(model, images)[torch.arange(7)]
+    number = torch.arange(7)
+    got = features[torch.tensor([6, 0, 5, 3])]
+    for row, i in enumerate((6, 0, 5, 3)):
+        others = [x[number % 5 != i % 5] for x in standardized]
+        wanted = whitened_by(others, [x[i : i + 1] for x in standardized])
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a[row : row + 1], b, rtol=1e-3, atol=1e-3)
+    new = model.features(images[0][None])
+    for a, b in zip(new, whitened_by(standardized, [x[:1] for x in standardized]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_two_images_are_too_few_to_whiten_by_each_other() -> None:
+    model = MSFlow(**SMALL, standardize=True, whiten=True)
+    with pytest.raises(ValueError, match="whiten needs 3 training images or more, got 2"):
+        Features(model, Images(noise().train[:2], 64)).standardize()
+
+
+def plain_features(model: Any, images: Images) -> Features:
+    """Standardised features of the same backbone, not whitened."""
+    plain = type(model)(**{**SMALL, "standardize": True})
+    plain.backbone = model.backbone
+    features = Features(plain, images)
+    features.standardize()
+    return features
+
+
+def whitened_by(seen: list[Tensor], maps: list[Tensor]) -> list[Tensor]:
+    whitening = Whitening([x.size(1) for x in seen], [(x.size(2), x.size(3)) for x in seen])
+    whitening.fit([seen])
+    return whitening(maps)
 
 
 def test_whitening_needs_standardized_features() -> None:
