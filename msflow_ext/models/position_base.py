@@ -205,7 +205,7 @@ class PositionBase(Gaussians):
 
     .. math:: z'_p = \sqrt{1 + r}\, L_p^{-1} (z_p - \mu_p), \qquad L_p L_p^T = \Sigma_p + r I, \quad r = 0.4.
 
-    Memory: :math:`C^2` numbers a cell, and several times as many bytes each while fitting: 4 MB for efficientnet_lite0 at 192
+    Memory: :math:`C^2` numbers a cell, and twice as many bytes each while fitting: 4 MB for efficientnet_lite0 at 192
     pixels, 0.3 GB for wide_resnet50_2 at 512, where cells are 3 x 3 or 4 x 4.
     """
 
@@ -226,7 +226,7 @@ class Whitening(Gaussians):
     :math:`u` (bilinear, ``align_corners=False``): what they tell of :math:`x` is taken off, then what is left is whitened,
 
     .. math:: x'_p = S_p^{-1/2} \left(x_p - \mu_p - B_p (u_p - \nu_p)\right), \qquad
-        B_p = \Sigma_p^{xu} (\Sigma_p^{uu})^{-1}, \quad S_p = \Sigma_p^{xx} - B_p \Sigma_p^{ux}.
+        B_p = \Sigma_p^{xu} (\Sigma_p^{uu})^{-1}, \quad S_p = \Sigma_p^{xx} - B_p \Sigma_p^{ux},
 
     as the Gaussian of all scales together has it. :math:`\Sigma_p` is the covariance of K channels over :math:`n_p` vectors
     (images times positions of the cell) and, to make few of them steady, over K further ones, whose covariance is the mean
