@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from msflow_ext.models.position_base import Moments, Total, alone, cells
+from msflow_ext.models.position_base import Moments, Total, alone, cells, resize
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Padim:
         _check_shape("predict", x, shape)
         whitened = torch.linalg.solve_triangular(factor, cells(x - mean), upper=False)
         distance = torch.linalg.vector_norm(whitened, dim=1).T.reshape(-1, 1, *shape[1:])
-        maps = _resize(distance, (size, size)).squeeze(1)
+        maps = resize(distance, (size, size)).squeeze(1)
         return PadimPrediction(maps.amax((1, 2)), maps)
 
 
@@ -110,11 +109,7 @@ def _embed(call: str, features: Sequence[Tensor]) -> Tensor:
             raise ValueError(f"Padim.{call}: features[{i}] hold NaN or infinity")
     grid = max((x.shape[2:] for x in features), key=lambda shape: shape.numel())
     wide = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in features)
-    return torch.cat([_resize(x, grid) for x in wide], dim=1)
-
-
-def _resize(x: Tensor, grid: Sequence[int]) -> Tensor:
-    return F.interpolate(x, size=list(grid), mode="bilinear", align_corners=False)
+    return torch.cat([resize(x, grid) for x in wide], dim=1)
 
 
 def _check_shape(call: str, x: Tensor, fitted: tuple[int, ...]) -> None:

@@ -245,10 +245,10 @@ class Whitening(Gaussians):
         return sum(c for c, *_ in self.scales[scale:])
 
     def joined(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
-        def at(x: Tensor, like: Tensor) -> Tensor:
-            return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
-
-        return [torch.cat((x, *(at(u, x) for u in maps[i + 1 :])), 1) for i, x in enumerate(maps)]
+        return [
+            torch.cat((x, *(resize(u, x.shape[2:]) for u in maps[i + 1 :])), 1)
+            for i, x in enumerate(maps)
+        ]
 
     def regularize(self, covariance: Tensor, moments: Moments) -> None:
         width, weights = covariance.size(1), moments.positions
@@ -264,6 +264,11 @@ class Whitening(Gaussians):
         variances, axes = torch.linalg.eigh(own - slope @ across)
         root = (axes * variances.rsqrt().unsqueeze(-2)) @ axes.mT
         return torch.cat((root, -root @ slope), -1)
+
+
+def resize(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """Maps ``(N, C, H, W)`` on another grid ``(height, width)``."""
+    return F.interpolate(x, size=list(grid), mode="bilinear", align_corners=False)
 
 
 def cells(maps: Tensor, side: int = 1) -> Tensor:

@@ -107,6 +107,23 @@ def test_whitening_takes_the_root_of_shrunk_covariances_given_the_coarser_scales
                 np.testing.assert_allclose(got[:, :, p, q].T, wanted, 1e-9, 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("kind", "backbone", "megabytes"),
+    [
+        (PositionBase, "efficientnet_lite0 at 192 px", 4),
+        (PositionBase, "wide_resnet50_2 at 512 px", 300),
+        (Whitening, "efficientnet_lite0 at 192 px", 15),
+        (Whitening, "wide_resnet50_2 at 512 px", 150),
+    ],
+)
+def test_they_take_as_much_memory_as_documented(
+    kind: type[Gaussians], backbone: str, megabytes: int
+) -> None:
+    channels, finest = {"e": ((24, 40, 112), 24), "w": ((256, 512, 1024), 64)}[backbone[0]]
+    gaussians = kind(channels, [(finest // k, finest // k) for k in (1, 2, 4)])
+    assert sum(b.nbytes for b in gaussians.buffers()) / 1e6 == pytest.approx(megabytes, rel=0.15)
+
+
 @pytest.mark.parametrize("kind", [PositionBase, Whitening])
 def test_unfitted_or_reset_it_changes_nothing_and_one_image_is_too_few(
     kind: type[Gaussians],
