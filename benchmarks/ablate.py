@@ -45,6 +45,8 @@ SCORES: dict[str, Column] = {
         "NLL, position base": ("nll 3%, position base",),
         "map": ("clamped score",),
         "map, position base": ("clamped score, position base",),
+        "map, hottest 1%": ("clamped score 1%",),
+        "map, hottest 1%, position base": ("clamped score 1%, position base",),
         "additive map": ("additive score",),
     }.items()
 }
@@ -209,12 +211,13 @@ def ways(model: Any, cached: Cached) -> dict[str, list[float]]:
     whole = torch.cat(_in_batches(maps, lambda part: clamped(part, SIZE)))
     found["clamped"] = judge(truth, nll, whole)
     found["clamped score"] = judge(truth, hottest(whole))
+    found["clamped score 1%"] = judge(truth, hottest(whole, 0.01))
     return found
 
 
-def hottest(maps: Tensor) -> Tensor:
-    """The mean of the hottest 3% of each map; of the multiplicative map that is the paper's score."""
-    return maps.flatten(1).topk(int(0.03 * SIZE**2)).values.mean(1)
+def hottest(maps: Tensor, share: float = 0.03) -> Tensor:
+    """The mean of the hottest share of each map; 3% of the multiplicative map is the paper's score."""
+    return maps.flatten(1).topk(int(share * SIZE**2)).values.mean(1)
 
 
 def baseline(name: str, cached: Cached) -> list[float]:

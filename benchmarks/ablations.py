@@ -16,7 +16,10 @@ from msflow_ext.models.msflow_flows import FusionFlow
 from msflow_ext.recipe import PRESETS, Recipe
 
 PAPER, FASTFLOW = PRESETS["paper"]["msflow"].recipe, PRESETS["paper"]["fastflow"].recipe
-ROBUST = PRESETS["robust"]["msflow"]
+ROBUST, FASTFLOW_ROBUST = (PRESETS["robust"][model] for model in ("msflow", "fastflow"))
+
+#: FastFlow's subnets as for wide backbones: as wide as what they see.
+AS_WIDE: dict[str, Any] = {"hidden_ratio": 1.0}
 
 
 @dataclass(frozen=True)
@@ -69,20 +72,22 @@ def variants() -> dict[str, Variant]:
         "batch 16, weight decay 1e-4": robust(batch_size=16, weight_decay=1e-4),
         "batch 16, clamp 1": robust({"clamp": 1.0}, batch_size=16),
         "batch 16, learnable base": replace(robust(batch_size=16), change=with_learnable_base),
-        "FastFlow paper": Variant(FastFlow, recipe=FASTFLOW),
-        "FastFlow paper, 8 epochs": Variant(FastFlow, recipe=FASTFLOW, epochs=8),
-        "FastFlow paper, 100 epochs": Variant(FastFlow, recipe=FASTFLOW, epochs=100),
+        "FastFlow paper": Variant(FastFlow, AS_WIDE, FASTFLOW),
+        "FastFlow paper, 8 epochs": Variant(FastFlow, AS_WIDE, FASTFLOW, epochs=8),
+        "FastFlow paper, 100 epochs": Variant(FastFlow, AS_WIDE, FASTFLOW, epochs=100),
+        "FastFlow paper, subnets twice as wide": Variant(FastFlow, recipe=FASTFLOW),
         "FastFlow standardised, batch 8, 12 epochs": Variant(
-            FastFlow, {"standardize": True}, replace(FASTFLOW, batch_size=8), epochs=12
+            FastFlow, {"standardize": True, **AS_WIDE}, replace(FASTFLOW, batch_size=8), epochs=12
         ),
         "FastFlow, 2 steps, standardised, cosine": Variant(
             FastFlow,
-            {"steps": 2, "standardize": True},
+            {"steps": 2, "standardize": True, **AS_WIDE},
             replace(ROBUST.recipe, batch_size=16, **PLAIN),
         ),
         "FastFlow, whitened across scales, no LayerNorm": Variant(
-            FastFlow, PRESETS["robust"]["fastflow"].model, PRESETS["robust"]["fastflow"].recipe
+            FastFlow, {**FASTFLOW_ROBUST.model, **AS_WIDE}, FASTFLOW_ROBUST.recipe
         ),
+        "FastFlow robust": Variant(FastFlow, FASTFLOW_ROBUST.model, FASTFLOW_ROBUST.recipe),
     }
 
 

@@ -202,7 +202,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
     },
     "robust": {
-        "msflow": Preset(_SHORT, {"blocks": (1, 1, 2), **_WHITENED}),
+        "msflow": Preset(_SHORT, {"blocks": (1, 1, 2), "top_k": 0.01, **_WHITENED}),
         "fastflow": Preset(_SHORT, {"layer_norm": False, **_WHITENED}),
     },
 }

@@ -37,6 +37,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cait_m48_448": {"image_size": 448, "out_indices": (40,)},
 }
 PYRAMID: dict[str, Any] = {"steps": 8, "hidden_ratio": 1.0, "conv3x3_only": False}
+#: A pyramid with a map of fewer channels than any of the paper's has, 64: its subnets would be too narrow to learn much.
+NARROW: dict[str, Any] = {**PYRAMID, "hidden_ratio": 2.0}
 TRANSFORMER: dict[str, Any] = {"steps": 20, "hidden_ratio": 0.16, "conv3x3_only": False}
 
 
@@ -175,7 +177,7 @@ class FastFlow(Detector):
         out_indices: which maps of the backbone; by default the preset's, else the backbone chooses: see
             :class:`~msflow_ext.models.backbone.Backbone`.
         steps, hidden_ratio, conv3x3_only: see :class:`FastFlowHead`; by default those of the paper for the backbone
-            or its kind.
+            or its kind, but a ratio of 2 for a pyramid with a map of fewer than 64 channels (mobile networks).
         clamp, clamp_form, seed: see :class:`FastFlowHead`.
         layer_norm: whether there are trainable LayerNorms; by default where the backbone does not apply its own.
         padding_mode: ``"reflect"`` or ``"zeros"`` in the backbone.
@@ -226,7 +228,9 @@ class FastFlow(Detector):
             pretrained=pretrained,
             padding_mode=padding_mode,
         )
-        usual = {**(TRANSFORMER if network.is_flat else PYRAMID), **preset}
+        narrow = min(network.channels) < 64
+        kind = TRANSFORMER if network.is_flat else NARROW if narrow else PYRAMID
+        usual = {**kind, **preset}
         if layer_norm is None:
             layer_norm = not network.is_flat
         head = FastFlowHead(

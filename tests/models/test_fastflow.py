@@ -61,6 +61,19 @@ def test_presets_have_the_papers_sizes(backbone: str) -> None:
     assert kernels[:4] == ([3, 3, 3, 3] if backbone == "resnet18" else [3, 1, 3, 1])
 
 
+@pytest.mark.parametrize(
+    ("backbone", "ratio"),
+    [("efficientnet_lite0", 2), ("mobilenetv3_small_050", 2), ("resnet34", 1)],
+)
+def test_subnets_of_narrow_pyramids_are_twice_as_wide(backbone: str, ratio: int) -> None:
+    with torch.device("meta"):
+        model = FastFlow(backbone, pretrained=False)
+    for flow, channels in zip(model.head.flows, model.backbone.channels, strict=True):
+        widths = {step.subnet[0].out_channels for step in flow.steps}
+        assert widths == {ratio * (channels - channels // 2)}
+    assert model.config["hidden_ratio"] == ratio
+
+
 @pytest.mark.parametrize("form", ["0.2", "head"])
 @pytest.mark.parametrize("conv3x3_only", [True, False], ids=["3x3", "alternating"])
 def test_the_inverse_undoes_the_flows(
