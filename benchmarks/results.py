@@ -38,11 +38,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def add(path: Path, facts: dict[str, Any], row: dict[str, Any]) -> None:
-    """Append a row, in place of an older one of the same case and threads; each says its commit and date."""
-    document = read(path) if path.exists() else {"rows": []}
+    """Add a row, in the place of an older one of the same case and threads; each says its commit and date."""
+    rows = read(path)["rows"] if path.exists() else []
+    keys = [(old["case"], old["threads"]) for old in rows]
     key = (row["case"], row["threads"])
-    rows = [old for old in document["rows"] if (old["case"], old["threads"]) != key]
-    rows.append({**row, "commit": facts["commit"], "date": facts["date"]})
+    place = keys.index(key) if key in keys else len(rows)
+    rows[place : place + 1] = [{**row, "commit": facts["commit"], "date": facts["date"]}]
     lines = ",\n  ".join(json.dumps(each) for each in rows)
     part = path.with_suffix(".part")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -190,13 +190,13 @@ def test_less_saved_memory_is_better(load: Load) -> None:
     assert [targets.verdict(target, [v]) for v in (0.3, 0.45, 0.6)] == ["moonshot", "yes", "no"]
 
 
-def test_a_repeated_row_replaces_the_older_one(load: Load, tmp_path: Path) -> None:
+def test_a_repeated_row_takes_the_place_of_the_older_one(load: Load, tmp_path: Path) -> None:
     results, file = load("results"), tmp_path / "machine.json"
     facts = {"commit": "c", "date": "2026-01-01"}
     for case, threads, value in (("a", 1, 1), ("a", 2, 2), ("a", 1, 3)):
         results.add(file, facts, {"case": case, "threads": threads, "value": value})
-    found = {(row["threads"], row["value"]) for row in results.read(file)["rows"]}
-    assert found == {(1, 3), (2, 2)}
+    found = [(row["threads"], row["value"]) for row in results.read(file)["rows"]]
+    assert found == [(1, 3), (2, 2)]
 
 
 def test_the_table_of_models_holds_parameters_operations_times_and_memory(load: Load) -> None:
