@@ -199,11 +199,14 @@ def join(device: str | torch.device | None = None) -> Ranks:
         device: where they compute: what is there is exchanged by NCCL, what is in memory by gloo.
 
     A group that the caller has made is the caller's to end, by ``torch.distributed.destroy_process_group``;
-    one made here is ended when the interpreter is: gloo's threads must not outlive it.
+    one made here is ended before the interpreter is: gloo's threads let go of tensors, which needs it.
     """
     if not started():
         return Ranks()
     if not dist.is_initialized():
+        # Torchvision imports it too, and its functions' defaults hold a group that there is then for ever.
+        from torch.distributed.nn import functional  # noqa: F401
+
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         own = str(own_device(device))
         if own.startswith("cuda"):

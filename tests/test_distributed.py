@@ -228,6 +228,31 @@ def test_torchrun_trains_and_an_error_of_all_is_told_once(plates, tmp_path):
     assert said.count("msflow: error: layout of data") == 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are found by /proc")
+def test_no_thread_of_a_group_made_here_outlives_it(tmp_path):
+    """One that lets go of a tensor while the interpreter ends has the process aborted."""
+    lines = (
+        "import atexit, os",
+        "threads = lambda: [open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')]",
+        "atexit.register(lambda: print(sum('gloo' in name for name in threads())))",  # runs last
+        "from msflow_ext.distributed import join",
+        "join()",
+        "print(sum('gloo' in name for name in threads()))",
+        "import torchvision",  # as a backbone does
+    )
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=tmp_path,
+        env={**os.environ, **alone},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    before, after = map(int, ended.stdout.split())
+    assert before > 0 == after == ended.returncode, ended.stderr
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found by /proc")
 def test_a_killed_process_ends_the_others_and_is_named(plates, tmp_path):
     run = tmp_path / "run"

@@ -200,6 +200,23 @@ def test_a_declared_length_is_refused_before_any_of_the_body_arrives(url):
     assert b" 413 " in answer and b"too large" in answer
 
 
+def test_a_client_that_still_sends_does_not_lose_the_refusal(detector, start):
+    url = httpx.URL(start(serving.application(detector, "geheim")))
+    with socket.create_connection(("127.0.0.1", url.port or 0)) as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n1234")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += client.recv(1 << 16)
+        client.sendall(b"56789")
+        assert b" 401 " in answer and client.recv(1) == b""  # else ConnectionResetError
+    with socket.create_connection(("127.0.0.1", url.port or 0)) as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n1234")
+        began = time.monotonic()
+        while client.recv(1 << 16):
+            pass
+        assert time.monotonic() - began < 20, "whoever never sends the rest is waited for"
+
+
 def test_an_unknown_path_and_a_wrong_method_say_where_images_go(url):
     for answer, status in ((httpx.get(f"{url}nowhere"), 404), (httpx.get(f"{url}predict"), 405)):
         assert answer.status_code == status and "POST /predict" in refused(answer)

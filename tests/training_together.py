@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group: its functions' defaults would hold it
 from torch import Tensor
 
 from msflow_ext import MSFlow, training

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from msflow_ext._pages import render_page
 from msflow_ext.inference import Detector
 
 from .service import Limits, Service
+
+LINGER = 2.0  # seconds for which the rest of a refused body is read and dropped
+
+
+class Refusal(JSONResponse):
+    """Answers at once, and ends the connection when the body is in, or too long or late.
+
+    A connection that is closed with something unread is reset, and a client that still sends may lose the answer.
+    """
+
+    def __init__(self, error: AnyHTTPException, text: str, request: Request, most: int) -> None:
+        headers = {**(error.headers or {}), "Connection": "close"}
+        super().__init__({"error": text}, error.status_code, headers)
+        self._request, self._most = request, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **head})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with suppress(asyncio.TimeoutError, ClientDisconnect, RuntimeError):  # the last: was read
+            await asyncio.wait_for(self._drop(), LINGER)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _drop(self) -> None:
+        size = 0
+        async for part in self._request.stream():
+            size += len(part)
+            if size > self._most:
+                return
 
 
 def application(
@@ -25,7 +57,8 @@ def application(
 
     ``name`` is what the page calls the run.
     """
-    service = Service(detector, token, limits or Limits())
+    limits = limits or Limits()
+    service = Service(detector, token, limits)
     page = render_page("serve.html", name=name, token=bool(token))
     seen = CollectorRegistry()
     ProcessCollector(registry=seen)
@@ -41,13 +74,11 @@ def application(
     app = FastAPI(lifespan=lifespan, openapi_url=None)
 
     @app.exception_handler(AnyHTTPException)
-    async def refuse(request: Request, error: AnyHTTPException) -> JSONResponse:
+    async def refuse(request: Request, error: AnyHTTPException) -> Refusal:
         text = error.detail
         if not isinstance(error, HTTPException):  # not ours: no such path or method
             text = f"{request.method} {request.url.path}: {text}; images go to POST /predict"
-        # What is left of the body is not read: the connection ends.
-        headers = {**(error.headers or {}), "Connection": "close"}
-        return JSONResponse({"error": text}, error.status_code, headers)
+        return Refusal(error, text, request, limits.max_bytes)
 
     @app.post("/predict")
     async def predict(request: Request) -> JSONResponse:

@@ -39,7 +39,7 @@ class Limits:
     """What the service grants; ValueError where it would grant nothing.
 
     Attributes:
-        max_bytes: of a body; more is refused with 413 as soon as it is known, unread.
+        max_bytes: of a body; more is refused with 413 as soon as it is known.
         max_pixels: of an image; more is refused before it is decoded.
         concurrency: images received, waiting and in work at once; more are refused with 503.
         timeout: seconds from a request's head to its answer, else 504 (408 while its body is awaited).

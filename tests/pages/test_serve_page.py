@@ -74,7 +74,8 @@ def test_images_are_scored_and_refusals_are_shown(browser, start, script, dark):
 def test_a_token_is_asked_for_and_sent(browser, start):
     browser.open(start(serving.application(Alarmed(), "secret")))
     browser.run(DROP)
-    assert all("Authorization" in texts[1] for texts in cards(browser))
+    refused = cards(browser)
+    assert all("Authorization" in texts[1] for texts in refused), (refused, browser.errors)
     browser.run("document.getElementById('cards').replaceChildren()")
     browser.run("document.getElementById('token').value = 'secret'")
     browser.run(DROP)
