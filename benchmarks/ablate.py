@@ -25,6 +25,7 @@ from msflow_ext.evaluation import Truth
 from msflow_ext.features import Features
 from msflow_ext.models.clamped_map import ClampedMap
 from msflow_ext.models.padim import Padim, PadimPrediction
+from msflow_ext.recipe import PRESETS
 from msflow_ext.training import make_optimizer
 
 Row = dict[str, Any]
@@ -47,12 +48,22 @@ SCORES: dict[str, Column] = {
         "map, position base": ("clamped score, position base",),
         "map, hottest 1%": ("clamped score 1%",),
         "map, hottest 1%, position base": ("clamped score 1%, position base",),
+        "map, smoothed": ("smoothed score",),
+        "map, smoothed, hottest 1%": ("smoothed score 1%",),
+        "map, smoothed, hottest 1%, position base": ("smoothed score 1%, position base",),
         "additive map": ("additive score",),
     }.items()
 }
 MAPS: dict[str, Column] = {
     f"brick, {way}, {metric}": ("brick", ("paper", way) if way == "additive" else (way,), i)
-    for way in ("additive", "multiplicative", "clamped", "additive, position base")
+    for way in (
+        "additive",
+        "multiplicative",
+        "clamped",
+        "smoothed",
+        "smoothed, position base",
+        "additive, position base",
+    )
     for i, metric in ((1, "pixel AUROC"), (2, "AUPRO"))
 }
 TOP_K: dict[str, Column] = {
@@ -206,12 +217,16 @@ def ways(model: Any, cached: Cached) -> dict[str, list[float]]:
     found["additive"] = judge(truth, nll, additive)
     found["additive score"] = judge(truth, hottest(additive))
     found["multiplicative"] = judge(truth, nll, _joined(parts, "image_map"))
-    clamped = ClampedMap(len(maps))
-    clamped.fit([normal])
-    whole = torch.cat(_in_batches(maps, lambda part: clamped(part, SIZE)))
-    found["clamped"] = judge(truth, nll, whole)
-    found["clamped score"] = judge(truth, hottest(whole))
-    found["clamped score 1%"] = judge(truth, hottest(whole, 0.01))
+    for how, smoothing in (
+        ("clamped", 0.0),
+        ("smoothed", PRESETS["robust"]["msflow"].model["smoothing"]),
+    ):
+        clamped = ClampedMap(len(maps), smoothing)
+        clamped.fit([normal])
+        whole = torch.cat(_in_batches(maps, partial(clamped, size=SIZE)))
+        found[how] = judge(truth, nll, whole)
+        found[f"{how} score"] = judge(truth, hottest(whole))
+        found[f"{how} score 1%"] = judge(truth, hottest(whole, 0.01))
     return found
 
 

@@ -191,6 +191,7 @@ _WHITENED: dict[str, Any] = {
     "whiten": True,
     "score": "map",
     "anomaly_map": "clamped",
+    "smoothing": 4.0,
 }
 
 #: What the papers train with, and what was better and steadier on average on other data (``benchmarks/NOTES.md``).

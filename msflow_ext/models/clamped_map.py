@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +24,19 @@ class ClampedMap(nn.Module):
         f(z) = \frac{z}{\sqrt{1 + (\max(z, 0) / 8)^2}} < 8
 
     with the mean m and the standard deviation s of each scale's negative log-likelihood over the normal images, and U
-    the bilinear upsampling (``align_corners=True``). What is more unusual keeps a larger value, however large both are.
+    the bilinear upsampling (``align_corners=True``), which a Gaussian filter may follow. What is more unusual keeps a larger value,
+    however large both are.
 
     Args:
         scales: how many.
+        smoothing: standard deviation of the Gaussian filter in pixels of the map; 0 for none.
     """
 
     usual: Tensor
 
-    def __init__(self, scales: int) -> None:
+    def __init__(self, scales: int, smoothing: float = 0.0) -> None:
         super().__init__()
+        self.smoothing = smoothing
         self.register_buffer("usual", torch.tensor([[0.0, 1.0]]).repeat(scales, 1))
 
     @torch.no_grad()
@@ -52,9 +57,30 @@ class ClampedMap(nn.Module):
 
     def forward(self, log_likelihood: Sequence[Tensor], size: int) -> Tensor:
         """The map ``(N, size, size)`` of log-likelihood maps ``[(N, H_i, W_i)]``."""
-        scales = []
+        lengths = sorted({n for m in log_likelihood for n in m.shape[1:]})
+        spread = self._spread(lengths, size, log_likelihood[0])
+        whole = log_likelihood[0].new_zeros(())
         for m, (mean, deviation) in zip(log_likelihood, self.usual, strict=True):
             z = (-m - mean) / deviation
-            share = (z * (1 + (z.clamp_min(0) / MOST).square()).rsqrt())[:, None]
-            scales.append(F.interpolate(share, (size, size), mode="bilinear", align_corners=True))
-        return torch.cat(scales, 1).sum(1)
+            share = z * (1 + (z.clamp_min(0) / MOST).square()).rsqrt()
+            rows, columns = (spread[n] for n in m.shape[1:])
+            whole = whole + rows.T @ share @ columns
+        return whole
+
+    def _spread(self, lengths: Sequence[int], size: int, like: Tensor) -> dict[int, Tensor]:
+        """For each length of an axis, ``(length, size)``: what each place of it adds to the pixels, smoothed.
+
+        Upsampling and filter are products of what they do to rows and to columns.
+        """
+        on: Any = {"dtype": like.dtype, "device": like.device}
+        distances = [
+            torch.linspace(0, n - 1, size, **on) - torch.arange(n, **on)[:, None] for n in lengths
+        ]
+        found = (1 - torch.cat(distances).abs()).clamp_min(0)
+        if self.smoothing:
+            reach = math.ceil(4 * self.smoothing)
+            offsets = torch.arange(-reach, reach + 1, **on)
+            weights = torch.softmax(-(offsets / self.smoothing).square() / 2, 0)
+            padded = F.pad(found[:, None], (reach, reach), mode="replicate")
+            found = F.conv1d(padded, weights[None, None])[:, 0]
+        return dict(zip(lengths, found.split(list(lengths)), strict=True))

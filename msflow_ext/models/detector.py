@@ -123,6 +123,7 @@ class Detector(nn.Module, ABC):
         score: of an image: ``paper``, ``log``, ``nll`` or ``map``.
         top_k: share of the pixels that make it.
         anomaly_map: ``paper`` or ``clamped``.
+        smoothing: of the clamped map, see :class:`ClampedMap`.
         config: further arguments of the subclass.
 
     Attributes:
@@ -141,6 +142,7 @@ class Detector(nn.Module, ABC):
         score: str,
         top_k: float,
         anomaly_map: str,
+        smoothing: float,
         **config: Any,
     ) -> None:
         super().__init__()
@@ -160,7 +162,16 @@ class Detector(nn.Module, ABC):
         sizes = self._sizes() if whiten or position_base else []
         self.whitening = Whitening(head.channels, sizes) if whiten else None
         self.base = PositionBase(head.channels, sizes) if position_base else None
-        self.clamped = ClampedMap(len(head.channels)) if anomaly_map == "clamped" else None
+        if not 0 <= smoothing < self.image_size:
+            raise ValueError(
+                f"smoothing must be in [0, image_size {self.image_size}) pixels, got {smoothing}"
+            )
+        if smoothing and anomaly_map != "clamped":
+            raise ValueError(
+                f"smoothing needs anomaly_map clamped, got smoothing {smoothing} and {anomaly_map!r}"
+            )
+        clamped = anomaly_map == "clamped"
+        self.clamped = ClampedMap(len(head.channels), smoothing) if clamped else None
         for i, c in enumerate(backbone.channels):
             self.register_buffer(f"feature_mean{i}", torch.zeros(c))
             self.register_buffer(f"feature_std{i}", torch.ones(c))
@@ -175,6 +186,7 @@ class Detector(nn.Module, ABC):
             "score": score,
             "top_k": top_k,
             "anomaly_map": anomaly_map,
+            "smoothing": smoothing,
             "clamp": head.clamp,
             "clamp_form": head.clamp_form,
             **config,

@@ -188,6 +188,7 @@ class FastFlow(Detector):
         top_k: share of the pixels that make the latter three.
         anomaly_map: ``"paper"``, the mean over scales; or ``"clamped"``: see
             :class:`~msflow_ext.models.clamped_map.ClampedMap`.
+        smoothing: standard deviation in pixels of a Gaussian filter over the clamped map.
         whiten: for parts that always lie alike: standardised features are whitened at every position given the coarser
             scales there, by the training set's means and covariances: see :class:`~msflow_ext.models.position_base.Whitening`.
         position_base: likewise: Gaussians at every position of the latent maps, fitted to the training set after
@@ -216,6 +217,7 @@ class FastFlow(Detector):
         score: str = "paper",
         top_k: float = 0.03,
         anomaly_map: str = "paper",
+        smoothing: float = 0.0,
         position_base: bool = False,
         seed: int | None = None,
     ) -> None:
@@ -257,6 +259,7 @@ class FastFlow(Detector):
             score=score,
             top_k=float(top_k),
             anomaly_map=anomaly_map,
+            smoothing=float(smoothing),
         )
 
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:

@@ -147,6 +147,7 @@ class MSFlow(Detector):
         top_k: share of the pixels that make the score.
         anomaly_map: ``"paper"``, additive over scales; or ``"clamped"``: see
             :class:`~msflow_ext.models.clamped_map.ClampedMap`.
+        smoothing: standard deviation in pixels of a Gaussian filter over the clamped map.
         whiten: for parts that always lie alike: standardised features are whitened at every position given the coarser
             scales there, by the training set's means and covariances: see :class:`~msflow_ext.models.position_base.Whitening`.
         position_base: likewise: Gaussians at every position of the latent maps, fitted to the training set after
@@ -173,6 +174,7 @@ class MSFlow(Detector):
         score: str = "log",
         top_k: float = 0.03,
         anomaly_map: str = "paper",
+        smoothing: float = 0.0,
         position_base: bool = False,
         seed: int | None = None,
     ) -> None:
@@ -205,6 +207,7 @@ class MSFlow(Detector):
             score=score,
             top_k=float(top_k),
             anomaly_map=anomaly_map,
+            smoothing=float(smoothing),
         )
         smallest = -(-self.image_size // network.strides[-1])
         if self.pooled and smallest < 3:

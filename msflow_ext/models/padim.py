@@ -35,7 +35,7 @@ class Padim:
 
     Source: Defard et al., "PaDiM", ICPR workshops 2021, equation 2. Different here: all channels
     instead of a random choice; bilinear instead of bicubic maps; no Gaussian filter over the map
-    (on brick and ELPV mono one of 4 pixels moves no AUROC by more than 0.3 points).
+    (on brick and ELPV one of 4 pixels moves no AUROC by more than 0.3 points).
     """
 
     def __init__(self) -> None:

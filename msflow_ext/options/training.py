@@ -39,7 +39,7 @@ RECIPE = (
 )
 MODEL = (  # arguments of a model; None: as the preset or the model has it
     *("out_indices", "blocks", "steps", "hidden_ratio", "conv3x3_only"),
-    *("standardize", "whiten", "score", "anomaly_map", "position_base"),
+    *("standardize", "whiten", "score", "anomaly_map", "smoothing", "position_base"),
 )
 SETTINGS = (
     *(*DATA, *RECIPE, *MODEL),
@@ -105,6 +105,7 @@ def train(part: ArgumentParser) -> None:
             str | None,
             "paper, or clamped for no scale to outshout others",
         ),
+        ("--smoothing", float | None, "pixels: of a Gaussian filter over the clamped map"),
         ("--epochs", int | None, "passes over the training images"),
         ("--batch-size", int | None, "images per step"),
         ("--lr", float | None, "learning rate between warm-up and decay"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
 
 from msflow_ext import FastFlow, MSFlow, ops
 from msflow_ext.models.clamped_map import ClampedMap
@@ -60,6 +62,21 @@ def test_what_is_far_from_normal_stays_in_order() -> None:
     assert values.max() < 8
 
 
+@pytest.mark.parametrize("smoothing", [0.3, 4.0, 25.0])
+def test_it_is_smoothed_as_by_a_gaussian_filter_over_it(smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    grids = ((20, 13), (10, 7), (3, 3), (1, 2))
+    maps = [20 * torch.randn(2, *grid, dtype=torch.float64, generator=generator) for grid in grids]
+    plain, smooth = (ClampedMap(len(grids), each)(maps, 48) for each in (0.0, smoothing))
+    wanted = gaussian_filter(
+        plain.numpy(), smoothing, axes=(1, 2), mode="nearest", radius=math.ceil(4 * smoothing)
+    )
+    torch.testing.assert_close(smooth, torch.from_numpy(wanted), rtol=1e-5, atol=1e-5)
+    assert (smooth - plain).abs().max() > 0.1
+    again = MSFlow(**build(smoothing=smoothing).config, pretrained=False)
+    assert again.clamped is not None and again.clamped.smoothing == smoothing
+
+
 @pytest.mark.parametrize("anomaly_map", ["paper", "clamped"])
 def test_the_score_of_that_name_is_the_mean_of_the_hottest_share_of_the_map(anomaly_map) -> None:
     options = {"anomaly_map": anomaly_map, "score": "map", "top_k": 0.01}
@@ -99,3 +116,15 @@ def test_fastflow_takes_it_too() -> None:
 def test_a_map_of_another_name_is_refused() -> None:
     with pytest.raises(ValueError, match="anomaly_map must be one of paper, clamped, got 'sum'"):
         build(anomaly_map="sum")
+
+
+def test_a_smoothing_that_is_no_width_or_has_no_map_to_smooth_is_refused() -> None:
+    for wrong in (-1.0, math.nan, 64.0):
+        with pytest.raises(
+            ValueError, match=r"smoothing must be in \[0, image_size 64\) pixels, got"
+        ):
+            build(smoothing=wrong)
+    with pytest.raises(
+        ValueError, match=r"needs anomaly_map clamped, got smoothing 4\.0 and 'paper'"
+    ):
+        build(smoothing=4.0, anomaly_map="paper")
