@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in one file, ten minutes by default: `python -m benchmarks.gpu`. Not run on a GPU yet.
+"""Everything that only a GPU can show, by one command, ten minutes by default: `python -m benchmarks.gpu`. Not run on a GPU yet.
 
 Builds the kernels for this device, checks them against their references, runs the CUDA tests and compute-sanitizer,
 measures the device's copy bandwidth and matmul rate, the kernels beside a copy of as many bytes, then norm, aggregation,
