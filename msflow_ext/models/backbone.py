@@ -144,7 +144,7 @@ class Backbone(nn.Module):
         warning is logged: flows that were trained on other features tell good from bad less well. So does a transformer
         on a processor without instructions for bfloat16, where it would take five times as long.
         """
-        from msflow_ext.models.packed import optimize_network
+        from msflow_ext.models.fused_network import optimize_network
 
         dtype = dtype or torch.float32
         transformer = self.image_size is not None
@@ -162,7 +162,10 @@ class Backbone(nn.Module):
         example = example.to(self.mean)  # its device, its dtype
         form.network = optimize_network(self.network, example, dtype)
         if dtype is torch.bfloat16:
-            error = _deviation(form.network(example.to(dtype)), self.network(example))
+            found = copy.deepcopy(form.network)(
+                example.to(dtype)
+            )  # a copy, whose sizes decide nothing
+            error = _deviation(found, self.network(example))
             if error > MOST_ROUNDING:
                 log.warning(
                     "features of %s err by %.0f%% in bfloat16: its backbone stays in float32",

@@ -45,5 +45,5 @@ class OptimizedFastFlowHead(FrozenHead):
 def _freeze(subnet: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Conv - ReLU - Conv in two calls."""
     first, _, second = subnet
-    hidden, out = PackedConv2d(first, dtype, relu=True), PackedConv2d(second, dtype)
+    hidden, out = PackedConv2d(first, dtype, activation="relu"), PackedConv2d(second, dtype)
     return lambda x1: out(hidden(x1))

@@ -101,7 +101,7 @@ class _FrozenCrossScale:
         self.channels = subnet.channels
         self.conv1, self.conv2 = (
             PackedConv2d(subnet.conv1, dtype),
-            PackedConv2d(subnet.conv2, dtype, relu=True),
+            PackedConv2d(subnet.conv2, dtype, activation="relu"),
         )
         self.norm = _vectors(subnet.norm, dtype)
         convs: Any = subnet.conv_out

@@ -1,8 +1,7 @@
-"""Inference forms of convolutional networks: batch norms folded away, weights prepacked, channels_last."""
+"""A convolution in its inference form: weight prepacked, channels_last, with what follows it in the same pass."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from threading import Lock
@@ -13,14 +12,21 @@ import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from msflow_ext import ops
 from msflow_ext.models.processor import has_bfloat16
 from msflow_ext.models.winograd import winograd_form
 
 _DECIDING = Lock()
+
+#: Activations that may follow in the same pass: the library's name and numbers for it, and torch's function.
+ACTIVATIONS: dict[str, tuple[str, list[float], Callable[[Tensor], Tensor]]] = {
+    "none": ("none", [], lambda y: y),
+    "relu": ("relu", [], F.relu_),
+    "relu6": ("hardtanh", [0.0, 6.0], partial(F.relu6, inplace=True)),
+    "silu": ("swish", [], partial(F.silu, inplace=True)),
+    "hardswish": ("hardswish", [], partial(F.hardswish, inplace=True)),
+}
 
 
 class PackedConv2d(nn.Module):
@@ -35,10 +41,10 @@ class PackedConv2d(nn.Module):
     Args:
         conv: any ``Conv2d``, or timm's ``Conv2dSame``, which pads as TensorFlow does; a snapshot is taken.
         dtype: of input and output.
-        relu: whether a ReLU follows, in the same pass.
+        activation: one of ``ACTIVATIONS``, in the same pass.
     """
 
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, relu: bool = False) -> None:
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, activation: str = "none") -> None:
         super().__init__()
         self.weight: Tensor | None = conv.weight.detach().clone()
         self.bias = None if conv.bias is None else conv.bias.detach().clone()
@@ -49,10 +55,11 @@ class PackedConv2d(nn.Module):
         self.mode = conv.padding_mode
         self.kernel_size, self.same = conv.kernel_size, isinstance(conv, Conv2dSame)
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
-        self.dtype, self.relu = dtype, relu
-        self.convolve: Callable[[Tensor], Tensor] | None = None
+        self.dtype, self.activation = dtype, activation
+        self.convolve: Callable[..., Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """``activation(conv(x) + other)``; ``other`` has the result's shape."""
         if self.same:
             x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
         elif self.border:
@@ -62,28 +69,23 @@ class PackedConv2d(nn.Module):
                 if self.convolve is None:  # or another thread has decided meanwhile
                     self.convolve = self._form(x)
                     self.weight = self.bias = None
-        return self.convolve(x)
+        return self.convolve(x, other)
 
-    def _form(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+    def _form(self, x: Tensor) -> Callable[..., Tensor]:
         assert self.weight is not None
         options = (self.padding, self.stride, self.dilation, self.groups)
         form = winograd_form(x, x.dtype, self.weight, *options)
         if form is not None:
             wide = ops.accumulation_dtype(self.dtype)
             bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
-            return partial(
-                ops.winograd_conv2d,
-                weight=ops.winograd_weight(self.weight, *form),
-                bias=bias.to(wide),
-                padding=self.padding,
-                relu=self.relu,
-            )
+            weight = ops.winograd_weight(self.weight, *form)
+            return partial(_winograd, weight, bias.to(wide), self.padding, self.activation)
         on_cpu = x.device.type == "cpu"
         if self.dtype is torch.bfloat16 and on_cpu and not has_bfloat16():
             return partial(_between_casts, self._direct(x.float(), torch.float32))
         return self._direct(x, self.dtype)
 
-    def _direct(self, x: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def _direct(self, x: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
         assert self.weight is not None
         options = (self.padding, self.stride, self.dilation, self.groups)
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -97,112 +99,53 @@ class PackedConv2d(nn.Module):
             except (AttributeError, RuntimeError):
                 pass
             else:
-                return partial(_packed, packed, bias, options, "relu" if self.relu else "none")
+                return partial(_packed, packed, bias, options, self.activation)
         options = (self.stride, self.padding, self.dilation, self.groups)
-        return partial(_plain, weight, bias, options, self.relu)
+        return partial(_plain, weight, bias, options, self.activation)
 
 
-def _between_casts(convolve: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return convolve(x.float()).to(x.dtype)
+def _winograd(
+    weight: Tensor, bias: Tensor, padding: Any, activation: str, x: Tensor, other: Tensor | None
+) -> Tensor:
+    relu = activation == "relu" and other is None
+    y = ops.winograd_conv2d(x, weight, bias, padding=padding, relu=relu)
+    return y if relu else _finish(y, other, activation)
+
+
+def _between_casts(convolve: Callable[..., Tensor], x: Tensor, other: Tensor | None) -> Tensor:
+    return convolve(x.float(), None if other is None else other.float()).to(x.dtype)
 
 
 def _packed(
-    weight: Tensor, bias: Tensor | None, options: tuple[Any, ...], activation: str, x: Tensor
+    weight: Tensor,
+    bias: Tensor | None,
+    options: tuple[Any, ...],
+    activation: str,
+    x: Tensor,
+    other: Tensor | None,
 ) -> Tensor:
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *options, activation, [], "")
+    convolve = torch.ops.mkldnn._convolution_pointwise
+    name, numbers, _ = ACTIVATIONS[activation]
+    if other is None:
+        return convolve(x, weight, bias, *options, name, numbers, "")
+    if activation not in ("none", "relu"):  # the library has no others after an addition
+        return _finish(convolve(x, weight, bias, *options, "none", [], ""), other, activation)
+    after = None if activation == "none" else activation
+    return convolve.binary(x, other, weight, bias, *options, "add", 1.0, after, [], "")
 
 
 def _plain(
-    weight: Tensor, bias: Tensor | None, options: tuple[Any, ...], relu: bool, x: Tensor
+    weight: Tensor,
+    bias: Tensor | None,
+    options: tuple[Any, ...],
+    activation: str,
+    x: Tensor,
+    other: Tensor | None,
 ) -> Tensor:
-    y = F.conv2d(x, weight, bias, *options)
-    return F.relu_(y) if relu else y
+    return _finish(F.conv2d(x, weight, bias, *options), other, activation)
 
 
-def optimize_network(network: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
-    """A copy of a frozen network with batch norms folded and convolutions packed.
-
-    Args:
-        network: in evaluation mode; returns a tensor or a list of them.
-        example: float32 input ``(1, C, H, W)``: it shows which batch norm follows which convolution, and that the
-            copy gives the same results.
-        dtype: float32 or bfloat16, of weights and activations.
-
-    Returns:
-        The copy; batch norms that do not directly follow a convolution stay.
-    """
-    copied = copy.deepcopy(network)
-    pairs = _conv_then_norm(copied, example)
-    if pairs:
-        wanted = _results(copied, example)
-        plain = copy.deepcopy(copied)
-        for conv, norm in pairs:
-            _fold(copied, conv, norm)
-        if not all(
-            torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
-            for a, b in zip(_results(copied, example), wanted, strict=True)
-        ):
-            copied = plain
-    copied.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for name, module in list(copied.named_modules()):
-        if isinstance(module, nn.Conv2d) and type(module) in (nn.Conv2d, Conv2dSame):
-            _replace(copied, name, PackedConv2d(module, dtype))
-    return copied
-
-
-def _conv_then_norm(network: nn.Module, example: Tensor) -> list[tuple[str, str]]:
-    """Names of convolutions and of the batch norms whose input is exactly their output, each used once."""
-    produced: dict[int, str] = {}
-    kept: list[Tensor] = []  # keeps the tensors alive, so that no id is given twice
-    pairs: list[tuple[str, str]] = []
-    calls: dict[str, int] = {}
-    hooks = []
-
-    def watch(name: str, module: nn.Module) -> None:
-        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            if isinstance(module, nn.Conv2d):
-                produced[id(output)] = name
-                kept.append(output)
-            elif id(inputs[0]) in produced:
-                pairs.append((produced[id(inputs[0])], name))
-
-        hooks.append(module.register_forward_hook(hook))
-
-    for name, module in network.named_modules():
-        if isinstance(module, (nn.Conv2d, _BatchNorm)):
-            watch(name, module)
-    try:
-        _results(network, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [(conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1]
-
-
-def _fold(network: nn.Module, conv_name: str, norm_name: str) -> None:
-    conv: Any = network.get_submodule(conv_name)
-    norm: Any = network.get_submodule(norm_name)
-    weight, bias = fuse_conv_bn_weights(
-        conv.weight,
-        conv.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.eps,
-        norm.weight,
-        norm.bias,
-    )
-    conv.weight, conv.bias = weight, bias
-    # timm's batch norms bring their activation along.
-    _replace(network, norm_name, getattr(norm, "act", None) or nn.Identity())
-
-
-def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, module)
-
-
-@torch.no_grad()
-def _results(network: nn.Module, example: Tensor) -> list[Tensor]:
-    results = network(example)
-    return [results] if isinstance(results, Tensor) else list(results)
+def _finish(y: Tensor, other: Tensor | None, activation: str) -> Tensor:
+    if other is not None:
+        y = y.add_(other)
+    return ACTIVATIONS[activation][2](y)

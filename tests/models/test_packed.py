@@ -10,7 +10,8 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from msflow_ext.models import packed
-from msflow_ext.models.packed import PackedConv2d, optimize_network
+from msflow_ext.models.fused_network import optimize_network
+from msflow_ext.models.packed import PackedConv2d
 from msflow_ext.testing import relative_error
 
 Normal = Callable[..., Tensor]
@@ -36,7 +37,7 @@ def test_bfloat16_goes_through_float32_where_the_processor_has_no_instructions(
     monkeypatch.setattr(packed, "has_bfloat16", lambda: not slow)
     conv = nn.Conv2d(8, 6, 1).requires_grad_(False)
     x = normal(2, 8, 5, 7, dtype=torch.bfloat16)
-    found = PackedConv2d(conv, torch.bfloat16, relu=True)(x)
+    found = PackedConv2d(conv, torch.bfloat16, activation="relu")(x)
     assert found.dtype is torch.bfloat16
     weight, bias = conv.weight, conv.bias
     assert bias is not None

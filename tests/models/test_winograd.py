@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from msflow_ext import ops
 from msflow_ext.models import winograd
-from msflow_ext.models.packed import PackedConv2d, optimize_network
+from msflow_ext.models.fused_network import optimize_network
+from msflow_ext.models.packed import PackedConv2d
 from msflow_ext.models.winograd import winograd_form
 from msflow_ext.testing import relative_error
 
@@ -95,7 +96,7 @@ def test_either_form_is_the_convolution(
     conv = nn.Conv2d(64, 72, 3, padding=1, padding_mode=padding_mode, bias=bias)
     x = normal(2, 64, 9, 13, dtype=dtype)
     wanted = copy.deepcopy(conv).double()(x.double()).relu()
-    packed = PackedConv2d(conv, dtype, relu=True)
+    packed = PackedConv2d(conv, dtype, activation="relu")
     with torch.no_grad():
         conv.weight.zero_()
         for y in (packed(x), copy.deepcopy(packed)(x[:1])):
