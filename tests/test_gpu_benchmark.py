@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,18 +26,22 @@ ROOT = Path(__file__).parents[1]
 TIMED = ("ceilings", "kernels", "norm", "aggregation", "training", "inference")
 
 
-class CPUForCUDA(TorchFunctionMode):
-    """What is asked for on the GPU is made on the CPU."""
+class InsteadOfCUDA(TorchFunctionMode):
+    """What is asked for on the GPU is made on another device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if function is torch.Tensor.cuda:
-            return args[0]
+            return args[0].to(self.device)
         given = dict(kwargs or {})
-        return function(
-            *args, **given | ({"device": "cpu"} if given.get("device") == "cuda" else {})
-        )
+        if given.get("device") == "cuda":
+            given["device"] = self.device
+        return function(*args, **given)
 
 
 @pytest.fixture
@@ -55,26 +60,52 @@ def gpu(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleTy
     return load("gpu")
 
 
-def test_every_timed_step_runs_and_fills_the_table(
-    load: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def speed(
+    request: pytest.FixtureRequest, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ModuleType]:
+    """The timed steps, small, on the CPU, or on a device that knows shapes alone and refuses tensors of the CPU."""
     speed = load("gpu_speed")
     small = {"CHANNELS": (16, 32, 64), "BLOCKS": (1, 1, 1), "SIZES": (8, 4, 2)}
     for name, value in {**small, "COPIED": 2**20, "SIDE": 128}.items():
         monkeypatch.setattr(speed, name, value)
     monkeypatch.setattr(speed, "_time", once)
     monkeypatch.setattr(speed, "_recorded", lambda run: run)
-    monkeypatch.setattr(nn.Module, "cuda", lambda module: module)
+    monkeypatch.setattr(nn.Module, "cuda", lambda module: module.to(request.param))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(msflow_ext, "graphed", lambda function, _: function)
+    monkeypatch.setattr(torch.optim, "Adam", partial(adam, torch.optim.Adam))
     precision = torch.get_float32_matmul_precision()
-    try:
-        with CPUForCUDA():
-            found = {step: getattr(speed, step)({}) for step in TIMED}
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with InsteadOfCUDA(request.param):
+        yield speed
+    torch.set_float32_matmul_precision(precision)
+
+
+def adam(kind: Any, parameters: Any, *, lr: float, fused: bool) -> Any:
+    assert fused
+    return kind(parameters, lr=lr)
+
+
+@pytest.mark.parametrize("speed", ["meta"], indirect=True)
+@pytest.mark.parametrize("step", ["kernels", "norm", "aggregation"])
+def test_no_step_mixes_devices(speed: ModuleType, step: str) -> None:
+    assert all(number > 0 for number in numbers(getattr(speed, step)({})))
+
+
+@pytest.mark.parametrize("speed", ["meta"], indirect=True)
+def test_the_authors_way_mixes_no_devices(speed: ModuleType) -> None:
+    features = speed._features(2, torch.channels_last)
+    for name, flows in speed._flows().items():
+        if name != "ours":
+            speed._step(flows, features, False)()
+            assert all(m.is_meta for m in flows.log_likelihood(features))
+
+
+@pytest.mark.parametrize("speed", ["cpu"], indirect=True)
+def test_every_timed_step_runs_and_fills_the_table(speed: ModuleType, load: Load) -> None:
+    found = {step: getattr(speed, step)({}) for step in TIMED}
     assert all(number > 0 for number in numbers(found))
     errors = [each["error against eager fp32"] for each in found["inference"].values()]
     assert max(errors) < 0.03
@@ -116,6 +147,39 @@ def test_what_was_measured_is_kept_and_not_repeated(
     assert found["second"]["error"] == "RuntimeError: CUDA: out of memory"
     assert gpu.main(file) == 0 and calls == ["first", "second", "second"]
     assert "On one A GPU, 1 GB" in (tmp_path / "README.md").read_text()
+
+
+def test_the_kernels_are_not_loaded_before_they_are_built() -> None:
+    code = "import sys, benchmarks.gpu; raise SystemExit('msflow_ext' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("step", ["kernels", "training"])
+def test_times_of_the_reference_are_no_results(
+    gpu: ModuleType, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_backend, "cuda_problem", lambda _: "no CUDA kernel is built")
+    with pytest.raises(RuntimeError, match="no CUDA kernel is built"):
+        gpu.STEPS[step]({})
+
+
+def test_tests_that_fail_are_named(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "..F\nFAILED tests/ops/a.py::b - x\nFAILED tests/ops/a.py::c\n2 failed, 1 passed"
+    done = subprocess.CompletedProcess([], 1, said, "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    found = gpu.STEPS["tests"]({})
+    assert found["error"] == "2 failed, 1 passed"
+    assert found["failed"] == ["FAILED tests/ops/a.py::b - x", "FAILED tests/ops/a.py::c"]
+
+
+def test_a_report_needs_no_gpu(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "found.json").write_text('{"device": "A GPU", "date": "today"}')
+    assert gpu.main(["--file", str(tmp_path / "found.json"), "--report"]) == 0
+    assert "On one A GPU, today" in (tmp_path / "README.md").read_text()
 
 
 def test_without_a_build_nothing_is_measured(

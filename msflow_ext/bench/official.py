@@ -100,7 +100,7 @@ class IndexFlow(nn.Module):
         self.module_list = nn.ModuleList(IndexBlock(channels, cond, clamp) for _ in range(blocks))
 
     def forward(self, x: Tensor, c: list[Tensor]) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(x.size(0))
+        total = x.new_zeros(x.size(0), dtype=torch.float32)
         for block in self.module_list:
             x, log_det = block(x, *c)
             total = total + log_det

