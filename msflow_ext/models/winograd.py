@@ -30,7 +30,7 @@ def winograd_form(
     * Larger tiles want 25 or 36 instead of 16 weights per pair of channels. They pay where 1024 positions share them;
       below, they take longer to come from memory than to multiply on more than two cores, and four times the memory.
     * Tiles of 4 are not accurate enough for factors in bfloat16; tiles of 3 are, and as fast as tiles of 4 in float32.
-    * Matrix units (AMX) multiply directly in bfloat16; whether Winograd's form pays beside them is not measured.
+    * Matrix units (AMX) multiply directly in bfloat16 as fast as in this form, measured with a product on them too.
     """
     c_out, c_in, *kernel = weight.shape
     factors = factor_dtypes()
