@@ -36,7 +36,7 @@ HOT = {
     r"means_(planar|interleaved)": {"LDG"},
     r"square_sums_(planar|interleaved)": {"LDG"},
     r"upsampleI": {"STG"},
-    r"resampleI": {"LDG", "STG"},
+    r"resampleI.*Li[248]ELb0E": {"LDG", "STG"},  # in packets; others take neighbouring elements
 }
 
 

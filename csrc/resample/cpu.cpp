@@ -71,12 +71,10 @@ Axis<W> upsampling_backward(int64_t high, int64_t low) {
   const Resampling grid = resampling(low, high, true);
   Axis<W> axis;
   for (int64_t i = 0; i < low; ++i) {
-    Range reading = readers(i, low, high);
-    const auto weight = [&](int64_t h) { return share(tap<W>(grid, h, low), i); };
-    while (reading.size() > 0 && weight(reading.begin) == 0) ++reading.begin;
-    while (reading.size() > 0 && weight(reading.end - 1) == 0) --reading.end;
+    const Range reading = readers<W>(grid, i, low, high);
     Sum<W> sum{reading.begin, {}};
-    for (int64_t h = reading.begin; h < reading.end; ++h) sum.weights.push_back(weight(h));
+    for (int64_t h = reading.begin; h < reading.end; ++h)
+      sum.weights.push_back(share(tap<W>(grid, h, low), i));
     axis.push_back(sum);
   }
   return axis;

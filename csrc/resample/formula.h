@@ -18,19 +18,26 @@ HD Range window(int64_t i, int64_t input_size, int64_t output_size) {
   return {i * input_size / output_size, ((i + 1) * input_size + output_size - 1) / output_size};
 }
 
-// Outputs of an upsampling that may read input i, of one axis, corners aligned.
-HD Range readers(int64_t i, int64_t input_size, int64_t output_size) {
-  if (input_size == 1) return {0, output_size};
-  const int64_t steps = output_size - 1, per = input_size - 1;
-  const int64_t begin = i > 0 ? (i - 1) * steps / per : 0;
-  const int64_t end = (i + 1) * steps / per + 2;
-  return {begin, end < output_size ? end : output_size};
-}
-
 // The share of input i in what a tap reads.
 template <class W>
 HD W share(const Tap<W>& t, int64_t i) {
   return (t.low == i ? 1 - t.weight : W(0)) + (t.high == i ? t.weight : W(0));
+}
+
+// Outputs of an upsampling in which input i has a share, of one axis, corners aligned: in all from
+// the first to the last.
+template <class W>
+HD Range readers(const Resampling& grid, int64_t i, int64_t input_size, int64_t output_size) {
+  if (input_size == 1) return {0, output_size};
+  const int64_t steps = output_size - 1, per = input_size - 1;
+  Range range = {i > 0 ? (i - 1) * steps / per : 0, (i + 1) * steps / per + 2};
+  if (range.end > output_size) range.end = output_size;
+  const auto reads = [&](int64_t output) {
+    return share(tap<W>(grid, output, input_size), i) != 0;
+  };
+  while (range.size() > 0 && !reads(range.begin)) ++range.begin;
+  while (range.size() > 0 && !reads(range.end - 1)) --range.end;
+  return range;
 }
 
 }  // namespace msflow

@@ -50,23 +50,26 @@ def test_pooling_kernels_equal_the_reference(
     equals_reference: Any, normal: Normal, size: str, layout: Layout, dtype: torch.dtype
 ) -> None:
     high, low = SIZES[size]
-    x = [layout(normal(2, c, *s, dtype=dtype)) for c, s in ((3, high), (1, low), (17, (6, 5)))]
+    maps = ((16, high), (3, high), (1, low), (17, (6, 5)))
+    x = [layout(normal(2, c, *s, dtype=dtype)) for c, s in maps]
     equals_reference(
-        lambda *t: (ops.pool_and_concatenate(t, low),), x, [high[0] * high[1]] * 4, layout
+        lambda *t: (ops.pool_and_concatenate(t, low),), x, [high[0] * high[1]] * 5, layout
     )
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtypes", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("channels", [16, 19])
 def test_upsampling_kernels_equal_the_reference(
     equals_reference: Any,
     normal: Normal,
     size: str,
     layout: Layout,
     dtypes: tuple[torch.dtype, torch.dtype],
+    channels: int,
 ) -> None:
     pairs = zip(SIZES[size], dtypes, strict=True)
-    operands = [layout(normal(2, 19, *s, dtype=d)) for s, d in pairs]
+    operands = [layout(normal(2, channels, *s, dtype=d)) for s, d in pairs]
     terms = [5, 1, 4 * math.prod(SIZES[size][0])]
     equals_reference(lambda *t: (ops.upsample_and_add(*t),), operands, terms, layout)
 
@@ -108,6 +111,18 @@ def test_onto_a_wider_map_results_and_gradients_have_the_bits_of_casts(
     got, wanted = (torch.autograd.grad(r, (x, low), upstream) for r in (y, cast))
     assert [g.dtype for g in got] == [F32, BF16]
     assert all(map(torch.equal, (y, *got), (cast, *wanted)))
+
+
+def test_a_gradient_that_is_not_finite_reaches_only_what_its_result_was_made_of(
+    native: None, normal: Normal, memory_format: Layout
+) -> None:
+    x, low = (memory_format(normal(1, 8, n, n)).requires_grad_() for n in (16, 4))
+    upstream = memory_format(torch.zeros(1, 8, 16, 16))
+    upstream[:, :, 6, 6] = math.inf  # between the second and the third low pixel, of both axes
+    _, got = torch.autograd.grad(ops.upsample_and_add(x, low), (x, low), upstream)
+    reached = torch.zeros(4, 4, dtype=torch.bool)
+    reached[1:3, 1:3] = True
+    assert torch.equal(~got.isfinite(), reached.expand_as(got))
 
 
 def test_any_number_of_scales_is_pooled(each_backend: str, normal: Normal) -> None:
