@@ -5,6 +5,11 @@
 namespace msflow {
 namespace {
 
+// Blocks that a sample is cut into at least, where its positions allow, so that small maps do not
+// leave most of a large GPU idle. The cut, and with it the order of the sums, is the same for every
+// batch.
+constexpr int64_t pieces_of_sample = 16;
+
 template <class X_>
 struct Squares {
   using X = X_;
@@ -25,25 +30,64 @@ struct Squares {
         channels(channels),
         positions(positions),
         interleaved(interleaved),
-        planar(channels, positions, V, max_depth_width, 1, true),
-        rows(positions, 1, 32) {}
+        // Two packets side by side are what memory is read by.
+        planar(channels, positions, V,
+               int(std::clamp<int64_t>(positions / (pieces_of_sample * V), 2, max_depth_width)), 1,
+               true),
+        rows(positions, 1, std::clamp<int64_t>(positions / pieces_of_sample, warps, 32)) {}
 
   int64_t sample_blocks() const { return interleaved ? rows.tiles : planar.blocks(); }
 };
 
+// Calls add with aligned packets `step` elements apart, of which a thread waits for several at a
+// time.
+template <int V, class X, class Add>
+__device__ __forceinline__ void each_packet(const X* from, int64_t packets, int64_t step, Add add) {
+  constexpr int in_flight = 4;
+  for (int64_t k = 0; k < packets; k += in_flight) {
+    Packet<X, V> values[in_flight];
+#pragma unroll
+    for (int i = 0; i < in_flight; ++i)
+      if (k + i < packets)
+        values[i] = *reinterpret_cast<const Packet<X, V>*>(from + (k + i) * step);
+#pragma unroll
+    for (int i = 0; i < in_flight; ++i) {
+      if (k + i >= packets) break;
+      add(values[i].element);
+    }
+  }
+}
+
+template <class X>
+__device__ __forceinline__ wide_t<X> square(X x) {
+  const wide_t<X> wide = load(x);
+  return wide * wide;
+}
+
 // Threads along positions, and along channels.
 template <class J>
 __global__ void __launch_bounds__(threads, 1) square_sums_planar(const __grid_constant__ J job) {
+  using X = typename J::X;
   using W = typename J::W;
   constexpr int V = J::V;
   const PlanarPlace at(job.planar, job.positions);
-  const int64_t count = job.positions - at.first;
-  W sums[V] = {}, z[V];
-  for (int64_t c = at.channel; c < job.channels; c += job.planar.depth) {
-    load(z, job.z.template at<typename J::X>(at.sample, c, at.first), count,
-         job.whole && count >= V);
+  const int64_t count = job.positions - at.first, depth = job.planar.depth;
+  W sums[V] = {};
+  if (job.whole && count >= V) {
+    const X* z = job.z.template at<X>(at.sample, at.channel, at.first);
+    each_packet<V>(z, (job.channels - at.channel + depth - 1) / depth, depth * job.z.c,
+                   [&](const X(&values)[V]) {
 #pragma unroll
-    for (int v = 0; v < V; ++v) sums[v] += z[v] * z[v];
+                     for (int v = 0; v < V; ++v) sums[v] += square(values[v]);
+                   });
+  } else {
+#pragma unroll 1
+    for (int64_t c = at.channel; c < job.channels; c += depth) {
+      const X* z = job.z.template at<X>(at.sample, c, at.first);
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        if (v < count) sums[v] += square(z[v]);
+    }
   }
   depth_sums(sums, job.planar.width);
   const bool leads = threadIdx.x / job.planar.width == 0;
@@ -60,22 +104,25 @@ __global__ void __launch_bounds__(threads, 1) square_sums_planar(const __grid_co
 template <class J>
 __global__ void __launch_bounds__(threads, 1)
     square_sums_interleaved(const __grid_constant__ J job) {
+  using X = typename J::X;
   using W = typename J::W;
   constexpr int V = J::V;
   const InterleavedPlace at(job.rows, job.positions);
-  const bool leads = threadIdx.x % warp_size == 0;
+  const int lane = int(threadIdx.x) % warp_size;
+  const int64_t in_packets = job.whole ? job.channels / V : 0;  // beyond them one by one
   W total = 0;
   for (int row = int(threadIdx.x) / warp_size; row < at.rows; row += warps) {
-    W sum = 0, z[V];
-    for (int64_t c = threadIdx.x % warp_size * V; c < job.channels; c += warp_size * V) {
-      const int64_t count = job.channels - c;
-      load(z, job.z.template at<typename J::X>(at.sample, c, at.first + row), count,
-           job.whole && count >= V);
+    const X* z = job.z.template at<X>(at.sample, 0, at.first + row);
+    W sum = 0;
+    each_packet<V>(z + lane * V, (in_packets - lane + warp_size - 1) / warp_size, warp_size * V,
+                   [&](const X(&values)[V]) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) sum += z[v] * z[v];
-    }
+                     for (int v = 0; v < V; ++v) sum += square(values[v]);
+                   });
+#pragma unroll 1
+    for (int64_t c = in_packets * V + lane; c < job.channels; c += warp_size) sum += square(z[c]);
     sum = warp_sum(sum);
-    if (!leads) continue;
+    if (lane > 0) continue;
     total += sum;
     if (job.per_position) job.per_position[at.sample * job.positions + at.first + row] = sum;
   }

@@ -26,6 +26,7 @@ SHAPES = {
     "odd-channels": (2, 7, (5, 3)),
     "one-pixel": (3, 5, (1, 1)),
     "many-blocks": (2, 19, (13, 17)),
+    "many-channels": (2, 1104, (4, 8)),
     "one-channel": (2, 1, (3, 3)),
     "empty-batch": (0, 4, (2, 2)),
     "no-positions": (2, 4, (0, 5)),
