@@ -298,14 +298,25 @@ __global__ void __launch_bounds__(threads, 1) finish(const __grid_constant__ Job
   const Maxima<W> high = job.maxima[n];
   double sum = 0, exponentials = 0;
   const int64_t end = (block + 1) * piece < job.size() ? (block + 1) * piece : job.size();
-  for (int64_t i = block * piece + threadIdx.x; i < end; i += threads) {
-    const int64_t at = n * job.size() + i;
-    const W log_likelihood = job.image_map[at];
-    job.image_map[at] = 1 - exp_(log_likelihood - high.log_likelihood);
-    job.anomaly_map[at] = high.probability - job.anomaly_map[at];
-    if (key_of(log_likelihood) < bound) {
-      sum += double(log_likelihood);
-      exponentials += double(exp_(log_likelihood - largest));
+  constexpr int in_flight = 4;  // pixels that are read before the first of them is written
+  for (int64_t first = block * piece + threadIdx.x; first < end; first += in_flight * threads) {
+    W* image = job.image_map + n * job.size() + first;
+    W* anomaly = job.anomaly_map + n * job.size() + first;
+    W log_likelihoods[in_flight], probabilities[in_flight];
+#pragma unroll
+    for (int i = 0; i < in_flight; ++i)
+      if (first + i * threads < end)
+        log_likelihoods[i] = image[i * threads], probabilities[i] = anomaly[i * threads];
+#pragma unroll
+    for (int i = 0; i < in_flight; ++i) {
+      if (first + i * threads >= end) break;
+      const W log_likelihood = log_likelihoods[i];
+      image[i * threads] = 1 - exp_(log_likelihood - high.log_likelihood);
+      anomaly[i * threads] = high.probability - probabilities[i];
+      if (key_of(log_likelihood) < bound) {
+        sum += double(log_likelihood);
+        exponentials += double(exp_(log_likelihood - largest));
+      }
     }
   }
   sum = block_sum(sum), exponentials = block_sum(exponentials);
