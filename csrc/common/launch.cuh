@@ -223,10 +223,13 @@ __device__ __forceinline__ void depth_sums(W (&sums)[S], int width) {
 }
 constexpr int max_depth_width = warp_size / 4;  // the widest block for depth_sums
 
-// One array for every caller of channel_sums, whatever it prepares.
+// One array for every caller of channel_sums, whatever it prepares. Neighbours along V lie
+// 128 / V bytes further in the banks, so that a warp that reads V of 32 / V threads meets each
+// once.
 template <int V, class W>
 struct ChannelParts {
-  W a[V][threads], b[V][threads];
+  static constexpr int width = threads + 128 / int(sizeof(W)) / V;
+  W a[V][width], b[V][width];
 
   __device__ static __forceinline__ ChannelParts& of_block() {
     __shared__ ChannelParts parts;
@@ -269,19 +272,22 @@ __device__ __forceinline__ void channel_sums(int64_t channels, int rows, W* firs
   }
 }
 
-// Column `column` of parts (rows, columns), summed by the `threads / warp_size` threads that share
-// it; valid in the first warp. A block takes warp_size columns.
-template <class W>
+// Column `column` of parts (rows, columns), and `own` of every thread that shares it; valid in the
+// first threads. A block takes `Columns` of them side by side, its other threads go along the rows:
+// the fewer columns, the more loads are under way at once.
+template <int Columns = warp_size, class W>
 __device__ __forceinline__ double column_sum(const W* parts, int64_t rows, int64_t columns,
-                                             int64_t column) {
-  __shared__ double sums[warps][warp_size];
+                                             int64_t column, double own = 0) {
+  __shared__ double sums[warps][Columns];
   const int lane = int(threadIdx.x) % warp_size, w = int(threadIdx.x) / warp_size;
   double sum = 0;
   if (column < columns)
-    for (int64_t r = w; r < rows; r += warps) sum += double(parts[r * columns + column]);
-  sums[w][lane] = sum;
+    for (int64_t r = int(threadIdx.x) / Columns; r < rows; r += threads / Columns)
+      sum += double(parts[r * columns + column]);
+  sum = warp_sum(sum + own, warp_size, Columns);
+  if (lane < Columns) sums[w][lane] = sum;
   __syncthreads();
-  for (int i = 1; i < warps && w == 0; ++i) sum += sums[i][lane];
+  for (int i = 1; i < warps && w == 0 && lane < Columns; ++i) sum += sums[i][lane];
   return sum;
 }
 

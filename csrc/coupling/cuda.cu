@@ -323,22 +323,25 @@ void sum_log_det(const J& job, double sign, void* log_det, void* stream) {
          W(sign), static_cast<W*>(log_det));
 }
 
-// A block sums the parts (rows, 2, C) of warp_size channels.
+constexpr int sum_columns = 8;  // of a block, float: what memory moves at once
+
+// The parts (rows, 2, C), summed; that of a scale gets what the log_dets have of it.
 template <class W>
 __global__ void __launch_bounds__(threads, 1)
     finish_gradients(const __grid_constant__ Coupling job, const W* parts, int64_t rows,
                      const W* grad_log_det, W* grad_scale, W* grad_offset) {
-  double constant = 0;
-  for (int64_t n = threadIdx.x; n < job.samples; n += threads) constant += double(grad_log_det[n]);
-  constant = block_sum(constant) * double(job.positions);
-  const int64_t c = int64_t(blockIdx.x) * warp_size + threadIdx.x % warp_size;
-  const double scales = column_sum(parts, rows, 2 * job.channels(), c);
-  __syncthreads();
-  const double offsets = column_sum(parts, rows, 2 * job.channels(), c + job.channels());
-  if (threadIdx.x >= warp_size || c >= job.channels()) return;
-  if (grad_scale)
-    grad_scale[c] = W(scales + constant / double(static_cast<const W*>(job.scale)[c]));
-  if (grad_offset) grad_offset[c] = W(offsets);
+  const int64_t channels = job.channels();
+  const int64_t column = int64_t(blockIdx.x) * sum_columns + threadIdx.x % sum_columns;
+  double of_log_det = 0;
+  if (grad_scale && column < channels) {
+    const double slope = double(job.positions) / double(static_cast<const W*>(job.scale)[column]);
+    for (int64_t n = threadIdx.x / sum_columns; n < job.samples; n += threads / sum_columns)
+      of_log_det += double(grad_log_det[n]) * slope;
+  }
+  const double sum = column_sum<sum_columns>(parts, rows, 2 * channels, column, of_log_det);
+  if (threadIdx.x >= sum_columns || column >= 2 * channels) return;
+  if (column >= channels && grad_offset) grad_offset[column - channels] = W(sum);
+  if (column < channels && grad_scale) grad_scale[column] = W(sum);
 }
 
 }  // namespace
@@ -401,7 +404,7 @@ void coupling_backward_cuda(const Coupling& coupling, Tensor grad_y1, Tensor gra
     else
       launch(backward_planar<J>, job.blocks(), 0, stream, job);
     if (!grad_scale && !grad_offset) return;
-    launch(finish_gradients<W>, (job.channels() + warp_size - 1) / warp_size, 0, stream,
+    launch(finish_gradients<W>, (2 * job.channels() + sum_columns - 1) / sum_columns, 0, stream,
            static_cast<const Coupling&>(job), static_cast<const W*>(job.grad_parts),
            job.grad_rows(), job.grad_log_det, static_cast<W*>(grad_scale),
            static_cast<W*>(grad_offset));
