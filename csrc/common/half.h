@@ -100,6 +100,7 @@ HD float load(float x) { return x; }
 HD double load(double x) { return x; }
 HD float load(bfloat16 x) { return to_float(x); }
 HD float load(float16 x) { return to_float(x); }
+HD int load(int16_t x) { return x; }
 
 HD void store(float* to, float x) { *to = x; }
 HD void store(double* to, double x) { *to = x; }

@@ -16,8 +16,9 @@
 
 namespace msflow {
 
-// Of every block. Kernels say __launch_bounds__(threads, 1): with the number of blocks left open,
-// ptxas spills some bytes to fit one block more.
+// Of every block. Kernels say __launch_bounds__(threads, 1), or how many blocks an SM holds at
+// least where none of them spills then: with the number of blocks left open, ptxas spills some
+// bytes to fit one block more.
 constexpr int threads = 256;
 constexpr int warp_size = 32;
 constexpr int warps = threads / warp_size;
@@ -34,17 +35,37 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Packet {
   T element[V];
 };
 
-// Reads `count` elements, zeros beyond them; `whole`: V of them, aligned.
+// A packet as it is read: in words, for elements would have to be taken from them at once, which
+// waits for the memory.
+template <class T, int V>
+struct alignas(Packet<T, V>) Words {
+  uint32_t word[sizeof(T) * V / 4];
+};
+
+// Reads `count` elements, zeros beyond them; `whole`: V of them, aligned. Whoever needs several
+// packets fetches them all before unpacking the first, so that their loads are under way together.
+template <int V, class T>
+__device__ __forceinline__ Words<T, V> fetch(const T* from, int64_t count, bool whole) {
+  if (whole) return *reinterpret_cast<const Words<T, V>*>(from);
+  T element[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) element[i] = i < count ? from[i] : T{};
+  Words<T, V> words;
+  memcpy(&words, element, sizeof words);
+  return words;
+}
+
+template <class T, int V, class W>
+__device__ __forceinline__ void unpack(W (&to)[V], const Words<T, V>& words) {
+  T element[V];
+  memcpy(element, &words, sizeof words);
+#pragma unroll
+  for (int i = 0; i < V; ++i) to[i] = W(load(element[i]));
+}
+
 template <class T, int V, class W>
 __device__ __forceinline__ void load(W (&to)[V], const T* from, int64_t count, bool whole) {
-  if (whole) {
-    const auto packet = *reinterpret_cast<const Packet<T, V>*>(from);
-#pragma unroll
-    for (int i = 0; i < V; ++i) to[i] = W(load(packet.element[i]));
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) to[i] = i < count ? W(load(from[i])) : W(0);
-  }
+  unpack(to, fetch<V>(from, count, whole));
 }
 
 template <class T, int V, class W>
@@ -223,13 +244,12 @@ __device__ __forceinline__ void depth_sums(W (&sums)[S], int width) {
 }
 constexpr int max_depth_width = warp_size / 4;  // the widest block for depth_sums
 
-// One array for every caller of channel_sums, whatever it prepares. Neighbours along V lie
-// 128 / V bytes further in the banks, so that a warp that reads V of 32 / V threads meets each
-// once.
+// One array for every caller of channel_sums, whatever it prepares. A row is longer than a block
+// has threads by 128 / V bytes, so that what a warp reads, V rows of 32 / V neighbours, lies in as
+// many banks.
 template <int V, class W>
 struct ChannelParts {
-  static constexpr int width = threads + 128 / int(sizeof(W)) / V;
-  W a[V][width], b[V][width];
+  W of[V][threads + 128 / int(sizeof(W)) / V];
 
   __device__ static __forceinline__ ChannelParts& of_block() {
     __shared__ ChannelParts parts;
@@ -252,23 +272,21 @@ __device__ __forceinline__ void channel_sums(int64_t channels, int rows, W* firs
       const auto body = prepare(channel, channels - channel);
       for (int row = share.row; row < rows; row += share.row_step) body(row, a, b);
     }
-    __syncthreads();
+    const auto add_up = [&](const W(&mine)[V], W* sums) {
+      __syncthreads();
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      parts.a[i][threadIdx.x] = a[i];
-      parts.b[i][threadIdx.x] = b[i];
-    }
-    __syncthreads();
-    for (int m = int(threadIdx.x); m < share.lanes * V; m += threads) {
-      const int64_t to = int64_t(start) * V + m;
-      if (to >= channels) break;
-      W sum_a = 0, sum_b = 0;
-      for (int r = 0; r < share.row_step; ++r) {
-        sum_a += parts.a[m % V][r * share.lanes + m / V];
-        sum_b += parts.b[m % V][r * share.lanes + m / V];
+      for (int i = 0; i < V; ++i) parts.of[i][threadIdx.x] = mine[i];
+      __syncthreads();
+      for (int m = int(threadIdx.x); m < share.lanes * V; m += threads) {
+        const int64_t to = int64_t(start) * V + m;
+        if (to >= channels) break;
+        W sum = 0;
+        for (int r = 0; r < share.row_step; ++r) sum += parts.of[m % V][r * share.lanes + m / V];
+        sums[to] = sum;
       }
-      first[to] = sum_a, second[to] = sum_b;
-    }
+    };
+    add_up(a, first);
+    add_up(b, second);
   }
 }
 
