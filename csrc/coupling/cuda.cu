@@ -1,5 +1,6 @@
 // The coupling on CUDA: one pass over the data, then a small kernel that sums what the blocks left.
 #include "coupling/job.cuh"
+#include "coupling/stage.cuh"
 
 namespace msflow {
 namespace {
@@ -7,7 +8,8 @@ namespace {
 // ---- planar: a block is some rows of results, or a piece of one ----
 
 template <class J>
-__global__ void __launch_bounds__(threads, 1) forward_planar(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1)
+    forward_planar(const __grid_constant__ J job) {
   using X = typename J::X;
   using W = typename J::W;
   constexpr int V = J::V;
@@ -32,8 +34,10 @@ __global__ void __launch_bounds__(threads, 1) forward_planar(const __grid_consta
 }
 
 template <class J>
-__global__ void __launch_bounds__(threads, 1) inverse_planar(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1)
+    inverse_planar(const __grid_constant__ J job) {
   using X = typename J::X;
+  using A = typename J::A;
   using W = typename J::W;
   constexpr int V = J::V;
   const PlanarPlace at(job.planar, job.positions);
@@ -46,10 +50,11 @@ __global__ void __launch_bounds__(threads, 1) inverse_planar(const __grid_consta
     for (int64_t p = at.first; p < at.last; p += at.step) {
       const int64_t count = at.last - p;
       const bool whole = job.whole && count >= V;
+      const auto of_y = fetch<V>(y + p, count, whole);
+      const auto a_s = fetch<V>(job.a.template at<A>(at.sample, j, p), count, whole);
+      const auto a_t = fetch<V>(job.a.template at<A>(at.sample, j + job.active, p), count, whole);
       W u[V], s[V], t[V];
-      load(u, y + p, count, whole);
-      load(s, job.a.template at<typename J::A>(at.sample, j, p), count, whole);
-      load(t, job.a.template at<typename J::A>(at.sample, j + job.active, p), count, whole);
+      unpack(u, of_y), unpack(s, a_s), unpack(t, a_t);
       job.log_scales(s);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -64,7 +69,8 @@ __global__ void __launch_bounds__(threads, 1) inverse_planar(const __grid_consta
 }
 
 template <class J>
-__global__ void __launch_bounds__(threads, 1) backward_planar(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1)
+    backward_planar(const __grid_constant__ J job) {
   using X = typename J::X;
   using A = typename J::A;
   using W = typename J::W;
@@ -80,18 +86,26 @@ __global__ void __launch_bounds__(threads, 1) backward_planar(const __grid_const
     for (int64_t p = at.first; p < at.last; p += at.step) {
       const int64_t count = at.last - p;
       const bool whole = job.whole && count >= V;
+      const auto of_x = fetch<V>(
+          active ? job.x2.template at<X>(at.sample, j, p) : job.x1.template at<X>(at.sample, c, p),
+          count, whole);
+      const auto of_y = fetch<V>(grad_y + p, count, whole);
+      Words<A, V> a_s = {}, a_t = {};
+      if (active) {
+        a_s = fetch<V>(job.a.template at<A>(at.sample, j, p), count, whole);
+        a_t = fetch<V>(job.a.template at<A>(at.sample, j + job.active, p), count, whole);
+      }
       W g[V], x[V];
-      load(g, grad_y + p, count, whole);
+      unpack(g, of_y), unpack(x, of_x);
       if (job.is_copied(at.channel)) {
-        load(x, job.copy.template at<A>(at.sample, at.channel, p), count, whole);
+        W added[V];
+        load(added, job.copy.template at<A>(at.sample, at.channel, p), count, whole);
 #pragma unroll
-        for (int i = 0; i < V; ++i) g[i] += x[i];
+        for (int i = 0; i < V; ++i) g[i] += added[i];
       }
       if (active) {
         W s[V], t[V];
-        load(x, job.x2.template at<X>(at.sample, j, p), count, whole);
-        load(s, job.a.template at<A>(at.sample, j, p), count, whole);
-        load(t, job.a.template at<A>(at.sample, j + job.active, p), count, whole);
+        unpack(s, a_s), unpack(t, a_t);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           const auto d = job.gradients(g[i], grad_s, x[i], s[i], t[i], gain, shift);
@@ -102,7 +116,6 @@ __global__ void __launch_bounds__(threads, 1) backward_planar(const __grid_const
         store(job.grad_a.template at<A>(at.sample, j, p), s, count, whole);
         store(job.grad_a.template at<A>(at.sample, j + job.active, p), t, count, whole);
       } else {
-        load(x, job.x1.template at<X>(at.sample, c, p), count, whole);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           const auto d = passive_gradients(g[i], x[i], gain, shift, W(job.limit));
@@ -123,81 +136,23 @@ __global__ void __launch_bounds__(threads, 1) backward_planar(const __grid_const
 
 // ---- interleaved: a block is some positions; what is permuted goes through shared memory ----
 
-// Of V results: the channels they come from.
 template <class J>
-struct Sources {
-  int of[J::V];
-
-  __device__ __forceinline__ Sources(const J& job, int64_t result, int64_t count) {
-#pragma unroll
-    for (int i = 0; i < J::V; ++i) of[i] = i < count ? int(job.source(result + i)) : -1;
-  }
-};
-
-// Writes results `begin` to `begin + size` of the stage (rows, C) to y, in the order of the
-// permutation.
-template <class J>
-__device__ __forceinline__ void write_results(const J& job, const InterleavedPlace& at,
-                                              const typename J::X* stage, const Tensor& y,
-                                              int64_t begin, int64_t size) {
-  using W = typename J::W;
-  over_packets<J::V>(size, at.rows, [&](int64_t k, int64_t count) {
-    const Sources<J> source(job, begin + k, count);
-    return [=, &job, &at, &y](int row) {
-      W u[J::V];
-#pragma unroll
-      for (int i = 0; i < J::V; ++i)
-        u[i] = source.of[i] < 0 ? W(NAN) : W(load(stage[row * job.channels() + source.of[i]]));
-      const bool whole = job.whole && count >= J::V;
-      store(y.template at<typename J::X>(at.sample, k, at.first + row), u, count, whole);
-      if (job.is_copied(begin + k))
-        store(job.copy.template at<typename J::A>(at.sample, k, at.first + row), u, count, whole);
-    };
-  });
-}
-
-// Reads them back, each to its channel.
-template <class J>
-__device__ __forceinline__ void read_results(const J& job, const InterleavedPlace& at,
-                                             typename J::X* stage, const Tensor& y, int64_t begin,
-                                             int64_t size) {
-  using W = typename J::W;
-  over_packets<J::V>(size, at.rows, [&](int64_t k, int64_t count) {
-    const Sources<J> source(job, begin + k, count);
-    return [=, &job, &at, &y](int row) {
-      W u[J::V];
-      const bool whole = job.whole && count >= J::V;
-      load(u, y.template at<typename J::X>(at.sample, k, at.first + row), count, whole);
-      if (job.is_copied(begin + k)) {
-        W added[J::V];
-        load(added, job.copy.template at<typename J::A>(at.sample, k, at.first + row), count,
-             whole);
-#pragma unroll
-        for (int i = 0; i < J::V; ++i) u[i] += added[i];
-      }
-#pragma unroll
-      for (int i = 0; i < J::V; ++i)
-        if (source.of[i] >= 0) store(stage + row * job.channels() + source.of[i], u[i]);
-    };
-  });
-}
-
-template <class J>
-__global__ void __launch_bounds__(threads, 1) forward_interleaved(const __grid_constant__ J job) {
-  using X = typename J::X;
+__global__ void __launch_bounds__(threads, 1)
+    forward_interleaved(const __grid_constant__ J job) {
   using W = typename J::W;
   constexpr int V = J::V;
   const InterleavedPlace at(job.rows, job.positions);
-  X* stage = shared_memory<X>();
+  const Stage<J> stage(job);
+  stage.order_results(job);
   W sum = 0;
   const auto stage_half = [&](int64_t begin, int64_t size) {
     over_packets<V>(size, at.rows, [&](int64_t k, int64_t count) {
       const int64_t c = begin + k;
       const Affine<J> vector(job, c, count);
-      return [=, &job, &at, &sum](int row) {
+      return [=, &job, &at, &stage, &sum](int row) {
         W v[V];
         results(job, vector, at.sample, c, at.first + row, count, v, sum);
-        store(stage + row * job.channels() + c, v, count, job.stage_whole);
+        stage.put(row, c, v, count);
       };
     });
   };
@@ -210,26 +165,28 @@ __global__ void __launch_bounds__(threads, 1) forward_interleaved(const __grid_c
 }
 
 template <class J>
-__global__ void __launch_bounds__(threads, 1) inverse_interleaved(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 1)
+    inverse_interleaved(const __grid_constant__ J job) {
   using X = typename J::X;
   using A = typename J::A;
   using W = typename J::W;
   constexpr int V = J::V;
   const InterleavedPlace at(job.rows, job.positions);
-  X* stage = shared_memory<X>();
-  read_results(job, at, stage, job.y1, 0, job.split);
-  read_results(job, at, stage, job.y2, job.split, job.channels() - job.split);
+  const Stage<J> stage(job);
+  stage.order_channels(job);
+  read_results(job, at, stage);
   __syncthreads();
   W sum = 0;
   over_packets<V>(job.active, at.rows, [&](int64_t j, int64_t count) {
     const Affine<J> vector(job, job.passive + j, count);
-    return [=, &job, &at, &sum](int row) {
+    return [=, &job, &at, &stage, &sum](int row) {
       const bool whole = job.whole && count >= V;
       const int64_t p = at.first + row;
+      const auto a_s = fetch<V>(job.a.template at<A>(at.sample, j, p), count, whole);
+      const auto a_t = fetch<V>(job.a.template at<A>(at.sample, j + job.active, p), count, whole);
       W u[V], s[V], t[V];
-      load(u, stage + row * job.channels() + job.passive + j, count, job.stage_whole);
-      load(s, job.a.template at<A>(at.sample, j, p), count, whole);
-      load(t, job.a.template at<A>(at.sample, j + job.active, p), count, whole);
+      stage.get(u, row, job.passive + j, count);
+      unpack(s, a_s), unpack(t, a_t);
       job.log_scales(s);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -250,19 +207,20 @@ __global__ void __launch_bounds__(threads, 1) backward_interleaved(const __grid_
   using W = typename J::W;
   constexpr int V = J::V;
   const InterleavedPlace at(job.rows, job.positions);
-  X* stage = shared_memory<X>();  // gradients of the results, each at its channel
-  read_results(job, at, stage, job.y1, 0, job.split);
-  read_results(job, at, stage, job.y2, job.split, job.channels() - job.split);
+  const Stage<J> stage(job);  // gradients of the results
+  stage.order_channels(job);
+  read_results(job, at, stage);
   __syncthreads();
   W* sum_scale = job.grad_parts + int64_t(blockIdx.x) * 2 * job.channels();
   W* sum_offset = sum_scale + job.channels();
   const auto passive = [&](int64_t c, int64_t count) {
     const Affine<J> vector(job, c, count);
-    return [=, &job, &at](int row, W(&scales)[V], W(&offsets)[V]) {
+    return [=, &job, &at, &stage](int row, W(&scales)[V], W(&offsets)[V]) {
       const bool whole = job.whole && count >= V;
+      const auto of_x = fetch<V>(job.x1.template at<X>(at.sample, c, at.first + row), count, whole);
       W g[V], x[V];
-      load(g, stage + row * job.channels() + c, count, job.stage_whole);
-      load(x, job.x1.template at<X>(at.sample, c, at.first + row), count, whole);
+      stage.get(g, row, c, count);
+      unpack(x, of_x);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const auto d = passive_gradients(g[i], x[i], vector.gain[i], vector.shift[i], W(job.limit));
@@ -275,14 +233,15 @@ __global__ void __launch_bounds__(threads, 1) backward_interleaved(const __grid_
   const W grad_s = job.grad_log_det[at.sample];
   const auto active = [&](int64_t j, int64_t count) {
     const Affine<J> vector(job, job.passive + j, count);
-    return [=, &job, &at](int row, W(&scales)[V], W(&offsets)[V]) {
+    return [=, &job, &at, &stage](int row, W(&scales)[V], W(&offsets)[V]) {
       const bool whole = job.whole && count >= V;
       const int64_t p = at.first + row;
+      const auto of_x = fetch<V>(job.x2.template at<X>(at.sample, j, p), count, whole);
+      const auto a_s = fetch<V>(job.a.template at<A>(at.sample, j, p), count, whole);
+      const auto a_t = fetch<V>(job.a.template at<A>(at.sample, j + job.active, p), count, whole);
       W g[V], x[V], s[V], t[V];
-      load(g, stage + row * job.channels() + job.passive + j, count, job.stage_whole);
-      load(x, job.x2.template at<X>(at.sample, j, p), count, whole);
-      load(s, job.a.template at<A>(at.sample, j, p), count, whole);
-      load(t, job.a.template at<A>(at.sample, j + job.active, p), count, whole);
+      stage.get(g, row, job.passive + j, count);
+      unpack(x, of_x), unpack(s, a_s), unpack(t, a_t);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const auto d =

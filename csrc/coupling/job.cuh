@@ -31,7 +31,8 @@ struct Job : Coupling {
   Tensor grad_x1, grad_x2, grad_a;  // backward
   Clamp<W> k;                       // the soft clamp's constants
   bool whole = false;               // packets are aligned
-  bool stage_whole = false;         // and so are those of the stage in shared memory
+  bool stage_whole;                 // and so are those of the stage in shared memory
+  bool vectors_whole;               // and of scale and offset
   Planar planar;
   Interleaved rows;
   W* log_det_parts;  // (N, blocks of a sample)
@@ -42,7 +43,8 @@ struct Job : Coupling {
   Job(const Coupling& c, void* memory, Pass pass)
       : Coupling(c),
         k(make_clamp<W>(c.form, c.clamp)),
-        stage_whole(c.passive % V == 0 && c.channels() % V == 0),
+        stage_whole(c.passive % V == 0 && c.split % V == 0 && c.channels() % V == 0),
+        vectors_whole(stage_whole && (uintptr_t(c.scale) | uintptr_t(c.offset)) % 16 == 0),
         planar(c.channels(), c.positions, V, threads, 4, false),
         rows(c.positions, c.channels() * int64_t(sizeof(X)), stage_budget) {
     if (pass == Pass::likelihood) {
@@ -59,7 +61,10 @@ struct Job : Coupling {
   int64_t sample_blocks() const { return interleaved ? rows.tiles : planar.blocks(); }
   int64_t blocks() const { return channels() ? samples * sample_blocks() : 0; }
   int64_t grad_rows() const { return samples * (interleaved ? rows.tiles : planar.pieces); }
-  size_t stage_bytes() const { return size_t(rows.rows * channels()) * sizeof(X); }
+  HD int64_t stage_rows_bytes() const {
+    return (rows.rows * channels() * int64_t(sizeof(X)) + 15) / 16 * 16;
+  }
+  size_t stage_bytes() const { return size_t(stage_rows_bytes() + channels() * 2); }
 
   // The channel from which result k comes; one outside makes the result NaN, because no exception
   // leaves a kernel.
@@ -108,15 +113,17 @@ struct Affine {
   typename J::W gain[J::V], shift[J::V];
 
   __device__ __forceinline__ Affine(const J& job, int64_t channel) {
+    const auto of_gain = job.gain(channel), of_shift = job.shift(channel);
 #pragma unroll
-    for (int i = 0; i < J::V; ++i) gain[i] = job.gain(channel), shift[i] = job.shift(channel);
+    for (int i = 0; i < J::V; ++i) gain[i] = of_gain, shift[i] = of_shift;
   }
   __device__ __forceinline__ Affine(const J& job, int64_t channel, int64_t count) {
+    using W = typename J::W;
 #pragma unroll
-    for (int i = 0; i < J::V; ++i) {
-      gain[i] = i < count ? job.gain(channel + i) : typename J::W(1);
-      shift[i] = i < count ? job.shift(channel + i) : typename J::W(0);
-    }
+    for (int i = 0; i < J::V; ++i) gain[i] = 1, shift[i] = 0;
+    if (job.scale) load(gain, static_cast<const W*>(job.scale) + channel, count, job.vectors_whole);
+    if (job.offset)
+      load(shift, static_cast<const W*>(job.offset) + channel, count, job.vectors_whole);
   }
 };
 
@@ -136,9 +143,10 @@ __device__ __forceinline__ void results(const J& job, const Affine<J>& vector, i
     load(v, job.x1.template at<X>(sample, c, p), count, whole);
   } else {
     W s[V], t[V];
-    load(v, job.x2.template at<X>(sample, j, p), count, whole);
-    load(s, job.a.template at<A>(sample, j, p), count, whole);
-    load(t, job.a.template at<A>(sample, j + job.active, p), count, whole);
+    const auto x = fetch<V>(job.x2.template at<X>(sample, j, p), count, whole);
+    const auto a_s = fetch<V>(job.a.template at<A>(sample, j, p), count, whole);
+    const auto a_t = fetch<V>(job.a.template at<A>(sample, j + job.active, p), count, whole);
+    unpack(v, x), unpack(s, a_s), unpack(t, a_t);
     job.log_scales(s);
 #pragma unroll
     for (int i = 0; i < V; ++i) {

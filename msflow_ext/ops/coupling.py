@@ -421,12 +421,13 @@ def _run_inverse(results, y1, y2, a, scale, offset, perm, clamp, clamp_form):
     _launch("coupling_inverse", job, x2, a, *v, log_det.data_ptr())
 
 
-# CUDA keeps all channels of a position in shared memory, of which every GPU grants this much.
+# CUDA keeps all channels of a position in shared memory, and 2 bytes of each that say how they are permuted; every GPU
+# grants this much.
 _SHARED_BYTES = 24 * 1024
 
 
 def _is_interleaved(x, channels):
-    fits = not _backend.runs_cuda(x) or channels * x.element_size() <= _SHARED_BYTES
+    fits = not _backend.runs_cuda(x) or channels * (x.element_size() + 2) <= _SHARED_BYTES
     return fits and _backend.is_interleaved(x)
 
 
