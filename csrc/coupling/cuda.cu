@@ -8,7 +8,7 @@ namespace {
 // ---- planar: a block is some rows of results, or a piece of one ----
 
 template <class J>
-__global__ void __launch_bounds__(threads, 1)
+__global__ void __launch_bounds__(threads, J::sm_blocks)
     forward_planar(const __grid_constant__ J job) {
   using X = typename J::X;
   using W = typename J::W;
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(threads, 1)
 }
 
 template <class J>
-__global__ void __launch_bounds__(threads, 1)
+__global__ void __launch_bounds__(threads, J::sm_blocks)
     inverse_planar(const __grid_constant__ J job) {
   using X = typename J::X;
   using A = typename J::A;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(threads, 1)
 }
 
 template <class J>
-__global__ void __launch_bounds__(threads, 1)
+__global__ void __launch_bounds__(threads, J::sm_blocks)
     backward_planar(const __grid_constant__ J job) {
   using X = typename J::X;
   using A = typename J::A;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(threads, 1)
 // ---- interleaved: a block is some positions; what is permuted goes through shared memory ----
 
 template <class J>
-__global__ void __launch_bounds__(threads, 1)
+__global__ void __launch_bounds__(threads, J::sm_blocks)
     forward_interleaved(const __grid_constant__ J job) {
   using W = typename J::W;
   constexpr int V = J::V;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(threads, 1)
 }
 
 template <class J>
-__global__ void __launch_bounds__(threads, 1)
+__global__ void __launch_bounds__(threads, J::sm_blocks)
     inverse_interleaved(const __grid_constant__ J job) {
   using X = typename J::X;
   using A = typename J::A;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(threads, 1)
 }
 
 template <class J>
-__global__ void __launch_bounds__(threads, 1) backward_interleaved(const __grid_constant__ J job) {
+__global__ void __launch_bounds__(threads, 2) backward_interleaved(const __grid_constant__ J job) {
   using X = typename J::X;
   using A = typename J::A;
   using W = typename J::W;

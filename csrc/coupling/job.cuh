@@ -25,6 +25,7 @@ struct Job : Coupling {
   using A = A_;
   using W = wide_t<X>;
   static constexpr int V = packet_of<A>;
+  static constexpr int sm_blocks = sizeof(W) == 8 ? 1 : 3;  // at least; doubles would spill
 
   Tensor x1, x2, a, y1, y2;         // y1, y2: results, or their gradients
   Tensor copy;                      // y1 in the subnet's type, or its gradient, if any
