@@ -244,6 +244,14 @@ __device__ __forceinline__ void depth_sums(W (&sums)[S], int width) {
 }
 constexpr int max_depth_width = warp_size / 4;  // the widest block for depth_sums
 
+// Blocks with all channels. A sample is cut into 16 of them where its positions allow, so that
+// small maps do not leave most of a large GPU idle, but into no less than two packets side by side,
+// a sector of memory. The cut, and with it the order of the sums, is the same for every batch.
+inline Planar planar_of_all_channels(int64_t channels, int64_t positions, int packet) {
+  const int64_t width = std::clamp<int64_t>(positions / (16 * packet), 2, max_depth_width);
+  return Planar(channels, positions, packet, int(width), 1, true);
+}
+
 // One array for every caller of channel_sums, whatever it prepares. A row is longer than a block
 // has threads by 128 / V bytes, so that what a warp reads, V rows of 32 / V neighbours, lies in as
 // many banks.

@@ -49,7 +49,7 @@ struct Job : Coupling {
         planar(c.channels(), c.positions, V, threads, 4, false),
         rows(c.positions, c.channels() * int64_t(sizeof(X)), stage_budget) {
     if (pass == Pass::likelihood) {
-      planar = Planar(c.channels(), c.positions, V, max_depth_width, 1, true);
+      planar = planar_of_all_channels(c.channels(), c.positions, V);
       rows = Interleaved(c.positions, 1, likelihood_rows);
     }
     Scratch scratch(memory);

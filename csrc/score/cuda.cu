@@ -5,11 +5,6 @@
 namespace msflow {
 namespace {
 
-// Blocks that a sample is cut into at least, where its positions allow, so that small maps do not
-// leave most of a large GPU idle. The cut, and with it the order of the sums, is the same for every
-// batch.
-constexpr int64_t pieces_of_sample = 16;
-
 template <class X_>
 struct Squares {
   using X = X_;
@@ -30,30 +25,28 @@ struct Squares {
         channels(channels),
         positions(positions),
         interleaved(interleaved),
-        // Two packets side by side are what memory is read by.
-        planar(channels, positions, V,
-               int(std::clamp<int64_t>(positions / (pieces_of_sample * V), 2, max_depth_width)), 1,
-               true),
-        rows(positions, 1, std::clamp<int64_t>(positions / pieces_of_sample, warps, 32)) {}
+        planar(planar_of_all_channels(channels, positions, V)),
+        rows(positions, 1, std::clamp<int64_t>(positions / 16, warps, 32)) {}
 
   int64_t sample_blocks() const { return interleaved ? rows.tiles : planar.blocks(); }
 };
 
-// Calls add with aligned packets `step` elements apart, of which a thread waits for several at a
-// time.
+// Calls add with V numbers of aligned packets `step` elements apart, of which a thread waits for
+// several at a time.
 template <int V, class X, class Add>
 __device__ __forceinline__ void each_packet(const X* from, int64_t packets, int64_t step, Add add) {
   constexpr int in_flight = 4;
   for (int64_t k = 0; k < packets; k += in_flight) {
-    Packet<X, V> values[in_flight];
+    Words<X, V> words[in_flight];
 #pragma unroll
     for (int i = 0; i < in_flight; ++i)
-      if (k + i < packets)
-        values[i] = *reinterpret_cast<const Packet<X, V>*>(from + (k + i) * step);
+      if (k + i < packets) words[i] = fetch<V>(from + (k + i) * step, V, true);
 #pragma unroll
     for (int i = 0; i < in_flight; ++i) {
       if (k + i >= packets) break;
-      add(values[i].element);
+      wide_t<X> values[V];
+      unpack(values, words[i]);
+      add(values);
     }
   }
 }
@@ -76,9 +69,9 @@ __global__ void __launch_bounds__(threads, 1) square_sums_planar(const __grid_co
   if (job.whole && count >= V) {
     const X* z = job.z.template at<X>(at.sample, at.channel, at.first);
     each_packet<V>(z, (job.channels - at.channel + depth - 1) / depth, depth * job.z.c,
-                   [&](const X(&values)[V]) {
+                   [&](const W(&values)[V]) {
 #pragma unroll
-                     for (int v = 0; v < V; ++v) sums[v] += square(values[v]);
+                     for (int v = 0; v < V; ++v) sums[v] += values[v] * values[v];
                    });
   } else {
 #pragma unroll 1
@@ -115,9 +108,9 @@ __global__ void __launch_bounds__(threads, 1)
     const X* z = job.z.template at<X>(at.sample, 0, at.first + row);
     W sum = 0;
     each_packet<V>(z + lane * V, (in_packets - lane + warp_size - 1) / warp_size, warp_size * V,
-                   [&](const X(&values)[V]) {
+                   [&](const W(&values)[V]) {
 #pragma unroll
-                     for (int v = 0; v < V; ++v) sum += square(values[v]);
+                     for (int v = 0; v < V; ++v) sum += values[v] * values[v];
                    });
 #pragma unroll 1
     for (int64_t c = in_packets * V + lane; c < job.channels; c += warp_size) sum += square(z[c]);
