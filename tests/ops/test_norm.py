@@ -28,6 +28,8 @@ SHAPES = {
     "many-blocks": (2, 19, (13, 17)),
     "tail-lanes": (1, 37, (67, 1)),
     "whole-packets": (2, 32, (8, 10)),
+    "two-or-three-packets-a-lane": (5, 320, (2, 4)),
+    "three-or-five-packets-a-lane": (2, 576, (2, 4)),
     "more-channels-than-shared-memory-holds": (1, 4100, (3, 1)),
     "one-channel": (2, 1, (3, 3)),
     "empty-batch": (0, 4, (2, 2)),
@@ -89,6 +91,20 @@ def test_kernels_equal_the_reference_without_a_bias_map(
 ) -> None:
     operands = make(normal, shape, dtype, memory_format)[:3]
     equals_reference(partial(normalised, eps=0.1), operands, terms(shape)[:4], memory_format)
+
+
+@pytest.mark.parametrize("with_map", [True, False], ids=["map", "bare"])
+def test_kernels_equal_the_reference_where_a_warp_takes_several_samples(
+    equals_reference: Any, normal: Normal, with_map: bool
+) -> None:
+    n, c, size = 5, 8, (52, 54)
+    channels_last = partial(Tensor.contiguous, memory_format=torch.channels_last)
+    wide = [normal(c), normal(c)]
+    maps = [channels_last(normal(1, c, *size))] if with_map else []
+    operands = [channels_last(normal(n, c, *size, dtype=BF16)), *wide, *maps]
+    pixels = math.prod(size)
+    numbers = [c, c, n * pixels * c, n * pixels, n * c]
+    equals_reference(normalised, operands, numbers[: 4 + with_map], channels_last)
 
 
 def test_the_bias_map_may_be_wider_and_stored_otherwise(

@@ -1,0 +1,221 @@
+// What the CUDA kernels of the channel norm are told of a call.
+#pragma once
+
+#include <type_traits>
+
+#include "common/launch.cuh"
+#include "norm/formula.h"
+#include "norm/norm.h"
+
+namespace msflow {
+namespace {
+
+template <class X_>
+struct Job : Norm {
+  using X = X_;
+  using W = wide_t<X>;
+  static constexpr int V = packet_of<X>;
+
+  Tensor x, map, y, grad_x, grad_map;  // y: result, or its gradient
+  W* statistics = nullptr;             // (N, P, 2): mean, 1 / deviation
+  W* means = nullptr;  // (N, P, 2): means over channels of the gradient, and of it times normal
+  W* grad_parts = nullptr;  // (grad_rows, 2, C)
+  W floor, share;           // of the ReLU, if there is one; 1 / C
+  bool whole = false;       // every packet has V elements, and begins at a multiple of 16 bytes
+  bool stashed = false;     // all channels of a block wait in shared memory
+  int64_t warp_samples;     // rows of a warp that keeps its position
+  int64_t block_samples;    // of a block of the backward's second kernel
+  Planar planar, pieces;    // blocks with all channels; blocks with some
+  Interleaved rows;
+
+  Job(const Norm& norm, void* memory, bool with_map)
+      : Norm(norm),
+        floor(relu ? W(0) : -std::numeric_limits<W>::infinity()),
+        share(W(1) / W(channels)),
+        warp_samples(std::max<int64_t>(1, samples * positions / wanted_warps)),
+        block_samples(with_map ? std::max<int64_t>(1, samples) : samples_ahead),
+        planar(channels, positions, V, depth_width(), 1, true),
+        pieces(channels, positions, V, max_depth_width, 1, false),
+        rows(positions, 1, rows_of_block()) {
+    Scratch scratch(memory);
+    means = scratch.take<W>(samples * positions * 2);
+    grad_parts = scratch.take<W>(grad_rows() * 2 * channels);
+    bytes = scratch.bytes();
+  }
+
+  int64_t bytes;  // of scratch memory
+  __device__ int64_t first_sample(int64_t group) const { return group * block_samples; }
+  __device__ int64_t last_sample(int64_t group) const {
+    return (group + 1) * block_samples < samples ? (group + 1) * block_samples : samples;
+  }
+  HD int64_t sample_groups() const { return (samples + block_samples - 1) / block_samples; }
+  int64_t grad_rows() const { return sample_groups() * (interleaved ? rows.tiles : pieces.pieces); }
+
+  // Warps enough for 132 multiprocessors, with as many samples to a warp as that leaves.
+  static constexpr int64_t wanted_warps = 4096;
+  int64_t warp_groups() const { return (samples + warp_samples - 1) / warp_samples; }
+  int64_t warp_blocks() const { return (warp_groups() * positions + warps - 1) / warps; }
+  int64_t row_blocks() const { return (samples * positions + warps - 1) / warps; }
+  int64_t lane_packets() const { return (channels + warp_size * V - 1) / (warp_size * V); }
+
+  // Samples whose loads are under way together in the backward's second kernel.
+  static constexpr int samples_ahead = 4;
+
+  // Blocks enough for two on each of 132 multiprocessors, and a row for every thread: more blocks
+  // would leave more parts to the third kernel.
+  int64_t rows_of_block() const {
+    constexpr int64_t wanted_blocks = 256;
+    const int64_t packets = std::max<int64_t>(1, (channels + V - 1) / V);
+    const int64_t positions_of_block =
+        (sample_groups() * positions + wanted_blocks - 1) / wanted_blocks;
+    return std::max(threads / std::min<int64_t>(packets, threads), positions_of_block);
+  }
+
+  // Packets side by side in a block with all channels: 32 blocks of a sample if that takes no less
+  // than two, a sector of memory. Not a question of samples, which would change the order of sums.
+  int depth_width() const {
+    int width = max_depth_width;
+    while (width > 2 && positions < int64_t(32) * width * V) width /= 2;
+    return width;
+  }
+
+  // Sets `whole`.
+  void look(std::initializer_list<Tensor> tensors) {
+    const auto vectors = reinterpret_cast<uintptr_t>(weight) | reinterpret_cast<uintptr_t>(bias);
+    whole = aligned(tensors) &&
+            (interleaved ? channels % V == 0 && vectors % 16 == 0 : positions % V == 0);
+  }
+
+  __device__ const W* weights() const { return static_cast<const W*>(weight); }
+  __device__ const W* biases() const { return static_cast<const W*>(bias); }
+
+  // V elements of the map, zeros if there is none.
+  __device__ __forceinline__ void load_map(W (&m)[V], int64_t c, int64_t p, int64_t count,
+                                           bool packet) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) m[v] = 0;
+    if (map.data) load(m, map.template at<W>(0, c, p), count, packet);
+  }
+
+  // V elements of x + map.
+  __device__ __forceinline__ void load_sum(W (&h)[V], int64_t n, int64_t c, int64_t p,
+                                           int64_t count, bool packet) const {
+    W m[V];
+    load_map(m, c, p, count, packet);
+    load(h, x.template at<X>(n, c, p), count, packet);
+#pragma unroll
+    for (int v = 0; v < V; ++v) h[v] += m[v];
+  }
+};
+
+// A packet as it lies in memory: widened only where it is needed, so that many can be under way. In
+// words, because the compiler would take elements of 16 bits apart at once, and wait for that.
+using Raw = Packet<uint32_t, 4>;
+
+template <class X>
+__device__ __forceinline__ Raw load_raw(const X* from) {
+  return *reinterpret_cast<const Raw*>(from);
+}
+
+template <class X, int V, class W>
+__device__ __forceinline__ void add(W (&to)[V], const Raw& raw) {
+  X element[V];
+  static_assert(sizeof element == sizeof raw);
+  memcpy(element, &raw, sizeof raw);
+#pragma unroll
+  for (int i = 0; i < V; ++i) to[i] += W(load(element[i]));
+}
+
+// Calls run(how many, first) for all of first to last, `step` apart: `Together` in one call where
+// there are as many, so that the loads of one call come before what waits for them.
+template <int Together, class Run>
+__device__ __forceinline__ void in_groups(int64_t first, int64_t last, int64_t step, Run run) {
+  int64_t i = first;
+  for (; i + (Together - 1) * step < last; i += Together * step)
+    run(std::integral_constant<int, Together>(), i);
+  for (; Together > 1 && i < last; i += step) run(std::integral_constant<int, 1>(), i);
+}
+
+// The rows of a warp: one position of some samples, whole packets. Each lane has up to K packets of
+// channels, whose weights, biases and, if they are few, map stay in its registers. Where it has
+// less than K, it reads the last one again: a load under a condition would be waited for at once.
+template <class J, int K>
+struct WarpRows {
+  using X = typename J::X;
+  using W = typename J::W;
+  static constexpr int V = J::V;
+  static constexpr bool keeps_map = K * V * sizeof(W) <= 64;
+
+  const J& job;
+  int64_t position, first, last;  // first to last: samples
+  W weight[K][V], bias[K][V], map[keeps_map ? K : 1][V];
+
+  __device__ __forceinline__ explicit WarpRows(const J& job) : job(job) {
+    const int64_t warp = int64_t(blockIdx.x) * warps + threadIdx.x / warp_size;
+    position = warp % job.positions;
+    first = warp / job.positions * job.warp_samples;
+    last = first + job.warp_samples < job.samples ? first + job.warp_samples : job.samples;
+    if (first >= last) return;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      load(weight[k], job.weights() + channel(k), V, true);
+      load(bias[k], job.biases() + channel(k), V, true);
+      if (keeps_map) job.load_map(map[keeps_map ? k : 0], channel(k), position, V, true);
+    }
+  }
+
+  __device__ bool has(int k) const { return own(k) < job.channels; }
+  __device__ int64_t channel(int k) const { return has(k) ? own(k) : job.channels - V; }
+
+  __device__ __forceinline__ void read(Raw (&raw)[K], const Tensor& from, int64_t n) const {
+#pragma unroll
+    for (int k = 0; k < K; ++k) raw[k] = load_raw(from.template at<X>(n, channel(k), position));
+  }
+
+  // x + map of all packets.
+  __device__ __forceinline__ void sum(W (&h)[K][V], const Raw (&x)[K]) const {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (!keeps_map) job.load_map(h[k], channel(k), position, V, true);
+#pragma unroll
+      for (int v = 0; keeps_map && v < V; ++v) h[k][v] = map[keeps_map ? k : 0][v];
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) add<X>(h[k], x[k]);
+  }
+
+ private:
+  __device__ int64_t own(int k) const {
+    return (int64_t(k) * warp_size + threadIdx.x % warp_size) * V;
+  }
+};
+
+// Calls run with the fewest packets of a thread, of 1, 2, 3 and 5, that hold `needed` and have at
+// most `limit` elements; false if none do.
+template <int V, int limit, class Run>
+bool with_packets(int64_t needed, Run run) {
+  bool done = false;
+  const auto attempt = [&](auto packets) {
+    constexpr int K = decltype(packets)::value;
+    if constexpr (K * V <= limit)
+      if (!done && needed <= K) run(packets), done = true;
+  };
+  attempt(std::integral_constant<int, 1>());
+  attempt(std::integral_constant<int, 2>());
+  attempt(std::integral_constant<int, 3>());
+  attempt(std::integral_constant<int, 5>());
+  return done;
+}
+
+// Calls run with a null Job* that tells the element type.
+template <class Run>
+auto with_type(DType x, Run run) {
+  if (x == DType::float32) return run((Job<float>*)nullptr);
+  if (x == DType::float64) return run((Job<double>*)nullptr);
+  if (x == DType::bfloat16) return run((Job<bfloat16>*)nullptr);
+  if (x == DType::float16) return run((Job<float16>*)nullptr);
+  throw std::invalid_argument("channel_norm: no kernel for this element type");
+}
+
+}  // namespace
+}  // namespace msflow
