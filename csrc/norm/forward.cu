@@ -4,10 +4,66 @@
 namespace msflow {
 namespace {
 
-// Every position's channels are read once, and wait in shared memory for mean and
-// deviation.
+// Every position's channels are read once, and wait for mean and deviation: whole packets in
+// registers where these hold them, else in shared memory.
 
 // ---- planar: threads along positions, and along channels ----
+
+// Up to K packets of every thread.
+template <class J, int K>
+__global__ void __launch_bounds__(threads, 2) forward_planar_held(const __grid_constant__ J job) {
+  using X = typename J::X;
+  using W = typename J::W;
+  constexpr int V = J::V;
+  const PlanarPlace at(job.planar, job.positions);
+  const int64_t p = at.first < job.positions ? at.first : job.positions - V;
+  const auto own = [&](int k) { return at.channel + int64_t(k) * job.planar.depth; };
+  const auto has = [&](int k) { return own(k) < job.channels; };
+  W h[K][V], mean[V] = {}, inverse[V] = {}, weight[K], bias[K];
+  Raw x[K];
+  // Where there is no packet the last channel's is read: a load under a condition would be waited
+  // for at once.
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    const int64_t c = has(k) ? own(k) : job.channels - 1;
+    x[k] = load_raw(job.x.template at<X>(at.sample, c, p));
+    job.load_map(h[k], c, p, V, true);
+    weight[k] = job.weights()[c], bias[k] = job.biases()[c];
+  }
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    add<X>(h[k], x[k]);
+#pragma unroll
+    for (int v = 0; v < V; ++v) mean[v] += has(k) ? h[k][v] : W(0);
+  }
+  depth_sums(mean, job.planar.width);
+#pragma unroll
+  for (int v = 0; v < V; ++v) mean[v] *= job.share;
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      h[k][v] -= mean[v];
+      inverse[v] += has(k) ? h[k][v] * h[k][v] : W(0);
+    }
+  depth_sums(inverse, job.planar.width);
+  if (at.first >= job.positions) return;
+#pragma unroll
+  for (int v = 0; v < V; ++v) inverse[v] = 1 / sqrt(inverse[v] * job.share + W(job.eps));
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (!has(k)) break;
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      h[k][v] = rectified(h[k][v] * inverse[v] * weight[k] + bias[k], job.floor);
+    store(job.y.template at<X>(at.sample, own(k), p), h[k], V, true);
+  }
+  if (threadIdx.x / job.planar.width > 0 || !job.statistics) return;
+  W statistics[2 * V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) statistics[2 * v] = mean[v], statistics[2 * v + 1] = inverse[v];
+  store(job.statistics + (at.sample * job.positions + p) * 2, statistics, 2 * V, true);
+}
 
 template <class J>
 __global__ void __launch_bounds__(threads, 1) forward_planar(const __grid_constant__ J job) {
@@ -59,6 +115,53 @@ __global__ void __launch_bounds__(threads, 1) forward_planar(const __grid_consta
 
 // ---- interleaved: a warp per position ----
 
+// Up to K packets of every lane; if they are few, the next row is on its way while one is computed.
+template <class J, int K>
+__global__ void __launch_bounds__(threads, 2)
+    forward_interleaved_held(const __grid_constant__ J job) {
+  using X = typename J::X;
+  using W = typename J::W;
+  constexpr int V = J::V;
+  const WarpRows<J, K> rows(job);
+  if (rows.first >= rows.last) return;
+  Raw x[K];
+  if (rows.roomy) rows.read(x, job.x, rows.first);
+  for (int64_t n = rows.first; n < rows.last; ++n) {
+    W h[K][V], statistics[2] = {};
+    W& mean = statistics[0];
+    W& inverse = statistics[1];
+    if (!rows.roomy) rows.read(x, job.x, n);
+    rows.sum(h, x);
+    if (rows.roomy && n + 1 < rows.last) rows.read(x, job.x, n + 1);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      W sum = 0;
+#pragma unroll
+      for (int v = 0; v < V; ++v) sum += h[k][v];
+      mean += rows.has(k) ? sum : W(0);
+    }
+    mean = warp_sum(mean) * job.share;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      W sum = 0;
+#pragma unroll
+      for (int v = 0; v < V; ++v) h[k][v] -= mean, sum += h[k][v] * h[k][v];
+      inverse += rows.has(k) ? sum : W(0);
+    }
+    inverse = 1 / sqrt(warp_sum(inverse) * job.share + W(job.eps));
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        h[k][v] = rectified(h[k][v] * inverse * rows.weight[k][v] + rows.bias[k][v], job.floor);
+      if (rows.has(k))
+        store(job.y.template at<X>(n, rows.channel(k), rows.position), h[k], V, true);
+    }
+    if (threadIdx.x % warp_size == 0 && job.statistics)
+      store(job.statistics + (n * job.positions + rows.position) * 2, statistics, 2, true);
+  }
+}
+
 template <class J>
 __global__ void __launch_bounds__(threads, 1) forward_interleaved(const __grid_constant__ J job) {
   using W = typename J::W;
@@ -89,14 +192,15 @@ __global__ void __launch_bounds__(threads, 1) forward_interleaved(const __grid_c
   inverse = 1 / sqrt(warp_sum(inverse) * job.share + W(job.eps));
   for (int64_t c = first, i = 0; c < job.channels; c += step) {
     if (!job.stashed) job.load_sum(h, n, c, p, job.channels - c, job.whole);
+    const int64_t count = job.channels - c;
+    W weight[V], bias[V];
+    load(weight, job.weights() + c, count, job.whole);
+    load(bias, job.biases() + c, count, job.whole);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       if (job.stashed) h[v] = stash[i++ * threads];
-      if (c + v < job.channels)
-        h[v] = rectified((h[v] - mean) * inverse * job.weights()[c + v] + job.biases()[c + v],
-                         job.floor);
+      h[v] = rectified((h[v] - mean) * inverse * weight[v] + bias[v], job.floor);
     }
-    const int64_t count = job.channels - c;
     store(job.y.template at<typename J::X>(n, c, p), h, count, job.whole);
   }
   if (threadIdx.x % warp_size == 0 && job.statistics)
@@ -115,12 +219,27 @@ void norm_forward_cuda(const Norm& norm, Tensor x, Tensor bias_map, Tensor y, vo
     job.x = x, job.map = bias_map, job.y = y, job.statistics = static_cast<W*>(statistics);
     job.look({x, bias_map, y});
     if (job.interleaved) {
+      const bool held = job.whole && with_packets<V, 24>(job.lane_packets(), [&](auto packets) {
+                          launch(forward_interleaved_held<J, decltype(packets)::value>,
+                                 job.warp_blocks(), 0, stream, job);
+                        });
+      if (held) return;
       const int64_t stash = job.lane_packets() * V * threads * int64_t(sizeof(W));
       job.stashed = stash <= int64_t(shared_limit);
       launch(forward_interleaved<J>, job.row_blocks(), job.stashed ? stash : 0, stream, job);
       return;
     }
     // Narrower blocks where that makes their channels fit.
+    for (int width = job.planar.width; job.whole && width >= 1; width /= 2) {
+      J held = job;
+      held.planar = Planar(job.channels, job.positions, V, width, 1, true);
+      const int depth = held.planar.depth;
+      if (with_packets<V, 40>((job.channels + depth - 1) / depth, [&](auto packets) {
+            launch(forward_planar_held<J, decltype(packets)::value>,
+                   held.samples * held.planar.blocks(), 0, stream, held);
+          }))
+        return;
+    }
     const auto stash = [&](const Planar& cut) {
       return (job.channels + cut.depth - 1) / cut.depth * V * threads * int64_t(sizeof(W));
     };

@@ -137,18 +137,19 @@ __device__ __forceinline__ void in_groups(int64_t first, int64_t last, int64_t s
 }
 
 // The rows of a warp: one position of some samples, whole packets. Each lane has up to K packets of
-// channels, whose weights, biases and, if they are few, map stay in its registers. Where it has
-// less than K, it reads the last one again: a load under a condition would be waited for at once.
+// channels, whose weights and biases stay in its registers. Where it has less than K, it reads the
+// last one again: a load under a condition would be waited for at once.
 template <class J, int K>
 struct WarpRows {
   using X = typename J::X;
   using W = typename J::W;
   static constexpr int V = J::V;
-  static constexpr bool keeps_map = K * V * sizeof(W) <= 64;
+  // Whether registers have room for the map, too, and for the next row.
+  static constexpr bool roomy = K * V * sizeof(W) <= 64;
 
   const J& job;
   int64_t position, first, last;  // first to last: samples
-  W weight[K][V], bias[K][V], map[keeps_map ? K : 1][V];
+  W weight[K][V], bias[K][V], map[roomy ? K : 1][V];
 
   __device__ __forceinline__ explicit WarpRows(const J& job) : job(job) {
     const int64_t warp = int64_t(blockIdx.x) * warps + threadIdx.x / warp_size;
@@ -160,7 +161,7 @@ struct WarpRows {
     for (int k = 0; k < K; ++k) {
       load(weight[k], job.weights() + channel(k), V, true);
       load(bias[k], job.biases() + channel(k), V, true);
-      if (keeps_map) job.load_map(map[keeps_map ? k : 0], channel(k), position, V, true);
+      if (roomy) job.load_map(map[roomy ? k : 0], channel(k), position, V, true);
     }
   }
 
@@ -176,9 +177,9 @@ struct WarpRows {
   __device__ __forceinline__ void sum(W (&h)[K][V], const Raw (&x)[K]) const {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      if (!keeps_map) job.load_map(h[k], channel(k), position, V, true);
+      if (!roomy) job.load_map(h[k], channel(k), position, V, true);
 #pragma unroll
-      for (int v = 0; keeps_map && v < V; ++v) h[k][v] = map[keeps_map ? k : 0][v];
+      for (int v = 0; roomy && v < V; ++v) h[k][v] = map[roomy ? k : 0][v];
     }
 #pragma unroll
     for (int k = 0; k < K; ++k) add<X>(h[k], x[k]);
