@@ -151,13 +151,15 @@ __device__ __forceinline__ void planar_backward(const J& job) {
   constexpr int V = J::V;
   const PlanarPlace at(job.pieces, job.positions);
   const int64_t c = at.channel, p = at.first, count = job.positions - p;
+  const int64_t begin = at.sample * job.block_samples;
   W sum_weight = 0, sum_bias = 0;
   if (c < job.channels && count > 0) {
     const W weight = job.weights()[c], bias = job.biases()[c];
     W map[V], grad_map[V] = {};
     job.load_map(map, c, p, count, whole);
     in_groups<whole ? planar_ahead : 1>(
-        job.first_sample(at.sample), job.last_sample(at.sample), 1, [&](auto together, int64_t n) {
+        0, job.samples_from(begin), 1, [&](auto together, int64_t i) {
+          const int64_t n = begin + i;
           constexpr int S = decltype(together)::value;
           W h[S][V], g[S][V], statistics[S][2 * V], means[S][2 * V];
 #pragma unroll
@@ -203,36 +205,38 @@ __device__ __forceinline__ void interleaved_backward(const J& job) {
   using W = typename J::W;
   constexpr int V = J::V;
   const InterleavedPlace at(job.rows, job.positions);
+  const int64_t begin = at.sample * job.block_samples;
+  const int samples = job.samples_from(begin);
   const auto add_row = [&](int64_t c, int64_t count, int64_t p, const W(&weight)[V],
                            const W(&bias)[V], W(&weights)[V], W(&biases)[V]) {
     W map[V], grad_map[V] = {};
     job.load_map(map, c, p, count, whole);
-    in_groups<whole ? J::samples_ahead : 1>(
-        job.first_sample(at.sample), job.last_sample(at.sample), 1, [&](auto together, int64_t n) {
-          constexpr int S = decltype(together)::value;
-          W h[S][V], g[S][V], statistics[S][2], means[S][2];
+    in_groups<whole ? J::samples_ahead : 1>(0, samples, 1, [&](auto together, int64_t i) {
+      const int64_t n = begin + i;
+      constexpr int S = decltype(together)::value;
+      W h[S][V], g[S][V], statistics[S][2], means[S][2];
 #pragma unroll
-          for (int s = 0; s < S; ++s) {
-            const int64_t where = ((n + s) * job.positions + p) * 2;
-            load(h[s], job.x.template at<X>(n + s, c, p), count, whole);
-            load(g[s], job.y.template at<X>(n + s, c, p), count, whole);
-            load(statistics[s], job.statistics + where, 2, true);
-            load(means[s], job.means + where, 2, true);
-          }
+      for (int s = 0; s < S; ++s) {
+        const int64_t where = ((n + s) * job.positions + p) * 2;
+        load(h[s], job.x.template at<X>(n + s, c, p), count, whole);
+        load(g[s], job.y.template at<X>(n + s, c, p), count, whole);
+        load(statistics[s], job.statistics + where, 2, true);
+        load(means[s], job.means + where, 2, true);
+      }
 #pragma unroll
-          for (int s = 0; s < S; ++s) {
+      for (int s = 0; s < S; ++s) {
 #pragma unroll
-            for (int v = 0; v < V; ++v) {
-              const W inverse = statistics[s][1];
-              const Element<W> e(job, h[s][v] + map[v], g[s][v], statistics[s][0], inverse,
-                                 weight[v], bias[v]);
-              h[s][v] = differentiate(e, weight[v], inverse, means[s][0], means[s][1], weights[v],
-                                      biases[v]);
-              grad_map[v] += h[s][v];
-            }
-            store(job.grad_x.template at<X>(n + s, c, p), h[s], count, whole);
-          }
-        });
+        for (int v = 0; v < V; ++v) {
+          const W inverse = statistics[s][1];
+          const Element<W> e(job, h[s][v] + map[v], g[s][v], statistics[s][0], inverse, weight[v],
+                             bias[v]);
+          h[s][v] =
+              differentiate(e, weight[v], inverse, means[s][0], means[s][1], weights[v], biases[v]);
+          grad_map[v] += h[s][v];
+        }
+        store(job.grad_x.template at<X>(n + s, c, p), h[s], count, whole);
+      }
+    });
     if (job.grad_map.data) store(job.grad_map.template at<W>(0, c, p), grad_map, count, whole);
   };
   W* sum_weight = job.grad_parts + int64_t(blockIdx.x) * 2 * job.channels;

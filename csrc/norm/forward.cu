@@ -215,7 +215,7 @@ void norm_forward_cuda(const Norm& norm, Tensor x, Tensor bias_map, Tensor y, vo
     using J = std::remove_reference_t<decltype(*tag)>;
     using W = typename J::W;
     constexpr int V = J::V;
-    J job(norm, nullptr, bias_map.data);
+    J job(norm, nullptr, false);
     job.x = x, job.map = bias_map, job.y = y, job.statistics = static_cast<W*>(statistics);
     job.look({x, bias_map, y});
     if (job.interleaved) {

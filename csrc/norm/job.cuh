@@ -24,7 +24,7 @@ struct Job : Norm {
   bool whole = false;       // every packet has V elements, and begins at a multiple of 16 bytes
   bool stashed = false;     // all channels of a block wait in shared memory
   int64_t warp_samples;     // rows of a warp that keeps its position
-  int64_t block_samples;    // of a block of the backward's second kernel
+  int block_samples;        // of a block of the backward's second kernel
   Planar planar, pieces;    // blocks with all channels; blocks with some
   Interleaved rows;
 
@@ -33,10 +33,12 @@ struct Job : Norm {
         floor(relu ? W(0) : -std::numeric_limits<W>::infinity()),
         share(W(1) / W(channels)),
         warp_samples(std::max<int64_t>(1, samples * positions / wanted_warps)),
-        block_samples(with_map ? std::max<int64_t>(1, samples) : samples_ahead),
+        block_samples(with_map ? std::max(1, int(samples)) : samples_ahead),
         planar(channels, positions, V, depth_width(), 1, true),
         pieces(channels, positions, V, max_depth_width, 1, false),
         rows(positions, 1, rows_of_block()) {
+    if (with_map && samples > std::numeric_limits<int>::max())
+      throw std::invalid_argument("channel_norm: more samples than a block counts");
     Scratch scratch(memory);
     means = scratch.take<W>(samples * positions * 2);
     grad_parts = scratch.take<W>(grad_rows() * 2 * channels);
@@ -44,9 +46,9 @@ struct Job : Norm {
   }
 
   int64_t bytes;  // of scratch memory
-  __device__ int64_t first_sample(int64_t group) const { return group * block_samples; }
-  __device__ int64_t last_sample(int64_t group) const {
-    return (group + 1) * block_samples < samples ? (group + 1) * block_samples : samples;
+  // How many samples a block takes that begins with this one; in 32 bits, for want of registers.
+  __device__ int samples_from(int64_t first) const {
+    return samples - first < block_samples ? int(samples - first) : block_samples;
   }
   HD int64_t sample_groups() const { return (samples + block_samples - 1) / block_samples; }
   int64_t grad_rows() const { return sample_groups() * (interleaved ? rows.tiles : pieces.pieces); }
