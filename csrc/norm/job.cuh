@@ -10,6 +10,9 @@
 namespace msflow {
 namespace {
 
+// Kernels that keep much in registers ask for two blocks on a multiprocessor: ptxas would take a
+// few registers more than that leaves, and nothing spills.
+
 template <class X_>
 struct Job : Norm {
   using X = X_;
