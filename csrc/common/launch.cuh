@@ -229,8 +229,9 @@ template <int S, class W>
 __device__ __forceinline__ void depth_sums(W (&sums)[S], int width) {
   __shared__ W parts[warps][warp_size * S / 4];
   const int x = int(threadIdx.x) % width, t = int(threadIdx.x);
+  for (int offset = warp_size / 2; offset >= width; offset /= 2)
 #pragma unroll
-  for (int i = 0; i < S; ++i) sums[i] = warp_sum(sums[i], warp_size, width);
+    for (int i = 0; i < S; ++i) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], offset);
   __syncthreads();
   if (t % warp_size < width)
 #pragma unroll
@@ -299,21 +300,22 @@ __device__ __forceinline__ void channel_sums(int64_t channels, int rows, W* firs
 }
 
 // Column `column` of parts (rows, columns), and `own` of every thread that shares it; valid in the
-// first threads. A block takes `Columns` of them side by side, its other threads go along the rows:
-// the fewer columns, the more loads are under way at once.
-template <int Columns = warp_size, class W>
+// first threads. A block takes sum_columns of them side by side, as many floats as memory moves at
+// once; its other threads go along the rows, so that many loads are under way.
+constexpr int sum_columns = 8;
+template <class W>
 __device__ __forceinline__ double column_sum(const W* parts, int64_t rows, int64_t columns,
                                              int64_t column, double own = 0) {
-  __shared__ double sums[warps][Columns];
+  __shared__ double sums[warps][sum_columns];
   const int lane = int(threadIdx.x) % warp_size, w = int(threadIdx.x) / warp_size;
   double sum = 0;
   if (column < columns)
-    for (int64_t r = int(threadIdx.x) / Columns; r < rows; r += threads / Columns)
+    for (int64_t r = int(threadIdx.x) / sum_columns; r < rows; r += threads / sum_columns)
       sum += double(parts[r * columns + column]);
-  sum = warp_sum(sum + own, warp_size, Columns);
-  if (lane < Columns) sums[w][lane] = sum;
+  sum = warp_sum(sum + own, warp_size, sum_columns);
+  if (lane < sum_columns) sums[w][lane] = sum;
   __syncthreads();
-  for (int i = 1; i < warps && w == 0 && lane < Columns; ++i) sum += sums[i][lane];
+  for (int i = 1; i < warps && w == 0 && lane < sum_columns; ++i) sum += sums[i][lane];
   return sum;
 }
 

@@ -282,8 +282,6 @@ void sum_log_det(const J& job, double sign, void* log_det, void* stream) {
          W(sign), static_cast<W*>(log_det));
 }
 
-constexpr int sum_columns = 8;  // of a block, float: what memory moves at once
-
 // The parts (rows, 2, C), summed; that of a scale gets what the log_dets have of it.
 template <class W>
 __global__ void __launch_bounds__(threads, 1)
@@ -297,7 +295,7 @@ __global__ void __launch_bounds__(threads, 1)
     for (int64_t n = threadIdx.x / sum_columns; n < job.samples; n += threads / sum_columns)
       of_log_det += double(grad_log_det[n]) * slope;
   }
-  const double sum = column_sum<sum_columns>(parts, rows, 2 * channels, column, of_log_det);
+  const double sum = column_sum(parts, rows, 2 * channels, column, of_log_det);
   if (threadIdx.x >= sum_columns || column >= 2 * channels) return;
   if (column >= channels && grad_offset) grad_offset[column - channels] = W(sum);
   if (column < channels && grad_scale) grad_scale[column] = W(sum);

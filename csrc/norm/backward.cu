@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(threads, 2)
   for (int64_t n = rows.first; n < rows.last; ++n) {
     const int64_t where = (n * job.positions + rows.position) * 2;
     W statistics[2], sums[2] = {};
-    Raw x[K], grad_y[K];
+    Words<typename J::X, V> x[K], grad_y[K];
     W h[K][V];
     load(statistics, job.statistics + where, 2, true);
     rows.read(x, job.x, n);
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(threads, 2)
     rows.sum(h, x);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      W g[V] = {}, terms[2] = {};
-      add<typename J::X>(g, grad_y[k]);
+      W g[V], terms[2] = {};
+      unpack(g, grad_y[k]);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const W weight = rows.weight[k][v];
@@ -256,14 +256,14 @@ __global__ void __launch_bounds__(threads, 2) backward_interleaved(const __grid_
   job.whole ? interleaved_backward<true>(job) : interleaved_backward<false>(job);
 }
 
-// ---- backward, third: a block sums the parts (rows, 2, C) of warp_size weights or biases ----
+// ---- backward, third: the parts (rows, 2, C), summed ----
 
 template <class W>
 __global__ void __launch_bounds__(threads, 1)
     finish_gradients(const W* parts, int64_t rows, int64_t channels, W* grad_weight, W* grad_bias) {
-  const int64_t column = int64_t(blockIdx.x) * warp_size + threadIdx.x % warp_size;
+  const int64_t column = int64_t(blockIdx.x) * sum_columns + threadIdx.x % sum_columns;
   const W sum = W(column_sum(parts, rows, 2 * channels, column));
-  if (threadIdx.x >= warp_size || column >= 2 * channels) return;
+  if (threadIdx.x >= sum_columns || column >= 2 * channels) return;
   (column < channels ? grad_weight[column] : grad_bias[column - channels]) = sum;
 }
 
@@ -287,17 +287,19 @@ void norm_backward_cuda(const Norm& norm, Tensor grad_y, Tensor x, Tensor bias_m
     job.statistics = const_cast<W*>(static_cast<const W*>(statistics));
     job.look({grad_y, x, bias_map, grad_x, grad_map});
     if (job.interleaved) {
-      const bool held = job.whole && with_packets<J::V, 24>(job.lane_packets(), [&](auto packets) {
-                          launch(means_interleaved_held<J, decltype(packets)::value>,
-                                 job.warp_blocks(), 0, stream, job);
-                        });
+      constexpr int limit = sizeof(W) == 8 ? 6 : 24;  // beyond it registers spill
+      const bool held =
+          job.whole && with_packets<J::V, limit>(job.lane_packets(), [&](auto packets) {
+            launch(means_interleaved_held<J, decltype(packets)::value>, job.warp_blocks(), 0,
+                   stream, job);
+          });
       if (!held) launch(means_interleaved<J>, job.row_blocks(), 0, stream, job);
       launch(backward_interleaved<J>, job.sample_groups() * job.rows.tiles, 0, stream, job);
     } else {
       launch(means_planar<J>, job.samples * job.planar.blocks(), 0, stream, job);
       launch(backward_planar<J>, job.sample_groups() * job.pieces.blocks(), 0, stream, job);
     }
-    launch(finish_gradients<W>, (2 * job.channels + warp_size - 1) / warp_size, 0, stream,
+    launch(finish_gradients<W>, (2 * job.channels + sum_columns - 1) / sum_columns, 0, stream,
            static_cast<const W*>(job.grad_parts), job.grad_rows(), job.channels,
            static_cast<W*>(grad_weight), static_cast<W*>(grad_bias));
   });

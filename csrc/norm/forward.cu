@@ -20,19 +20,19 @@ __global__ void __launch_bounds__(threads, 2) forward_planar_held(const __grid_c
   const auto own = [&](int k) { return at.channel + int64_t(k) * job.planar.depth; };
   const auto has = [&](int k) { return own(k) < job.channels; };
   W h[K][V], mean[V] = {}, inverse[V] = {}, weight[K], bias[K];
-  Raw x[K];
+  Words<X, V> x[K];
   // Where there is no packet the last channel's is read: a load under a condition would be waited
   // for at once.
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     const int64_t c = has(k) ? own(k) : job.channels - 1;
-    x[k] = load_raw(job.x.template at<X>(at.sample, c, p));
+    x[k] = fetch<V>(job.x.template at<X>(at.sample, c, p), V, true);
     job.load_map(h[k], c, p, V, true);
     weight[k] = job.weights()[c], bias[k] = job.biases()[c];
   }
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    add<X>(h[k], x[k]);
+    add(h[k], x[k]);
 #pragma unroll
     for (int v = 0; v < V; ++v) mean[v] += has(k) ? h[k][v] : W(0);
   }
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(threads, 2)
   constexpr int V = J::V;
   const WarpRows<J, K> rows(job);
   if (rows.first >= rows.last) return;
-  Raw x[K];
+  Words<X, V> x[K];
   if (rows.roomy) rows.read(x, job.x, rows.first);
   for (int64_t n = rows.first; n < rows.last; ++n) {
     W h[K][V], statistics[2] = {};

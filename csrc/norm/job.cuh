@@ -113,22 +113,13 @@ struct Job : Norm {
   }
 };
 
-// A packet as it lies in memory: widened only where it is needed, so that many can be under way. In
-// words, because the compiler would take elements of 16 bits apart at once, and wait for that.
-using Raw = Packet<uint32_t, 4>;
-
-template <class X>
-__device__ __forceinline__ Raw load_raw(const X* from) {
-  return *reinterpret_cast<const Raw*>(from);
-}
-
+// Adds a packet that was fetched.
 template <class X, int V, class W>
-__device__ __forceinline__ void add(W (&to)[V], const Raw& raw) {
-  X element[V];
-  static_assert(sizeof element == sizeof raw);
-  memcpy(element, &raw, sizeof raw);
+__device__ __forceinline__ void add(W (&to)[V], const Words<X, V>& words) {
+  W element[V];
+  unpack(element, words);
 #pragma unroll
-  for (int i = 0; i < V; ++i) to[i] += W(load(element[i]));
+  for (int i = 0; i < V; ++i) to[i] += element[i];
 }
 
 // Calls run(how many, first) for all of first to last, `step` apart: `Together` in one call where
@@ -173,13 +164,14 @@ struct WarpRows {
   __device__ bool has(int k) const { return own(k) < job.channels; }
   __device__ int64_t channel(int k) const { return has(k) ? own(k) : job.channels - V; }
 
-  __device__ __forceinline__ void read(Raw (&raw)[K], const Tensor& from, int64_t n) const {
+  __device__ __forceinline__ void read(Words<X, V> (&to)[K], const Tensor& from, int64_t n) const {
 #pragma unroll
-    for (int k = 0; k < K; ++k) raw[k] = load_raw(from.template at<X>(n, channel(k), position));
+    for (int k = 0; k < K; ++k)
+      to[k] = fetch<V>(from.template at<X>(n, channel(k), position), V, true);
   }
 
   // x + map of all packets.
-  __device__ __forceinline__ void sum(W (&h)[K][V], const Raw (&x)[K]) const {
+  __device__ __forceinline__ void sum(W (&h)[K][V], const Words<X, V> (&x)[K]) const {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (!roomy) job.load_map(h[k], channel(k), position, V, true);
@@ -187,7 +179,7 @@ struct WarpRows {
       for (int v = 0; roomy && v < V; ++v) h[k][v] = map[roomy ? k : 0][v];
     }
 #pragma unroll
-    for (int k = 0; k < K; ++k) add<X>(h[k], x[k]);
+    for (int k = 0; k < K; ++k) add(h[k], x[k]);
   }
 
  private:
