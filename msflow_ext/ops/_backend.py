@@ -209,8 +209,22 @@ def views(interleaved: bool, *tensors: Tensor | None) -> tuple[list[Tensor | Non
             x = x.movedim(1, -1).contiguous().movedim(-1, 1) if interleaved else x.contiguous()
             s = strides(x)
         kept.append(x)
-        out.append(None if x is None or s is None else (x.data_ptr(), DTYPES[x.dtype], *s))
+        out.append(None if x is None or s is None else (address_of(x), DTYPES[x.dtype], *s))
     return kept, out
+
+
+def address_of(x: Tensor) -> int:
+    """Where its numbers begin.
+
+    Raises:
+        ValueError: within a number, where a GPU would stop every program that uses it in this process.
+    """
+    address = x.data_ptr()
+    if runs_cuda(x) and address % x.itemsize:
+        raise ValueError(
+            f"a {x.dtype} tensor {tuple(x.shape)} begins at {address:#x}, no multiple of {x.itemsize} bytes"
+        )
+    return address
 
 
 def _slides(x: Tensor, s: tuple[int, int, int]) -> bool:
@@ -224,7 +238,7 @@ def _slides(x: Tensor, s: tuple[int, int, int]) -> bool:
 def addresses(*vectors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
     """Dense vectors and their addresses, 0 for None; whoever uses the addresses keeps the vectors alive."""
     kept = [None if v is None else v.contiguous() for v in vectors]
-    return kept, [0 if v is None else v.data_ptr() for v in kept]
+    return kept, [0 if v is None else address_of(v) for v in kept]
 
 
 def empty(

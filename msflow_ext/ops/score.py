@@ -243,7 +243,7 @@ def _run_aggregate(
     entry: str, maps: Sequence[Tensor], sizes: tuple[int, ...], results: tuple[Tensor, ...]
 ) -> bool:
     """False where the CPU's kernel met values that are not finite; CUDA's treats them as the reference does."""
-    described = [(m.data_ptr(), m.size(1), m.size(2)) for m in maps]
+    described = [(_backend.address_of(m), m.size(1), m.size(2)) for m in maps]
     start = (_backend.DTYPES[maps[0].dtype], maps[0].size(0))
     finite = _backend.run(
         entry,

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -111,3 +112,18 @@ def test_windows_that_overlap_are_copied_for_cuda(monkeypatch: pytest.MonkeyPatc
         for x in (torch.zeros(2, 3, 4), torch.zeros(1, 3), torch.zeros(3, 1, 1)):
             (kept,), _ = _backend.views(_backend.is_interleaved(x), x)
             assert kept is x
+
+
+def test_tensors_that_begin_within_a_number_are_refused_on_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    odd = torch.frombuffer(bytearray(4 * 24 + 1), dtype=torch.float32, offset=1)
+    for cuda in (False, True):
+        monkeypatch.setattr(_backend, "_emulated", cuda)
+        refused = (
+            pytest.raises(ValueError, match="no multiple of 4 bytes") if cuda else nullcontext()
+        )
+        with refused:
+            _backend.views(False, odd.view(2, 3, 4))
+        with refused:
+            _backend.addresses(odd[:3])
