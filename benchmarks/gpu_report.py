@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.report import README, update
 
-CORRECT = ("check", "tests", "sanitizer")
+CORRECT = ("check", "tests", "memcheck", "racecheck", "synccheck", "initcheck")
 
 
 class Target(NamedTuple):

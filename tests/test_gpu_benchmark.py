@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -167,10 +168,38 @@ def test_times_of_the_reference_are_no_results(
 def test_tests_that_fail_are_named(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     said = "..F\nFAILED tests/ops/a.py::b - x\nFAILED tests/ops/a.py::c\n2 failed, 1 passed"
     done = subprocess.CompletedProcess([], 1, said, "")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(gpu, "_ended", lambda *_, **__: done)
     found = gpu.STEPS["tests"]({})
     assert found["error"] == "2 failed, 1 passed"
     assert found["failed"] == ["FAILED tests/ops/a.py::b - x", "FAILED tests/ops/a.py::c"]
+
+
+def test_what_does_not_end_is_killed_with_what_it_started(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = f"import time; time.sleep(3); open({str(tmp_path / 'lived')!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    monkeypatch.setattr(gpu, "LONGEST", 1)
+    assert gpu._ended([sys.executable, "-c", code]) is None
+    time.sleep(4)
+    assert not (tmp_path / "lived").exists()
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "initcheck"])
+def test_what_the_sanitizer_finds_is_kept(
+    gpu: ModuleType, tool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def ended(command: Any, **_: str) -> Any:
+        seen.append(command)
+        return subprocess.CompletedProcess(command, 9, "Invalid __global__ read of size 16", "")
+
+    monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: "/bin/compute-sanitizer")
+    monkeypatch.setattr(gpu, "_ended", ended)
+    assert gpu.STEPS[tool]({}) == {"error": "Invalid __global__ read of size 16"}
+    assert seen[0][1:3] == ["--tool", tool]
+    assert ("kns=msflow" in seen[0]) == (tool == "memcheck")
 
 
 def test_a_report_needs_no_gpu(

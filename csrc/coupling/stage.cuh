@@ -38,7 +38,8 @@ struct Stage {
                                       int64_t count) const {
     store(rows + row * size + first, from, count, whole);
   }
-  // V neighbours in that order; NaN is what lies nowhere.
+  // V neighbours in that order; NaN is what lies outside. Where the order is no permutation, what
+  // lies nowhere may be anything.
   __device__ __forceinline__ void get(W (&to)[J::V], int row, int64_t first, int64_t count) const {
     int place[J::V];
     load(place, order + first, count, whole);

@@ -236,7 +236,8 @@ def test_a_backbone_in_float64_has_an_inference_form_in_float32():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_backbone_on_a_gpu_has_an_inference_form_there():
+def test_a_backbone_on_a_gpu_has_an_inference_form_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     backbone = Backbone("test_efficientnet", pretrained=False).cuda()
     x = torch.rand(2, 3, 64, 64, device="cuda")
     for feature, wanted in zip(backbone.optimize(64)(x), backbone(x), strict=True):
