@@ -205,9 +205,8 @@ def _ended(command: Sequence[str], **environment: str) -> subprocess.CompletedPr
     try:
         said = process.communicate(timeout=LONGEST)
     except subprocess.TimeoutExpired:
-        os.killpg(
-            process.pid, signal.SIGKILL
-        )  # with what it has started, which would slow the next
+        # With what it has started, which would slow the next.
+        os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         return None
     return subprocess.CompletedProcess(command, process.returncode, *said)

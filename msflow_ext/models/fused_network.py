@@ -27,7 +27,7 @@ NOTHING = (nn.Identity, nn.Dropout, DropPath)
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 #: Activations, as modules and functions, by the names that packed convolutions have for them.
-ACTIVATIONS: dict[Any, str] = {
+ACTIVATION_NAMES: dict[Any, str] = {
     nn.ReLU: "relu",
     F.relu: "relu",
     torch.relu: "relu",
@@ -165,7 +165,7 @@ def _take_activation(node: fx.Node) -> str:
     user = _only_user(node)
     name = None
     if user is not None:
-        name = ACTIVATIONS.get(type(_module(user)), ACTIVATIONS.get(user.target))
+        name = ACTIVATION_NAMES.get(type(_module(user)), ACTIVATION_NAMES.get(user.target))
     if user is None or name is None:
         return "none"
     _erase(user, node)

@@ -128,8 +128,8 @@ def test_the_map_is_differentiable(each_backend: str, normal: Normal) -> None:
         got = ops.mean_aggregate(maps, (5, 4))
         return got.score, got.anomaly_map
 
-    # On a GPU torch's upsampling adds its gradient in any order.
-    assert torch.autograd.gradcheck(results, maps, nondet_tol=1e-12)
+    any_order = 1e-12 if maps[0].is_cuda else 0.0  # in which torch's upsampling adds its gradient
+    assert torch.autograd.gradcheck(results, maps, nondet_tol=any_order)
 
 
 def test_an_empty_batch_has_no_scores(each_backend: str) -> None:

@@ -224,8 +224,8 @@ def test_the_aggregation_is_differentiable(each_backend: str, normal: Normal) ->
         got = ops.aggregate(maps, (5, 4), top_k=0.2)
         return tuple(getattr(got, name) for name in RESULTS)
 
-    # On a GPU torch's upsampling adds its gradient in any order.
-    assert torch.autograd.gradcheck(scores, maps, nondet_tol=1e-12)
+    any_order = 1e-12 if maps[0].is_cuda else 0.0  # in which torch's upsampling adds its gradient
+    assert torch.autograd.gradcheck(scores, maps, nondet_tol=any_order)
 
 
 def test_an_empty_batch_has_no_scores(each_backend: str) -> None:
