@@ -21,12 +21,12 @@ from torch import Tensor
 from benchmarks.ablations import variants
 from msflow_ext import FastFlow, MSFlow, metrics, ops
 from msflow_ext.data import DataSet, Images, open_dataset
-from msflow_ext.evaluation import Truth
+from msflow_ext.evaluation.evaluator import Truth
 from msflow_ext.features import Features
-from msflow_ext.models.clamped_map import ClampedMap
+from msflow_ext.models.anomaly_map import ClampedMap
 from msflow_ext.models.padim import Padim, PadimPrediction
-from msflow_ext.recipe import PRESETS
-from msflow_ext.training import make_optimizer
+from msflow_ext.training.loop import make_optimizer
+from msflow_ext.training.recipe import PRESETS
 
 Row = dict[str, Any]
 FILE = Path(__file__).parent / "results" / "ablations.jsonl"

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msflow_ext import FastFlow, MSFlow
-from msflow_ext.models.msflow_flows import FusionFlow
-from msflow_ext.recipe import PRESETS, Recipe
+from msflow_ext.models.msflow_layers import FusionFlow
+from msflow_ext.training.recipe import PRESETS, Recipe
 
 PAPER, FASTFLOW = PRESETS["paper"]["msflow"].recipe, PRESETS["paper"]["fastflow"].recipe
 ROBUST, FASTFLOW_ROBUST = (PRESETS["robust"][model] for model in ("msflow", "fastflow"))

@@ -13,8 +13,8 @@ from typing import Any
 from benchmarks import report, results
 from msflow_ext import cli
 from msflow_ext.bench import machine
-from msflow_ext.evaluation import RESULTS
-from msflow_ext.table import BEST, MEAN, Line, percent
+from msflow_ext.metrics import RESULTS
+from msflow_ext.runs.table import BEST, MEAN, Line, percent
 
 #: A series of trainings for each data set.
 SERIES = (

@@ -14,7 +14,7 @@ from benchmarks.harness import run_in_pytest
 from msflow_ext import FastFlow, MSFlow
 from msflow_ext.bench import Case, Provider, quantiles
 from msflow_ext.bench.cases import BF16, FP32, our_step
-from msflow_ext.recipe import PRESETS
+from msflow_ext.training.recipe import PRESETS
 
 Row = dict[str, Any]
 Pair = tuple[str, str, int | None, dict[str, Any]]

@@ -51,7 +51,7 @@ def run_case(
     padding_mode: str = "reflect",
 ) -> Case:
     """Features, all epochs and a test after each of them; the losses of all epochs are compared."""
-    from msflow_ext.recipe import Recipe
+    from msflow_ext.training.recipe import Recipe
 
     dataset = textures(train, test, size)
     bf16 = Recipe(epochs=epochs, eval_every=1, precision="bfloat16")
@@ -87,7 +87,7 @@ def run_case(
 
 def our_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet], list[float]]:
     """What ``msflow train`` does, reports included."""
-    from msflow_ext.training import train
+    from msflow_ext.training.loop import train
 
     def run(dataset: DataSet) -> list[float]:
         with tempfile.TemporaryDirectory() as folder:

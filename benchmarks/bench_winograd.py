@@ -13,7 +13,7 @@ from torch.nn.grad import conv2d_weight
 from benchmarks.harness import DTYPES, normal, run_in_pytest
 from msflow_ext import ops
 from msflow_ext.bench import Case, Provider
-from msflow_ext.models import packed
+from msflow_ext.models.conv import packed
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2}
 

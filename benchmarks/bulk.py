@@ -17,9 +17,10 @@ import torch
 from benchmarks import results
 from benchmarks.report import machine_line
 from benchmarks.serving import image, toy
-from msflow_ext import bulk, engines
 from msflow_ext.bench import machine
-from msflow_ext.shards import Store
+from msflow_ext.distributed import executors as engines
+from msflow_ext.inference.archive import job as bulk
+from msflow_ext.inference.archive.parquet import Store
 
 Row = dict[str, Any]
 

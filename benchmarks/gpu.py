@@ -108,7 +108,7 @@ def build(_: Measured) -> Measured:
     _output("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options, *found)
     _output("cmake", "--build", str(folder))
     for built in folder.glob("_C*"):
-        shutil.copy(built, ROOT / "msflow_ext")
+        shutil.copy(built, ROOT / "msflow_ext" / "ops")
     (compiler,) = folder.glob("CMakeFiles/*/CMakeCUDACompiler.cmake")
     nvcc = re.findall(r'CUDA_COMPILER_VERSION "(.+)"', compiler.read_text())
     versions = {
@@ -124,7 +124,7 @@ def check(_: Measured) -> Measured:
 
 
 def tests(_: Measured) -> Measured:
-    places = ("tests/ops", "tests/test_graphs.py", "tests/models/test_backbone.py")
+    places = ("tests/ops", "tests/inference/test_cuda_graphs.py", "tests/models/test_backbone.py")
     # Other versions of other packages may warn; eight processes share the device where pytest-xdist is installed.
     options = ["-q", "-W", "default", "-p", "no:cacheprovider", "-k", "cuda or gpu or replay"]
     options += ["-n", "8"] if find_spec("xdist") else []

@@ -21,7 +21,7 @@ from msflow_ext.bench import Case, Provider, machine, measure, quantiles, table,
 from msflow_ext.bench.cases import BF16, FP32
 from msflow_ext.bench.modes import autocast, compiled
 from msflow_ext.export import OUTPUTS, export
-from msflow_ext.inference import Detector
+from msflow_ext.inference.detector import Detector
 
 GROUP = "latency"  # what the names of its cases begin with
 BATCHES = 1, 8

@@ -27,7 +27,7 @@ from PIL import Image
 import msflow_ext as mx
 from benchmarks import report, results
 from msflow_ext.bench import machine
-from msflow_ext.checkpoint import save_checkpoint
+from msflow_ext.runs.checkpoint import save_checkpoint
 
 PAGE = Path(__file__).parents[1] / "tests" / "RELIABILITY.md"
 

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.results import FOLDER, SOAK, file_for
 from msflow_ext import MSFlow, ops
-from msflow_ext.inference import Detector
+from msflow_ext.inference.detector import Detector
 
 
 def resident_bytes() -> int:

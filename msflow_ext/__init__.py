@@ -14,9 +14,9 @@ _HOME = {
     "FlowOutput": "msflow_ext.flows",
     "MSFlow": "msflow_ext.models.msflow",
     "MSFlowHead": "msflow_ext.models.msflow",
-    "Prediction": "msflow_ext.models.detector",
+    "Prediction": "msflow_ext.models.base",
     "accelerate": "msflow_ext.compat.accelerate",
-    "graphed": "msflow_ext.graphs",
+    "graphed": "msflow_ext.inference.cuda_graphs",
     "info": "msflow_ext.testing",
     "load": "msflow_ext.inference",
     "restore": "msflow_ext.compat.accelerate",
@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     )
     from msflow_ext.compat.accelerate import accelerate, restore
     from msflow_ext.flows import FlowOutput
-    from msflow_ext.graphs import graphed
     from msflow_ext.inference import load
-    from msflow_ext.models.detector import Prediction
+    from msflow_ext.inference.cuda_graphs import graphed
+    from msflow_ext.models.base import Prediction
     from msflow_ext.models.fastflow import FastFlow, FastFlowHead
     from msflow_ext.models.msflow import MSFlow, MSFlowHead
     from msflow_ext.testing import info

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msflow_ext import inference
-from msflow_ext.checkpoint import check_writable, replacing
-from msflow_ext.models.detector import Detector
-from msflow_ext.models.frozen import FrozenHead
+from msflow_ext.files import check_writable, replacing
+from msflow_ext.inference import detector as inference
+from msflow_ext.models.base import AnomalyModel
+from msflow_ext.models.optimized.head import FrozenHead
 
 #: How far a graph may be from the run; relative, as :func:`export` measures it.
 TOLERANCE = 1e-4
@@ -30,7 +30,7 @@ OUTPUTS: tuple[str, ...] = ("score", "anomaly_map")
 
 
 def export(
-    source: str | Path | inference.Detector | Detector,
+    source: str | Path | inference.Detector | AnomalyModel,
     format: str,
     out: str | Path,
     *,
@@ -95,7 +95,7 @@ def export(
 
 
 class _Graph(nn.Module):
-    def __init__(self, model: Detector) -> None:
+    def __init__(self, model: AnomalyModel) -> None:
         super().__init__()
         self.model = model
 
@@ -130,12 +130,12 @@ def _compiler() -> str:
     return next(iter(shlex.split(os.environ.get("CXX", ""))), default)
 
 
-def _model_of(source: str | Path | inference.Detector | Detector) -> Detector:
+def _model_of(source: str | Path | inference.Detector | AnomalyModel) -> AnomalyModel:
     """A copy of the model on the CPU, of which nothing is trained."""
     if isinstance(source, (str, Path)):
         source = inference.load(source, "cpu")
     model = source.model if isinstance(source, inference.Detector) else source
-    if not isinstance(model, Detector) or isinstance(model.head, FrozenHead):
+    if not isinstance(model, AnomalyModel) or isinstance(model.head, FrozenHead):
         raise TypeError(
             "source must be a run, or an MSFlow or FastFlow as training leaves it, not its inference form, "
             f"got {type(model).__name__}"
@@ -171,7 +171,7 @@ def _difference(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(smallest))
 
 
-def _program(model: Detector) -> torch.export.ExportedProgram:
+def _program(model: AnomalyModel) -> torch.export.ExportedProgram:
     # Two images: a batch of one would be taken for a constant.
     example = torch.zeros(2, 3, model.image_size, model.image_size)
     program = torch.export.export(_Graph(model), (example,), dynamic_shapes=_BATCH)

@@ -8,31 +8,24 @@ import logging
 import math
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from msflow_ext.data import Images, Item
-from msflow_ext.distributed import Ranks, even_shares
-from msflow_ext.resources import free_memory
-
-if TYPE_CHECKING:
-    from msflow_ext.models.position_base import Whitening
-    from msflow_ext.recipe import Recipe
+from msflow_ext.data import Images
+from msflow_ext.data.prefetch import decoded
+from msflow_ext.distributed.ranks import Ranks, even_shares
+from msflow_ext.hardware import free_memory
 
 CACHES = ("memory", "disk", "off")
 
 #: Into how many parts images are split that are whitened by each other's statistics.
 FOLDS = 5
 
-Decoded = TypeVar("Decoded")
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +80,7 @@ class Features:
         self._device = next(chain(model.parameters(), model.buffers())).device
         self._workers = workers
         self._maps: list[Tensor] = []
-        self._folds: list[Whitening] = []  # where nothing is cached
+        self._folds: list[Any] = []  # where nothing is cached
         self._file, self._cache = file if cache != "off" else None, cache
         if cache != "off" and len(self.own):
             try:
@@ -181,7 +174,7 @@ class Features:
         if self._model.whitening is not None:
             self._whiten(self._model.whitening, batch_size)
 
-    def _whiten(self, whitening: Whitening, batch_size: int) -> None:
+    def _whiten(self, whitening: Any, batch_size: int) -> None:
         """Fit it to all images; whiten each of them by those of the other folds."""
         if len(self) < 3:
             raise ValueError(f"whiten needs 3 training images or more, got {len(self)}")
@@ -274,74 +267,3 @@ def _reserve(path: Path, size: int) -> None:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):  # else it knows no way
                 raise OSError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def features_of_parts(
-    stack: ExitStack,
-    model: Any,
-    parts: Mapping[str, Sequence[Item]],
-    run: Path,
-    recipe: Recipe,
-    progress: bool,
-    ranks: Ranks,
-) -> list[Features]:
-    """Features of each part of the images, closed with ``stack``; each process has its share of all parts.
-
-    If the model wants that, all are standardised by the first part, the images to train on.
-    """
-
-    def compute(name: str) -> Features:
-        features = Features(
-            model,
-            Images(parts[name], model.image_size, recipe.fit),
-            cache=recipe.cache,
-            dtype=torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32,
-            file=run
-            / (f"features-{name}-{ranks.rank}.cache" if ranks.rank else f"features-{name}.cache"),
-            batch_size=recipe.batch_size,
-            workers=recipe.workers,
-            progress=f"{name} features" if progress else None,
-            ranks=ranks,
-        )
-        return stack.enter_context(closing(features))
-
-    if model.standardize:  # what a former training left would count twice
-        model.forget_statistics()
-    trained, *others = parts
-    with ranks.agreed():
-        found = [compute(trained)]
-    if model.standardize:
-        found[0].standardize(recipe.batch_size)
-    with ranks.agreed():
-        found += map(compute, others)
-    megabytes = int(ranks.total(torch.tensor(sum(each.nbytes for each in found)))) / 1e6
-    filled = [each for each in found if len(each)]
-    counts = " + ".join(str(len(each)) for each in filled)
-    places = "+".join(dict.fromkeys(each.place for each in filled))
-    log.info("features of %s images: %.0f MB (cache: %s)", counts, megabytes, places)
-    return found
-
-
-def decoded(
-    decode: Callable[[Any], Decoded], chunks: Iterable[list[Any]], workers: int
-) -> Iterator[list[Decoded]]:
-    """``decode(source)`` of each chunk of sources, on threads, one chunk ahead of the caller.
-
-    Where a source fails, what is before it in its chunk comes first, and then the error.
-    """
-    with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[list[Future[Decoded]]] = deque()
-        for chunk in chunks:
-            ahead.append([pool.submit(decode, source) for source in chunk])
-            if len(ahead) > 1:
-                yield from _results(ahead.popleft())
-        while ahead:
-            yield from _results(ahead.popleft())
-
-
-def _results(futures: list[Future[Decoded]]) -> Iterator[list[Decoded]]:
-    wrong = next((i for i, future in enumerate(futures) if future.exception()), len(futures))
-    if wrong:
-        yield [future.result() for future in futures[:wrong]]
-    if wrong < len(futures):
-        futures[wrong].result()

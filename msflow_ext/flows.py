@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from msflow_ext import ops
-from msflow_ext.ops.coupling import accumulation_dtype
+from msflow_ext.ops._shapes import accumulation_dtype
 
 #: What the backward pass rests on: see :class:`Flow`.
 MEMORY = ("lean", "reversible")

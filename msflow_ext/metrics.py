@@ -293,3 +293,6 @@ def _array(given: Array) -> np.ndarray:
         given = given.detach().cpu()
         given = (given.float() if given.dtype == torch.bfloat16 else given).numpy()
     return np.asarray(given)
+
+
+RESULTS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro": "AUPRO"}

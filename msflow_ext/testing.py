@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import msflow_ext
 from msflow_ext import ops
 from msflow_ext.ops import _backend
 from msflow_ext.ops.coupling import CLAMP_FORMS
@@ -25,7 +24,7 @@ def info() -> dict[str, Any]:
     """Versions, what is compiled, and the backend of each op per device with the reason for it."""
     cpu = "native" if _backend.C is not None else "reference"
     return {
-        "msflow_ext": msflow_ext.__version__,
+        "msflow_ext": _version("msflow-ext"),
         "torch": torch.__version__,
         "timm": _version("timm"),
         "python": platform.python_version(),

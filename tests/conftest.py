@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from msflow_ext import MSFlow, ops
-from msflow_ext.checkpoint import save_checkpoint
 from msflow_ext.ops import _backend
+from msflow_ext.runs.checkpoint import save_checkpoint
 from msflow_ext.testing import relative_error, tolerance
 
 Normal = Callable[..., Tensor]

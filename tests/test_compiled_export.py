@@ -18,7 +18,7 @@ from PIL import Image
 
 import msflow_ext as mx
 from msflow_ext import cli, export
-from msflow_ext.checkpoint import save_checkpoint
+from msflow_ext.runs.checkpoint import save_checkpoint
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "cpp"
 TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

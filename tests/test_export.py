@@ -14,8 +14,8 @@ from torch import Tensor
 
 import msflow_ext as mx
 from msflow_ext import cli
-from msflow_ext.checkpoint import save_checkpoint
 from msflow_ext.export import export
+from msflow_ext.runs.checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

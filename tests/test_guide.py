@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from msflow_ext import cli, decisions, inference
+from msflow_ext import cli
+from msflow_ext.evaluation import calibration as decisions
+from msflow_ext.inference import detector as inference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from msflow_ext import MSFlow, MSFlowHead
 from msflow_ext.bench.harness import Case, Provider
 from msflow_ext.bench.modes import autocast, compiled, freezing
 from msflow_ext.bench.official import OfficialMSFlow, predict
-from msflow_ext.models.detector import FlowHead
-from msflow_ext.recipe import Recipe
+from msflow_ext.models.base import FlowHead
+from msflow_ext.models.msflow import MSFlow, MSFlowHead
+from msflow_ext.training.recipe import Recipe
 
 #: The authors' way needs FrEIA; without it, the same in plain PyTorch stands in.
 OFFICIAL = "official" if importlib.util.find_spec("FrEIA") else "eager"
@@ -134,7 +134,7 @@ def our_step(
     """A step as :func:`msflow_ext.training.train` takes it."""
     from lightning_fabric import Fabric
 
-    from msflow_ext.training import make_optimizer, train_epoch
+    from msflow_ext.training.loop import make_optimizer, train_epoch
 
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     recipe = recipe or Recipe()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from msflow_ext.bench import machine, memory
 from msflow_ext.bench.summary import difference, tensors_of
-from msflow_ext.models.processor import has_bfloat16
+from msflow_ext.hardware import has_bfloat16
 
 MOST_ROUNDS = 40
 SAMPLE_SECONDS = 2e-3  # shorter calls are repeated until a sample takes this long

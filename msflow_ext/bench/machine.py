@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from msflow_ext.hardware import cores
 from msflow_ext.ops import _backend
-from msflow_ext.resources import cores
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "neon", "sve")
 PACKAGES = (

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msflow_ext.compat.msflow import to_official_state_dict
+from msflow_ext.compat.checkpoints.msflow import to_official_state_dict
 from msflow_ext.models.msflow import Prediction
-from msflow_ext.models.msflow_flows import positional_encoding
+from msflow_ext.models.msflow_layers import positional_encoding
 
 if TYPE_CHECKING:
-    from msflow_ext import MSFlowHead
+    from msflow_ext.models.msflow import MSFlowHead
 
 
 class OfficialMSFlow(nn.Module):

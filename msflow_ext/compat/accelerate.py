@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from msflow_ext.compat.forms import (
+from msflow_ext.compat.accelerated.blocks import (
     BlockFacts,
     FastBlock,
     FastGlowCoupling,
     FastSequence,
     FastSubnet,
 )
-from msflow_ext.compat.switching import Accelerated, is_plain, switch, switch_back
-from msflow_ext.compat.trial import (
+from msflow_ext.compat.accelerated.swap import Accelerated, is_plain, switch, switch_back
+from msflow_ext.compat.accelerated.verify import (
     MismatchError,
     UntriedError,
     try_block,

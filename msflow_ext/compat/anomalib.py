@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.v2 import Resize
+
+from msflow_ext.models import msflow
+from msflow_ext.training.recipe import Recipe
 
 try:
     from anomalib import LearningType  # pyright: ignore[reportMissingImports]
@@ -17,10 +21,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"msflow_ext.compat.anomalib needs anomalib: pip install 'msflow-ext[anomalib]' ({error})"
     ) from None
-from torchvision.transforms.v2 import Resize
 
-from msflow_ext.models import msflow
-from msflow_ext.recipe import Recipe
 
 __all__ = ["MSFlow"]
 
@@ -28,7 +29,7 @@ __all__ = ["MSFlow"]
 class MSFlow(AnomalibModule):
     """:class:`msflow_ext.MSFlow` for ``anomalib.engine.Engine``, trained as in the paper.
 
-    The rate of Adam follows the trainer's ``max_epochs`` as :class:`msflow_ext.recipe.Recipe` says. Where features are
+    The rate of Adam follows the trainer's ``max_epochs`` as :class:`msflow_ext.training.recipe.Recipe` says. Where features are
     to be standardised, their statistics are taken from the training images before the first epoch.
 
     >>> from anomalib.data import Folder

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from msflow_ext import ops
 from msflow_ext.flows import inverse_softplus_scale
-from msflow_ext.ops.coupling import accumulation_dtype, log_scale_and_shift, per_channel
+from msflow_ext.ops._shapes import accumulation_dtype, per_channel
+from msflow_ext.ops.coupling import log_scale_and_shift
 
 #: The positive scale of each ``global_affine_type``, and the parameter that gives a wanted scale.
 _SCALES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], float]]] = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from . import btad, elpv, folder, mstc, mtd, mvtec, textures, visa
-from .check import Report, check_dataset
-from .decoding import load_image
-from .images import FITS, Images, load_mask
-from .items import DataSet, Frame, Item
+from msflow_ext.data.check import Report, check_dataset
+from msflow_ext.data.dataset import DataSet, Frame, Item
+from msflow_ext.data.datasets import btad, elpv, folder, mstc, mtd, mvtec, textures, visa
+from msflow_ext.data.decoding import load_image
+from msflow_ext.data.images import FITS, Images, load_mask
 
 __all__ = [
     "FITS",

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .decoding import decode, read_mask, source_name, to_rgb
-from .items import DataSet, Item
+from msflow_ext.data.dataset import DataSet, Item
+from msflow_ext.data.decoding import decode, read_mask, source_name, to_rgb
 
 SHOWN = 5  # names or sizes in one line
 

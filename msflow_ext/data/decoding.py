@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import video
-from .items import SUFFIXES, Frame
+from msflow_ext.data import video
+from msflow_ext.data.dataset import SUFFIXES, Frame
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .decoding import Source, decode, load_image, read_mask
-from .items import Item
+from msflow_ext.data.dataset import Item
+from msflow_ext.data.decoding import Source, decode, load_image, read_mask
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -127,3 +128,10 @@ def _checked_fit(fit: str) -> str:
     if fit not in FITS:
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
     return fit
+
+
+def to_pixels(image: Tensor) -> np.ndarray:
+    """``(3, H, W)``, float in 0..1 or uint8, as ``(H, W, 3)`` uint8."""
+    if image.dtype != torch.uint8:
+        image = (image * 255).round().clamp(0, 255).byte()
+    return image.permute(1, 2, 0).cpu().numpy()

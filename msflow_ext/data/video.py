@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .items import Frame
+from msflow_ext.data.dataset import Frame
 
 SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".gif")
 

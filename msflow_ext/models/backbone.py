@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from msflow_ext.hardware import has_bfloat16
 from msflow_ext.models.pretrained import (
     PACKAGED,
     load_packaged,
@@ -19,7 +20,6 @@ from msflow_ext.models.pretrained import (
     packaged_classifier,
     timm_name,
 )
-from msflow_ext.models.processor import has_bfloat16
 
 __all__ = ["PACKAGED", "Backbone", "load_packaged", "packaged_classifier"]
 
@@ -144,7 +144,7 @@ class Backbone(nn.Module):
         warning is logged: flows that were trained on other features tell good from bad less well. So does a transformer
         on a processor without instructions for bfloat16, where it would take five times as long.
         """
-        from msflow_ext.models.fused_network import optimize_network
+        from msflow_ext.models.optimized.backbone import optimize_network
 
         dtype = dtype or torch.float32
         transformer = self.image_size is not None

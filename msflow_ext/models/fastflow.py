@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from msflow_ext import ops
 from msflow_ext.flows import AffineCoupling, Flow, FlowOutput
 from msflow_ext.models.backbone import Backbone
-from msflow_ext.models.detector import (
-    Detector,
+from msflow_ext.models.base import (
+    AnomalyModel,
     FlowHead,
     Prediction,
     refuse_non_finite,
     seeded,
     side,
 )
-from msflow_ext.models.trained_conv import TrainedConv2d, laid_out
+from msflow_ext.models.conv.training import TrainedConv2d, laid_out
 
 if TYPE_CHECKING:
-    from msflow_ext.models.fastflow_inference import OptimizedFastFlowHead
+    from msflow_ext.models.optimized.fastflow import OptimizedFastFlowHead
 
 #: What the paper fixes for its backbones. Others have what the paper's backbones of their kind share.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -115,7 +115,7 @@ class FastFlowHead(FlowHead):
 
     def optimize(self, dtype: torch.dtype | None = None) -> OptimizedFastFlowHead:
         """The inference form: a snapshot, channels_last, with prepacked weights in ``dtype`` (None: as they are)."""
-        from msflow_ext.models.fastflow_inference import OptimizedFastFlowHead
+        from msflow_ext.models.optimized.fastflow import OptimizedFastFlowHead
 
         return OptimizedFastFlowHead(self, dtype)
 
@@ -163,7 +163,7 @@ class FastFlowHead(FlowHead):
             )
 
 
-class FastFlow(Detector):
+class FastFlow(AnomalyModel):
     """FastFlow whole: frozen backbone, LayerNorms, flows, scores.
 
     A convolutional backbone, or a transformer whose grid shrinks, is read at three scales, each through a trainable
@@ -187,12 +187,12 @@ class FastFlow(Detector):
             :class:`~msflow_ext.MSFlow`.
         top_k: share of the pixels that make the latter three.
         anomaly_map: ``"paper"``, the mean over scales; or ``"clamped"``: see
-            :class:`~msflow_ext.models.clamped_map.ClampedMap`.
+            :class:`~msflow_ext.models.anomaly_map.ClampedMap`.
         smoothing: standard deviation in pixels of a Gaussian filter over the clamped map.
         whiten: for parts that always lie alike: standardised features are whitened at every position given the coarser
-            scales there, by the training set's means and covariances: see :class:`~msflow_ext.models.position_base.Whitening`.
+            scales there, by the training set's means and covariances: see :class:`~msflow_ext.models.gaussians.Whitening`.
         position_base: likewise: Gaussians at every position of the latent maps, fitted to the training set after
-            training; see :class:`~msflow_ext.models.position_base.PositionBase`.
+            training; see :class:`~msflow_ext.models.gaussians.PositionBase`.
 
     Raises:
         ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.

@@ -15,17 +15,11 @@ from torch import Tensor, nn
 from msflow_ext import ops
 from msflow_ext.flows import FlowOutput
 from msflow_ext.models.backbone import Backbone
-from msflow_ext.models.detector import (
-    Detector,
-    FlowHead,
-    Prediction,
-    refuse_non_finite,
-    seeded,
-)
-from msflow_ext.models.msflow_flows import ConditionalFlow, FusionFlow
+from msflow_ext.models.base import AnomalyModel, FlowHead, Prediction, refuse_non_finite, seeded
+from msflow_ext.models.msflow_layers import ConditionalFlow, FusionFlow
 
 if TYPE_CHECKING:
-    from msflow_ext.models.msflow_inference import OptimizedHead
+    from msflow_ext.models.optimized.msflow import OptimizedHead
 
 __all__ = ["MSFlow", "MSFlowHead", "Prediction"]
 
@@ -100,7 +94,7 @@ class MSFlowHead(FlowHead):
 
     def optimize(self, dtype: torch.dtype | None = None) -> OptimizedHead:
         """The inference form: a snapshot, channels_last, with prepacked weights in ``dtype`` (None: as they are)."""
-        from msflow_ext.models.msflow_inference import OptimizedHead
+        from msflow_ext.models.optimized.msflow import OptimizedHead
 
         return OptimizedHead(self, dtype)
 
@@ -124,7 +118,7 @@ class MSFlowHead(FlowHead):
             raise ValueError(f"cond_channels must be multiples of 4, got {self.cond_channels}")
 
 
-class MSFlow(Detector):
+class MSFlow(AnomalyModel):
     """MSFlow whole: frozen backbone, pooling, flows, scores.
 
     The maps of a pyramid are pooled (3x3, stride 2), as in the paper. Where all maps of a transformer have one grid,
@@ -146,12 +140,12 @@ class MSFlow(Detector):
             ``"map"``, that of the anomaly map's largest values.
         top_k: share of the pixels that make the score.
         anomaly_map: ``"paper"``, additive over scales; or ``"clamped"``: see
-            :class:`~msflow_ext.models.clamped_map.ClampedMap`.
+            :class:`~msflow_ext.models.anomaly_map.ClampedMap`.
         smoothing: standard deviation in pixels of a Gaussian filter over the clamped map.
         whiten: for parts that always lie alike: standardised features are whitened at every position given the coarser
-            scales there, by the training set's means and covariances: see :class:`~msflow_ext.models.position_base.Whitening`.
+            scales there, by the training set's means and covariances: see :class:`~msflow_ext.models.gaussians.Whitening`.
         position_base: likewise: Gaussians at every position of the latent maps, fitted to the training set after
-            training; see :class:`~msflow_ext.models.position_base.PositionBase`.
+            training; see :class:`~msflow_ext.models.gaussians.PositionBase`.
 
     Raises:
         ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.

@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from msflow_ext.models.position_base import Moments, Total, alone, cells, resize
+from msflow_ext.models.gaussians import Moments, Total, alone, cells, resize
 
 
 @dataclass(frozen=True)

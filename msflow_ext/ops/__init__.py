@@ -1,8 +1,10 @@
 """Fused operations on tensors; each file is one op: function, inverse, reference, autograd, compile registration."""
 
+from __future__ import annotations
+
 from msflow_ext.ops._backend import backend
+from msflow_ext.ops._shapes import accumulation_dtype
 from msflow_ext.ops.coupling import (
-    accumulation_dtype,
     affine_coupling,
     affine_coupling_inverse,
     affine_coupling_with_copy,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from msflow_ext.ops import _backend
+from msflow_ext.ops._native_op import NativeOp
+from msflow_ext.ops._shapes import accumulation_dtype, per_channel, positions
 
 #: Clamp forms, in the order of ``csrc/coupling/formula.h``.
 CLAMP_FORMS = ("0.2", "head", "atan")
@@ -207,21 +209,6 @@ def log_scale_and_shift(a: Tensor, clamp: float, clamp_form: str) -> tuple[Tenso
     if clamp_form == "head":
         return clamp * torch.tanh(0.1 * a_s / clamp), 0.1 * a_t
     return 0.636 * clamp * torch.atan(a_s / clamp), a_t
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def per_channel(vector: Tensor, like: Tensor) -> Tensor:
-    """``vector (C,)`` so that it broadcasts over ``like (N, C, *)``."""
-    return vector.view(-1, *[1] * (like.dim() - 2))
-
-
-def positions(x: Tensor) -> int:
-    """How many positions a channel of ``x (N, C, *)`` has."""
-    return math.prod(x.shape[2:])
 
 
 def _undo_affine(
@@ -449,7 +436,7 @@ def coupling_job(passive, x2, interleaved, scale, offset, perm, clamp, clamp_for
 
 _VECTORS = "Tensor? scale, Tensor? offset, Tensor? perm, float clamp, str clamp_form"
 _OPERANDS = f"(Tensor x1, Tensor x2, Tensor a, {_VECTORS}, float limit, int split)"
-_coupling = _backend.NativeOp(
+_coupling = NativeOp(
     "coupling",
     f"{_OPERANDS} -> (Tensor, Tensor, Tensor)",
     allocate=_allocate,
@@ -459,7 +446,7 @@ _coupling = _backend.NativeOp(
     reference=affine_coupling_reference,
     tensors=6,
 )
-_results_alone = _backend.NativeOp(
+_results_alone = NativeOp(
     "coupling_results",
     f"{_OPERANDS} -> (Tensor, Tensor)",
     allocate=_allocate_results,
@@ -469,7 +456,7 @@ _results_alone = _backend.NativeOp(
     reference=lambda *args: affine_coupling_reference(*args)[:2],
     tensors=6,
 )
-_coupling_with_copy = _backend.NativeOp(
+_coupling_with_copy = NativeOp(
     "coupling_with_copy",
     f"{_OPERANDS} -> (Tensor, Tensor, Tensor, Tensor)",
     allocate=_allocate_with_copy,
@@ -479,7 +466,7 @@ _coupling_with_copy = _backend.NativeOp(
     reference=affine_coupling_with_copy_reference,
     tensors=6,
 )
-_inverse = _backend.NativeOp(
+_inverse = NativeOp(
     "coupling_inverse",
     f"(Tensor y1, Tensor y2, Tensor a, {_VECTORS}) -> (Tensor, Tensor)",
     allocate=_allocate_inverse,

@@ -7,12 +7,9 @@ import math
 from torch import Tensor
 
 from msflow_ext.ops import _backend
-from msflow_ext.ops.coupling import (
-    accumulation_dtype,
-    affine_coupling_reference,
-    check_operands,
-    coupling_job,
-)
+from msflow_ext.ops._native_op import NativeOp
+from msflow_ext.ops._shapes import accumulation_dtype
+from msflow_ext.ops.coupling import affine_coupling_reference, check_operands, coupling_job
 from msflow_ext.ops.score import log_likelihood_map_reference
 
 
@@ -89,7 +86,7 @@ def _run(results, x1, x2, a, scale, offset, clamp, clamp_form, limit):
     _backend.run("coupling_likelihood", x2, job, *v, results[0].data_ptr())
 
 
-_likelihood = _backend.NativeOp(
+_likelihood = NativeOp(
     "coupling_likelihood",
     "(Tensor x1, Tensor x2, Tensor a, Tensor? scale, Tensor? offset, float clamp, str clamp_form, float limit)"
     " -> Tensor",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from msflow_ext.ops import _backend
-from msflow_ext.ops.coupling import accumulation_dtype, per_channel, positions
+from msflow_ext.ops._native_op import NativeOp
+from msflow_ext.ops._shapes import accumulation_dtype, per_channel, positions
 
 
 def channel_norm(
@@ -136,7 +137,7 @@ def _job(x, interleaved, weight, bias, relu, eps):
     return _backend.C.Norm(sizes, interleaved, relu, eps, *vectors), dense
 
 
-_norm = _backend.NativeOp(
+_norm = NativeOp(
     "channel_norm",
     "(Tensor x, Tensor weight, Tensor bias, Tensor? bias_map, bool relu, float eps) -> (Tensor, Tensor)",
     allocate=_allocate,

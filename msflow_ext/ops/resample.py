@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msflow_ext.ops import _backend
-from msflow_ext.ops.coupling import accumulation_dtype
+from msflow_ext.ops._native_op import NativeOp
+from msflow_ext.ops._shapes import accumulation_dtype
 
 # Of one call of the registered op; more scales take several calls.
 _SCALES = 8
@@ -183,7 +184,7 @@ def _run_upsample_backward(upstream, grads, _extra, x, low):
     _backend.run("upsample_backward", upstream[0], _job(x, low, interleaved), *v)
 
 
-_pool = _backend.NativeOp(
+_pool = NativeOp(
     "pool_and_concatenate",
     f"(Tensor x0, {', '.join(f'Tensor? x{i}' for i in range(1, _SCALES))}, int height, int width) -> Tensor",
     allocate=_allocate_pool,
@@ -195,7 +196,7 @@ _pool = _backend.NativeOp(
     allocate_grads=_allocate_pool_grads,
     run_backward=_run_pool_backward,
 )
-_upsample = _backend.NativeOp(
+_upsample = NativeOp(
     "upsample_and_add",
     "(Tensor x, Tensor low) -> Tensor",
     allocate=_allocate_upsample,

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msflow_ext.ops import _backend
-from msflow_ext.ops.coupling import accumulation_dtype, positions
+from msflow_ext.ops._native_op import NativeOp
+from msflow_ext.ops._shapes import accumulation_dtype, positions
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,7 @@ def _run_backward(upstream, grads, _extra, z):
     torch.mul(z, weight[:, None], out=grads[0])
 
 
-_square_sums = _backend.NativeOp(
+_square_sums = NativeOp(
     "square_sums",
     "(Tensor z) -> (Tensor, Tensor)",
     allocate=_allocate,

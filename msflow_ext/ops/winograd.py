@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msflow_ext.ops import _backend
-from msflow_ext.ops.coupling import accumulation_dtype
+from msflow_ext.ops._native_op import NativeOp
+from msflow_ext.ops._shapes import accumulation_dtype
 
 # Of the result's channels, so many lie side by side in the kernels' weight.
 _PANEL = 32
@@ -341,7 +342,7 @@ def _tables(tile: int) -> tuple[list[list[float]], list[list[float]]]:
 _MATRICES = {tile: _toom_cook(points) for tile, points in _POINTS.items()}
 _TABLES = {tile: _tables(tile) for tile in _POINTS}
 
-_winograd = _backend.NativeOp(
+_winograd = NativeOp(
     "winograd_conv2d",
     "(Tensor x, Tensor weight, Tensor bias, int pad_rows, int pad_columns, bool relu) -> Tensor",
     allocate=_allocate,

@@ -13,6 +13,10 @@ With a token, ``/predict`` and ``/metrics`` want the header ``Authorization: Bea
 
 from __future__ import annotations
 
+from msflow_ext.serving.application import application
+from msflow_ext.serving.server import configuration, serve
+from msflow_ext.serving.service import Limits
+
 try:
     import fastapi  # noqa: F401
     import prometheus_client  # noqa: F401
@@ -23,8 +27,5 @@ except ModuleNotFoundError as error:
         f"serving needs the package {error.name}: pip install 'msflow-ext[serve]'"
     ) from error
 
-from .application import application
-from .server import configuration, serve
-from .service import Limits
 
 __all__ = ["Limits", "application", "configuration", "serve"]

@@ -15,10 +15,9 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from msflow_ext._pages import render_page
-from msflow_ext.inference import Detector
-
-from .service import Limits, Service
+from msflow_ext.inference.detector import Detector
+from msflow_ext.reports.html import render_page
+from msflow_ext.serving.service import Limits, Service
 
 LINGER = 2.0  # seconds for which the rest of a refused body is read and dropped
 

@@ -15,10 +15,9 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from msflow_ext.inference import load
-
-from .application import application
-from .service import Limits
+from msflow_ext.inference.detector import load
+from msflow_ext.serving.application import application
+from msflow_ext.serving.service import Limits
 
 logger = logging.getLogger(__name__)
 

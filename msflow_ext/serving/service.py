@@ -21,9 +21,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import File
 from starlette.requests import ClientDisconnect
 
-from msflow_ext._heat_maps import colour_range, heat_map
 from msflow_ext.data.decoding import load_bytes
-from msflow_ext.inference import Detector, Result
+from msflow_ext.inference.detector import Detector, Result
+from msflow_ext.reports.heat_maps import colour_range, heat_map
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import msflow_ext as mx
-from msflow_ext.compat.detectors import read_detector
+from msflow_ext.compat.checkpoints.detectors import read_detector
 from msflow_ext.testing import relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of anomalib and Lightning
@@ -161,7 +161,7 @@ def test_the_engine_exports_the_model_for_any_number_of_images(anomalib, trained
 
 
 def test_the_rate_and_the_clipping_are_the_papers(anomalib, ours, data, tmp_path):
-    from msflow_ext.recipe import Recipe
+    from msflow_ext.training.recipe import Recipe
 
     rates: list[float] = []
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from msflow_ext import FastFlowHead, MSFlowHead, ops
 from msflow_ext.bench import memory
 from msflow_ext.flows import recomputed
-from msflow_ext.models.msflow_flows import LIMIT, ConditionedSubnet, CrossScaleSubnet
+from msflow_ext.models.msflow_layers import LIMIT, ConditionedSubnet, CrossScaleSubnet
 from msflow_ext.testing import relative_error
 
 Normal = Callable[..., Tensor]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msflow_ext import comparison, report
-from msflow_ext.tested_runs import read_runs
+from msflow_ext.reports import comparison
+from msflow_ext.reports import run_report as report
+from msflow_ext.runs.results import read_runs, write_scores
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = [int(i >= 30) for i in range(60)]
     for name in ("narrow", "a-run-of-a-longer-name", "third"):
         rows = zip(names, ["good"] * 30 + ["scar"] * 30, labels, rng.random(60), strict=True)
-        report.write_scores(root / name / "scores.csv", rows)
+        write_scores(root / name / "scores.csv", rows)
         facts = {part: {"name": name} for part in ("model", "recipe", "data", "versions")}
         facts["data"]["category"] = "white"
         value = {"image_auroc": rng.random(), "pixel_auroc": rng.random()}

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msflow_ext import metrics, report
+from msflow_ext import metrics
+from msflow_ext.reports import run_report as report
 
 HEAT = "getComputedStyle(document.querySelectorAll('.card')[{}].querySelector('.heat')).opacity"
 LINE = "getComputedStyle(document.querySelector('.card .line')).opacity"

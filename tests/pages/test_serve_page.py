@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from msflow_ext import serving
-from msflow_ext.inference import Detector, Result
+from msflow_ext.inference.detector import Detector, Result
 
 # A picture that the page itself draws, and a file that is none.
 FILES = """(async () => {{

@@ -1,0 +1,24 @@
+"""The command ``compare``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+def compare(options: Any) -> int:
+    """Compare finished runs on the same test images: metrics, settings, images they disagree on."""
+    from msflow_ext.reports import comparison
+    from msflow_ext.runs.results import read_runs
+
+    runs = read_runs(options.runs)
+    comparison.write_comparison(options.out, runs)
+    print("\n".join((*comparison.lines(runs), "", options.out)))
+    return 0
+
+
+def compare_flags(part: ArgumentParser) -> None:
+    part.add_argument("runs", nargs="+", help="run folders; differences are from the first")
+    part.add_argument("--out", default="comparison.html", help="page to write")

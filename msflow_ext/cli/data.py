@@ -1,0 +1,81 @@
+"""The data flags, and the command ``data check``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msflow_ext.cli.flags import (
+    DATA_HELP,
+    add_layout,
+)
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from msflow_ext.data import DataSet
+
+
+def data(options: Any) -> int:
+    """Look at a data set before training on it: data check."""
+    from msflow_ext.data import check_dataset
+
+    chosen, faults = vars(options[options.action]), 0
+    every = chosen["data"] and chosen["category"] is None
+    for name in categories({**chosen, "category": "all"} if every else chosen):
+        report = check_dataset(open_data({**chosen, "category": name}, strict=False))
+        print(report)
+        faults += len(report.faults)
+    return 2 if faults else 0
+
+
+def categories(options: Mapping[str, Any]) -> list[str | None]:
+    """The categories that ``--category`` names: all, several with commas, one or None."""
+    from msflow_ext.data import list_categories
+
+    category = options["category"]
+    if category == "all":
+        return [*list_categories(options["data"], options["layout"])] or [None]
+    return [*category.split(",")] if category else [None]
+
+
+def open_data(options: Mapping[str, Any], *, strict: bool = True) -> DataSet:
+    """The data set that the options name; ``strict`` as :func:`msflow_ext.data.open_dataset` has it."""
+    from msflow_ext.data import open_dataset
+
+    given = {name: options[name] for name in DATA if name in options}
+    return open_dataset(**given, strict=strict)
+
+
+def run_settings(run: Path) -> dict[str, Any]:
+    """The options in ``config.yaml`` of a run; ValueError if it is damaged or names no data."""
+    import yaml
+
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there to name the run's data: give --data")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(settings, dict) or "data" not in settings:
+        raise ValueError(f"{path} does not name the run's data: give --data")
+    for name in DATA:
+        kind = int if name == "split_seed" else str
+        if not isinstance(settings.get(name), kind | None):
+            raise ValueError(f"{path}: {name} must be {kind.__name__}, got {settings[name]!r}")
+    return settings
+
+
+def data_flags(part: ArgumentParser) -> None:
+    import jsonargparse
+
+    text = "report what a data set holds and what is wrong with it"
+    check = jsonargparse.ArgumentParser(exit_on_error=False, description=text)
+    check.add_argument("data", type=str | None, nargs="?", help=DATA_HELP)
+    add_layout(check)
+    part.add_subcommands(dest="action").add_subcommand("check", check, help=text)
+
+
+DATA = ("data", "layout", "category", "split_seed", "normal", "abnormal", "masks", "csv")

@@ -1,0 +1,170 @@
+"""The command ``evaluate``: test a run, or every run of a folder, on labelled images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msflow_ext.cli.console import conclude, print_table, rows_of
+from msflow_ext.cli.data import open_data, run_settings
+from msflow_ext.cli.flags import (
+    add_data,
+    add_device,
+    add_false_alarms,
+    add_precision,
+    add_run,
+)
+from msflow_ext.errors import FAILURES
+from msflow_ext.files import write_text
+from msflow_ext.runs.checkpoint import CHECKPOINT
+from msflow_ext.runs.folder import METRICS, checked_out
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from msflow_ext.data import DataSet, Images
+    from msflow_ext.evaluation.evaluator import Evaluation, Truth
+    from msflow_ext.inference.detector import Detector
+    from msflow_ext.training import sweep as series
+
+
+def evaluate(options: Any) -> int:
+    """Test a trained model on labelled images: those of its own run, or others; or all runs of a folder."""
+    out = checked_out(options.out) if options.out else None
+    if options.category != "all":
+        print_table(rows_of(_test(options, out)))
+        return 0
+    from msflow_ext.training import sweep as series
+
+    parent = Path(options.run)
+    if not out or out.resolve() == parent.resolve():
+        raise ValueError("--category all wants --out, another folder than that of the runs")
+
+    def one(trial: series.Trial) -> Mapping[str, Any]:
+        chosen = options.clone()
+        chosen.run = str(trial.folder)
+        chosen.category, chosen.split_seed = trial.category, trial.split_seed
+        return _test(chosen, checked_out(out / trial.folder.relative_to(parent)))
+
+    conclude(series.do_all(_trials(parent), out, one, FAILURES), out)
+    return 0
+
+
+def _trials(parent: Path) -> list[series.Trial]:
+    """The finished trainings below a folder.
+
+    Raises:
+        ValueError: two are of one category and seeds, one of them is not finished.
+        FileNotFoundError: there are none, or one does not say what it was trained on.
+    """
+    from msflow_ext.training.sweep import Trial
+
+    found: dict[tuple[Any, ...], Trial] = {}
+    for folder in sorted(path.parent for path in parent.rglob(CHECKPOINT)):
+        if not (folder / METRICS).exists():
+            raise ValueError(f"{folder} is not a finished run: train it with --resume first")
+        settings = run_settings(folder)
+        split_seed, seed = (int(settings.get(name, 0)) for name in ("split_seed", "seed"))
+        trial = Trial(settings.get("category"), split_seed, seed, folder)
+        twin = found.setdefault((trial.category, split_seed, seed), trial)
+        if twin is not trial:
+            raise ValueError(
+                f"{twin.folder} and {folder} are of one category and seeds: a table has one run "
+                "of each"
+            )
+    if not found:
+        raise FileNotFoundError(f"{parent} has no runs below it: train --category all makes them")
+    return list(found.values())
+
+
+def _test(options: Any, out: Path | None) -> dict[str, Any]:
+    """Test one run, and write what is found into ``out``; the metrics, and of what they are."""
+    from msflow_ext.data import Images
+    from msflow_ext.evaluation import evaluator as evaluation
+    from msflow_ext.features import Features
+    from msflow_ext.inference.detector import load
+    from msflow_ext.runs.results import write_scores
+
+    how = {"false_alarms": options.false_alarms, "precision": options.precision}
+    detector = load(options.run, options.device, **how)
+    model = detector.model
+    own = not (options.data or options.normal)
+    dataset = open_data(run_settings(Path(options.run)) if own else vars(options))
+    _check_classes(dataset)
+    images = Images(dataset.test, model.image_size)
+    truth = evaluation.Truth.of(images)
+    seen = Images(dataset.test, model.image_size, detector.fit)
+    features = Features(model, seen, progress="features")
+    found = evaluation.evaluate(model.predict_features, features, truth)
+    written = {**found.metrics, **_decisions(detector, truth, images, found, options)}
+    if out:
+        items = zip(images.items, found.scores.tolist(), strict=True)
+        rows = ((i.name, i.defect, i.label, s) for i, s in items)
+        write_scores(out / "scores.csv", rows, aupimo=found.aupimo)
+        write_text(out / "evaluation.json", json.dumps(written, indent=1))
+    return {
+        **written,
+        "best": {},
+        "baseline": None,
+        "data": {"name": dataset.name, "category": dataset.category},
+        "model": {"name": type(model).__name__, **model.config},
+    }
+
+
+def _decisions(
+    detector: Detector, truth: Truth, images: Images, found: Evaluation, options: Any
+) -> dict[str, Any]:
+    """What the run's thresholds do on these images and, if asked for, those tuned on them; printed too."""
+    from msflow_ext.evaluation import calibration as decisions
+
+    written: dict[str, Any] = {}
+    if detector.calibration and detector.threshold is not None:
+        labels = [item.label for item in images.items]
+        written["decisions"] = decisions.rates(labels, found.scores, detector.threshold)
+        shares = (
+            f"{'-' if share is None else f'{share:.1%}'} of the {kind} images"
+            for share, kind in zip(
+                written["decisions"].values(), ("good", "defective"), strict=True
+            )
+        )
+        print(f"over the threshold {detector.threshold:.6g}: {', '.join(shares)}")
+    if options.tune_thresholds:
+        written["test_tuned"] = {
+            level: decisions.tuned(known, values)
+            for level, known, values in (
+                ("image", truth.labels, found.scores),
+                ("pixel", truth.masks, found.maps),
+            )
+            if known is not None
+        }
+        for level, best in written["test_tuned"].items():
+            print(f"{level}: F1 {best['f1']:.4f} over {best['threshold']:.6g}, {best['chosen']}")
+    return written
+
+
+def _check_classes(dataset: DataSet) -> None:
+    """ValueError if there is nothing to tell good images from defective ones by."""
+    labels = [item.label for item in dataset.test]
+    good, bad = labels.count(0), labels.count(1)
+    if not good or not bad or good + bad < len(labels):
+        raise ValueError(
+            f"{dataset.name} {dataset.category} cannot be measured: good and defective test images "
+            f"are wanted, got {good} good, {bad} defective and {len(labels) - good - bad} without "
+            "a label (msflow predict scores images of any kind)"
+        )
+
+
+def evaluate_flags(part: ArgumentParser) -> None:
+    add_run(part)
+    add_data(part)
+    add_precision(part)
+    add_device(part)
+    add_false_alarms(part)
+    part.add_argument(
+        "--tune-thresholds",
+        action="store_true",
+        help="also find the thresholds of the largest F1 on these very images",
+    )
+    part.add_argument("--out", type=str | None, help="folder for scores.csv and evaluation.json")

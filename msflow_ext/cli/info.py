@@ -1,0 +1,28 @@
+"""The command ``info``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+def info(options: Any) -> int:
+    """Say what is installed, and which backend each op takes and why."""
+    from msflow_ext import testing
+
+    print(json.dumps(testing.info(), indent=2))
+    if not options.check:
+        return 0
+    rows = testing.check()
+    wrong = [row for row in rows if not row[1] <= row[2]]
+    for case, error, bound in wrong:
+        print(f"WRONG {case}: relative error {error:.1e}, {bound:.1e} is granted")
+    print(f"{len(rows) - len(wrong)} of {len(rows)} kernel runs agree with their reference")
+    return 1 if wrong else 0
+
+
+def info_flags(part: ArgumentParser) -> None:
+    part.add_argument("--check", action="store_true", help="run every kernel against its reference")

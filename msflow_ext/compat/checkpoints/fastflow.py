@@ -1,0 +1,183 @@
+"""Weights of gathierry/FastFlow and of anomalib's Fastflow, to and from our head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msflow_ext.compat.checkpoints.msflow import read_permutation
+from msflow_ext.compat.checkpoints.torch_file import read_torch_file
+from msflow_ext.models.fastflow import FastFlowHead
+
+#: What each package calls the list of its flows.
+FLOWS = {"gathierry": "nf_flows", "anomalib": "fast_flow_blocks"}
+
+_KEY = re.compile(rf"(?:{'|'.join(FLOWS.values())})\.(\d+)\.module_list\.(\d+)\.(.+)")
+
+
+def load_fastflow_checkpoint(
+    path: str | Path, *, clamp: float = 2.0, clamp_form: str = "0.2"
+) -> FastFlowHead:
+    """Build a :class:`~msflow_ext.FastFlowHead` from a checkpoint of gathierry/FastFlow or of anomalib.
+
+    Every size is read from the file, which is opened without executing code. The frozen backbone in it is left out.
+
+    Args:
+        path: what ``torch.save`` or Lightning wrote: a state dict, or a dictionary with one as ``model_state_dict``
+            (gathierry) or ``state_dict`` (anomalib).
+        clamp, clamp_form: what the model was trained with; the file does not say.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not such a checkpoint; keys missing, unexpected or misshapen,
+            all named.
+    """
+    content = read_torch_file(path)
+    try:
+        return head_from_state_dict(content, clamp=clamp, clamp_form=clamp_form)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def unpacked(content: Any) -> dict[str, Tensor]:
+    """The state dict in what either package saves; of a Lightning module only what its ``model`` holds."""
+    for name in ("model_state_dict", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"a state dict must be a dictionary, got {type(content).__name__}")
+    state = {str(key): value for key, value in content.items()}
+    model = {key: value for key, value in state.items() if key.startswith("model.")}
+    return model or state
+
+
+def head_from_state_dict(
+    state: Mapping[str, Any], *, clamp: float = 2.0, clamp_form: str = "0.2"
+) -> FastFlowHead:
+    """Our head with the weights of a ``state`` of either package; those of its backbone are skipped.
+
+    Raises:
+        ValueError: keys missing, unexpected or misshapen, all named.
+    """
+    state = _flows_and_norms(state)
+    head = FastFlowHead(**_sizes(state), clamp=clamp, clamp_form=clamp_form)
+    expected = _named(head, index_permutations=False)
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    weights = [key for key in expected if key in state and "w_perm" not in key]
+    problems += [
+        f"{key} is {tuple(state[key].shape)}, not {tuple(expected[key].shape)}"
+        for key in weights
+        if state[key].shape != expected[key].shape
+    ]
+    problems += [f"{k} is {state[k].dtype}" for k in weights if not state[k].is_floating_point()]
+    if problems:
+        raise ValueError("the state dict does not fit: " + "; ".join(problems))
+    own = {}
+    for key, value in head.state_dict().items():
+        if key.endswith(".perm"):
+            own[key] = read_permutation(state, _theirs(key), len(value))
+        else:
+            own[key] = state[_theirs(key)].view_as(value)
+    head.to(state["flows.0.0.global_scale"].dtype)
+    head.load_state_dict(own)
+    return head
+
+
+def to_peer_state_dict(
+    head: FastFlowHead, package: str = "anomalib", *, index_permutations: bool = False
+) -> dict[str, Tensor]:
+    """The weights of ``head`` as the flows and norms of a ``package`` hold them: ``"gathierry"`` or ``"anomalib"``.
+
+    Permutations are dense matrices, as in FrEIA 0.2 and anomalib, or on request the int64 indices of FrEIA's master.
+    """
+    if package not in FLOWS:
+        raise ValueError(f"package must be one of {', '.join(FLOWS)}, got {package!r}")
+    state = _named(head, index_permutations)
+    return {
+        re.sub(r"^flows\.(\d+)\.", rf"{FLOWS[package]}.\1.module_list.", key): value
+        for key, value in state.items()
+    }
+
+
+def _flows_and_norms(content: Any) -> dict[str, Tensor]:
+    """What ``content`` holds besides a backbone, flows and norms as ``flows.SCALE.STEP.*`` and ``norms.SCALE.*``."""
+    found = {}
+    for key, value in unpacked(content).items():
+        name = key.removeprefix("model.")
+        if name.startswith("feature_extractor."):
+            continue
+        if match := _KEY.fullmatch(name):
+            scale, step, rest = match.groups()
+            name = f"flows.{scale}.{step}.{rest}"
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key} is no tensor but {type(value).__name__}")
+        found[name] = value
+    return found
+
+
+def _named(head: FastFlowHead, index_permutations: bool) -> dict[str, Tensor]:
+    """The weights of ``head`` by the names of :func:`_flows_and_norms`, in the shapes of the peers."""
+    state = {}
+    like = next(head.parameters())
+    for key, value in head.state_dict().items():
+        theirs = _theirs(key)
+        if not key.endswith(".perm"):
+            state[theirs] = value.view(1, -1, 1, 1) if "global" in key else value
+            continue
+        for name, perm in ((theirs, value), (f"{theirs}_inv", torch.argsort(value))):
+            dense = torch.eye(len(perm)).to(like)[perm][:, :, None, None]
+            state[name] = perm if index_permutations else dense
+    return state
+
+
+def _theirs(key: str) -> str:
+    return key.replace(".steps.", ".").replace(".perm", ".w_perm")
+
+
+def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the :class:`FastFlowHead` that ``state`` fits."""
+    steps: dict[int, int] = {}
+    for key in state:
+        if match := re.match(r"flows\.(\d+)\.(\d+)\.", key):
+            scale, step = map(int, match.groups())
+            steps[scale] = max(steps.get(scale, 0), step + 1)
+    if not steps or sorted(steps) != list(range(len(steps))) or len(set(steps.values())) != 1:
+        raise ValueError(
+            f"the state dict must hold flows of one length, got steps by scale {steps}"
+        )
+
+    def shape(scale: int, step: int, name: str) -> tuple[int, ...]:
+        key = f"flows.{scale}.{step}.{name}"
+        if key not in state or state[key].dim() != 4:
+            raise ValueError(f"the state dict does not fit: {key} is missing or not 4-dimensional")
+        return tuple(state[key].shape)
+
+    scales = range(len(steps))
+    convolutions = [shape(i, 0, "subnet.0.weight") for i in scales]
+    norms = [state.get(f"norms.{i}.weight") for i in scales]
+    normed = all(norm is not None and norm.dim() == 3 for norm in norms)
+    return {
+        "channels": [shape(i, 0, "global_scale")[1] for i in scales],
+        "steps": steps[0],
+        "hidden_ratio": _ratio([(hidden, passive) for hidden, passive, *_ in convolutions]),
+        "conv3x3_only": steps[0] > 1 and shape(0, 1, "subnet.0.weight")[2] == 3,
+        "input_sizes": [tuple(norm.shape[1:]) for norm in norms if norm is not None]
+        if normed
+        else None,
+    }
+
+
+def _ratio(widths: list[tuple[int, int]]) -> float:
+    """The shortest decimal number r with ``int(passive * r) == hidden`` for all of ``widths``."""
+    low = max(hidden / passive for hidden, passive in widths)
+    high = min((hidden + 1) / passive for hidden, passive in widths)
+    for digits in range(17):
+        ratio = round((low + high) / 2, digits)
+        if all(int(passive * ratio) == hidden for hidden, passive in widths):
+            return ratio
+    raise ValueError(f"no hidden ratio gives the subnets (hidden, passive) channels {widths}")

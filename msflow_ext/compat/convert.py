@@ -1,0 +1,55 @@
+"""Checkpoint files of other packages become ours, and ours theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msflow_ext.compat.checkpoints.detectors import PEERS, for_peer, read_detector
+from msflow_ext.files import replacing
+from msflow_ext.inference.detector import load
+from msflow_ext.runs.checkpoint import save_checkpoint
+
+FORMATS = ("msflow_ext", *PEERS)
+
+
+def convert(source: str | Path, target: str | Path, to: str = "msflow_ext", **options: Any) -> Path:
+    """Write the checkpoint ``source`` as ``target`` in another format.
+
+    Args:
+        source: a run folder or ``.safetensors`` file of ours, or a file of another package, found out by looking.
+        target: file to write, ``.safetensors`` if it shall be ours; an existing one is replaced.
+        to: ``"msflow_ext"``, ``"msflow"`` (the authors' code), ``"gathierry"`` or ``"anomalib"`` (their FastFlow).
+        options: of :func:`msflow_ext.compat.checkpoints.detectors.read_detector`, where ``source`` is another package's.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        FileNotFoundError: no ``source``. ValueError: an unknown format, nothing to convert, a model that the format
+            cannot hold, a checkpoint that does not fit; keys are named.
+    """
+    source, target = Path(source), Path(target)
+    ours = source.is_dir() or source.suffix == ".safetensors"
+    if to not in FORMATS:
+        raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
+    if ours and to == "msflow_ext":
+        raise ValueError(f"{source} is one of ours already")
+    if ours and options:
+        raise ValueError(f"{source} is one of ours, which says itself what {_listed(options)} is")
+    if (target.suffix == ".safetensors") != (to == "msflow_ext"):
+        raise ValueError(f"{target}: .safetensors are checkpoints of ours, and only those")
+    model = load(source, "cpu").model if ours else read_detector(source, **options)
+    if to == "msflow_ext":
+        save_checkpoint(target, {"model": type(model).__name__, "config": model.config}, model)
+        return target
+    content = for_peer(model, to)
+    with replacing(target) as temporary:
+        torch.save(content, temporary)
+    return target
+
+
+def _listed(options: dict[str, Any]) -> str:
+    return ", ".join(sorted(options))

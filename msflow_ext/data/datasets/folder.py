@@ -1,0 +1,116 @@
+"""The plainest layout: folders of normal and abnormal images and of masks, or a CSV that lists them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msflow_ext.data.csv_list import Entry, entries, rows, unique
+from msflow_ext.data.dataset import DataSet, Faults, Item, hold_out, list_images, match_masks
+
+
+def read(
+    root: Path | None,
+    category: str | None = None,
+    split_seed: int = 0,
+    *,
+    normal: str | Path | None = None,
+    abnormal: str | Path | None = None,
+    masks: str | Path | None = None,
+    csv: str | Path | None = None,
+) -> DataSet:
+    """Read ``normal``, ``abnormal`` and ``masks``, or ``csv``; all are taken relative to ``root``.
+
+    If none of them is given, the folders ``normal``, ``abnormal`` and ``masks`` inside ``root``
+    are, where they exist. Without abnormal images all normal ones train and nothing is tested; with
+    them, a seeded 80% of the normal ones train and the others are tested. A mask is called as its
+    image is, or ``NAME_mask``.
+
+    A CSV has a first line with the columns ``path`` and ``label``, and perhaps ``mask`` and
+    ``split``. Paths are relative to ``root`` and stay in it. A label is ``good``, ``normal``,
+    ``ok`` or ``0``, or else the kind of the defect, or ``1``. A split is ``train`` or ``test``;
+    without that column the images are split as those of folders are.
+
+    Raises:
+        ValueError: options that do not fit together, a CSV that cannot be read, or a category,
+            which there is not.
+        FileNotFoundError: no such CSV.
+    """
+    if category is not None:
+        raise ValueError(f"layout folder has no categories, got category {category!r}")
+    if csv is not None:
+        if root is None or normal or abnormal or masks:
+            raise ValueError(
+                "csv needs data, the folder that its paths are in, and no other folder"
+            )
+        return _listed(root, root / csv, split_seed)
+    base = root if root is not None else Path()
+    if root is not None and normal is None and abnormal is None and masks is None:
+        normal = "normal"
+        abnormal = "abnormal" if (root / "abnormal").exists() else None
+        masks = "masks" if (root / "masks").exists() else None
+    if normal is None:
+        raise ValueError("layout folder needs normal, a folder of good images")
+    faults: Faults = []
+    if masks is not None and abnormal is None:
+        lost = f"masks {base / masks} belong to abnormal images, of which there are none"
+        faults.append(ValueError(lost))
+
+    good = list_images(base / normal, faults)
+    trained, held_out = _split(
+        good, abnormal is not None, split_seed, f"{base / normal} holds one image", faults
+    )
+    train = [Item(f"train/good/{path.stem}", 0, "good", path) for path in trained]
+    test = [Item(f"good/{path.stem}", 0, "good", path) for path in held_out]
+    if abnormal is not None:
+        bad = list_images(base / abnormal, faults)
+        found = match_masks(bad, base / masks, faults) if masks is not None else [None] * len(bad)
+        test += [
+            Item(f"abnormal/{path.stem}", 1, "abnormal", path, mask)
+            for path, mask in zip(bad, found, strict=True)
+        ]
+    name = (root if root is not None else base / normal).absolute().name
+    return DataSet("folder", name, tuple(train), tuple(test), tuple(faults))
+
+
+def categories(root: Path) -> list[str]:
+    """None: there is one folder."""
+    return []
+
+
+def _listed(root: Path, table: Path, seed: int) -> DataSet:
+    faults: Faults = []
+    found = entries(rows(table, ("path", "label"), faults), root, faults)
+    good = [each for each in found if each.defect == "good"]
+    bad = [each for each in found if each.defect != "good"]
+    if any(each.split for each in found):
+        train, test = ([each for each in found if each.split == part] for part in ("train", "test"))
+    else:
+        if not good and not faults:
+            faults.append(
+                ValueError(f"{table} lists no good images, on which alone a model trains")
+            )
+        train, test = _split(good, bool(bad), seed, f"{table} lists one good image", faults)
+        test += bad
+    parts = ([_item(root, each) for each in part] for part in (train, test))
+    trained, tested = unique(parts, faults)
+    return DataSet("folder", root.absolute().name, trained, tested, tuple(faults))
+
+
+def _item(root: Path, entry: Entry) -> Item:
+    name = entry.image.relative_to(root).with_suffix("").as_posix()
+    return Item(name, int(entry.defect != "good"), entry.defect, entry.image, entry.mask)
+
+
+def _split(
+    good: list[Any], tested: bool, seed: int, where: str, faults: Faults
+) -> tuple[list[Any], list[Any]]:
+    """The good images to train on and, if there is something to tell them from, those to test on."""
+    if not tested:
+        return good, []
+    if len(good) == 1:
+        faults.append(ValueError(f"{where}, too few to train on some and test some"))
+    train, held_out = hold_out(len(good), np.random.default_rng(seed))
+    return [good[i] for i in train], [good[i] for i in held_out]

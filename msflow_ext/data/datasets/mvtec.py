@@ -1,0 +1,85 @@
+"""The layout of MVTec AD: a folder a category, with train, test and ground_truth inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msflow_ext.data.dataset import DataSet, Faults, Item, list_images, match_masks, subfolders
+
+
+def read(root: Path, category: str | None, split_seed: int = 0) -> DataSet:
+    """Read ``train/good``, ``test/KIND`` and ``ground_truth/KIND/NAME_mask`` of a category.
+
+    A mask may also be called as its image is. Without a ``ground_truth`` folder no item has one.
+    MVTec LOCO AD, where a mask is a folder of files, and MVTec AD 2, where ``test_public`` stands
+    for ``test`` and holds the ``ground_truth``, are read too; ``validation`` and the private test
+    images, which have no labels, are left alone.
+
+    Args:
+        root: the folder of all categories, or with ``category=None`` that of one.
+        split_seed: unused; this layout says itself what is trained and tested.
+
+    Raises:
+        ValueError: no such category.
+    """
+    return read_tree("mvtec", root, category)
+
+
+def categories(root: Path) -> list[str]:
+    """The folders with a ``train`` or a ``test`` inside; none if ``root`` is a category itself."""
+    parts = ("train", "test")
+    return [name for name in subfolders(root) if any((root / name / p).is_dir() for p in parts)]
+
+
+def read_tree(layout: str, root: Path, category: str | None, good: str = "good") -> DataSet:
+    """Read a tree like that of MVTec AD, whose folders of normal images are called ``good``."""
+    faults: Faults = []
+    folder = _category_folder(root, category, good)
+    train = list_images(folder / "train" / good, faults)
+    tests, truth = folder / "test", folder / "ground_truth"
+    if not tests.is_dir() and (folder / "test_public").is_dir():
+        tests, truth = folder / "test_public", folder / "test_public" / "ground_truth"
+
+    test: list[Item] = []
+    kinds = [kind for kind in _folders(tests, faults) if tests / kind != truth]
+    for kind in kinds:
+        images = list_images(tests / kind, faults)
+        masks: list[Path | None] = [None] * len(images)
+        if kind != good and truth.is_dir():
+            masks = match_masks(images, truth / kind, faults)
+        defect = "good" if kind == good else kind
+        test += [
+            Item(f"{defect}/{path.stem}", int(kind != good), defect, path, mask)
+            for path, mask in zip(images, masks, strict=True)
+        ]
+    if tests.is_dir() and not kinds:
+        faults.append(ValueError(f"{tests} holds no folder of images"))
+    lost = set(_folders(truth, faults) if truth.is_dir() else ()) - {*kinds, good}
+    faults += [
+        ValueError(f"masks {truth / kind} have no images: {tests / kind} is not a folder")
+        for kind in sorted(lost)
+    ]
+    items = tuple(Item(f"train/good/{path.stem}", 0, "good", path) for path in train)
+    return DataSet(layout, folder.absolute().name, items, tuple(test), tuple(faults), folder)
+
+
+def _folders(parent: Path, faults: Faults) -> list[str]:
+    try:
+        return subfolders(parent)
+    except FileNotFoundError as error:
+        faults.append(error)
+        return []
+
+
+def _category_folder(root: Path, category: str | None, good: str) -> Path:
+    if category in subfolders(root):
+        return root / category
+    if category is None and (root / "train").is_dir():
+        return root
+    names = categories(root)
+    if not names:
+        raise ValueError(
+            f"{root} holds no category, that is a folder with train/{good} and test inside"
+            + (f", got category {category!r}" if category is not None else "")
+        )
+    raise ValueError(f"category of {root} must be one of {', '.join(names)}, got {category!r}")

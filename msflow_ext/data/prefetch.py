@@ -1,0 +1,35 @@
+"""Decode images on threads, ahead of the caller."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+Decoded = TypeVar("Decoded")
+
+
+def decoded(
+    decode: Callable[[Any], Decoded], chunks: Iterable[list[Any]], workers: int
+) -> Iterator[list[Decoded]]:
+    """``decode(source)`` of each chunk of sources, on threads, one chunk ahead of the caller.
+
+    Where a source fails, what is before it in its chunk comes first, and then the error.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[list[Future[Decoded]]] = deque()
+        for chunk in chunks:
+            ahead.append([pool.submit(decode, source) for source in chunk])
+            if len(ahead) > 1:
+                yield from _results(ahead.popleft())
+        while ahead:
+            yield from _results(ahead.popleft())
+
+
+def _results(futures: list[Future[Decoded]]) -> Iterator[list[Decoded]]:
+    wrong = next((i for i, future in enumerate(futures) if future.exception()), len(futures))
+    if wrong:
+        yield [future.result() for future in futures[:wrong]]
+    if wrong < len(futures):
+        futures[wrong].result()

@@ -1,0 +1,69 @@
+"""The images in whatever a user hands over, one by one, each with its name."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msflow_ext.data import load_image
+from msflow_ext.data.dataset import SUFFIXES
+
+#: What can be iterated, but not over images.
+_NO_SOURCES = (bytes, bytearray, memoryview, io.IOBase, Mapping)
+
+
+def images_of(source: Any, numbers: Iterator[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """Every image in ``source`` with its name: a path, an array or a tensor."""
+    from PIL import Image
+
+    numbers = count() if numbers is None else numbers
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        folder = Path(source)
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not found:
+            raise ValueError(f"{folder} holds no images ({', '.join(s[1:] for s in SUFFIXES)})")
+        yield from ((path.relative_to(folder).as_posix(), path) for path in found)
+    elif isinstance(source, (str, Path)):
+        yield str(source), Path(source)
+    elif isinstance(source, Image.Image):
+        yield f"image {next(numbers)}", _pixels(source)
+    elif isinstance(source, (np.ndarray, Tensor)) and source.ndim != 4:
+        yield f"image {next(numbers)}", source
+    elif isinstance(source, Iterable) and not isinstance(source, _NO_SOURCES):
+        for one in source:
+            yield from images_of(one, numbers)
+    else:
+        raise TypeError(
+            "source must be a path, a PIL image, an array, a tensor or an iterable of these, "
+            f"got {type(source).__name__}"
+        )
+
+
+def own_size(named: tuple[str, Any]) -> Tensor:
+    """A named image in its own size, ``(3, H, W)``: uint8, or the float tensor that it is."""
+    name, image = named
+    if not isinstance(image, Tensor):
+        return torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1)
+    if image.ndim != 3 or len(image) != 3 or not image.is_floating_point() or not image.numel():
+        raise ValueError(
+            f"{name}: a tensor must be (3, H, W) of floating point, "
+            f"got {tuple(image.shape)} of {image.dtype}"
+        )
+    return image
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """A PIL image as an array that :func:`msflow_ext.data.load_image` reads without loss."""
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        return np.asarray(upright).astype(np.uint16)
+    return np.asarray(upright if upright.mode in ("I", "F") else upright.convert("RGBA"))

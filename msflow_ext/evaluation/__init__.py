@@ -1,0 +1,6 @@
+"""Test a model on labelled images, and choose thresholds from normal ones."""
+
+from msflow_ext.evaluation.calibration import Calibration
+from msflow_ext.evaluation.evaluator import Evaluation, Truth, evaluate, measure
+
+__all__ = ["Calibration", "Evaluation", "Truth", "evaluate", "measure"]

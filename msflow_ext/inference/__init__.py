@@ -1,0 +1,5 @@
+"""Score images with a trained model: a file, a folder, an array, an archive."""
+
+from msflow_ext.inference.detector import Detector, Result, load
+
+__all__ = ["Detector", "Result", "load"]

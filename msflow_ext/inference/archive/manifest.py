@@ -1,0 +1,113 @@
+"""What an archive's scores depend on, the list of its images first, kept beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import partial
+from importlib import metadata
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msflow_ext.data.sources import images_of
+from msflow_ext.inference.archive.parquet import Store
+from msflow_ext.runs.checkpoint import CHECKPOINT
+
+# Readers of a folder of Parquet pass over names that begin so.
+MANIFEST, IMAGES = "_manifest.json", "_images.parquet"
+
+Images = Sequence[tuple[str, int]]  # path, and size in bytes
+
+
+def listed(source: Any) -> Images:
+    """Every image of files and folders.
+
+    Raises:
+        FileNotFoundError: a file is not there. ValueError: no images, one twice, a name in no UTF-8.
+    """
+    images: dict[str, int] = {}
+    for each in [source] if isinstance(source, (str, Path)) else source:
+        for _, path in images_of(Path(each)):
+            name = path.as_posix()
+            if not path.is_file():
+                raise FileNotFoundError(f"{name} is not a file")
+            if name in images:
+                raise ValueError(f"{name} is given twice")
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{name!a} is no UTF-8, which Parquet wants: rename it") from None
+            images[name] = path.stat().st_size
+    if not images:
+        raise ValueError("no images are given")
+    return list(images.items())
+
+
+def described(images: Images, sha256: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """A manifest: digests of list and model, and the settings."""
+    lines = (f"{path}\n{size}\n".encode() for path, size in images)
+    return {"images": _sha256(lines), "model": sha256, "settings": settings}
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    return _sha256([json.dumps(manifest, sort_keys=True).encode()])
+
+
+def write(store: Store, manifest: dict[str, Any], images: Images) -> None:
+    """Write a manifest; OSError if that cannot be done."""
+    import pyarrow
+
+    paths, sizes = zip(*images, strict=True)
+    table = pyarrow.table({"path": paths, "bytes": sizes})
+    store.write_table(IMAGES, table, {"images": manifest["images"]})
+    versions = {"msflow-ext": metadata.version("msflow-ext"), "torch": torch.__version__}
+    facts = {"count": len(images), "versions": versions}
+    store.write(MANIFEST, json.dumps({**manifest, **facts}, indent=1).encode())
+
+
+def check(store: Store, wanted: dict[str, Any], images: Images) -> None:
+    """ValueError, saying in what, if the manifest that is there differs."""
+    where, rest = store.path(MANIFEST), "choose another --out"
+    try:
+        there = json.loads(store.read(MANIFEST).to_pybytes())
+        settings, model, listed = dict(there["settings"]), there["model"], there["images"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} is damaged: {error}") from None
+    if model != wanted["model"]:
+        raise ValueError(f"{where} is of another model than --run: {rest}")
+    for name, value in wanted["settings"].items():
+        if settings.get(name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{where} has {flag} {settings.get(name)}, this one {value}: {rest}")
+    if listed != wanted["images"]:
+        rows = store.read_table(IMAGES, ("path", "bytes")).to_pylist()
+        old = [(row["path"], row["bytes"]) for row in rows]
+        a, b = next((a, b) for a, b in zip_longest(old, images) if a != b)
+        raise ValueError(
+            f"{where} is of other images, {len(old)} there and {len(images)} here, "
+            f"the first that differs is {(b or a)[0]}: {rest}"
+        )
+
+
+def checkpoint_of(run: str | Path) -> Path:
+    """The checkpoint of a run folder, or the file that was given; FileNotFoundError if it is not there."""
+    path = Path(run) / CHECKPOINT if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    return path
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return _sha256(iter(partial(file.read, 2**20), b""))
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    return whole.hexdigest()

@@ -1,0 +1,281 @@
+"""Score images with a trained model, however they come: a file, a folder, an array."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msflow_ext.data import Images, Item
+from msflow_ext.data.images import Box, to_pixels
+from msflow_ext.data.prefetch import decoded
+from msflow_ext.data.sources import images_of, own_size
+from msflow_ext.evaluation.calibration import Calibration
+from msflow_ext.hardware import pick_device
+from msflow_ext.inference import tiling
+from msflow_ext.inference.cuda_graphs import Replayed
+from msflow_ext.models.base import PRECISIONS
+from msflow_ext.models.fastflow import FastFlow
+from msflow_ext.models.msflow import MSFlow
+from msflow_ext.runs.checkpoint import CHECKPOINT, read_checkpoint, restore
+
+#: The models that checkpoints name.
+MODELS: dict[str, type[MSFlow] | type[FastFlow]] = {"MSFlow": MSFlow, "FastFlow": FastFlow}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a detector says of one image.
+
+    Attributes:
+        name: path of the image, in a folder relative to it; ``image 0``, ``image 1``, ... if it has none.
+        score: the larger the more anomalous.
+        label: 1 if the score exceeds the detector's threshold, else 0; None without a threshold.
+        p_value: how rare such a score is among normal images, in (0, 1], see
+            :class:`msflow_ext.evaluation.calibration.Calibration`; None if training held none out.
+        map: ``(S, S)`` float32, the larger the more anomalous; the padding of a detector with fit
+            ``"pad"`` is cut off, here and below.
+        mask: ``(S, S)`` bool, where the map exceeds the pixel threshold; None without one.
+        image: ``(S, S, 3)`` uint8, RGB: what the model saw.
+
+    Of an image in tiles, map, mask and image have the image's own size ``(H, W)``.
+    """
+
+    name: str
+    score: float
+    label: int | None
+    p_value: float | None
+    map: np.ndarray
+    mask: np.ndarray | None
+    image: np.ndarray
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    false_alarms: float | None = None,
+    precision: str | None = None,
+) -> Detector:
+    """Load a detector from a run folder, or from a checkpoint file.
+
+    It has thresholds if its training held normal images out (``Recipe(hold_out=...)``).
+
+    >>> detector = load("runs/mine")
+    >>> [result.name for result in detector.predict("photos")]
+    ['large.jpg', 'small.png']
+    >>> stricter = load("runs/mine", false_alarms=0.2)  # fewer normal images are labelled 1
+    >>> stricter.threshold >= detector.threshold
+    True
+
+    Args:
+        path: what training wrote; an unfinished run gives the model of its last checkpoint.
+        device: where to compute; by default on the GPU if there is one.
+        false_alarms: share of normal images that may exceed the thresholds; by default the recipe's.
+        precision: ``"float32"`` or ``"bfloat16"`` for the prepacked form, ``model.optimize(dtype)``, of
+            which the first call is slower and the others are faster; by default the model as it trained.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: not a checkpoint, or a damaged one; ``false_alarms`` for a model without held-out
+            images, or with too few of them; another ``precision``.
+    """
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    path = Path(path)
+    path = path / CHECKPOINT if path.is_dir() else path
+    header, tensors = read_checkpoint(path)
+    kind = MODELS.get(str(header.get("model")))
+    if kind is None:
+        raise ValueError(f"{path} holds a model {header.get('model')!r}, unknown to this version")
+    try:
+        model: Any = kind(**header["config"], pretrained=False)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its configuration builds no {kind.__name__}: {error}") from error
+    restore(path, tensors, model)
+    recipe, held_out = header.get("recipe", {}), header.get("calibration")
+    if false_alarms is not None and not held_out:
+        raise ValueError(f"{path} knows no rate of false alarms: its training held no images out")
+    calibration = Calibration(**held_out) if held_out else None
+    rate = recipe.get("false_alarms") if false_alarms is None else false_alarms
+    model = model.eval().to(pick_device(device))
+    return Detector(
+        model if precision is None else model.optimize(getattr(torch, precision)),
+        threshold=calibration.threshold(rate) if calibration else None,
+        pixel_threshold=calibration.pixel_threshold(rate) if calibration else None,
+        calibration=calibration,
+        colours=header.get("colours"),
+        fit=recipe.get("fit", "resize"),
+    )
+
+
+class Detector:
+    """A trained model that takes images as they come; several threads may use one at once.
+
+    On a GPU, batches of a shape that comes again are replayed as a CUDA graph (:class:`msflow_ext.inference.cuda_graphs.Replayed`;
+    not run on a GPU yet), which shows later changes of weights only, not of settings such as ``model.score``.
+
+    Args:
+        model: as training made it.
+        threshold: images that score higher are labelled 1; None for no labels.
+        pixel_threshold: pixels above it make the mask; None for no masks.
+        calibration: what held-out normal images scored, for p-values; None for none.
+        colours: the range of map values that the run's heat maps show; None if not known.
+        fit: how images become square, see :class:`msflow_ext.data.Images`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        threshold: float | None = None,
+        pixel_threshold: float | None = None,
+        calibration: Calibration | None = None,
+        colours: Sequence[float] | None = None,
+        fit: str = "resize",
+    ) -> None:
+        self.model = model
+        self.threshold = threshold
+        self.pixel_threshold = pixel_threshold
+        self.calibration = calibration
+        self.colours = colours
+        self.fit = fit
+        self._replayed = Replayed(model)
+
+    def predict(
+        self,
+        source: Any,
+        *,
+        batch_size: int = 8,
+        workers: int = 2,
+        tile: bool = False,
+        overlap: float = 0.25,
+    ) -> list[Result]:
+        """Score one image or many.
+
+        With ``tile``, an image is not resized but cut into squares of the model's size ``S``, which
+        overlap. Its score is the largest of theirs; its map, of the image's own size, joins theirs
+        (:func:`msflow_ext.inference.tiling.stitch`). A side below ``S`` is filled up with black. The model
+        then sees things as large as they are in the file: it should have been trained on pieces of
+        that scale. Thresholds and p-values of a calibrated detector are of whole images and do not
+        hold for tiles: label, mask and p-value are None. To judge tiles by thresholds of your own,
+        set these, and ``calibration`` to None.
+
+        >>> (large,) = load("runs/mine").predict("photos/large.jpg", tile=True)
+        >>> large.map.shape, large.label
+        ((90, 160), None)
+
+        Args:
+            source: a file; a folder, searched with all its folders; a PIL image; an array ``(H, W)``
+                or ``(H, W, 3)`` as :func:`msflow_ext.data.load_image` takes it; a float tensor
+                ``(3, S, S)`` or ``(N, 3, S, S)``, RGB in 0..1, of the model's size, or with ``tile``
+                of any; or an iterable of these.
+            batch_size: images, or tiles of one image, per call of the model.
+            workers: threads that decode images.
+            tile: whether to cut images into tiles.
+            overlap: of neighbouring tiles, as a share of their side, at least; 0 <= overlap < 1.
+
+        Raises:
+            FileNotFoundError: no such file or folder.
+            ValueError: a file that is no image, a folder without images, a wrong shape or overlap.
+            TypeError: a source of another type.
+            FloatingPointError: a score or a map is not finite; its image is named.
+        """
+        return list(
+            self.stream(source, batch_size=batch_size, workers=workers, tile=tile, overlap=overlap)
+        )
+
+    def stream(
+        self,
+        source: Any,
+        *,
+        batch_size: int = 8,
+        workers: int = 2,
+        tile: bool = False,
+        overlap: float = 0.25,
+    ) -> Iterator[Result]:
+        """As :meth:`predict`, one result after the other: of a large folder, little is in memory."""
+        if batch_size < 1 or workers < 1:
+            raise ValueError(
+                f"batch_size and workers must be 1 or more, got {batch_size}, {workers}"
+            )
+        shared = tiling.pixels_of(overlap, self.model.image_size)
+        names: deque[str] = deque()
+
+        def chunks(size: int) -> Iterator[list[tuple[str, Any]]]:
+            images = images_of(source)
+            while chunk := list(islice(images, size)):
+                names.extend(name for name, _ in chunk)
+                yield chunk
+
+        if tile:
+            for (image,) in decoded(own_size, chunks(1), workers):
+                yield self._tiled(names.popleft(), image, shared, batch_size)
+            return
+        for chunk in decoded(self._decode, chunks(batch_size), workers):
+            scores, maps = self._score([pixels for pixels, _ in chunk])
+            for (pixels, box), score, each in zip(chunk, scores, maps, strict=True):
+                image = to_pixels(pixels)
+                yield self._result(names.popleft(), score, each[box], image[box])
+
+    def _score(self, images: list[Tensor]) -> tuple[list[float], np.ndarray]:
+        """Scores and maps ``(N, S, S)`` of images ``(3, S, S)``."""
+        device = next(chain(self.model.parameters(), self.model.buffers())).device
+        if self._replayed.model is not self.model:
+            self._replayed = Replayed(self.model)
+        scores, maps = self._replayed(torch.stack(images), device)
+        return scores.tolist(), maps.float().numpy()
+
+    def _tiled(self, name: str, image: Tensor, overlap: int, batch_size: int) -> Result:
+        """The result of an image ``(3, H, W)``, from tiles that overlap by so many pixels."""
+        side = self.model.image_size
+        whole, inside = tiling.padded(image, side)
+        height, width = whole.shape[1:]
+        boxes = tiling.grid(height, width, side, overlap)
+        scores: list[float] = []
+
+        def tiles() -> Iterator[tuple[Box, np.ndarray]]:
+            for first in range(0, len(boxes), batch_size):
+                chunk = boxes[first : first + batch_size]
+                found, maps = self._score([tiling.cut(whole, box) for box in chunk])
+                scores.extend(found)
+                yield from zip(chunk, maps, strict=True)
+
+        joined = tiling.stitch(tiles(), height, width)[inside]
+        judged = self.calibration is None
+        return self._result(name, float(np.max(scores)), joined, to_pixels(image), judged)
+
+    def _decode(self, named: tuple[str, Any]) -> tuple[Tensor, Box]:
+        """The square that the model sees, and where in it the image is."""
+        name, image = named
+        size = self.model.image_size
+        if not isinstance(image, Tensor):
+            images = Images((Item(name, None, "", image),), size, self.fit)
+            return images[0], images.box(0)
+        if image.shape != (3, size, size) or not image.is_floating_point():
+            raise ValueError(
+                f"{name}: a tensor must be (3, {size}, {size}) of floating point, "
+                f"got {tuple(image.shape)} of {image.dtype}"
+            )
+        if not image.isfinite().all():
+            raise ValueError(f"{name}: a tensor must be finite, it holds NaN or infinite values")
+        return image.float(), (slice(0, size), slice(0, size))
+
+    def _result(
+        self, name: str, score: float, each: np.ndarray, image: np.ndarray, judged: bool = True
+    ) -> Result:
+        if not np.isfinite(each.sum() + score):
+            raise FloatingPointError(f"score or map of image {name} is not finite")
+        if not judged:
+            return Result(name, score, None, None, each, None, image)
+        label = None if self.threshold is None else int(score > self.threshold)
+        mask = None if self.pixel_threshold is None else each > self.pixel_threshold
+        p_value = None if self.calibration is None else self.calibration.p_value(score)
+        return Result(name, score, label, p_value, each, mask, image)

@@ -1,0 +1,145 @@
+"""Follow a folder: images as they arrive, and a table of scores that survives interruptions."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import signal
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from msflow_ext.data.dataset import SUFFIXES
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[Event]:
+    """An event that the first SIGINT or SIGTERM sets; the second does what it always does.
+
+    Only the main thread can ask for signals.
+    """
+    stop = Event()
+    before: dict[int, Any] = {}
+
+    def on_signal(number: int, _: Any) -> None:
+        stop.set()
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def arrivals(
+    folder: Path, known: Container[str], stop: Event, *, interval: float = 0.5
+) -> Iterator[tuple[str, Path]]:
+    """Name and path of each image that comes to lie in ``folder`` or in folders there, until ``stop``.
+
+    The name is the path from ``folder`` on. An image has arrived when two looks, ``interval`` seconds
+    apart, find the same size above 0 and the same time of change: one still being written is left
+    alone, one moved in is taken at the second look. An image comes once, and again only if it has
+    changed and its name is not in ``known``. Hidden files and folders are passed over.
+
+    Raises:
+        FileNotFoundError: the folder is not there, or not any more.
+    """
+    offered: dict[str, tuple[int, int]] = {}
+    last: dict[str, tuple[int, int]] = {}
+    while not stop.is_set():
+        now = dict(_images(folder))
+        for name in sorted(now):
+            if name in known or now[name] != last.get(name) or now[name] == offered.get(name):
+                continue
+            offered[name] = now[name]
+            yield name, folder / name
+            if stop.is_set():
+                return
+        last = now
+        stop.wait(interval)
+
+
+def _images(folder: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Names of all images with bytes in them, each with its size and time of change."""
+
+    def fail(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise FileNotFoundError(f"{folder} cannot be watched: {error.strerror}") from error
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        for file in files:
+            path = Path(parent, file)
+            if file.startswith(".") or path.suffix.lower() not in SUFFIXES:
+                continue
+            try:
+                found = path.stat()
+            except OSError:  # gone meanwhile, or a link to nowhere
+                continue
+            if found.st_size:
+                yield path.relative_to(folder).as_posix(), (found.st_size, found.st_mtime_ns)
+
+
+class ScoreLog:
+    """A table of scores as :func:`msflow_ext.runs.results.write_scores` makes, to which rows are appended.
+
+    A row is on the disk when :meth:`append` returns. A last row that was cut off, as by a loss of
+    power, is removed on opening.
+
+    Args:
+        path: of the table; made with its first row if it is not there.
+        columns: of further numbers.
+
+    Attributes:
+        names: of all rows, in their order.
+
+    Raises:
+        ValueError: the file is another kind of table.
+    """
+
+    def __init__(self, path: Path, *columns: str) -> None:
+        self.path = path
+        self._header = ["name", "defect", "label", "score", *columns]
+        self.names: dict[str, None] = {}
+        text = path.read_bytes() if path.is_file() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        rows = list(csv.reader(io.StringIO(whole.decode("utf-8", "surrogateescape"), newline="")))
+        if rows and rows[0] != self._header:
+            wanted = ",".join(self._header)
+            raise ValueError(f"{path} begins with {','.join(rows[0])}, {wanted} is wanted")
+        if any(len(row) != len(self._header) for row in rows):
+            raise ValueError(f"{path} is damaged: a row has not {len(self._header)} cells")
+        self.names.update((row[0], None) for row in rows[1:])
+        if len(whole) < len(text):
+            os.truncate(path, len(whole))
+        self._empty = not whole
+
+    def append(self, name: str, label: int | None, score: float, *more: float) -> None:
+        """Write one image's row; OSError if the disk does not take all of it, and then none of it."""
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        if self._empty:
+            table.writerow(self._header)
+        table.writerow((name, "", "" if label is None else label, score, *more))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab", buffering=0) as file:
+            _write_all(file.fileno(), text.getvalue().encode("utf-8", "surrogateescape"), self.path)
+        self._empty = False
+        self.names[name] = None
+
+
+def _write_all(file: int, content: bytes, path: Path) -> None:
+    size = os.fstat(file).st_size
+    try:
+        while content:
+            content = content[os.write(file, content) :]
+        os.fsync(file)
+    except OSError as error:
+        os.ftruncate(file, size)
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,333 @@
+"""What MSFlow and FastFlow share: a frozen backbone, statistics of its features, a flow, a score."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from msflow_ext import ops
+from msflow_ext.flows import MEMORY
+from msflow_ext.models.anomaly_map import ClampedMap
+from msflow_ext.models.backbone import Backbone
+from msflow_ext.models.gaussians import PositionBase, Total, Whitening, alone
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+SCORES = ("paper", "log", "nll", "map")
+MAPS = ("paper", "clamped")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a detector says of a batch of images.
+
+    Attributes:
+        score: ``(N,)``, the larger the more anomalous; which score, the model says.
+        anomaly_map: ``(N, S, S)`` for localization.
+        image_map: ``(N, S, S)``, the map behind the paper's image score.
+        log_likelihood: one ``(N, H_i, W_i)`` per scale.
+    """
+
+    score: Tensor
+    anomaly_map: Tensor
+    image_map: Tensor
+    log_likelihood: list[Tensor]
+
+
+class FlowHead(nn.Module):
+    """The trainable part of a detector: maps features of several scales to a standard normal distribution.
+
+    A subclass has ``forward(features) -> FlowOutput`` and its ``inverse``.
+
+    Args:
+        channels: channels of each scale.
+        clamp, clamp_form: of the coupling steps, see :func:`msflow_ext.ops.affine_coupling`.
+
+    Attributes:
+        memory: what the backward pass of training rests on. ``"lean"``: saved activations, without those that are
+            cheap to compute again. ``"reversible"``: the latent tensors alone, from which the inverse recovers the
+            rest; float32 or float64, and slower.
+    """
+
+    def __init__(self, channels: Sequence[int], *, clamp: float, clamp_form: str) -> None:
+        super().__init__()
+        self.channels = tuple(int(c) for c in channels)
+        self.clamp = float(clamp)
+        self.clamp_form = clamp_form
+        self._memory = "lean"
+        if not 0 < self.clamp < math.inf:
+            raise ValueError(f"clamp must be positive, got {self.clamp}")
+        if self.clamp_form not in ("0.2", "head"):
+            raise ValueError(f"clamp_form must be '0.2' or 'head', got {self.clamp_form!r}")
+
+    @property
+    def memory(self) -> str:
+        return self._memory
+
+    @memory.setter
+    def memory(self, value: str) -> None:
+        if value not in MEMORY:
+            raise ValueError(f"memory must be one of {MEMORY}, got {value!r}")
+        self._memory = value
+        for part in self.children():
+            for module in part.modules():
+                if hasattr(module, "memory"):
+                    module.memory = value  # type: ignore[assignment]
+
+    def log_likelihood(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Log-likelihood maps ``[(N, H_i, W_i)]``: see :func:`msflow_ext.ops.log_likelihood_map`."""
+        return [ops.log_likelihood_map(z) for z in self(features).z]
+
+    def loss(self, features: Sequence[Tensor]) -> Tensor:
+        """Mean over the batch of the negative log-likelihood in nats, without its constant."""
+        out = self(features)
+        return (sum(ops.half_square_norm(z) for z in out.z) - out.log_det).mean()
+
+    def _check_features(self, features: Sequence[Tensor], name: str = "features") -> None:
+        got = [tuple(f.shape) for f in features]
+        if len(got) != len(self.channels) or any(len(s) != 4 for s in got):
+            raise ValueError(
+                f"{name} must be {len(self.channels)} tensors (N, C, H, W), got shapes {got}"
+            )
+        if tuple(s[1] for s in got) != self.channels or any(s[0] != got[0][0] for s in got):
+            raise ValueError(
+                f"{name} must have one N and channels {self.channels}, got shapes {got}"
+            )
+        if any(0 in s[1:] for s in got):
+            raise ValueError(f"{name} must have at least one position per scale, got shapes {got}")
+
+
+class AnomalyModel(nn.Module, ABC):
+    """A model that scores images by the likelihood of their features.
+
+    A subclass has ``predict_features(features) -> Prediction``, and may pool the backbone's maps.
+
+    Args:
+        backbone: frozen.
+        head: a :class:`FlowHead` for the maps that :meth:`features` gives.
+        image_size: side ``S`` of the square input and of the maps, in pixels; None: see :func:`side`.
+        standardize: whether features are standardised per channel by statistics of the training set, once
+            :meth:`set_statistics` was called.
+        whiten: whether standardised features are whitened at every position: see :class:`Whitening`.
+        position_base: whether :meth:`fit_latents` puts a :class:`PositionBase` behind the flow.
+        score: of an image: ``paper``, ``log``, ``nll`` or ``map``.
+        top_k: share of the pixels that make it.
+        anomaly_map: ``paper`` or ``clamped``.
+        smoothing: of the clamped map, see :class:`ClampedMap`.
+        config: further arguments of the subclass.
+
+    Attributes:
+        config: plain values that build the model again: ``type(model)(**model.config)``.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: FlowHead,
+        *,
+        image_size: int | None,
+        standardize: bool,
+        whiten: bool,
+        position_base: bool,
+        score: str,
+        top_k: float,
+        anomaly_map: str,
+        smoothing: float,
+        **config: Any,
+    ) -> None:
+        super().__init__()
+        choices = (("score", score, SCORES), ("anomaly_map", anomaly_map, MAPS))
+        for name, value, known in choices:
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if not 0 < top_k <= 1:
+            raise ValueError(f"top_k must be in (0, 1], got {top_k}")
+        if whiten and not standardize:
+            raise ValueError("whiten needs standardize, got whiten True and standardize False")
+        self.score, self.top_k = score, top_k
+        self.image_size = side(image_size, backbone)
+        self.standardize = standardize
+        self.backbone = backbone
+        self.head: Any = head  # or its inference form
+        sizes = self._sizes() if whiten or position_base else []
+        self.whitening = Whitening(head.channels, sizes) if whiten else None
+        self.base = PositionBase(head.channels, sizes) if position_base else None
+        if not 0 <= smoothing < self.image_size:
+            raise ValueError(
+                f"smoothing must be in [0, image_size {self.image_size}) pixels, got {smoothing}"
+            )
+        if smoothing and anomaly_map != "clamped":
+            raise ValueError(
+                f"smoothing needs anomaly_map clamped, got smoothing {smoothing} and {anomaly_map!r}"
+            )
+        clamped = anomaly_map == "clamped"
+        self.clamped = ClampedMap(len(head.channels), smoothing) if clamped else None
+        for i, c in enumerate(backbone.channels):
+            self.register_buffer(f"feature_mean{i}", torch.zeros(c))
+            self.register_buffer(f"feature_std{i}", torch.ones(c))
+        self.config: dict[str, Any] = {
+            "backbone": backbone.name,
+            "image_size": self.image_size,
+            "out_indices": list(backbone.out_indices),
+            "padding_mode": backbone.padding_mode,
+            "standardize": standardize,
+            "whiten": whiten,
+            "position_base": position_base,
+            "score": score,
+            "top_k": top_k,
+            "anomaly_map": anomaly_map,
+            "smoothing": smoothing,
+            "clamp": head.clamp,
+            "clamp_form": head.clamp_form,
+            **config,
+        }
+
+    def forward(self, images: Tensor) -> Prediction:
+        """Score RGB ``images (N, 3, S, S)`` in 0..1; normalisation happens inside."""
+        return self.predict_features(self.features(images))
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Feature maps ``[(N, C_i, H_i, W_i)]`` as the head takes them."""
+        found = self.plain_features(images)
+        return found if self.whitening is None else self.whitening(found)
+
+    @torch.no_grad()
+    def plain_features(self, images: Tensor) -> list[Tensor]:
+        """The feature maps before they are whitened, where they are."""
+        pooled = [self.pool(f) for f in self.backbone(images)]
+        return self.standardized(pooled) if self.standardize else pooled
+
+    def standardized(self, pooled: Sequence[Tensor]) -> list[Tensor]:
+        """Pooled maps by the statistics of their channels."""
+        return [
+            (f - _column(getattr(self, f"feature_mean{i}")))
+            / _column(getattr(self, f"feature_std{i}"))
+            for i, f in enumerate(pooled)
+        ]
+
+    def pool(self, x: Tensor) -> Tensor:
+        """What the head gets of a map of the backbone: here all of it."""
+        return x
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Of the maps that the head gets."""
+        return [self.pooled_size(*grid) for grid in self.backbone.grids(self.image_size)]
+
+    def pooled_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size of what :meth:`pool` makes of a map of this size."""
+        return height, width
+
+    def log_likelihood(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Log-likelihood maps ``[(N, H_i, W_i)]`` of features, by the position base where there is one."""
+        if self.base is None:
+            return self.head.log_likelihood(features)
+        return [ops.log_likelihood_map(z) for z in self.base(self.head(features).z)]
+
+    def localize(self, log_likelihood: Sequence[Tensor], paper: Tensor) -> Tensor:
+        """The anomaly map: the clamped one where the model wants that, else the paper's."""
+        return paper if self.clamped is None else self.clamped(log_likelihood, self.image_size)
+
+    def hottest(self, anomaly_map: Tensor) -> Tensor:
+        """The score ``map`` of images: the mean of the largest ``top_k`` share of their maps, ``(N,)``."""
+        count = max(1, int(self.top_k * self.image_size**2))
+        return anomaly_map.flatten(1).topk(count, sorted=False).values.mean(1)
+
+    @torch.no_grad()
+    def fit_latents(
+        self, batches: Callable[[], Iterable[Sequence[Tensor]]], total: Total = alone
+    ) -> None:
+        """Fit what comes behind the trained head, where the model has it: position base, clamped map.
+
+        Args:
+            batches: gives the features of all normal images, from the first on at every call.
+            total: of several processes with batches of their own, sums a tensor over all.
+        """
+        if self.base is not None:
+            self.base.fit((self.head(features).z for features in batches()), total)
+        if self.clamped is not None:
+            self.clamped.fit((self.log_likelihood(features) for features in batches()), total)
+
+    @abstractmethod
+    def predict_features(self, features: Sequence[Tensor]) -> Prediction:
+        """Score features as :meth:`features` gives them."""
+
+    def set_statistics(self, means: Sequence[Tensor], stds: Sequence[Tensor]) -> None:
+        """Store per-channel mean and standard deviation ``(C_i,)`` of the training set's pooled features."""
+        for i, (mean, std) in enumerate(zip(means, stds, strict=True)):
+            if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+                raise ValueError(f"set_statistics: scale {i} holds non-finite values")
+            getattr(self, f"feature_mean{i}").copy_(mean)
+            getattr(self, f"feature_std{i}").copy_(std.clamp_min(1e-6))
+
+    def forget_statistics(self) -> None:
+        """Leave features as the backbone gives them, until statistics are set again."""
+        for i in range(len(self.head.channels)):
+            getattr(self, f"feature_mean{i}").zero_()
+            getattr(self, f"feature_std{i}").fill_(1)
+        if self.whitening is not None:
+            self.whitening.reset()
+
+    def loss(self, images: Tensor) -> Tensor:
+        """Training loss of a batch of images: see :meth:`FlowHead.loss`."""
+        return self.head.loss(self.features(images))
+
+    def optimize(self, dtype: torch.dtype | None = None) -> Self:
+        """The inference form of the whole pipeline; this model stays as it is.
+
+        Batch norms of the backbone are folded, all convolutions prepacked, everything runs channels_last in ``dtype``:
+        float32 (None) or bfloat16; a backbone that bfloat16 spoils stays in float32, see :meth:`Backbone.optimize`.
+        Statistics and weights are those of this moment.
+        """
+        form = copy.copy(self)
+        form._modules = dict(self._modules)
+        form.backbone = self.backbone.optimize(self.image_size, dtype)
+        form.head = self.head.optimize(dtype)
+        return form.eval()
+
+
+def side(image_size: int | None, backbone: Backbone) -> int:
+    """The side of the images in pixels: what is asked for, else the one that the backbone takes, else 256."""
+    if image_size is not None:
+        return image_size
+    return 256 if backbone.image_size is None else backbone.image_size[0]
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Random numbers of torch inside come from ``seed``, those outside as if nothing was drawn; None changes nothing."""
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+def refuse_non_finite(log_det: Tensor, features: Sequence[Tensor]) -> None:
+    """Non-finite features show in ``log_det``, where looking costs nothing; other causes are the caller's."""
+    if (
+        log_det.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+    ):
+        return
+    if bool(torch.isfinite(log_det).all()):
+        return
+    for i, f in enumerate(features):
+        if not bool(torch.isfinite(f).all()):
+            raise ValueError(f"features: scale {i} holds NaN or infinite values")
+
+
+def _column(vector: Tensor) -> Tensor:
+    return vector.view(-1, 1, 1)
+
+
+PRECISIONS = ("float32", "bfloat16")

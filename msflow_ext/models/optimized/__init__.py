@@ -1,0 +1,1 @@
+"""What ``optimize()`` returns: heads and backbones for inference."""

@@ -1,0 +1,193 @@
+"""The inference form of a frozen network: what follows a convolution becomes part of it."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.drop import DropPath
+from timm.models import get_notrace_functions, get_notrace_modules
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from msflow_ext.models.conv.packed import PackedConv2d
+
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
+
+#: What does nothing in evaluation mode.
+NOTHING = (nn.Identity, nn.Dropout, DropPath)
+
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+
+#: Activations, as modules and functions, by the names that packed convolutions have for them.
+ACTIVATION_NAMES: dict[Any, str] = {
+    nn.ReLU: "relu",
+    F.relu: "relu",
+    torch.relu: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+
+
+@torch.no_grad()
+def optimize_network(network: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
+    """A copy of a frozen network with its convolutions packed and what follows them fused into them.
+
+    A trace (``torch.fx``) shows which batch norm, residual addition and activation follows which convolution. Where a
+    network cannot be traced, or gives other results then, its convolutions are packed and the rest stays.
+
+    Args:
+        network: in evaluation mode; returns a tensor or a list of them.
+        example: ``(1, C, H, W)`` in the network's dtype; on it the copy has been seen to give the same results.
+        dtype: float32 or bfloat16, of weights and activations.
+
+    Returns:
+        The copy, channels_last.
+    """
+    batch = torch.cat([example, example])  # so that a map for every image does not look like one's
+    wanted = _results(network, batch)
+    for form in (_fuse, _pack):
+        try:
+            copied = form(copy.deepcopy(network), batch)
+            found = _results(copy.deepcopy(copied), batch)
+            copied = _converted(copied, dtype)
+            dtypes = {result.dtype for result in _results(copy.deepcopy(copied), batch.to(dtype))}
+        except Exception:  # of the trace, or of code that wants what a packed convolution has not
+            continue
+        if dtypes == {dtype} and all(
+            torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+            for a, b in zip(found, wanted, strict=True)
+        ):
+            return copied
+    return _converted(copy.deepcopy(network), dtype)
+
+
+def _converted(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    network.to(dtype)
+    for part in network.modules():
+        if isinstance(part, PackedConv2d):
+            part.dtype = dtype
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return network
+
+
+def _results(network: nn.Module, batch: Tensor) -> list[Tensor]:
+    results = network(batch)
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+class _Tracer(fx.Tracer):
+    """Looks into a network as far as timm says that it can be traced, but not into convolutions and batch norms."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True
+        )
+        self.leaves = (nn.Conv2d, _BatchNorm, *get_notrace_modules())
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _fuse(network: nn.Module, batch: Tensor) -> nn.Module:
+    traced = fx.GraphModule(network, _Tracer().trace(network))
+    ShapeProp(traced).propagate(batch)
+    for node in traced.graph.nodes:
+        if type(_module(node)) in NOTHING:
+            _erase(node, node.args[0])
+    calls = Counter(node.target for node in traced.graph.nodes)
+    count = len(traced.graph.nodes)
+    for node in traced.graph.nodes:
+        conv = _module(node)
+        if type(conv) in CONVOLUTIONS and calls[node.target] == 1:
+            _take_norm(node, calls)
+            _take_addition(node)
+            activation = _take_activation(node)
+            packed = PackedConv2d(conv, batch.dtype, activation=activation)
+            traced.set_submodule(node.target, packed)
+    if len(traced.graph.nodes) == count:
+        return _pack(network, batch)  # nothing was fused: the network's own code is the safer
+    traced.recompile()
+    return _pack(traced, batch)
+
+
+def _pack(network: nn.Module, batch: Tensor) -> nn.Module:
+    modules: list[tuple[str, Any]] = list(network.named_modules())
+    for name, module in modules:
+        if type(module) in CONVOLUTIONS:
+            network.set_submodule(name, PackedConv2d(module, batch.dtype))
+    return network
+
+
+def _take_norm(node: fx.Node, calls: Counter[Any]) -> None:
+    """Make a batch norm part of the convolution before it."""
+    user = _only_user(node)
+    conv, norm = _module(node), _module(user)
+    if user is None or not isinstance(norm, _BatchNorm) or calls[user.target] != 1:
+        return
+    mean, var = norm.running_mean, norm.running_var
+    if mean is None or var is None:
+        return
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, mean, var, norm.eps, norm.weight, norm.bias
+    )
+    activation = getattr(norm, "act", None)  # timm's batch norms bring it along
+    if activation is None or type(activation) in NOTHING:
+        _erase(user, node)
+    else:
+        network: Any = user.graph.owning_module
+        network.set_submodule(user.target, activation)
+
+
+def _take_addition(node: fx.Node) -> None:
+    """Make the addition of a tensor of the same shape, which exists by then, part of the convolution before it."""
+    user = _only_user(node)
+    if user is None or user is not node.next or user.target not in ADDITIONS or user.kwargs:
+        return
+    others = [arg for arg in user.args if arg is not node]
+    if len(others) == 1 and isinstance(others[0], fx.Node) and _shape(others[0]) == _shape(node):
+        node.args = (*node.args, others[0])
+        _erase(user, node)
+
+
+def _take_activation(node: fx.Node) -> str:
+    """Make an activation part of the convolution before it; its name."""
+    user = _only_user(node)
+    name = None
+    if user is not None:
+        name = ACTIVATION_NAMES.get(type(_module(user)), ACTIVATION_NAMES.get(user.target))
+    if user is None or name is None:
+        return "none"
+    _erase(user, node)
+    return name
+
+
+def _module(node: fx.Node | None) -> Any:
+    """What the node calls, if that is a module."""
+    if node is None or node.op != "call_module":
+        return None
+    network: Any = node.graph.owning_module
+    return network.get_submodule(node.target)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _shape(node: fx.Node) -> torch.Size | None:
+    return getattr(node.meta["tensor_meta"], "shape", None)
+
+
+def _erase(node: fx.Node, instead: Any) -> None:
+    node.replace_all_uses_with(instead)
+    node.graph.erase_node(node)

@@ -1,0 +1,49 @@
+"""The inference form of FastFlow's head: see :mod:`msflow_ext.models.optimized.head`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msflow_ext.models.conv.packed import PackedConv2d
+from msflow_ext.models.optimized.head import Coupling, FrozenFlow, FrozenHead, each_scale, total
+
+
+class OptimizedFastFlowHead(FrozenHead):
+    """A snapshot of a :class:`~msflow_ext.FastFlowHead` for inference: it takes and returns what the original does.
+
+    Args:
+        head: the original, left untouched.
+        dtype: of the arithmetic in convolutions and of the state between them; the original's by default. The
+            LayerNorms stay in the original's.
+    """
+
+    @torch.no_grad()
+    def __init__(self, head: Any, dtype: torch.dtype | None = None) -> None:
+        super().__init__(head, dtype)
+        self.norms = copy.deepcopy(head.norms)
+        self._flows = [
+            FrozenFlow(flow, [_freeze(step.subnet, self.dtype) for step in flow.steps], self.dtype)
+            for flow in head.flows
+        ]
+
+    def run(
+        self, features: Sequence[Tensor], couple: Coupling, end: Coupling
+    ) -> tuple[list[Tensor], Tensor | None]:
+        self._check(features)
+        if self.norms:
+            pairs: Any = zip(features, self.norms, strict=True)
+            features = [norm(f.to(norm.weight.dtype)) for f, norm in pairs]
+        results = each_scale(lambda flow, x: flow(x, couple, end), self._flows, features)
+        return [result for result, _ in results], total(log_det for _, log_det in results)
+
+
+def _freeze(subnet: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Conv - ReLU - Conv in two calls."""
+    first, _, second = subnet
+    hidden, out = PackedConv2d(first, dtype, activation="relu"), PackedConv2d(second, dtype)
+    return lambda x1: out(hidden(x1))

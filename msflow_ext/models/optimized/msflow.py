@@ -1,0 +1,122 @@
+"""The inference form of MSFlow's head: see :mod:`msflow_ext.models.optimized.head`."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msflow_ext import ops
+from msflow_ext.models.conv.packed import PackedConv2d
+from msflow_ext.models.msflow_layers import (
+    LIMIT,
+    ConditionalFlow,
+    ConditionedSubnet,
+    CrossScaleSubnet,
+    positional_encoding,
+)
+from msflow_ext.models.optimized.head import Coupling, FrozenFlow, FrozenHead, each_scale, total
+from msflow_ext.ops import accumulation_dtype
+
+
+class OptimizedHead(FrozenHead):
+    """A snapshot of an :class:`~msflow_ext.MSFlowHead` for inference: it takes and returns what the original does.
+
+    Everything that does not depend on the image is computed once: the condition's share of each first convolution, the
+    global scales, the permutations with the fusion flow's folded into the step before it, and the layout in which the
+    convolutions want their weights. Later changes of the original do not show.
+
+    Args:
+        head: the original, left untouched.
+        dtype: of the arithmetic in convolutions and of the state between them; the original's by default.
+    """
+
+    @torch.no_grad()
+    def __init__(self, head: Any, dtype: torch.dtype | None = None) -> None:
+        super().__init__(head, dtype)
+        perms = head.fusion.perms()
+        self._flows = [
+            _freeze(flow, perm, self.dtype) for flow, perm in zip(head.flows, perms, strict=True)
+        ]
+        self._subnet_1 = _FrozenCrossScale(head.fusion.subnet_1, self.dtype)
+        self._subnet_2 = _FrozenCrossScale(head.fusion.subnet_2, self.dtype)
+        self._clamp = head.clamp
+
+    def run(
+        self, features: Sequence[Tensor], couple: Coupling, end: Coupling
+    ) -> tuple[list[Tensor], Tensor | None]:
+        self._check(features)
+        results = each_scale(lambda flow, x: flow(x, couple, couple), self._flows, features)
+        halves = [(x1, x2) for x1, x2, _ in results]
+        log_dets = [log_det for _, _, log_det in results]
+        options: Any = {"clamp": self._clamp, "clamp_form": "atan"}
+        found, y1 = [], []
+        for (x1, _), a in zip(halves, self._subnet_2([x2 for _, x2 in halves]), strict=True):
+            _, y, log_det = couple(x1[:, :0], x1, a, **options)
+            y1.append(y)
+            log_dets.append(log_det)
+        for y, (_, x2), a in zip(y1, halves, self._subnet_1(y1), strict=True):
+            result, log_det = end(y, x2, a, limit=LIMIT, **options)
+            found.append(result)
+            log_dets.append(log_det)
+        return found, total(log_dets)
+
+
+def _freeze(flow: ConditionalFlow, perm: Tensor, dtype: torch.dtype) -> FrozenFlow:
+    steps: Any = flow.steps
+    subnets = [_FrozenSubnet(step.subnet, flow.cond_channels, dtype) for step in steps]
+    return FrozenFlow(flow, subnets, dtype, then=perm)
+
+
+class _FrozenSubnet:
+    def __init__(self, subnet: ConditionedSubnet, cond_channels: int, dtype: torch.dtype) -> None:
+        self.cond_channels = cond_channels
+        self.conv_cond = copy.deepcopy(subnet.conv_cond)
+        self.maps: dict[tuple[int, int], Tensor] = {}
+        self.conv_x = PackedConv2d(subnet.conv_x, dtype)
+        self.norm = _vectors(subnet.norm, dtype)
+        self.conv_out = PackedConv2d(subnet.conv_out, dtype)
+        self.wide = accumulation_dtype(dtype)
+
+    def __call__(self, x1: Tensor) -> Tensor:
+        bias_map = self._map(x1.size(2), x1.size(3))
+        return self.conv_out(ops.channel_norm(self.conv_x(x1), *self.norm, bias_map))
+
+    def _map(self, height: int, width: int) -> Tensor:
+        """The condition's share of the first convolution, once per size."""
+        if (height, width) not in self.maps:
+            weight = self.conv_cond.weight
+            encoding = positional_encoding(self.cond_channels, height, width).to(weight)
+            bias_map = self.conv_cond(encoding).to(self.wide)
+            self.maps[height, width] = bias_map.contiguous(memory_format=torch.channels_last)
+        return self.maps[height, width]
+
+
+class _FrozenCrossScale:
+    def __init__(self, subnet: CrossScaleSubnet, dtype: torch.dtype) -> None:
+        self.channels = subnet.channels
+        self.conv1, self.conv2 = (
+            PackedConv2d(subnet.conv1, dtype),
+            PackedConv2d(subnet.conv2, dtype, activation="relu"),
+        )
+        self.norm = _vectors(subnet.norm, dtype)
+        convs: Any = subnet.conv_out
+        self.conv_out = [PackedConv2d(conv, dtype) for conv in convs]
+
+    def __call__(self, x: Sequence[Tensor]) -> list[Tensor]:
+        size = min(((t.size(2), t.size(3)) for t in x), key=math.prod)
+        mixed = ops.pool_and_concatenate(x, size)
+        mixed = self.conv2(ops.channel_norm(self.conv1(mixed), *self.norm))
+        return [
+            conv(ops.upsample_and_add(t, m))
+            for t, m, conv in zip(x, mixed.split(self.channels, 1), self.conv_out, strict=True)
+        ]
+
+
+def _vectors(norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = accumulation_dtype(dtype)
+    return norm.weight.detach().to(wide).clone(), norm.bias.detach().to(wide).clone()

@@ -1,0 +1,72 @@
+"""What a finished run leaves in its folder: scores, curves, heat maps, the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msflow_ext.data import Images
+from msflow_ext.data.images import to_pixels
+from msflow_ext.evaluation.evaluator import Evaluation
+from msflow_ext.runs.curves import write_curves
+from msflow_ext.runs.results import write_scores
+
+
+def write_results(
+    folder: Path, images: Images, found: Evaluation, metrics: Mapping[str, Any]
+) -> tuple[float, float] | None:
+    """Write scores, curves, ``maps/*.png`` and ``report.html``; return the colour range of the maps."""
+    from msflow_ext.reports import run_report as report
+
+    items = images.items
+    names = [item.name for item in items]
+    defects, labels = [item.defect for item in items], [item.label for item in items]
+    scores = found.scores.tolist()
+    rows = zip(names, defects, labels, scores, strict=True)
+    write_scores(folder / "scores.csv", rows, aupimo=found.aupimo)
+    write_curves(folder, found.curves)
+    colours = report.colour_range(found.maps) if items else None
+    if colours:
+        pictures = (to_pixels(images[i]) for i in range(len(items)))
+        masks = (images.mask(i) for i in range(len(items)))
+        low, high = colours
+        report.save_maps(folder, names, pictures, found.maps, masks, low=low, high=high)
+    baseline = metrics.get("baseline")
+    run = report.Run(
+        title=f"{metrics['data']['name']} {metrics['data']['category']}",
+        metrics={name: metrics[name] for name in found.metrics},
+        best={name: metrics["best"][name] for name in found.metrics},
+        baseline=baseline and {name: baseline[name] for name in found.metrics},
+        baseline_name=baseline["name"] if baseline else "",
+        epochs=metrics["epochs"],
+        seconds=metrics["seconds"],
+        names=names,
+        defects=defects,
+        labels=labels,
+        scores=scores,
+        aupimo=() if found.aupimo is None else found.aupimo.tolist(),
+        decisions=metrics.get("decisions"),
+        curves=found.curves,
+        losses=metrics["losses"],
+        pictures=_Pictures(images, found.maps),
+        colours=colours or (0.0, 1.0),
+        facts={part: metrics[part] for part in ("recipe", "model", "data", "versions")},
+    )
+    report.write_report(folder / "report.html", run)
+    return colours
+
+
+class _Pictures(Sequence["tuple[np.ndarray, np.ndarray, np.ndarray | None]"]):
+    """Image, anomaly map and mask of each test image; read when asked for."""
+
+    def __init__(self, images: Images, maps: np.ndarray) -> None:
+        self._images, self._maps = images, maps
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, i: Any) -> Any:
+        return to_pixels(self._images[i]), self._maps[i], self._images.mask(i)

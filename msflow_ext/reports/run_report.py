@@ -1,0 +1,185 @@
+"""Heat maps, score tables and the one-file HTML report of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msflow_ext.metrics import auroc, roc_curve
+from msflow_ext.reports import charts as _charts
+from msflow_ext.reports.gallery import MOST, Picture, draw_layers, worst_first
+from msflow_ext.reports.heat_maps import colour_range, heat_map, mask_contour, outline, save_maps
+from msflow_ext.reports.html import score_format, write_page
+
+__all__ = [
+    "Run",
+    "colour_range",
+    "heat_map",
+    "mask_contour",
+    "outline",
+    "save_maps",
+    "write_report",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a report tells about one training and its test; metrics are fractions, None: unknown.
+
+    ``names``, ``defects``, ``labels`` (0 good, 1 defective, None unknown), ``scores`` and, when not
+    empty, ``aupimo`` (NaN: none) and ``pictures`` have one entry per test image. A picture is
+    (image ``(H, W, 3)`` uint8, anomaly map ``(H, W)``, mask ``(H, W)`` bool or None); any sequence
+    will do, each entry is asked for once and only if it is shown. ``decisions`` is what
+    :func:`msflow_ext.evaluation.calibration.judged` says.
+    """
+
+    title: str
+    metrics: Mapping[str, float | None]
+    best: Mapping[str, float | None]
+    epochs: int
+    seconds: float
+    names: Sequence[str]
+    defects: Sequence[str]
+    labels: Sequence[int | None]
+    scores: Sequence[float]
+    aupimo: Sequence[float] = ()
+    decisions: Mapping[str, Any] | None = None
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    baseline: Mapping[str, float | None] | None = None
+    baseline_name: str = "Gaussian baseline"
+    losses: Sequence[float] = ()  # one per epoch, nats per dimension
+    pictures: Sequence[Picture] = ()
+    colours: tuple[float, float] = (0.0, 1.0)  # the (low, high) of the heat maps
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # recipe, versions, ...
+
+
+def write_report(path: str | Path, run: Run) -> None:
+    """Write ``run`` as one HTML file that needs nothing else: no network, no other file.
+
+    The gallery shows at most 2000 images, the worst mistakes first, in 24 MB at most, and says when
+    it is cut.
+
+    Raises:
+        ValueError: the sequences of ``run`` have different lengths, or a score is not finite.
+    """
+    _check_run(run)
+    labels, scores = np.array(run.labels, dtype=object), np.asarray(run.scores, dtype=float)
+    good, defective = scores[labels == 0], scores[labels == 1]
+    kinds = _kinds(run, good)
+    threshold = run.decisions["threshold"] if run.decisions else None
+    write_page(
+        Path(path),
+        "report.html",
+        run=run,
+        score=score_format(run.scores),
+        counts={
+            "good": len(good),
+            "defective": len(defective),
+            "unlabelled": len(run.names) - len(good) - len(defective),
+        },
+        charts=[
+            _charts.histogram(good, defective, run.scores, threshold),
+            _charts.roc(_rocs(run, good, defective)),
+            _charts.pro([("", "line", run.curves["pro"])] if "pro" in run.curves else []),
+            _charts.loss(run.losses),
+        ],
+        kinds=kinds,
+        gallery=_gallery(run, [kind["name"] for kind in kinds]) if len(run.pictures) else [],
+    )
+
+
+def _check_run(run: Run) -> None:
+    optional = (name for name in ("aupimo", "pictures") if len(getattr(run, name)))
+    for name in ("defects", "labels", "scores", *optional):
+        if len(getattr(run, name)) != len(run.names):
+            raise ValueError(
+                f"run: {name} has {len(getattr(run, name))} entries for {len(run.names)} names"
+            )
+    for name, score, label in zip(run.names, run.scores, run.labels, strict=True):
+        if not math.isfinite(score):
+            raise ValueError(f"run: the score of {name!r} is {score}, a finite number is wanted")
+        if label not in (0, 1, None):
+            raise ValueError(f"run: the label of {name!r} is {label!r}, 0, 1 or None is wanted")
+
+
+def _rocs(run: Run, good: np.ndarray, defective: np.ndarray) -> list[_charts.Line]:
+    """The curve of the images and that of the pixels, where they are known."""
+    lines = []
+    if len(good) and len(defective):
+        labels = np.repeat([0, 1], [len(good), len(defective)])
+        lines.append(("images", "line", roc_curve(labels, np.concatenate([good, defective]))))
+    if "pixel_roc" in run.curves:
+        lines.append(("pixels", "second", run.curves["pixel_roc"]))
+    return lines
+
+
+def _kinds(run: Run, good: np.ndarray) -> list[dict[str, Any]]:
+    """The rows of the per-defect table: the good images, then the defect hardest to find first."""
+    groups: dict[tuple[int, str], list[int]] = {}
+    for i in range(len(run.names)):
+        groups.setdefault(_group(run, i), []).append(i)
+    rows = []
+    for (label, name), members in groups.items():
+        scores = [float(run.scores[i]) for i in members]
+        found = None
+        if label == 1 and len(good):
+            found = auroc([0] * len(good) + [1] * len(scores), [*good, *scores])
+        known = (
+            [run.aupimo[i] for i in members if not math.isnan(run.aupimo[i])]
+            if len(run.aupimo)
+            else []
+        )
+        rows.append(
+            {
+                "label": label,
+                "name": name,
+                "count": len(scores),
+                "mean": float(np.mean(scores)),
+                "auroc": found,
+                "aupimo": float(np.mean(known)) if known else None,
+                "strip": _charts.strip(scores, run.scores),
+            }
+        )
+    return sorted(rows, key=lambda r: (r["label"], r["auroc"] or 0.0, r["name"]))
+
+
+def _group(run: Run, i: int) -> tuple[int, str]:
+    """Class and kind of an image: 0 good, 1 defective, 2 unlabelled."""
+    label = run.labels[i]
+    return (2, "unlabelled") if label is None else (label, run.defects[i] if label else "good")
+
+
+def _gallery(run: Run, kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """The cards of the gallery, the worst mistake first."""
+    order, confused = worst_first(run.labels, run.scores)
+    others = {0: run.labels.count(1), 1: run.labels.count(0)}
+    shown = order[:MOST]
+    pictures = draw_layers((run.pictures[i] for i in shown), len(shown), run.colours)
+
+    def verdict(i: int) -> str:
+        wrong, label = confused[i], run.labels[i]
+        if wrong is None or label is None:
+            return ""
+        side, other = (("above", "defective"), ("below", "good"))[label]
+        return f"{side} {wrong or 'none'} of {others[label]} {other}"
+
+    return [
+        {
+            "name": run.names[i],
+            "kind": kind,
+            "group": kinds.index(kind),
+            "label": label,
+            "score": float(run.scores[i]),
+            "mistake": bool(confused[i]),
+            "verdict": verdict(i),
+            "aupimo": None if not len(run.aupimo) or math.isnan(run.aupimo[i]) else run.aupimo[i],
+            "layers": picture,
+        }
+        for i, picture in zip(shown, pictures, strict=True)
+        for label, kind in [_group(run, i)]
+    ]

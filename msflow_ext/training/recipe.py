@@ -1,0 +1,209 @@
+"""How to train: the papers' numbers, and what follows from them for each epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msflow_ext.data import FITS
+from msflow_ext.evaluation.calibration import images_needed
+from msflow_ext.features import CACHES
+from msflow_ext.flows import MEMORY
+from msflow_ext.models.base import PRECISIONS
+
+SCHEDULES = ("steps", "cosine")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the defaults are the MSFlow paper's, ``PRESETS`` has all others.
+
+    Attributes:
+        epochs: passes over the training images (the paper's sub-epochs).
+        batch_size: images per step; the last step of an epoch may have fewer.
+        lr: Adam's learning rate between warm-up and decay.
+        clip: largest norm of the whole gradient; None for no limit.
+        weight_decay: Adam's, added to the gradient.
+        warmup: share of the epochs in which the rate rises linearly from ``warmup_from`` times ``lr``.
+        warmup_from: where it starts.
+        schedule: ``steps``, down by ``decay`` at each of ``milestones``; or ``cosine``, half a wave from ``lr`` to 0.
+        decay: factor at each of ``milestones``.
+        milestones: shares of the epochs; none for a constant rate.
+        noise: standard deviation of normal noise on the features, new in every epoch: less is learnt by heart.
+        seed: of the order of the images, and of the noise.
+        precision: ``float32``, or ``bfloat16`` (autocast; weights stay float32, cached features are halved).
+        memory: what the backward pass rests on, see :class:`msflow_ext.models.base.FlowHead`; ``reversible`` needs
+            ``float32``.
+        cache: where the backbone's features are kept: ``memory`` (on disk what needs more than half of what is free),
+            ``disk`` or ``off``.
+        eval_every: epochs between tests; a tenth of them if None.
+        workers: threads that decode images.
+        fit: how images become square, see :class:`msflow_ext.data.Images`: ``resize`` or ``pad``.
+        hold_out: share of the training images that are not trained on, but set the thresholds (see
+            :class:`msflow_ext.evaluation.calibration.Calibration`); none by default, as in the papers.
+        false_alarms: share of normal images that may exceed a threshold.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    epochs: int = 100
+    batch_size: int = 8
+    lr: float = 1e-4
+    clip: float | None = 2.0
+    weight_decay: float = 0.0
+    warmup: float = 0.12
+    warmup_from: float = 0.1
+    schedule: str = "steps"
+    decay: float = 0.33
+    milestones: tuple[float, ...] = (0.7, 0.9)
+    noise: float = 0.0
+    seed: int = 9826
+    precision: str = "float32"
+    memory: str = "lean"
+    cache: str = "memory"
+    eval_every: int | None = None
+    workers: int = 2
+    fit: str = "resize"
+    hold_out: float = 0.0
+    false_alarms: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "eval_every", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        for name in ("lr", "clip", "warmup_from", "decay"):
+            value = getattr(self, name)
+            if not (name == "clip" and value is None) and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name in ("weight_decay", "noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for share in (self.warmup, *self.milestones):
+            if not 0 <= share <= 1:
+                raise ValueError(f"warmup and milestones are shares in 0..1, got {share}")
+        if not 0 <= self.hold_out < 1:
+            raise ValueError(f"hold_out must be a share from 0 to below 1, got {self.hold_out}")
+        if not 0 < self.false_alarms < 1:
+            raise ValueError(f"false_alarms must be above 0 and below 1, got {self.false_alarms}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        choices = (
+            ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
+            ("memory", MEMORY),
+            ("cache", CACHES),
+            ("fit", FITS),
+        )
+        for name, known in choices:
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+
+        if self.memory == "reversible" and self.precision != "float32":
+            raise ValueError(f"memory 'reversible' needs precision float32, got {self.precision!r}")
+
+    def learning_rate(self, epoch: int) -> float:
+        """Rate of ``epoch``, counted from 0.
+
+        That of torch's ``LinearLR`` together with its ``MultiStepLR`` or ``CosineAnnealingLR``.
+        """
+        rising = round(self.warmup * self.epochs)
+        rise = min(epoch / rising, 1.0) if rising else 1.0
+        rate = self.lr * (self.warmup_from + (1 - self.warmup_from) * rise)
+        if self.schedule == "cosine":
+            return rate * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        return rate * self.decay ** sum(epoch >= round(s * self.epochs) for s in self.milestones)
+
+    def is_tested(self, epoch: int) -> bool:
+        """Whether the model is tested after so many epochs."""
+        every = self.eval_every or math.ceil(self.epochs / 10)
+        return epoch == self.epochs or (epoch > 0 and epoch % every == 0)
+
+    def order(self, epoch: int, images: int) -> Tensor:
+        """The order of the images in ``epoch``, ``(images,)`` int64: a function of seed and epoch alone."""
+        return torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(images))
+
+    def split(self, images: int) -> tuple[list[int], list[int]]:
+        """Which of the training images are trained on, and which are held out; a function of the seed.
+
+        Raises:
+            ValueError: too few are held out to tell the rate of false alarms, or none are left.
+        """
+        held = round(self.hold_out * images)
+        if not self.hold_out:
+            return list(range(images)), []
+        wanted = images_needed(self.false_alarms)
+        if held < wanted or held == images:
+            raise ValueError(
+                f"hold_out {self.hold_out:g} of {images} training images is {held} to hold out and "
+                f"{images - held} to train on, false_alarms {self.false_alarms:g} needs {wanted} or "
+                "more to hold out, and at least 1 to train on"
+            )
+        order = np.random.default_rng((self.seed, 0, 1)).permutation(images).tolist()
+        return sorted(order[held:]), sorted(order[:held])
+
+    def disturbed(
+        self,
+        epoch: int,
+        batches: Iterable[list[Tensor]],
+        shares: Iterable[tuple[Tensor, int]] | None = None,
+    ) -> Iterator[list[Tensor]]:
+        """The features of an epoch with its noise, which depends on seed and epoch alone.
+
+        Args:
+            batches: of features.
+            shares: where only parts of the batches come, the places of each part and the whole's size.
+        """
+        seed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(seed[0]))
+        for batch, share in zip(batches, shares or repeat(None), strict=False):
+            if self.noise:
+                places, images = share or (slice(None), len(batch[0]))
+                shapes = [(images, *x.shape[1:]) for x in batch]
+                drawn = [torch.randn(shape, generator=generator)[places] for shape in shapes]
+                batch = [x + self.noise * n.to(x) for x, n in zip(batch, drawn, strict=True)]
+            yield batch
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe, and the arguments of the model that go with it."""
+
+    recipe: Recipe
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+
+_CONSTANT: dict[str, Any] = {"clip": None, "warmup": 0.0, "milestones": ()}
+
+_SHORT = Recipe(lr=1e-3, warmup=0.0, schedule="cosine", noise=0.5)
+_WHITENED: dict[str, Any] = {
+    "standardize": True,
+    "whiten": True,
+    "score": "map",
+    "anomaly_map": "clamped",
+    "smoothing": 4.0,
+}
+
+#: What the papers train with, and what was better and steadier on average on other data (``benchmarks/NOTES.md``).
+PRESETS: dict[str, dict[str, Preset]] = {
+    "paper": {
+        "msflow": Preset(Recipe()),
+        "fastflow": Preset(
+            Recipe(epochs=500, batch_size=32, lr=1e-3, weight_decay=1e-5, **_CONSTANT)
+        ),
+    },
+    "robust": {
+        "msflow": Preset(_SHORT, {"blocks": (1, 1, 2), "top_k": 0.01, **_WHITENED}),
+        "fastflow": Preset(_SHORT, {"layer_norm": False, **_WHITENED}),
+    },
+}

@@ -1,0 +1,83 @@
+"""The ablations change what they say and nothing else, and their rows are computed once."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from msflow_ext import MSFlow
+
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Imports a module of the folder ``benchmarks``, which is not part of the package."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+def test_ablations_leave_out_what_they_say(load: Load) -> None:
+    ablations = load("ablations")
+    options = {"image_size": 64, "pretrained": False, "blocks": (1, 1), "cond_channels": 8}
+    model = MSFlow("test_resnet", **options, seed=0)
+    x = [
+        torch.randn(2, c, 8 // k, 8 // k) for k, c in zip((1, 2), model.head.channels, strict=True)
+    ]
+    before = model.head(x)
+    ablations.with_learnable_base(model)
+    same = model.head(x)
+    assert all(torch.equal(a, b) for a, b in zip(same.z, before.z, strict=True))
+    model.head.base_scale[0].data += 0.5
+    shift = 0.5 * x[0][0].numel()
+    assert torch.allclose(model.head(x).log_det, before.log_det + shift)
+
+    model = MSFlow("test_resnet", **options, seed=0)
+    ablations.without_condition(model)
+    ablations.without_fusion(model)
+    assert not any(flow.steps[0].subnet.conv_cond.weight.any() for flow in model.head.flows)
+    out = model.head(x)
+    apart = [flow(t)[0] for t, flow in zip(x, model.head.flows, strict=True)]
+    for z, y in zip(out.z, apart, strict=True):
+        torch.testing.assert_close(z.square().sum(1), y.square().sum(1))
+    other = model.head([x[0], torch.zeros_like(x[1])])
+    assert torch.equal(other.z[0], out.z[0])
+
+
+def test_reflection_by_hand_is_that_of_the_backbone(load: Load) -> None:
+    options = {"image_size": 64, "blocks": (1, 1), "cond_channels": 8}
+    by_hand = MSFlow("test_resnet", pretrained=False, **options)
+    built_in = MSFlow("test_resnet", pretrained=False, padding_mode="reflect", **options)
+    built_in.backbone.load_state_dict(by_hand.backbone.state_dict())
+    images = torch.rand(1, 3, 64, 64)
+    zeros = by_hand.features(images)
+    load("ablations").reflect(by_hand)
+    wanted = built_in.features(images)
+    for got, want, zero in zip(by_hand.features(images), wanted, zeros, strict=True):
+        torch.testing.assert_close(got, want)
+        assert not torch.allclose(zero, want)
+
+
+def test_ablations_skip_rows_that_exist_and_average_over_seeds(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablate, file = load("ablate"), tmp_path / "rows.jsonl"
+    monkeypatch.setattr(
+        ablate, "run", lambda *_: {"scores": {"nll 3%": [0.9 + 0.01 * next(count)]}}
+    )
+    count = iter(range(9))
+    command = ["MSFlow paper", "--data", "mono", "--file", str(file), "--seeds"]
+    assert ablate.main([*command, "0"]) == ablate.main([*command, "0", "1", "2"]) == 0
+    assert next(count) == 3
+    capsys.readouterr()
+    assert ablate.main(["--file", str(file), "--table"]) == 0
+    head, _, line, *_ = capsys.readouterr().out.splitlines()
+    assert head.startswith(
+        "| variant | mono, paper's score | mono, NLL | mono, NLL, position base |"
+    )
+    assert line.startswith("| MSFlow paper | - | 91.0 +- 1.0 (3) | - |")

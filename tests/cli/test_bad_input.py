@@ -1,0 +1,214 @@
+"""Whatever a user hands to a command, a mistake is one sentence and exit status 2, and results stay."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import msflow_ext as mx
+from msflow_ext import cli
+from msflow_ext.files import check_writable, write_text
+from msflow_ext.runs.checkpoint import save_checkpoint
+
+TRAIN = ["train", "--backbone", "efficientnet_lite0", "--image-size", "64", "--epochs", "1"]
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(90, 110, (64, 64), np.uint8)).save(path)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A category ``cup`` in the layout of MVTec AD, and a list of its images."""
+    root = tmp_path / "data"
+    for name in ("train/good/0", "train/good/1", "train/good/2", "test/good/0", "test/scar/0"):
+        picture(root / f"cup/{name}.png")
+    picture(root / "cup/ground_truth/scar/0_mask.png")
+    (root / "list.csv").write_text("path,label\ncup/train/good/0.png,good\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A folder with the checkpoint of an untrained model; tests must not write to it."""
+    folder = tmp_path_factory.mktemp("run")
+    _save(folder, spoil=False)
+    return folder
+
+
+def _save(folder: Path, *, spoil: bool) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        options = {"image_size": 64, "pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8}
+        model = mx.MSFlow("test_efficientnet", seed=1, **options)
+    if spoil:
+        with torch.no_grad():
+            next(model.head.parameters()).fill_(torch.nan)
+    header = {"model": "MSFlow", "config": model.config, "colours": [0.5, 2.0]}
+    save_checkpoint(folder / "model.safetensors", header, model)
+
+
+def fails(capsys, *arguments: object) -> str:
+    """The sentence on stderr of a command that must fail."""
+    capsys.readouterr()
+    assert cli.main([*map(str, arguments)]) == 2
+    *before, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("msflow: error: ")
+    assert not any("Traceback" in line for line in before)
+    return last
+
+
+def lose(path: str) -> Callable[[Path], None]:
+    return lambda root: (root / path).unlink()
+
+
+def add(path: str) -> Callable[[Path], None]:
+    return lambda root: picture(root / path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lose("cup/ground_truth/scar/0_mask.png"), "scar/0.png has no mask"),
+        (add("cup/ground_truth/scar/7_mask.png"), "scar/7_mask.png has no image of its name"),
+        (add("cup/train/good/0.jpg"), "holds both 0.jpg and 0.png"),
+        (lambda root: (root / "cup/train/good/2.png").write_bytes(b"GIF89a"), "2.png is not"),
+    ],
+    ids=["no-mask", "mask-alone", "one-name", "no-image"],
+)
+def test_a_fault_of_a_folder_is_named_before_anything_is_written(
+    data, tmp_path, capsys, damage, sentence
+):
+    damage(data)
+    chosen = ["--data", data, "--layout", "mvtec", "--category", "cup", "--out", tmp_path / "out"]
+    assert sentence in fails(capsys, *TRAIN, *chosen)
+    assert not list((tmp_path / "out").glob("*"))
+    capsys.readouterr()
+    assert cli.main(["data", "check", str(data), "--layout", "mvtec", "--category", "cup"]) == 2
+    assert sentence in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/secret.png", "link.png", "C:\\secret.png"])
+def test_a_path_of_a_csv_that_leaves_the_folder_is_refused(data, tmp_path, capsys, path):
+    picture(tmp_path / "secret.png")
+    (data / "link.png").symlink_to(tmp_path / "secret.png")
+    (data / "list.csv").write_text(f"path,label\n{path},good\n")
+    chosen = ["--data", data, "--layout", "folder", "--csv", "list.csv", "--out", tmp_path / "out"]
+    sentence = fails(capsys, *TRAIN, *chosen)
+    assert "list.csv, line 2: path" in sentence
+    assert "leave" in sentence
+
+
+def test_evaluating_one_class_alone_is_refused(run, data, capsys):
+    (data / "list.csv").write_text("path,label,split\ncup/test/scar/0.png,scar,test\n")
+    listed = ["--data", data, "--layout", "folder", "--csv", "list.csv"]
+    sentence = fails(capsys, "evaluate", "--run", run, *listed)
+    assert "got 0 good, 1 defective and 0 without a label" in sentence
+    good = ["--layout", "folder", "--normal", data / "cup/train/good"]
+    assert "got 0 good, 0 defective" in fails(capsys, "evaluate", "--run", run, *good)
+
+
+def test_a_score_that_is_not_a_number_names_its_image_and_keeps_no_score(tmp_path, data, capsys):
+    (tmp_path / "spoilt").mkdir()
+    _save(tmp_path / "spoilt", spoil=True)
+    command = [
+        "predict",
+        "--run",
+        tmp_path / "spoilt",
+        data / "cup/test",
+        "--out",
+        tmp_path / "out",
+    ]
+    assert "score or map of image good/0.png is not finite" in fails(capsys, *command)
+    assert not (tmp_path / "out/scores.csv").exists()
+
+
+def test_two_images_of_one_name_are_not_predicted_into_one_table(run, data, tmp_path, capsys):
+    folders = [data / "cup/train/good", data / "cup/test/good"]
+    command = ["predict", "--run", run, *folders, "--score-only", "--out", tmp_path / "out"]
+    assert "two images are called 0.png" in fails(capsys, *command)
+    assert len((tmp_path / "out/scores.csv").read_text().splitlines()) == 1 + 3
+
+
+def _commands(run: Path, data: Path, out: Path) -> list[list[object]]:
+    chosen = ["--data", data, "--layout", "mvtec", "--category", "cup", "--out", out]
+    return [
+        [*TRAIN, *chosen],
+        ["evaluate", "--run", run, *chosen],
+        ["predict", "--run", run, data / "cup/test", "--out", out],
+    ]
+
+
+def test_an_output_folder_below_a_file_is_refused_before_any_work(run, data, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    for command in _commands(run, data, tmp_path / "file/out"):
+        assert "file/out cannot be written: Not a directory" in fails(capsys, *command)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
+def test_a_read_only_output_folder_is_refused_before_any_work(run, data, tmp_path, capsys):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    for command in _commands(run, data, closed / "out"):
+        assert "closed/out cannot be written: Permission denied" in fails(capsys, *command)
+
+
+def test_whether_a_folder_can_be_written_is_found_out_without_a_trace(tmp_path):
+    check_writable(tmp_path / "a/b/c")
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL = """
+import resource, sys
+from msflow_ext import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
+@pytest.mark.parametrize(
+    ("command", "more", "file", "kept"),
+    [
+        (0, [], "model.safetensors", "config.yaml"),
+        (0, ["--cache", "disk"], "features-training.cache", ""),
+        (2, [], "maps/good-0.png.png", "scores.csv"),
+    ],
+    ids=["train", "cache", "predict"],
+)
+def test_a_full_disk_is_one_sentence_and_what_was_written_before_stays(
+    run, data, tmp_path, command, more, file, kept
+):
+    out = tmp_path / "out"
+    arguments = [*map(str, _commands(run, data, out)[command]), *more]
+    ended = subprocess.run(
+        [sys.executable, "-c", FULL, *arguments], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"msflow: error: {out / file} cannot be written: ")
+    assert "too large" in last
+    assert (out / kept).exists()
+    assert not [*out.rglob("*.tmp"), *out.rglob("*.cache")]
+
+
+def test_what_cannot_be_replaced_stays(tmp_path):
+    write_text(tmp_path / "a.txt", "old")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(OSError, match=r"b cannot be written: Is a directory"):
+        write_text(tmp_path / "b", "new")
+    with pytest.raises(OSError, match=r"a\.txt/b cannot be written: "):
+        write_text(tmp_path / "a.txt/b", "new")
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b"]

@@ -1,0 +1,264 @@
+"""An archive's scores lie in Parquet, every image once, however often the work was interrupted."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import msflow_ext as mx
+from msflow_ext import cli
+from msflow_ext.distributed.executors import TaskLost
+from msflow_ext.inference.archive import job as bulk
+from msflow_ext.inference.archive.parquet import Store, schema
+from msflow_ext.inference.settings import Scoring
+
+pyarrow = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+parquet = pytest.importorskip("pyarrow.parquet")
+pytestmark = pytest.mark.usefixtures("one_thread")
+COUNT = 21
+DAMAGED = "010.png"
+
+
+@pytest.fixture(scope="module")
+def run(untrained_run) -> Path:
+    """The checkpoint of an untrained model with thresholds."""
+    return untrained_run(
+        recipe={"false_alarms": 0.4},
+        calibration={"scores": [0.078, 0.08, 0.083], "peaks": [0.05, 0.06, 0.07]},
+        colours=[0.0, 0.1],
+    )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Images of noise, one of them damaged; tests must not write to it."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(COUNT):
+        image = np.random.default_rng(i).integers(0, 255, (48, 80), np.uint8)
+        Image.fromarray(image).save(folder / f"{i:03}.png")
+    (folder / DAMAGED).write_bytes(b"\x89PNG\r\n\x1a\n")
+    return folder
+
+
+def prepared(run: Path, photos: Any, out: Path | str, **options: Any) -> bulk.Archive:
+    scoring = Scoring(batch_size=2)
+    return bulk.prepare(run, photos, out, scoring, shard_size=4, device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def whole(run, photos, tmp_path_factory) -> Path:
+    """What uninterrupted work writes; tests must not write to it."""
+    out = tmp_path_factory.mktemp("whole")
+    prepared(run, photos, out).score()
+    return out
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return parquet.read_table(out).to_pylist()
+
+
+def written(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_every_image_has_a_row_with_what_the_detector_says(run, photos, whole):
+    table = parquet.read_table(whole)
+    assert table.schema.remove_metadata() == schema()
+    found = table.to_pylist()
+    assert [row["path"] for row in found] == [str(p) for p in sorted(photos.iterdir())]
+    detector = mx.load(run, "cpu")
+    first = list(detector.stream([row["path"] for row in found[:2]], batch_size=2))
+    for row, result in zip(found, first, strict=False):
+        assert (row["score"], row["label"]) == (result.score, result.label)
+        assert row["p_value"] == result.p_value
+        assert row["map_max"] == result.map.max()
+        assert row["map_mean"] == pytest.approx(result.map.mean())
+        assert row["map_area"] == (result.map > detector.pixel_threshold).mean()
+        y, x = (int(row[f"map_max_{axis}"] * 64) for axis in "yx")
+        assert result.map[y, x] == result.map.max()
+        assert row["error"] is None
+    assert {row["label"] for row in found} == {0, 1, None}
+
+
+def test_a_damaged_image_has_a_row_that_says_so_and_its_batch_is_scored(whole):
+    wrong = [row for row in rows(whole) if row["error"] is not None]
+    (row,) = wrong
+    assert row["path"].endswith(DAMAGED)
+    assert row["error"] == f"{row['path']} is not an image"
+    assert {row[name] for name in schema().names[1:-1]} == {None}
+    assert sum(row["score"] is not None for row in rows(whole)) == COUNT - 1
+
+
+def test_maps_are_kept_as_numbers_or_as_pictures(run, photos, whole, tmp_path):
+    prepared(run, photos, tmp_path / "a", maps="array").score()
+    prepared(run, photos, tmp_path / "b", maps="png").score()
+    plain, arrays, pictures = rows(whole), rows(tmp_path / "a"), rows(tmp_path / "b")
+    result = mx.load(run, "cpu").predict([arrays[0]["path"], arrays[1]["path"]])[0]
+    shape = arrays[0]["map_height"], arrays[0]["map_width"]
+    assert np.array_equal(np.float32(arrays[0]["map"]).reshape(shape), result.map)
+    with Image.open(io.BytesIO(pictures[0]["map_png"])) as picture:
+        assert picture.size == (64, 64)
+    for kind, names in ((arrays, ("map", "map_height", "map_width")), (pictures, ("map_png",))):
+        assert [{k: v for k, v in row.items() if k not in names} for row in kind] == plain
+
+
+def test_finished_shards_are_left_alone_and_missing_ones_made_again(run, photos, whole, tmp_path):
+    prepared(run, photos, tmp_path).score()
+    assert written(tmp_path) == written(whole)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    archive = prepared(run, photos, tmp_path)
+    assert len(archive.finished) == 6
+    assert [path for path, _ in archive.score()] == [str(photos / DAMAGED)]
+    (tmp_path / "part-00003.parquet").unlink()
+    (tmp_path / ".part-00003.parquet.0123").write_bytes(b"cut off")
+    archive = prepared(run, photos, tmp_path)
+    assert {shard.number for shard in archive.shards} - archive.finished == {3}
+    archive.score()
+    assert written(tmp_path) == written(whole)
+    changed = [path.name for path in before if path.stat().st_mtime_ns != before[path]]
+    assert changed == ["part-00003.parquet"]
+
+
+def test_a_lost_shard_is_named_and_the_others_are_written(run, photos, whole, tmp_path):
+    def losing(work, tasks):
+        for task in tasks:
+            lost = TaskLost("its worker died 6 times") if task.number == 1 else None
+            yield task, None if lost else work(task), lost
+
+    sentence = r"1 of 6 shards .*part-00001\.parquet \(.*004\.png to .*007\.png\): its worker died"
+    with pytest.raises(RuntimeError, match=sentence):
+        prepared(run, photos, tmp_path).score(losing)
+    assert "part-00001.parquet" not in written(tmp_path)
+    prepared(run, photos, tmp_path).score()
+    assert written(tmp_path) == written(whole)
+
+
+def test_another_list_model_or_setting_is_refused_by_name(run, photos, whole, tmp_path):
+    before = written(whole)
+    other = tmp_path / "photos"
+    other.mkdir()
+    with pytest.raises(ValueError, match=r"_manifest\.json has --batch-size 2, this one 3: choose"):
+        bulk.prepare(run, photos, whole, Scoring(batch_size=3), shard_size=4)
+    with pytest.raises(ValueError, match=r"has --maps None, this one array"):
+        prepared(run, photos, whole, maps="array")
+    for path in photos.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    names = [str(path) for path in sorted(photos.iterdir())]
+    with pytest.raises(ValueError, match=r"other images, 21 there and 20 here, .*020\.png"):
+        prepared(run, names[:-1], whole)
+    with pytest.raises(ValueError, match=rf"other images, .*the first that differs is {other}"):
+        prepared(run, other, whole)
+    changed = tmp_path / "model.safetensors"
+    changed.write_bytes((run / "model.safetensors").read_bytes() + b" ")
+    with pytest.raises(ValueError, match="is of another model than --run"):
+        prepared(changed, photos, whole)
+    assert written(whole) == before
+
+
+def test_a_model_that_changes_meanwhile_is_refused(run, photos, tmp_path):
+    own = tmp_path / "model.safetensors"
+    own.write_bytes((run / "model.safetensors").read_bytes())
+    archive = prepared(own, photos, tmp_path / "out")
+    own.write_bytes(own.read_bytes() + b" ")
+    with pytest.raises(ValueError, match="has changed since the scoring began"):
+        archive.score()
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"shorter"])
+def test_a_damaged_shard_is_named(run, photos, whole, tmp_path, content):
+    for name, kept in written(whole).items():
+        (tmp_path / name).write_bytes(kept)
+    (tmp_path / "part-00002.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"part-00002\.parquet cannot be read: .*remove it"):
+        prepared(run, photos, tmp_path)
+    (tmp_path / "part-00002.parquet").write_bytes((whole / "part-00001.parquet").read_bytes())
+    with pytest.raises(ValueError, match=r"part-00002\.parquet is not what _manifest\.json says"):
+        prepared(run, photos, tmp_path)
+
+
+def test_a_uri_is_a_folder_too(run, photos, whole, tmp_path):
+    prepared(run, photos, f"file://{tmp_path}/a b".replace(" ", "%20")).score()
+    assert written(tmp_path / "a b") == written(whole)
+    place = f"memory://{uuid4().hex}"  # by fsspec
+    prepared(run, photos, place).score()
+    store = Store(place)
+    assert {name: store.read(name).to_pybytes() for name in store.names()} == written(whole)
+
+
+# ---- the command ----
+
+
+def command(run: Path, photos: Path | str, out: Path | str, *more: str) -> list[str]:
+    chosen = ["--engine", "local", "--batch-size", "2", "--shard-size", "4", "--device", "cpu"]
+    return ["predict", "--run", str(run), str(photos), *chosen, "--out", str(out), *more]
+
+
+def test_the_command_scores_all_and_reports_damage_with_status_2(
+    run, photos, whole, tmp_path, capsys
+):
+    assert cli.main(command(run, photos, tmp_path)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == f"21 images: {tmp_path}\n"
+    assert "1 of 21 images have no score, see column error; the first: " in printed.err
+    assert "010.png is not an image" in printed.err
+    assert written(tmp_path) == written(whole)
+    assert cli.main(command(run, photos / "000.png", tmp_path / "one")) == 0
+
+
+def test_what_cannot_be_done_is_one_sentence(run, photos, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/a.parquet").touch()
+    new, twice = tmp_path / "new", str(photos / "000.png")
+    for arguments, sentence in (
+        (command(run, tmp_path / "empty", new), "empty holds no images"),
+        (command(run, tmp_path / "gone.png", new), "gone.png is not a file"),
+        (command(tmp_path / "none", photos, new), "none: no such checkpoint"),
+        (command(run, photos, tmp_path / "file/out"), "file/out"),
+        (command(run, photos, "nosuch://place"), "--out nosuch://place: Protocol not known"),
+        (command(run, photos, tmp_path / "foreign"), "a.parquet is there without _manifest.json"),
+        (command(run, photos, run), "model.safetensors is there without _manifest.json"),
+        (command(run, photos, new, "--watch"), "neither --watch nor --score-only"),
+        (command(run, photos, new, "--shard-size", "0"), "must be 1 or more, got 0, 2"),
+        (command(run, photos, new, "--address", "x:1"), "--address is for --engine ray"),
+        (["predict", "--run", str(run), "a", "--out", "b", "--maps", "png"], "takes --engine"),
+        (
+            [*command(run, photos, new)[:3], twice, *command(run, twice, new)[3:]],
+            f"{twice} is given",
+        ),
+    ):
+        assert cli.main(arguments) == 2
+        assert sentence in capsys.readouterr().err.splitlines()[-1]
+    assert not new.exists()
+
+
+def test_without_pyarrow_the_extra_is_named(run, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert cli.main(command(run, photos, tmp_path)) == 2
+    assert "pip install 'msflow-ext[parquet]'" in capsys.readouterr().err
+
+
+def test_work_killed_at_any_moment_goes_on_where_it_was(run, photos, whole, tmp_path):
+    out = tmp_path / "out"
+    process = [sys.executable, "-m", "msflow_ext", *command(run, photos, out, "--threads", "1")]
+    with subprocess.Popen(process, cwd=tmp_path, stderr=subprocess.DEVNULL) as started:
+        end = time.monotonic() + 60
+        while len(list(out.glob("part-*"))) < 2 and time.monotonic() < end:
+            time.sleep(0.005)
+        started.send_signal(signal.SIGKILL)
+    assert (out / "part-00000.parquet").exists()
+    assert json.loads((out / "_manifest.json").read_text())["count"] == COUNT
+    prepared(run, photos, out).score()
+    assert written(out) == written(whole)

@@ -1,0 +1,392 @@
+"""A detector takes images however they come, and says the same of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import msflow_ext as mx
+from msflow_ext.data import Images, Item
+from msflow_ext.evaluation.calibration import Calibration
+from msflow_ext.evaluation.evaluator import Truth, evaluate, measure
+from msflow_ext.features import Features
+from msflow_ext.inference.detector import Detector, load
+from msflow_ext.runs.checkpoint import read_checkpoint, save_checkpoint
+
+
+def _model() -> mx.MSFlow:
+    options = {"image_size": 64, "pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return mx.MSFlow("test_efficientnet", seed=1, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A folder with the checkpoint of an untrained model; tests must not write to it."""
+    folder = tmp_path_factory.mktemp("run")
+    model = _model()
+    header = {"model": "MSFlow", "config": model.config, "colours": [0.5, 2.0]}
+    save_checkpoint(folder / "model.safetensors", header, model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detector(run) -> Detector:
+    return load(run, device="cpu")
+
+
+@pytest.fixture
+def items() -> list[Item]:
+    """Three good images of noise and three with a white square."""
+    rng = np.random.default_rng(0)
+    found = []
+    for label, kind in enumerate(("good", "square")):
+        for i in range(3):
+            image, mask = rng.integers(90, 110, (64, 64), dtype=np.uint8), np.zeros((64, 64), bool)
+            mask[16:40, 8:32] = label == 1
+            image[mask] = 255
+            found.append(Item(f"{kind}/{i}", label, kind, image, mask))
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path, items) -> Path:
+    for item in items:
+        path = tmp_path / "images" / f"{item.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(item.image).save(path)
+    return tmp_path / "images"
+
+
+def test_every_kind_of_source_gives_the_same_result(detector, folder):
+    path = folder / "square" / "0.png"
+    (wanted,) = detector.predict(path)
+    image, pixels = Image.open(path), np.asarray(Image.open(path))
+    (tensor,) = Images((Item("0", None, "", path),), 64)
+    sources = [
+        str(path),
+        image,
+        pixels,
+        np.dstack([pixels] * 3),
+        tensor,
+        tensor[None],
+        [path],
+        iter([image]),
+    ]
+    for source in sources:
+        (result,) = detector.predict(source)
+        assert result.score == pytest.approx(wanted.score, rel=1e-6)
+        np.testing.assert_allclose(result.map, wanted.map, rtol=1e-5, atol=1e-6)
+        assert np.array_equal(result.image, np.dstack([pixels] * 3))
+
+
+def test_a_folder_is_searched_with_its_folders_and_named_relative_to_it(detector, folder):
+    (folder / "notes.txt").write_text("no image")
+    results = detector.predict(folder, batch_size=4)
+    names = [f"{kind}/{i}.png" for kind in ("good", "square") for i in range(3)]
+    assert [r.name for r in results] == names
+    assert [
+        r.name for r in detector.predict([folder / "good" / "0.png", np.zeros((9, 9), bool)])
+    ] == [
+        str(folder / "good" / "0.png"),
+        "image 0",
+    ]
+    single = [detector.predict(folder / r.name)[0].score for r in results]
+    assert [r.score for r in results] == pytest.approx(single, rel=1e-5)
+
+
+def test_a_stream_reads_no_further_than_two_batches(detector):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield np.zeros((8, 8), np.uint8)
+
+    stream = detector.stream(endless(), batch_size=2)
+    assert [next(stream).name for _ in range(3)] == ["image 0", "image 1", "image 2"]
+    assert len(taken) <= 6
+    stream.close()
+
+
+def test_labels_and_masks_need_thresholds(detector, folder):
+    plain = detector.predict(folder)
+    assert {(r.label, r.mask) for r in plain} == {(None, None)}
+    middle = float(np.median([r.score for r in plain]))
+    level = float(np.median([r.map for r in plain]))
+    judging = Detector(detector.model, threshold=middle, pixel_threshold=level)
+    for result in judging.predict(folder):
+        assert result.label == int(result.score > middle)
+        assert result.mask is not None
+        assert result.mask.dtype == bool
+        assert np.array_equal(result.mask, result.map > level)
+
+
+def test_results_have_the_documented_types(detector, folder):
+    (result,) = detector.predict(folder / "good" / "0.png")
+    assert isinstance(result.score, float)
+    assert result.map.shape == (64, 64)
+    assert result.map.dtype == np.float32
+    assert result.image.shape == (64, 64, 3)
+    assert result.image.dtype == np.uint8
+
+
+def test_a_palette_16_bit_and_rotated_image_look_alike_from_file_and_from_pillow(
+    detector, tmp_path
+):
+    rng = np.random.default_rng(0)
+    gray = Image.fromarray(rng.integers(0, 255, (64, 48), dtype=np.uint8))
+    turned = gray.getexif()
+    turned[0x0112] = 6
+    deep = Image.fromarray(rng.integers(0, 65535, (64, 64), dtype=np.uint16))
+    for name, image, exif in (
+        ("palette.png", gray.convert("P"), None),
+        ("alpha.png", gray.convert("LA"), None),
+        ("deep.png", deep, None),
+        ("turned.png", gray, turned),
+    ):
+        image.save(tmp_path / name, exif=exif or b"")
+        from_file, from_pillow = detector.predict([tmp_path / name, Image.open(tmp_path / name)])
+        assert np.array_equal(from_file.image, from_pillow.image), name
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "sentence"),
+    [
+        ("missing.png", FileNotFoundError, "missing.png is not a file"),
+        (torch.zeros(3, 32, 32), ValueError, r"image 0: a tensor must be \(3, 64, 64\)"),
+        (torch.zeros(3, 64, 64, dtype=torch.uint8), ValueError, "of torch.uint8"),
+        (np.zeros((4, 4)), TypeError, "must be bool, uint8 or uint16, got float64"),
+        (torch.full((3, 64, 64), float("nan")), ValueError, "image 0: a tensor must be finite"),
+        (7, TypeError, "source must be a path, .* got int"),
+        (b"\x89PNG", TypeError, "source must be a path, .* got bytes"),
+        ([io.BytesIO(b"\x89PNG")], TypeError, "source must be a path, .* got BytesIO"),
+        ({"photo.png": 1}, TypeError, "source must be a path, .* got dict"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named(detector, source, error, sentence):
+    with pytest.raises(error, match=sentence):
+        detector.predict(source)
+
+
+def test_an_empty_folder_and_a_broken_image_are_named(detector, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no images"):
+        detector.predict(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        detector.predict(tmp_path)
+
+
+def test_a_checkpoint_file_loads_like_its_folder(run, detector):
+    alone = load(run / "model.safetensors", device="cpu")
+    image = np.zeros((64, 64), np.uint8)
+    assert alone.predict(image)[0].score == detector.predict(image)[0].score
+    assert alone.colours == detector.colours == [0.5, 2.0]
+
+
+def _damaged(run: Path, folder: Path, edit) -> Path:
+    header, tensors = read_checkpoint(run / "model.safetensors")
+    edit(header, tensors)
+    save_file(tensors, folder / "model.safetensors", {"msflow_ext": json.dumps(header)})
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (lambda h, t: t.pop("head.fusion.perm0"), "lacks head.fusion.perm0, which MSFlow needs"),
+        (lambda h, t: t.update(extra=torch.zeros(1)), "has extra, which MSFlow does not know"),
+        (
+            lambda h, t: t.update({"head.fusion.perm0": torch.zeros(3)}),
+            r"head.fusion.perm0 is \(3,\), MSFlow needs",
+        ),
+        (lambda h, t: h.update(model="Oracle"), "holds a model 'Oracle', unknown to this version"),
+        (
+            lambda h, t: h["config"].update(colour="red"),
+            "its configuration builds no MSFlow: .*colour",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_names_itself_and_the_reason(run, tmp_path, edit, sentence):
+    path = _damaged(run, tmp_path, edit)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load(path, device="cpu")
+    assert str(path) in str(caught.value)
+
+
+def test_a_truncated_or_foreign_checkpoint_is_refused_by_name(run, tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such checkpoint"):
+        load(tmp_path)
+    whole = (run / "model.safetensors").read_bytes()
+    for size in (0, 5, 1000, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+            load(tmp_path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="but no checkpoint of msflow_ext"):
+        load(tmp_path)
+
+
+def test_a_device_that_is_not_here_is_named(run):
+    with pytest.raises(ValueError, match="device 'abacus' is not available"):
+        load(run, device="abacus")
+
+
+def test_the_metrics_of_a_perfect_detector_are_1_and_unknown_ones_none(items):
+    images = Images(items, 64)
+    truth = Truth.of(images)
+    assert truth.labels is not None
+    assert truth.masks is not None
+    perfect = measure(truth, truth.labels.astype(float), truth.masks.astype(np.float32))
+    assert list(perfect.metrics.values()) == pytest.approx([1.0] * 9)
+    unknown = measure(Truth(None, None), np.zeros(6), np.zeros((6, 64, 64)))
+    assert set(unknown.metrics.values()) == {None}
+    assert perfect.metrics.keys() == unknown.metrics.keys()
+    good = Truth.of(Images(items[:3], 64))
+    assert good.labels is None
+    assert good.masks is None
+    all_defective = measure(Truth.of(Images(items[3:], 64)), np.ones(3), np.ones((3, 64, 64)))
+    assert all_defective.metrics["aupimo"] is None
+    assert all_defective.metrics["aupro"] == pytest.approx(0.15)
+
+
+def test_evaluation_keeps_the_order_of_the_images(detector, items):
+    images = Images(items, 64)
+    features = Features(detector.model, images, cache="off")
+    found = evaluate(detector.model.predict_features, features, Truth.of(images), batch_size=4)
+    wanted = detector.predict(images[i] for i in range(len(images)))
+    assert found.scores == pytest.approx([r.score for r in wanted], rel=1e-5)
+    np.testing.assert_allclose(found.maps, [r.map for r in wanted], rtol=1e-4, atol=1e-5)
+
+
+def test_a_padded_image_gives_its_own_part_of_map_mask_and_image(detector):
+    wide = np.random.default_rng(0).integers(90, 110, (32, 128), dtype=np.uint8)
+    padding = Detector(detector.model, fit="pad", pixel_threshold=0.0)
+    (result,) = padding.predict(wide)
+    square = Images([Item("wide", None, "", wide)], 64, "pad")
+    (whole,) = detector.predict(square[0])
+    assert result.mask is not None
+    assert result.map.shape == result.mask.shape == (16, 64)
+    assert result.image.shape == (16, 64, 3)
+    assert result.image.min() > 80
+    assert np.array_equal(result.map, whole.map[24:40])
+    assert result.score == whole.score
+
+
+def test_maps_of_padded_images_are_cut_back_and_stretched_to_the_masks_of_resized_ones(detector):
+    rng = np.random.default_rng(0)
+    items = [
+        Item(str(i), 0, "good", rng.integers(90, 110, shape, dtype=np.uint8))
+        for i, shape in enumerate([(32, 128), (64, 64), (90, 60)])
+    ]
+    features = Features(detector.model, Images(items, 64, "pad"))
+    found = evaluate(detector.model.predict_features, features, Truth(None, None))
+    cut = Detector(detector.model, fit="pad").predict(item.image for item in items)
+    for stretched, each in zip(found.maps, cut, strict=True):
+        rows = np.linspace(0, 63, len(each.map)).round().astype(int)
+        columns = np.linspace(0, 63, each.map.shape[1]).round().astype(int)
+        assert stretched.shape == (64, 64)
+        np.testing.assert_allclose(
+            stretched[rows][:, columns], each.map, atol=0.1 * np.ptp(each.map)
+        )
+    np.testing.assert_allclose(found.maps[1], cut[1].map, rtol=1e-5)
+
+
+def _noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+
+
+def test_an_image_of_exactly_one_tile_is_scored_as_it_is_whole(detector):
+    image = _noise(64, 64, 3)
+    (whole,), (tiled,) = detector.predict(image), detector.predict(image, tile=True)
+    assert tiled.score == whole.score
+    assert np.array_equal(tiled.map, whole.map)
+    assert np.array_equal(tiled.image, whole.image)
+
+
+@pytest.mark.parametrize("shape", [(64, 65), (100, 150), (128, 128), (30, 40), (20, 130), (1, 1)])
+@pytest.mark.parametrize("overlap", [0.0, 1 / 64, 0.25])
+def test_tiles_give_map_mask_and_image_the_size_of_the_file(detector, tmp_path, shape, overlap):
+    Image.fromarray(_noise(*shape)).save(tmp_path / "image.png")
+    judging = Detector(detector.model, threshold=0.0, pixel_threshold=0.0)
+    (found,) = judging.predict(tmp_path / "image.png", tile=True, overlap=overlap, batch_size=3)
+    assert found.mask is not None
+    assert found.map.shape == found.mask.shape == shape
+    assert found.map.dtype == np.float32
+    assert np.array_equal(found.image, np.dstack([_noise(*shape)] * 3))
+    assert found.label == int(found.score > 0.0)
+
+
+def test_the_score_of_tiles_is_the_largest_and_their_maps_stand_side_by_side(detector):
+    image = _noise(64, 192, 3)
+    parts = detector.predict([image[:, i : i + 64] for i in (0, 64, 128)])
+    (found,) = detector.predict(image, tile=True, overlap=0)
+    assert found.score == pytest.approx(max(part.score for part in parts), rel=1e-6)
+    wanted = np.hstack([part.map for part in parts])
+    np.testing.assert_allclose(found.map, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tensor_of_any_size_is_cut_like_the_array_that_it_is_of(detector):
+    image = _noise(70, 90, 3)
+    tensor = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+    (from_array,), (from_tensor,) = (detector.predict(x, tile=True) for x in (image, tensor))
+    assert from_tensor.score == from_array.score
+    assert np.array_equal(from_tensor.map, from_array.map)
+    assert np.array_equal(from_tensor.image, from_array.image)
+    for wrong in (torch.zeros(1, 70, 90), torch.zeros(3, 0, 9), torch.zeros(3, 9, 9).byte()):
+        with pytest.raises(ValueError, match=r"image 0: a tensor must be \(3, H, W\)"):
+            detector.predict(wrong, tile=True)
+
+
+def test_what_was_calibrated_on_whole_images_does_not_judge_tiles(detector):
+    scores = [0.0, 1.0]
+    options = {"threshold": 0.5, "pixel_threshold": 0.5, "calibration": Calibration(scores, scores)}
+    judging = Detector(detector.model, **options)
+    (whole,), (tiled,) = (judging.predict(_noise(64, 64), tile=tile) for tile in (False, True))
+    assert None not in (whole.label, whole.p_value)
+    assert whole.mask is not None
+    assert (tiled.label, tiled.p_value, tiled.mask) == (None, None, None)
+
+
+@pytest.mark.parametrize("overlap", [-0.1, 1, float("nan")])
+def test_an_overlap_out_of_range_is_named(detector, overlap):
+    with pytest.raises(ValueError, match="overlap must be at least 0 and below 1"):
+        detector.predict(_noise(64, 64), tile=True, overlap=overlap)
+
+
+@pytest.mark.parametrize("precision", [None, "float32", "bfloat16"])
+def test_threads_that_share_a_detector_get_the_bits_that_each_would_alone(run, precision):
+    images = [np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8) for i in range(6)]
+    alone = load(run, device="cpu", precision=precision)
+    wanted = [alone.predict(image)[0] for image in images]
+    shared = load(run, device="cpu", precision=precision)  # its first calls meet, too
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda image: shared.predict(image)[0], images * 4))
+    for result, other in zip(found, wanted * 4, strict=True):
+        assert result.score == other.score
+        assert np.array_equal(result.map, other.map)
+
+
+@pytest.mark.parametrize(("precision", "error"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_the_prepacked_form_says_nearly_the_same(run, detector, folder, precision, error):
+    packed = load(run, device="cpu", precision=precision)
+    assert type(packed.model.head) is not type(detector.model.head)
+    for result, wanted in zip(packed.predict(folder), detector.predict(folder), strict=True):
+        assert result.map.dtype == np.float32
+        assert result.score == pytest.approx(wanted.score, rel=error)
+        assert np.abs(result.map - wanted.map).max() <= error * np.abs(wanted.map).max()
+
+
+def test_another_precision_is_refused(run):
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'int8'"):
+        load(run, precision="int8")

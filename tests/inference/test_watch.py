@@ -1,0 +1,272 @@
+"""A folder is followed: each image is scored once, whole, and its row survives whatever happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from threading import Event, Thread
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from msflow_ext import cli
+from msflow_ext.inference.watch import ScoreLog, arrivals, stopped_by_signals
+from msflow_ext.runs.results import write_scores
+
+
+class Script(Event):
+    """An event that does one step at each wait, and is set when there is none left."""
+
+    def __init__(self, *steps: Callable[[], object]) -> None:
+        super().__init__()
+        self.steps = iter(steps)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        step = next(self.steps, self.set)
+        step()
+        return self.is_set()
+
+
+def idle() -> None:
+    pass
+
+
+def names(folder: Path, *steps: Callable[[], object], known: Collection[str] = ()) -> list[str]:
+    return [name for name, _ in arrivals(folder, known, Script(*steps))]
+
+
+def test_an_image_comes_once_after_two_looks_that_agree(tmp_path):
+    path = tmp_path / "line 1" / "a.png"
+    path.parent.mkdir()
+    path.write_bytes(b"1")
+    assert names(tmp_path) == []
+    assert names(tmp_path, idle, idle, idle) == ["line 1/a.png"]
+    assert list(arrivals(tmp_path, (), Script(idle))) == [("line 1/a.png", path)]
+
+
+def test_an_image_that_grows_is_left_alone_until_it_rests(tmp_path):
+    path, seen = tmp_path / "a.jpg", []
+
+    def grow() -> None:
+        with path.open("ab") as file:
+            file.write(b"more")
+        seen.append(path.stat().st_size)
+
+    script = Script(path.touch, idle, grow, grow, grow, idle)
+    assert [p.stat().st_size for _, p in arrivals(tmp_path, (), script)] == [12]
+    assert seen == [4, 8, 12]
+
+
+def test_an_image_moved_in_is_taken_and_one_that_is_gone_is_not(tmp_path):
+    outside, folder = tmp_path / "a.part", tmp_path / "in"
+    folder.mkdir()
+    outside.write_bytes(b"1")
+    (folder / "gone.png").write_bytes(b"1")
+
+    def move() -> None:
+        os.replace(outside, folder / "a.png")
+        (folder / "gone.png").unlink()
+
+    assert names(folder, move, idle) == ["a.png"]
+
+
+def test_what_is_hidden_known_or_no_image_is_passed_over(tmp_path):
+    for name in (".a.png", "b.txt", "c.png.part", "known.png", "d.PNG", ".git/e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    (tmp_path / "link.png").symlink_to("nowhere.png")
+    assert names(tmp_path, idle, idle, known={"known.png"}) == ["d.PNG"]
+
+
+def test_an_image_that_was_damaged_comes_again_when_it_changes(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"1")
+    assert names(tmp_path, idle, idle, lambda: path.write_bytes(b"22"), idle, idle) == ["a.png"] * 2
+
+
+def test_a_folder_that_goes_away_is_named(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match=f"{folder} cannot be watched"):
+        names(folder, folder.rmdir, idle)
+
+
+def test_a_log_reads_like_a_table_written_at_once_and_goes_on_where_it_was(tmp_path):
+    rows = [("a,b.png", "", 1, 0.1), ("c.png", "", None, -2.5), ('"d"\n.png', "", 0, 1e-9)]
+    for name, _, label, score in rows:
+        log = ScoreLog(tmp_path / "log.csv", "p_value")
+        log.append(name, label, score, 0.5)
+    write_scores(tmp_path / "whole.csv", rows, p_value=[0.5] * 3)
+    assert (tmp_path / "log.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert list(ScoreLog(tmp_path / "log.csv", "p_value").names) == [row[0] for row in rows]
+
+
+def test_a_last_row_that_was_cut_off_is_removed(tmp_path):
+    path = tmp_path / "log.csv"
+    for name in ("a.png", "b.png"):
+        ScoreLog(path).append(name, None, 0.25)
+    whole = path.read_bytes()
+    header, first, _ = whole.splitlines(keepends=True)
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        log = ScoreLog(path)
+        kept = [name for name in ("a.png", "b.png") if name in log.names]
+        assert kept == (["a.png"] if end >= len(header + first) else [])
+        for name in ("a.png", "b.png")[len(kept) :]:
+            log.append(name, None, 0.25)
+        assert path.read_bytes() == whole
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
+    log = ScoreLog(tmp_path / "log.csv")
+    log.append("a.png", None, 0.25)
+    before, write = log.path.read_bytes(), os.write
+
+    def half(file: int, content: bytes) -> int:
+        if len(content) < 8:
+            raise OSError(28, "No space left on device")
+        return write(file, content[: len(content) // 2])
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(OSError, match=r"log\.csv cannot be written: No space left"):
+        log.append("b.png", None, 0.5)
+    assert log.path.read_bytes() == before
+    assert list(log.names) == ["a.png"]
+
+
+@pytest.mark.parametrize("text", ["name,defect,label,score,p_value\n", "name,defect\n", "x\n"])
+def test_a_table_of_other_columns_is_refused(tmp_path, text):
+    (tmp_path / "log.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"log\.csv begins with .*name,defect,label,score is want"):
+        ScoreLog(tmp_path / "log.csv")
+    assert (tmp_path / "log.csv").read_text() == text
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT as Python starts with it, even where it is ignored, as in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_the_first_signal_asks_and_the_second_does_what_it_always_did():
+    before = signal.getsignal(signal.SIGTERM)
+    with stopped_by_signals() as stop:
+        assert not stop.is_set()
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ---- the command ----
+
+
+@pytest.fixture(scope="module")
+def run(untrained_run) -> Path:
+    """The checkpoint of an untrained model with thresholds."""
+    return untrained_run(
+        recipe={"false_alarms": 0.4},
+        calibration={"scores": [-2.0, -1.0, 1e9], "peaks": [0.0, 1.0, 2.0]},
+    )
+
+
+def picture(path: Path, seed: int = 0) -> None:
+    """An image, moved in whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 255, (64, 80), np.uint8))
+    image.save(part, "PNG")
+    os.replace(part, path)
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def rows(out: Path) -> list[str]:
+    path = out / "scores.csv"
+    return [row.split(",")[0] for row in path.read_text().splitlines()[1:]] if path.exists() else []
+
+
+def command(run: Path, folder: Path, out: Path, *more: str) -> list[str]:
+    chosen = ["predict", "--run", str(run), str(folder), "--watch", "--out", str(out)]
+    return [*chosen, "--device", "cpu", *more]
+
+
+def test_a_folder_is_watched_until_a_signal_and_again_after_it(run, tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    picture(folder / "a.png")
+    started = subprocess.Popen(
+        [sys.executable, "-m", "msflow_ext", *command(run, folder, out)],
+        cwd=tmp_path,  # not beside the sources, which would hide the installed package
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert wait_for(lambda: rows(out) == ["a.png"])
+        (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        picture(folder / "sub/a.png", 1)
+        assert wait_for(lambda: rows(out) == ["a.png", "sub/a.png"])
+        started.send_signal(signal.SIGTERM)
+        said, errors = started.communicate(timeout=60)
+    finally:
+        started.kill()
+    assert started.returncode == 0
+    assert said == f"2 images: {out / 'scores.csv'}\n"
+    assert [line for line in errors.splitlines() if "broken" in line] == [
+        f"broken.png is passed over: {folder / 'broken.png'} is not an image"
+    ]
+
+    before = (out / "scores.csv").read_bytes()
+    picture(folder / "sub-a.png", 2)  # its picture must not take the place of sub/a.png's
+
+    def stop() -> None:
+        wait_for(lambda: len(rows(out)) == 3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = Thread(target=stop)
+    watcher.start()
+    assert cli.main(command(run, folder, out)) == 0
+    watcher.join()
+    assert capsys.readouterr().out == f"1 images: {out / 'scores.csv'}\n"
+    assert (out / "scores.csv").read_bytes().startswith(before)
+    assert rows(out) == ["a.png", "sub/a.png", "sub-a.png"]
+    for kind in ("maps", "masks"):
+        pictures = {path.name for path in (out / kind).iterdir()}
+        assert pictures == {"a.png.png", "sub-a.png.png", "sub-a.png-2.png"}
+    at_once = ["predict", "--run", str(run), str(folder / "sub"), "--device", "cpu"]
+    assert cli.main([*at_once, "--out", str(tmp_path / "once")]) == 0
+    header, row = (tmp_path / "once/scores.csv").read_text().splitlines()
+    watched = (out / "scores.csv").read_text().splitlines()
+    assert header == watched[0]
+    assert row in [line.replace("sub/", "") for line in watched[2:]]
+
+
+@pytest.mark.parametrize(
+    ("paths", "out", "sentence"),
+    [
+        (["in", "in"], "out", "--watch wants one folder, got"),
+        (["nowhere"], "out", "nowhere is not a folder to watch"),
+        (["in"], "in/out", "which is watched"),
+        (["in"], "in", "which is watched"),
+    ],
+)
+def test_a_folder_that_cannot_be_watched_is_named(run, tmp_path, capsys, paths, out, sentence):
+    (tmp_path / "in").mkdir()
+    chosen = ["predict", "--run", str(run), "--watch", "--out", str(tmp_path / out)]
+    assert cli.main([*chosen, *(str(tmp_path / path) for path in paths)]) == 2
+    assert sentence in capsys.readouterr().err

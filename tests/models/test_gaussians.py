@@ -1,0 +1,240 @@
+"""The Gaussians before and behind a flow against their definitions in numpy, and in the models that take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msflow_ext import FastFlow, MSFlow, load, ops
+from msflow_ext.data import DataSet, Images, Item
+from msflow_ext.features import Features
+from msflow_ext.models import gaussians as position_base
+from msflow_ext.models.gaussians import RIDGE, Gaussians, PositionBase, Whitening
+from msflow_ext.training.loop import train
+from msflow_ext.training.recipe import Recipe
+
+SIZES = [(13, 5), (1, 1)]
+SMALL = {"backbone": "test_resnet", "image_size": 64, "pretrained": False, "seed": 0}
+
+
+def latents(images: int, seed: int = 0, sizes: list[tuple[int, int]] = SIZES) -> list[Tensor]:
+    """Correlated maps of two scales, each position about its own mean."""
+    rng = torch.Generator().manual_seed(seed)
+    where = torch.Generator().manual_seed(9)
+    return [
+        torch.randn(images, c, *size, generator=rng, dtype=torch.float64).cumsum(1)
+        + 5 * torch.randn(c, *size, generator=where, dtype=torch.float64)
+        for c, size in zip((4, 5), sizes, strict=True)
+    ]
+
+
+def noise() -> DataSet:
+    rng = np.random.default_rng(0)
+    items = [Item(f"{i}", i % 2, "", rng.integers(0, 255, (64, 64), np.uint8)) for i in range(8)]
+    return DataSet("noise", "gray", tuple(items[:4]), tuple(items[4:]))
+
+
+def by_cells(maps: Tensor, side: int) -> Iterator[tuple[list[tuple[int, int]], np.ndarray]]:
+    """The positions of each cell, and the covariance in it about the means of the positions."""
+    height, width = maps.shape[2:]
+    for top, left in product(range(0, height, side), range(0, width, side)):
+        rows, columns = range(top, min(top + side, height)), range(left, min(left + side, width))
+        where = list(product(rows, columns))
+        yield where, np.mean([np.cov(maps[:, :, i, j].numpy().T) for i, j in where], 0)
+
+
+#: How many numbers the covariances may have, and the side of the first scale's cells, of which it has 65, 21 or 1.
+LIMITS = [(2**25, 1), (21 * 4**2, 2), (0, 13)]
+
+
+@pytest.mark.parametrize(("limit", "side"), LIMITS)
+@pytest.mark.parametrize("batch", [1, 7, 20])
+def test_a_base_whitens_every_position_by_its_mean_and_its_cells_covariance(
+    batch: int, limit: int, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(position_base, "LIMIT", limit)
+    seen, unseen = latents(20), latents(3, seed=1)
+    base = PositionBase((4, 5), SIZES).double()
+    base.fit(zip(*(z.split(batch) for z in seen), strict=True))
+    for x, y, got in zip(seen, unseen, base(unseen), strict=True):
+        assert got.shape == y.shape
+        for where, covariance in by_cells(x, side):
+            lower = np.linalg.cholesky(covariance + RIDGE * np.eye(x.shape[1]))
+            for i, j in where:
+                deviation = (y[:, :, i, j] - x[:, :, i, j].mean(0)).numpy().T
+                wanted = (1 + RIDGE) ** 0.5 * np.linalg.solve(lower, deviation)
+                np.testing.assert_allclose(got[:, :, i, j].T, wanted, 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize(("cells", "side"), [(2**20, 1), (21, 2), (0, 13)])
+@pytest.mark.parametrize("batch", [1, 7, 20])
+def test_whitening_takes_the_root_of_shrunk_covariances_given_the_coarser_scales(
+    batch: int, cells: int, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [(13, 5), (3, 2)]
+    monkeypatch.setattr(position_base, "LIMIT", cells * 9**2)
+    seen, unseen = latents(20, sizes=sizes), latents(3, seed=1, sizes=sizes)
+    whitening = Whitening((4, 5), sizes).double()
+    whitening.fit(zip(*(x.split(batch) for x in seen), strict=True))
+    assert whitening.sides[0] == side
+    for i, got in enumerate(whitening(unseen)):
+        c = seen[i].shape[1]
+        x, y = (
+            torch.cat(
+                [m[i], *(F.interpolate(u, m[i].shape[2:], mode="bilinear") for u in m[i + 1 :])], 1
+            )
+            for m in (seen, unseen)
+        )
+        width, each = x.shape[1], list(by_cells(x, whitening.sides[i]))
+        usual = sum(len(where) * own for where, own in each) / x[0, 0].numel() + 0.1 * np.eye(width)
+        for where, own in each:
+            n = 20 * len(where)
+            shrunk = (n * own + width * usual) / (n + width)
+            slope = np.linalg.solve(shrunk[c:, c:], shrunk[c:, :c]).T
+            root = np.real(scipy.linalg.sqrtm(shrunk[:c, :c] - slope @ shrunk[c:, :c]))
+            for p, q in where:
+                deviation = (y[:, :, p, q] - x[:, :, p, q].mean(0)).numpy().T
+                wanted = np.linalg.solve(root, deviation[:c] - slope @ deviation[c:])
+                np.testing.assert_allclose(got[:, :, p, q].T, wanted, 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "backbone", "megabytes"),
+    [
+        (PositionBase, "efficientnet_lite0 at 192 px", 4),
+        (PositionBase, "wide_resnet50_2 at 512 px", 300),
+        (Whitening, "efficientnet_lite0 at 192 px", 15),
+        (Whitening, "wide_resnet50_2 at 512 px", 150),
+    ],
+)
+def test_they_take_as_much_memory_as_documented(
+    kind: type[Gaussians], backbone: str, megabytes: int
+) -> None:
+    channels, finest = {"e": ((24, 40, 112), 24), "w": ((256, 512, 1024), 64)}[backbone[0]]
+    gaussians = kind(channels, [(finest // k, finest // k) for k in (1, 2, 4)])
+    assert sum(b.nbytes for b in gaussians.buffers()) / 1e6 == pytest.approx(megabytes, rel=0.15)
+
+
+@pytest.mark.parametrize("kind", [PositionBase, Whitening])
+def test_unfitted_or_reset_it_changes_nothing_and_one_image_is_too_few(
+    kind: type[Gaussians],
+) -> None:
+    gaussians, z = kind((4, 5), SIZES).double(), latents(2)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(gaussians(z), z, strict=True))
+        for too_few in ([], [latents(1)]):
+            with pytest.raises(ValueError, match="must hold at least two images"):
+                gaussians.fit(too_few)
+        gaussians.fit([z])
+        assert not any(torch.allclose(a, b) for a, b in zip(gaussians(z), z, strict=True))
+        gaussians.reset()
+
+
+def test_maps_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"maps must be \[\(4, 13, 5\), .* got \[\(4, 5, 13\), "):
+        PositionBase((4, 5), SIZES)([latents(2)[0].mT, latents(2)[1]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (MSFlow, {"blocks": (1, 1), "cond_channels": 8, "score": "nll"}),
+        (MSFlow, {"backbone": "test_vit", "blocks": (1, 1), "cond_channels": 8}),
+        (FastFlow, {"steps": 1}),
+    ],
+    ids=["msflow", "msflow-transformer", "fastflow"],
+)
+def test_a_model_trains_tests_keeps_and_applies_it(
+    kind: type, options: dict, tmp_path: Path
+) -> None:
+    model = kind(**{**SMALL, **options}, position_base=True)
+    train(model, noise(), tmp_path, Recipe(epochs=1, batch_size=3), device="cpu")
+    images = torch.rand(2, 3, 64, 64)
+    features = model.features(images)
+    got, z = model(images), model.base(model.head(features).z)
+    wanted = [ops.log_likelihood_map(t) for t in z]
+    plain = model.head.log_likelihood(features)
+    for a, b, c in zip(got.log_likelihood, wanted, plain, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.allclose(b, c, rtol=0.01)
+    again = load(tmp_path, "cpu").model
+    assert torch.equal(again(images).anomaly_map, got.anomaly_map)
+    form = model.optimize()
+    torch.testing.assert_close(form(images).score, got.score, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["memory", "off"])
+@pytest.mark.parametrize("kind", [MSFlow, FastFlow])
+def test_new_images_are_whitened_by_the_training_images_of_the_last_training(
+    kind: type, cache: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)  # of the backbone
+    options = {**SMALL, "standardize": True, "whiten": True}
+    model, recipe = kind(**options), Recipe(epochs=1, batch_size=3, cache=cache)
+    for run in ("first", "again"):  # what the first training left must not count
+        train(model, noise(), tmp_path / run, recipe, device="cpu")
+    images = Images(noise().train, 64)
+    standardized = plain_features(model, images)[torch.arange(4)]
+    wanted = whitened_by(standardized, standardized)
+    again = load(tmp_path / "again", "cpu").model
+    got = again.features(torch.stack([images[i] for i in range(4)]))
+    for a, b, c in zip(got, wanted, standardized, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(b, c, atol=0.1)
+    one = images[0][None]
+    torch.testing.assert_close(again(one).score, model.optimize()(one).score, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["memory", "off"])
+def test_images_to_learn_are_whitened_by_the_others(cache: str) -> None:
+    torch.manual_seed(0)
+    model = MSFlow(**SMALL, standardize=True, whiten=True)
+    images = Images([*noise().train, *noise().test[:3]], 64)
+    features = Features(model, images, cache=cache)
+    features.standardize(batch_size=3)
+    standardized = plain_features(model, images)[torch.arange(7)]
+    number = torch.arange(7)
+    got = features[torch.tensor([6, 0, 5, 3])]
+    for row, i in enumerate((6, 0, 5, 3)):
+        others = [x[number % 5 != i % 5] for x in standardized]
+        wanted = whitened_by(others, [x[i : i + 1] for x in standardized])
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a[row : row + 1], b, rtol=1e-3, atol=1e-3)
+    new = model.features(images[0][None])
+    for a, b in zip(new, whitened_by(standardized, [x[:1] for x in standardized]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_two_images_are_too_few_to_whiten_by_each_other() -> None:
+    model = MSFlow(**SMALL, standardize=True, whiten=True)
+    with pytest.raises(ValueError, match="whiten needs 3 training images or more, got 2"):
+        Features(model, Images(noise().train[:2], 64)).standardize()
+
+
+def plain_features(model: Any, images: Images) -> Features:
+    """Standardised features of the same backbone, not whitened."""
+    plain = type(model)(**{**SMALL, "standardize": True})
+    plain.backbone = model.backbone
+    features = Features(plain, images)
+    features.standardize()
+    return features
+
+
+def whitened_by(seen: list[Tensor], maps: list[Tensor]) -> list[Tensor]:
+    whitening = Whitening([x.size(1) for x in seen], [(x.size(2), x.size(3)) for x in seen])
+    whitening.fit([seen])
+    return whitening(maps)
+
+
+def test_whitening_needs_standardized_features() -> None:
+    with pytest.raises(ValueError, match="whiten needs standardize"):
+        MSFlow(**SMALL, standardize=False, whiten=True)
