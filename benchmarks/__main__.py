@@ -1,25 +1,33 @@
-"""Runs cases round by round and keeps their rows: `python -m benchmarks [ROW or FILE ...]`; see README.md."""
+"""Time the cases of the benchmark files and keep a row of results for each; benchmarks/README.md says how."""
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import report, results, targets
-from benchmarks.harness import MODULES, all_cases
+from benchmarks import report, results
 from msflow_ext.bench import Case, machine, measure, table, threads
 
 BUSY = 0.1  # share of the machine that other processes may take
+ROOT = Path(__file__).parent
+
+#: The benchmark files by their short names: ``norm`` for kernels/bench_norm.py.
+MODULES = {
+    path.stem.removeprefix("bench_"): f"benchmarks.{room}.{path.stem}"
+    for room in ("kernels", "end_to_end")
+    for path in sorted((ROOT / room).glob("bench_*.py"))
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    if options.targets or options.report:
+    if options.report:
         document = results.read(options.file) if options.file else results.newest()
-        for line in report.write(document) if options.report else targets.table(document):
+        for line in report.write(document):
             print(line)
         return 0
     cases = list(chosen(options.select, options.quick))
@@ -36,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with threads(count):
                 row = measure(case, slow=options.slow, seconds=options.seconds)
             gc.collect()
-            print("\n".join(table(row, targets.baseline(row))), flush=True)
+            print("\n".join(table(row)), flush=True)
             if (row["others"] or 0) > BUSY:
                 print(f"  BUSY: others took {row['others']:.0%} of the machine", flush=True)
             if file:
@@ -47,29 +55,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = found.add_argument
-    add("select", nargs="*", help=f"rows of the table of targets, or of {', '.join(MODULES)}")
+    add(
+        "select",
+        nargs="*",
+        metavar="NAME",
+        help=f"run these files ({', '.join(MODULES)}), or cases whose names begin so; default: all",
+    )
     counts = sorted({1, machine.cores()})
-    add("--threads", type=int, nargs="+", default=counts, help=f"default: {counts}")
+    add(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=counts,
+        help=f"numbers of threads to measure with (default: {counts})",
+    )
     add("--slow", action="store_true", help="also torch.compile: a minute or more for each")
-    add("--seconds", type=float, default=20.0, help="how long the rounds of a case go on")
-    add("--quick", action="store_true", help="toy sizes, to see that it works; nothing is kept")
-    add("--busy", action="store_true", help="measure although others use the machine")
+    add("--seconds", type=float, default=20.0, help="seconds of timing for each case")
+    add("--quick", action="store_true", help="use toy sizes, to see that it works; keep nothing")
+    add("--busy", action="store_true", help="measure although other processes use the machine")
     add("--file", type=Path, help="results (default: benchmarks/results/<machine>-<date>.json)")
-    add("--targets", action="store_true", help="print how the newest results meet the targets")
     add("--report", action="store_true", help="write tables and charts of the newest results")
     return found
 
 
 def chosen(select: Sequence[str], quick: bool) -> Iterator[Case]:
-    rows = {int(each) for each in select if each.isdigit()}
-    modules = [each for each in select if not each.isdigit()]
-    unknown = set(modules) - set(MODULES)
-    if unknown:
-        raise SystemExit(f"no such benchmarks: {', '.join(sorted(unknown))}")
-    for module in MODULES:
-        for case in all_cases(quick, [module]):
-            if not select or module in modules or rows & set(case.rows):
+    """Yield the cases of files that are named, and cases whose names begin with anything else that is.
+
+    Raises:
+        SystemExit: nothing is named so.
+    """
+    prefixes = tuple(each for each in select if each not in MODULES)
+    unknown = set(prefixes)
+    for name, module in MODULES.items():
+        whole = not select or name in select
+        for case in importlib.import_module(module).cases(quick) if whole or prefixes else ():
+            begun = {prefix for prefix in prefixes if case.name.startswith(prefix)}
+            unknown -= begun
+            if whole or begun:
                 yield case
+    if unknown:
+        raise SystemExit(
+            f"select must be a file ({', '.join(MODULES)}) or begin the name of a case, "
+            f"got {', '.join(sorted(unknown))}"
+        )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,27 +13,8 @@ from torch import Tensor
 from msflow_ext.bench import Case, machine
 from msflow_ext.bench.harness import prepare
 
-MODULES = (
-    "coupling",
-    "norm",
-    "resample",
-    "winograd",
-    "score",
-    "flow",
-    "pipeline",
-    "training",
-    "models",
-    "accelerate",
-    "metrics",
-)
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def all_cases(quick: bool, modules: Sequence[str] = MODULES) -> Iterator[Case]:
-    """The cases of ``bench_<module>.py``, one file after the other."""
-    for module in modules:
-        yield from importlib.import_module(f"benchmarks.bench_{module}").cases(quick)
 
 
 def scales(quick: bool) -> list[tuple[int, int]]:

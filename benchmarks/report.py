@@ -1,4 +1,4 @@
-"""Tables and charts from a document of results: into benchmarks/results and between the README's markers."""
+"""Pages and charts from documents of results: in benchmarks/results, and between the markers of both READMEs."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench_models, charts, latency, results, targets
-from benchmarks.targets import STEP, baseline
-from msflow_ext.bench import quantiles, ratio
+from benchmarks import charts, comparisons, results, tables
+from msflow_ext.bench import baseline, quantiles, ratio
 
 Row = dict[str, Any]
 README = Path(__file__).parents[1] / "README.md"
+GUIDE = Path(__file__).parent / "README.md"
 MARKERS = "<!-- {}:begin -->", "<!-- {}:end -->"
 
 #: What the README shows: a title, and the case.
 HEADLINES = (
     ("Flows, one image", "flows 512 px b1"),
     ("Image to scores, one image", "pipeline wide_resnet50_2 512 px b1"),
-    ("Training step, 8 images", f"{STEP} b8"),
+    ("Training step, 8 images", f"{comparisons.STEP} b8"),
     ("Maps and scores from likelihoods, 8 images", "aggregation 512 px b8"),
     ("Pixel AUROC, 83 images", "pixel AUROC 83 images 512 px"),
     ("AUPRO, 83 images", "AUPRO 83 images 512 px"),
@@ -27,12 +27,23 @@ HEADLINE_CASES = {case for _, case in HEADLINES}
 CHARTS = {"flows": 0, "pipeline": 1, "training": 2}
 
 #: Groups whose few providers stand side by side; elsewhere the cases do.
-OPS = ("coupling", "norm", "winograd", "likelihood", "aggregation", "pixel AUROC", "AUPRO", "model")
-OTHERS = ("flows", "pipeline", "training step", "training run", latency.GROUP)
+OPS = (
+    "coupling",
+    "norm",
+    "pooling",
+    "upsampling",
+    "winograd",
+    "likelihood",
+    "aggregation",
+    "pixel AUROC",
+    "AUPRO",
+    "model",
+)
+OTHERS = ("flows", "pipeline", "training step", "training run", tables.LATENCY)
 
 
 def write(document: dict[str, Any]) -> Iterator[str]:
-    """Write all tables of a document; and from all documents the charts and the README's block."""
+    """Write the page of a document, and from all documents the charts and the README's block; yield the files."""
     page = results.file_for(document["machine"]).with_suffix(".md")
     page.write_text("\n".join(markdown(document)) + "\n")
     yield str(page)
@@ -44,10 +55,11 @@ def write(document: dict[str, Any]) -> Iterator[str]:
             row = _find(best, case, threads)
             if row:
                 path = results.FOLDER / f"{name}.svg"
-                path.write_text(chart(f"{title}, 512 px: {_threads(threads)}", row))
+                path.write_text(chart(f"{title}, 512 px: {tables.threads(threads)}", row))
                 yield str(path)
     update(README, "benchmarks", "\n".join(headlines(documents)))
-    yield str(README)
+    update(GUIDE, "comparisons", "\n".join(comparisons.legend()))
+    yield from map(str, (README, GUIDE))
 
 
 def speeds(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -82,13 +94,13 @@ def markdown(document: dict[str, Any]) -> Iterator[str]:
     if busy:
         yield ""
         yield f"**{len(busy)} rows were measured while others used the machine: do not trust them.**"
-    yield from ("", "## Targets", "")
-    yield from targets.table(document)
+    yield from ("", "## Comparisons", "")
+    yield from comparisons.table(document)
     for group in (*OTHERS, *OPS):
         rows = [row for row in document["rows"] if row["case"].startswith(f"{group} ")]
         if rows:
             yield from ("", f"## {group.capitalize()}", "")
-            yield from _by_case(rows) if group in OPS else _by_provider(rows)
+            yield from tables.by_case(rows) if group in OPS else tables.by_provider(rows)
     refused = [
         f"* {row['case']}, {name}: {found['refused']}"
         for row in document["rows"]
@@ -104,12 +116,12 @@ def headlines(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "Images of 512 px; `benchmarks/README.md` says how this was measured, and how to repeat it."
     for document in speeds(documents):
         threads = usual_threads(document, HEADLINE_CASES)
-        yield from ("", f"{machine_line(document['machine'])}, {_threads(threads)}:", "")
+        yield from ("", f"{machine_line(document['machine'])}, {tables.threads(threads)}:", "")
         yield from _speed_table(document, threads)
     for name in CHARTS:
         if (results.FOLDER / f"{name}.svg").exists():
             yield from ("", f"![Time of {name} by provider](benchmarks/results/{name}.svg)")
-    for table in (bench_models.table, latency.markdown):
+    for table in (tables.models, tables.latency):
         found = ((document, list(table(document))) for document in reversed(documents))
         document, lines = next((each for each in found if each[1]), (None, []))
         if document:
@@ -117,20 +129,22 @@ def headlines(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _speed_table(document: dict[str, Any], threads: int) -> Iterator[str]:
-    yield "| | the usual way | the best other | ours | faster than usual | than the best other |"
+    yield "| | reference | fastest alternative | ours | times faster than the reference | than the alternative |"
     yield "|---|---:|---:|---:|---:|---:|"
     for title, case in HEADLINES:
         row = _find(document, case, threads)
         if row is None:
             continue
-        usual, times = baseline(row), _timed(row)
-        ours = _fastest(times, [n for n in times if n.startswith("ours")])
-        other = _fastest(times, [n for n in times if not n.startswith("ours") and n != "copy"])
+        reference, times = baseline(row), tables.timed(row)
+        ours = tables.fastest(times, [n for n in times if n.startswith("ours")])
+        other = tables.fastest(
+            times, [n for n in times if not n.startswith("ours") and n != "copy"]
+        )
         if not ours or not other:
             continue
         cells = [
-            *(f"{_time(quantiles(times[n])[0])}, {n}" for n in (usual, other, ours)),
-            *(f"{ratio(times[n], times[ours]):.1f}x" for n in (usual, other)),
+            *(f"{tables.time(quantiles(times[n])[0])}, {n}" for n in (reference, other, ours)),
+            *(f"{ratio(times[n], times[ours]):.1f}x" for n in (reference, other)),
         ]
         yield f"| {title} | {' | '.join(cells)} |"
 
@@ -149,10 +163,10 @@ def chart(title: str, row: Row) -> str:
     """The providers of one case as bars, as SVG."""
     bars = [
         charts.Bar(name, *quantiles(samples), ours=name.startswith("ours"))
-        for name, samples in _timed(row).items()
+        for name, samples in tables.timed(row).items()
         if name != "copy"
     ]
-    return charts.bars(title, bars, _time)
+    return charts.bars(title, bars, tables.time)
 
 
 def machine_line(facts: dict[str, Any]) -> str:
@@ -164,64 +178,6 @@ def machine_line(facts: dict[str, Any]) -> str:
     )
 
 
-def _by_case(rows: Sequence[Row]) -> Iterator[str]:
-    """A line per case and number of threads, a column per provider."""
-    names = list(dict.fromkeys(name for row in rows for name in row["providers"]))
-    speed = ["GB/s of ours", "of a copy"] if any(row["bytes"] for row in rows) else []
-    yield f"| case | threads | {' | '.join([*names, *speed])} |"
-    yield "|---|---:|" + "---:|" * (len(names) + len(speed))
-    for row in rows:
-        times, base = _timed(row), baseline(row)
-        cells = [_cell(times, name, base) for name in names]
-        if speed and "ours" in times:
-            rate = row["bytes"] / quantiles(times["ours"])[0] / 1e6
-            cells += [f"{rate:.1f}", f"{ratio(times['copy'], times['ours']):.0%}"]
-        yield f"| {row['case']} | {row['threads']} | {' | '.join(cells)} |"
-
-
-def _by_provider(rows: Sequence[Row]) -> Iterator[str]:
-    """Per number of threads a line per provider and a column per case, times first, then memory."""
-    for threads in sorted({row["threads"] for row in rows}):
-        chosen = [row for row in rows if row["threads"] == threads]
-        names = list(dict.fromkeys(name for row in chosen for name in row["providers"]))
-        yield f"| {_threads(threads)} | {' | '.join(row['case'] for row in chosen)} |"
-        yield "|---|" + "---:|" * len(chosen)
-        for name in names:
-            cells = [_cell(_timed(row), name, baseline(row)) for row in chosen]
-            yield f"| {name} | {' | '.join(cells)} |"
-        for key, what in (("peak_mb", "peak MB"), ("saved_mb", "saved MB")):
-            for name in names:
-                memory = [row["providers"].get(name, {}).get(key) for row in chosen]
-                if any(memory):
-                    cells = ["-" if m is None else f"{m:.4g}" for m in memory]
-                    yield f"| {what}: {name} | {' | '.join(cells)} |"
-        yield ""
-
-
-def _timed(row: Row) -> dict[str, list[float]]:
-    return {n: found["ms"] for n, found in row["providers"].items() if "ms" in found}
-
-
-def _fastest(times: dict[str, list[float]], names: Sequence[str]) -> str | None:
-    return min(names, key=lambda name: quantiles(times[name])[0], default=None)
-
-
-def _cell(times: dict[str, list[float]], name: str, base: str) -> str:
-    if name not in times:
-        return "-"
-    mid, low, high = quantiles(times[name])
-    against = "" if name in (base, "copy") else f" {ratio(times[base], times[name]):.2f}x"
-    return f"{mid:.4g} [{low:.3g}, {high:.3g}]{against}"
-
-
 def _find(document: dict[str, Any], case: str, threads: int) -> Row | None:
     found = (r for r in document["rows"] if (r["case"], r["threads"]) == (case, threads))
     return next(found, None)
-
-
-def _time(ms: float) -> str:
-    return f"{ms / 1e3:.3g} s" if ms >= 1000 else f"{ms:.3g} ms"
-
-
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"

@@ -8,25 +8,35 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
-ACCURACY, BULK, SERVING, SOAK = "accuracy-", "bulk-", "serving-", "soak-"
+KINDS = ("accuracy", "bulk", "gpu", "serving", "soak")  # other documents than times
 
 
-def file_for(facts: dict[str, Any]) -> Path:
-    """Where rows of this machine and day belong: processors of one name may have other instructions."""
+def file_for(facts: dict[str, Any], kind: str = "") -> Path:
+    """Return the file for results of this machine and day.
+
+    Args:
+        facts: the machine; processors of one name may differ in their instructions, so the widest is named too.
+        kind: one of ``KINDS``; times have none.
+    """
     widest = facts["flags"][-1:]
-    name = " ".join((facts["cpu"], *widest, f"{facts['cores']}c", facts["date"][:10]))
-    return FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    name = " ".join((kind, facts["cpu"], *widest, f"{facts['cores']}c", facts["date"][:10]))
+    return FOLDER / f"{slug(name)}.json"
+
+
+def slug(name: str) -> str:
+    """Return lower-case letters and digits of a name, joined by hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def times() -> list[dict[str, Any]]:
-    """All documents of times, by the date inside; accuracies and the like have files of their own."""
-    others = (ACCURACY, BULK, SERVING, SOAK)
+    """Return all documents of times, by the date inside."""
+    others = tuple(f"{kind}-" for kind in KINDS)
     paths = (path for path in FOLDER.glob("*.json") if not path.name.startswith(others))
     return sorted(map(read, paths), key=lambda document: document["machine"]["date"])
 
 
 def newest() -> dict[str, Any]:
-    """The times that were measured last."""
+    """Return the times that were measured last; SystemExit if there are none."""
     found = times()
     if not found:
         raise SystemExit(f"no results in {FOLDER}: run python -m benchmarks first")
@@ -37,8 +47,15 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def write(path: Path, document: dict[str, Any]) -> Path:
+    """Write a document; return ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
 def add(path: Path, facts: dict[str, Any], row: dict[str, Any]) -> None:
-    """Add a row, in the place of an older one of the same case and threads; each says its commit and date."""
+    """Add a row, or replace the one of the same case and threads; each says its commit and date."""
     rows = read(path)["rows"] if path.exists() else []
     keys = [(old["case"], old["threads"]) for old in rows]
     key = (row["case"], row["threads"])

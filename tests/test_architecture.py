@@ -16,6 +16,7 @@ import msflow_ext
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "msflow_ext"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+BENCHMARK_SOURCES = sorted((ROOT / "benchmarks").rglob("*.py"))
 CONTENTS = {"data", "files", "hardware", "metrics", "models", "runs"}  # what most upper rooms need
 
 #: What a room may import of ours. A room that is missing here fails a test, and so does a line that allows too much.
@@ -122,7 +123,9 @@ def test_the_table_of_rooms_is_up_to_date() -> None:
     assert rooms.PAGE.read_text(encoding="utf-8") == rooms.page(), "run python docs/rooms.py"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", [*SOURCES, *BENCHMARK_SOURCES], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_a_file_begins_with_a_sentence_that_says_what_it_is(path: Path) -> None:
     sentence = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
     assert sentence.endswith("."), "a module begins with one sentence"
@@ -130,11 +133,37 @@ def test_a_file_begins_with_a_sentence_that_says_what_it_is(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [*SOURCES, *(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix != ".md")],
+    [*SOURCES, *BENCHMARK_SOURCES, *(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix != ".md")],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_a_file_has_at_most_400_lines(path: Path) -> None:
     assert path.read_text().count("\n") <= 400
+
+
+# ---- benchmarks ----
+
+BENCHMARKS = ROOT / "benchmarks"
+BENCHMARK_ROOMS: dict[str, set[str]] = {  # and the rooms that each may import
+    "campaigns": set(),
+    "end_to_end": set(),
+    "gpu": {"kernels"},
+    "kernels": set(),
+}
+
+
+def test_nothing_in_the_package_imports_the_benchmarks() -> None:
+    known = rooms.imports(BENCHMARKS).keys()
+    assert not {path for path in SOURCES if set(rooms._imported(path, PACKAGE, known))}
+
+
+def test_the_benchmarks_import_downwards_and_their_rooms_hardly_each_other() -> None:
+    modules = rooms.imports(BENCHMARKS)
+    rooms.floors(modules)
+    graph = rooms.rooms(modules)
+    packages = {path.parent.name for path in BENCHMARKS.glob("*/__init__.py")}
+    assert packages == BENCHMARK_ROOMS.keys() < graph.keys()
+    for name, imported in graph.items():
+        assert imported & BENCHMARK_ROOMS.keys() == BENCHMARK_ROOMS.get(name, set()), name
 
 
 # ---- C++; an installed package has none ----

@@ -1,4 +1,4 @@
-"""Measure msflow_ext against what else computes the same, on this machine; needs the extra ``bench``."""
+"""Compare the speed of msflow_ext with alternatives on this machine; needs the extra ``bench``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 from msflow_ext.bench import machine
 from msflow_ext.bench.harness import Case, Provider, measure, threads
-from msflow_ext.bench.summary import difference, quantiles, ratio
+from msflow_ext.bench.summary import baseline, difference, quantiles, ratio
 
 __all__ = [
     "Case",
     "Provider",
+    "baseline",
     "compare",
     "difference",
     "machine",
@@ -55,19 +56,19 @@ def compare(
         facts = machine.facts()
         yield f"{facts['cpu']}, {facts['capability']}, threads: {thread_count or 'default'}"
         if cases.OFFICIAL != "official":
-            yield "FrEIA is not installed: 'eager' stands for the authors' code (extra 'bench')"
+            yield "FrEIA is not installed: 'eager' replaces the reference implementation (extra 'bench')"
         for case in chosen:
             row = measure(case, seconds=seconds)
             yield ""
-            yield from table(row, f"{cases.OFFICIAL} fp32")
+            yield from table(row)
             if (row["others"] or 0) > 0.1:
                 yield f"other programs took {row['others']:.0%} of the machine: do not trust this"
 
 
-def table(row: dict[str, Any], baseline: str) -> Iterator[str]:
-    """A row of results as text: milliseconds and how many times faster than ``baseline``."""
+def table(row: dict[str, Any]) -> Iterator[str]:
+    """Yield a row of results as text: milliseconds, and how many times faster than the row's baseline."""
     yield f"{row['case']}, {row['threads']} thread(s)"
-    base = row["providers"].get(baseline, {}).get("ms")
+    base = row["providers"].get(baseline(row), {}).get("ms")
     for name, found in row["providers"].items():
         if "ms" not in found:
             yield f"  {name:28} not timed: {found.get('refused', 'it was not run')}"

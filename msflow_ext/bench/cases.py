@@ -19,9 +19,9 @@ from msflow_ext.models.base import FlowHead
 from msflow_ext.models.msflow import MSFlow, MSFlowHead
 from msflow_ext.training.recipe import Recipe
 
-#: The authors' way needs FrEIA; without it, the same in plain PyTorch stands in.
+#: Provider that is the reference implementation: on FrEIA's blocks, or the same in plain PyTorch without FrEIA.
 OFFICIAL = "official" if importlib.util.find_spec("FrEIA") else "eager"
-FP32, BF16 = 1e-4, 5e-2  # granted at the end of a network; see Provider.tolerance
+FP32, BF16 = 1e-4, 5e-2  # tolerances of a whole network; see Provider.tolerance
 CHANNELS, BLOCKS = (256, 512, 1024), (2, 5, 8)  # wide_resnet50_2 and the paper
 
 
@@ -31,7 +31,6 @@ def flows(
     *,
     channels: Sequence[int] = CHANNELS,
     blocks: Sequence[int] = BLOCKS,
-    rows: Sequence[int] = (1, 2, 3),
 ) -> Case:
     """Latent tensors and log-determinant from the pooled features of images of side ``size``."""
     maps = _map_sizes(size, len(channels))
@@ -45,7 +44,6 @@ def flows(
 
     return Case(
         name=f"flows {size} px b{batch}",
-        rows=rows,
         inputs=lambda: [_features(channels, maps, batch)],
         providers={**_theirs(theirs), **_ours(lambda: _head(*head))},
         wanted="eager fp32",
@@ -59,7 +57,6 @@ def pipeline(
     *,
     backbone: str = "wide_resnet50_2",
     blocks: Sequence[int] = BLOCKS,
-    rows: Sequence[int] = (4,),
 ) -> Case:
     """From images to scores and maps, with random weights in a backbone that pads by reflection."""
     key = (backbone, size, tuple(blocks))
@@ -69,7 +66,6 @@ def pipeline(
 
     return Case(
         name=f"pipeline {backbone} {size} px b{batch}",
-        rows=rows,
         inputs=lambda: [torch.rand(batch, 3, size, size)],
         providers={**_theirs(theirs), **_ours(lambda: _model(*key))},
         wanted="eager fp32",
@@ -83,7 +79,6 @@ def training_step(
     *,
     channels: Sequence[int] = CHANNELS,
     blocks: Sequence[int] = BLOCKS,
-    rows: Sequence[int] = (5,),
 ) -> Case:
     """Loss, gradients, clipping and Adam on a batch of pooled features; loss and gradient norm are compared."""
     maps = _map_sizes(size, len(channels))
@@ -107,7 +102,6 @@ def training_step(
     authors = "dense" if OFFICIAL == "official" else "index"
     return Case(
         name=f"training step {'-'.join(map(str, channels))} {size} px b{batch}",
-        rows=rows,
         inputs=lambda: [_features(channels, maps, batch)],
         providers={
             f"{OFFICIAL} fp32": theirs(authors),
@@ -151,7 +145,7 @@ def our_step(
 
 
 def _theirs(make: Callable[[str, torch.memory_format], Callable[..., Any]]) -> dict[str, Provider]:
-    """The authors' way, with either permutation, in the modes of PyTorch that users would choose."""
+    """Return the reference implementation, with either permutation, in the modes of PyTorch that users would choose."""
 
     def provider(
         permutation: str, *modes: Callable[..., Any], last: bool = False, **options: Any
@@ -242,7 +236,7 @@ def _model(backbone: str, size: int, blocks: Sequence[int]) -> MSFlow:
 def _official_pipeline(
     model: MSFlow, permutation: str, layout: torch.memory_format
 ) -> Callable[[Tensor], Any]:
-    """timm's backbone, pooling, the authors' flows and scores."""
+    """timm's backbone, pooling, the reference flows and scores."""
     size = model.image_size
     maps = [f.shape[2:] for f in model.features(torch.zeros(1, 3, size, size))]
     flows = OfficialMSFlow(model.head, maps, permutation).eval().requires_grad_(False)
@@ -260,7 +254,7 @@ def _official_pipeline(
 def _their_step(
     flows: OfficialMSFlow, *, bf16: bool, compile: bool = False, tuned: bool = False
 ) -> Callable[[Sequence[Tensor]], tuple[float, float]]:
-    """A step as the authors take it; ``tuned``: channels_last and PyTorch's fused Adam besides."""
+    """A training step of the reference implementation; ``tuned`` adds channels_last and PyTorch's fused Adam."""
     layout = torch.channels_last if tuned else torch.contiguous_format
     flows = flows.train().to(memory_format=layout)  # type: ignore[call-overload]
     parameters = [p for p in flows.parameters() if p.requires_grad]

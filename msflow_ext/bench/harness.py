@@ -1,4 +1,4 @@
-"""Times several ways to compute the same thing, fairly: equality first, then round by round, side by side."""
+"""Time several ways to compute the same: compare their results first, then take turns round by round."""
 
 from __future__ import annotations
 
@@ -48,7 +48,6 @@ class Case:
 
     Attributes:
         name: what, with sizes and dtype; unique.
-        rows: of the table of targets that it serves.
         inputs: draws the arguments of a call.
         providers: by name.
         wanted: the name of the provider whose results are right, or a function of the inputs that gives them.
@@ -62,7 +61,6 @@ class Case:
     """
 
     name: str
-    rows: Sequence[int]
     inputs: Callable[[], Sequence[Any]]
     providers: Mapping[str, Provider]
     wanted: str | Callable[..., Any]
@@ -120,33 +118,37 @@ def prepare(case: Case, names: Sequence[str] | None = None, *, slow: bool = Fals
         elif any(case.providers[n].wanted is None for n in chosen):
             common = _results(case.wanted, inputs, case.calls)
         for name in chosen:
-            provider = case.providers[name]
-            if provider.bf16 and not has_bfloat16():
-                ready.found[name] = {"refused": "this processor has no instructions for bfloat16"}
-                continue
-            wanted = common if provider.wanted is None else [provider.wanted(*inputs)]
-            if name == case.wanted:
-                ready.found[name] = {"error": 0.0, "tolerance": provider.tolerance}
-                continue
-            try:
-                run = provider.make()
-                error = max(map(difference, _results(run, inputs, case.calls), wanted))
-            except (
-                Exception
-            ) as failure:  # whatever others' code raises: the rest can still be timed
-                reason = " ".join(str(failure).split())[:300]
-                ready.found[name] = {"refused": f"{type(failure).__name__}: {reason}"}
-                continue
-            ready.found[name] = {"error": _rounded(error), "tolerance": provider.tolerance}
-            if error <= provider.tolerance:
-                ready.runs[name] = run
-            else:
-                ready.found[name]["refused"] = (
-                    f"results deviate by {error:.1e}, {provider.tolerance:.1e} is granted"
-                )
+            _compare(ready, name, inputs, common)
     if case.wanted in ready.runs and case.wanted not in chosen:
         del ready.runs[str(case.wanted)]
     return ready
+
+
+def _compare(ready: Ready, name: str, inputs: Sequence[Any], common: list[Any]) -> None:
+    """Build one provider; keep it if its first results are those wanted, else note why it is refused."""
+    case, provider = ready.case, ready.case.providers[name]
+    found = ready.found[name] = {}
+    if provider.bf16 and not has_bfloat16():
+        found["refused"] = "this processor has no instructions for bfloat16"
+        return
+    if name == case.wanted:
+        found.update(error=0.0, tolerance=provider.tolerance)
+        return
+    wanted = common if provider.wanted is None else [provider.wanted(*inputs)]
+    try:
+        run = provider.make()
+        error = max(map(difference, _results(run, inputs, case.calls), wanted))
+    except Exception as failure:  # of any kind, from code of others: the rest can still be timed
+        reason = " ".join(str(failure).split())[:300]
+        found["refused"] = f"{type(failure).__name__}: {reason}"
+        return
+    found.update(error=_rounded(error), tolerance=provider.tolerance)
+    if error <= provider.tolerance:
+        ready.runs[name] = run
+    else:
+        found["refused"] = (
+            f"results deviate by {error:.1e}, more than the tolerance of {provider.tolerance:.1e}"
+        )
 
 
 def measure(case: Case, *, slow: bool = False, seconds: float = 20.0) -> dict[str, Any]:
@@ -177,7 +179,6 @@ def measure(case: Case, *, slow: bool = False, seconds: float = 20.0) -> dict[st
             found[name]["ms"] = samples
     return {
         "case": case.name,
-        "rows": list(case.rows),
         "threads": torch.get_num_threads(),
         "hot": case.hot,
         "bytes": case.bytes,

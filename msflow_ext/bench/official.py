@@ -1,4 +1,4 @@
-"""MSFlow computed as its authors compute it: cat and split, permutation, eager PyTorch, on FrEIA's blocks.
+"""The reference implementation of MSFlow on FrEIA's blocks: cat and split, permutation, eager PyTorch.
 
 Written from the description of the published system; only for comparison. Weights come from one of our heads, so that
 both sides can be checked to give the same numbers before anything is timed.

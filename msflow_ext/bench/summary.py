@@ -1,14 +1,17 @@
-"""What is said of results and times: how far from right, the median, how many times faster."""
+"""Numbers that summarise results and times: deviation, median and quantiles, ratio, and the baseline of a row."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+#: What the other providers of a row are compared with, if it was timed: the first of these.
+BASELINES = ("official fp32", "official", "eager fp32", "eager", "sklearn", "800 thresholds")
 
 
 def difference(got: Any, wanted: Any) -> float:
@@ -23,6 +26,15 @@ def difference(got: Any, wanted: Any) -> float:
             error = float((a - b).abs().max() / magnitude)
             worst = max(worst, math.inf if math.isnan(error) else error)
     return worst
+
+
+def baseline(row: Mapping[str, Any]) -> str:
+    """Return the provider that the others of a row are compared with: the reference implementation where it was timed.
+
+    Without any of ``BASELINES`` it is the first provider that was timed, and ``""`` if none was.
+    """
+    timed = [name for name, found in row["providers"].items() if "ms" in found]
+    return next((name for name in BASELINES if name in timed), timed[0] if timed else "")
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,15 +14,8 @@ from msflow_ext import MSFlow
 Load = Callable[[str], ModuleType]
 
 
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Imports a module of the folder ``benchmarks``, which is not part of the package."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    return lambda name: importlib.import_module(f"benchmarks.{name}")
-
-
 def test_ablations_leave_out_what_they_say(load: Load) -> None:
-    ablations = load("ablations")
+    ablations = load("campaigns.ablations")
     options = {"image_size": 64, "pretrained": False, "blocks": (1, 1), "cond_channels": 8}
     model = MSFlow("test_resnet", **options, seed=0)
     x = [
@@ -56,7 +48,7 @@ def test_reflection_by_hand_is_that_of_the_backbone(load: Load) -> None:
     built_in.backbone.load_state_dict(by_hand.backbone.state_dict())
     images = torch.rand(1, 3, 64, 64)
     zeros = by_hand.features(images)
-    load("ablations").reflect(by_hand)
+    load("campaigns.ablations").reflect(by_hand)
     wanted = built_in.features(images)
     for got, want, zero in zip(by_hand.features(images), wanted, zeros, strict=True):
         torch.testing.assert_close(got, want)
@@ -66,7 +58,7 @@ def test_reflection_by_hand_is_that_of_the_backbone(load: Load) -> None:
 def test_ablations_skip_rows_that_exist_and_average_over_seeds(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ablate, file = load("ablate"), tmp_path / "rows.jsonl"
+    ablate, file = load("campaigns.ablate"), tmp_path / "rows.jsonl"
     monkeypatch.setattr(
         ablate, "run", lambda *_: {"scores": {"nll 3%": [0.9 + 0.01 * next(count)]}}
     )

@@ -13,8 +13,8 @@ import pytest
 
 
 def load() -> Any:
-    """``benchmarks/cuda_kernels.py``, which is not part of the package."""
-    path = Path(__file__).parents[2] / "benchmarks" / "cuda_kernels.py"
+    """``benchmarks/gpu/cuda_kernels.py``, which is not part of the package."""
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu" / "cuda_kernels.py"
     spec = importlib.util.spec_from_file_location("cuda_kernels", path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

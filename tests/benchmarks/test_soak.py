@@ -1,4 +1,4 @@
-"""Thousands of calls leave neither memory nor open files behind; the long run is ``benchmarks/soak.py``."""
+"""Thousands of calls leave neither memory nor open files behind; the long run is ``benchmarks/campaigns/soak.py``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCRIPT = """
 import json, sys
 sys.path.insert(1, sys.argv[1])
 import torch
-from benchmarks import soak
+from benchmarks.campaigns import soak
 torch.set_num_threads(1)
 found = soak.soak(getattr(soak, sys.argv[2])(), int(sys.argv[3]), 60.0)
 print(json.dumps(found))

@@ -120,7 +120,7 @@ def _norm_inputs(
 
 def norm(_: Measured) -> Measured:
     """Bias map, LayerNorm over channels and ReLU at batch 8, of the device alone."""
-    from benchmarks import bench_norm
+    from benchmarks.kernels import bench_norm
     from msflow_ext.bench.modes import compiled
 
     ways = {"ours": bench_norm.ours, "eager": bench_norm.eager}
@@ -156,7 +156,7 @@ def training(_: Measured) -> Measured:
     """One step of the flows at batch 8: loss, gradients, clipping, Adam."""
     from msflow_ext.bench.modes import compiled
 
-    torch.set_float32_matmul_precision("high")  # as whoever wants speed does
+    torch.set_float32_matmul_precision("high")  # as users who need speed set it
     features = _features(8, torch.channels_last)
     runs = {
         f"{name} {mode}": _step(flows, features, mode == "bf16")
@@ -260,7 +260,7 @@ def _features(batch: int, layout: torch.memory_format) -> list[Tensor]:
 
 
 def _flows() -> dict[str, Any]:
-    """Ours and the authors' way, with FrEIA's dense permutations where FrEIA is installed, on equal weights."""
+    """Ours and the reference implementation on equal weights; with FrEIA's dense permutations too where it is installed."""
     from msflow_ext import MSFlowHead
     from msflow_ext.bench.official import OfficialMSFlow
 

@@ -1,4 +1,4 @@
-"""What the parts of models and recipes are worth on the packaged data: `python -m benchmarks.ablate [VARIANT ...]`."""
+"""Ablations: the accuracy without or with each part of models and recipes, on the packaged data: `python -m benchmarks.campaigns.ablate [VARIANT ...]`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ablations import variants
+from benchmarks import results
+from benchmarks.campaigns.ablations import variants
 from msflow_ext import FastFlow, MSFlow, metrics, ops
 from msflow_ext.data import DataSet, Images, open_dataset
 from msflow_ext.evaluation.evaluator import Truth
@@ -29,7 +30,7 @@ from msflow_ext.training.loop import make_optimizer
 from msflow_ext.training.recipe import PRESETS
 
 Row = dict[str, Any]
-FILE = Path(__file__).parent / "results" / "ablations.jsonl"
+FILE = results.FOLDER / "ablations.jsonl"
 BACKBONE, SIZE = "efficientnet_lite0", 192
 EPOCHS = {"mono": 24, "poly": 24, "brick": 40}
 BATCH = 16  # of tests
@@ -95,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m benchmarks.ablate", description=__doc__)
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks.campaigns.ablate", description=__doc__
+    )
     add = found.add_argument
     add("variants", nargs="*", help=f"default: all; {', '.join((*BASELINES, *variants()))}")
     add("--data", nargs="+", choices=tuple(EPOCHS), default=list(EPOCHS))
@@ -215,7 +218,7 @@ def ways(model: Any, cached: Cached) -> dict[str, list[float]]:
             found[f"{score} {top_k:.0%}"] = judge(truth, _joined(parts, f"{score}_score"))
     nll, additive = _joined(parts, "nll_score"), _joined(parts, "anomaly_map")
     found["additive"] = judge(truth, nll, additive)
-    found["additive score"] = judge(truth, hottest(additive))
+    found["additive score"] = judge(truth, top_k_mean(additive))
     found["multiplicative"] = judge(truth, nll, _joined(parts, "image_map"))
     for how, smoothing in (
         ("clamped", 0.0),
@@ -225,13 +228,13 @@ def ways(model: Any, cached: Cached) -> dict[str, list[float]]:
         clamped.fit([normal])
         whole = torch.cat(_in_batches(maps, partial(clamped, size=SIZE)))
         found[how] = judge(truth, nll, whole)
-        found[f"{how} score"] = judge(truth, hottest(whole))
-        found[f"{how} score 1%"] = judge(truth, hottest(whole, 0.01))
+        found[f"{how} score"] = judge(truth, top_k_mean(whole))
+        found[f"{how} score 1%"] = judge(truth, top_k_mean(whole, 0.01))
     return found
 
 
-def hottest(maps: Tensor, share: float = 0.03) -> Tensor:
-    """The mean of the hottest share of each map; 3% of the multiplicative map is the paper's score."""
+def top_k_mean(maps: Tensor, share: float = 0.03) -> Tensor:
+    """Return the mean of the largest share of each map; 3% of the multiplicative map is the paper's score."""
     return maps.flatten(1).topk(int(share * SIZE**2)).values.mean(1)
 
 

@@ -83,7 +83,6 @@ def make(direction: str, dtype: str, layout: str, channels: int, side: int, batc
     tensors = {"forward": 3, "inverse": 2, "backward": 5}[direction]
     return Case(
         name=f"coupling {direction} {dtype} {layout} {channels}x{side}x{side} b{batch}",
-        rows=[7] if hot else [],
         inputs=inputs,
         providers=providers,
         wanted=wanted,

@@ -46,7 +46,6 @@ def make(dtype: str, side: int, c_in: int, c_out: int, batch: int) -> Case:
     tolerance = TOLERANCES[dtype]
     return Case(
         name=f"winograd {dtype} {c_in}->{c_out} {side}x{side} b{batch}",
-        rows=[],
         inputs=lambda: [normal(batch, c_in, side, side, dtype=DTYPES[dtype], layout="nhwc")],
         providers={
             "eager": Provider(lambda: eager(conv, DTYPES[dtype]), tolerance),
@@ -82,7 +81,6 @@ def gradient(dtype: str, side: int, c_in: int, c_out: int, batch: int = 8) -> Ca
 
     return Case(
         name=f"winograd weight gradient {dtype} {c_in}->{c_out} {side}x{side} b{batch}",
-        rows=[],
         inputs=inputs,
         providers={
             "eager": Provider(lambda: autograd_nchw, tolerance, bf16=dtype == "bf16"),

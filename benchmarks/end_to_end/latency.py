@@ -1,11 +1,11 @@
-"""Latency and throughput of a detector by every way to run it: `python -m benchmarks.latency --threads 2`."""
+"""Latency and throughput of a detector by every way to run it: `python -m benchmarks.end_to_end.latency --threads 2`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import results
-from benchmarks.targets import baseline
+from benchmarks.tables import LATENCY
 from msflow_ext import MSFlow, ops
-from msflow_ext.bench import Case, Provider, machine, measure, quantiles, table, threads
+from msflow_ext.bench import Case, Provider, machine, measure, table, threads
 from msflow_ext.bench.cases import BF16, FP32
 from msflow_ext.bench.modes import autocast, compiled
 from msflow_ext.export import OUTPUTS, export
 from msflow_ext.inference.detector import Detector
 
-GROUP = "latency"  # what the names of its cases begin with
 BATCHES = 1, 8
 
 
@@ -35,14 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         graphs = Graphs(build(options.backbone, options.size), Path(folder))
         for batch in BATCHES:
             row = measure(case(graphs, batch, options.aoti), slow=True, seconds=options.seconds)
-            print("\n".join(table(row, baseline(row))), flush=True)
+            print("\n".join(table(row)), flush=True)
             results.add(file, facts, row)
     print(f"{file}; python -m benchmarks --report makes tables of it")
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end.latency", description=__doc__
+    )
     add = found.add_argument
     add("--backbone", default="efficientnet_lite0", help="with random weights: they change no time")
     add("--size", type=int, default=256, help="side of the images in pixels")
@@ -82,8 +83,7 @@ def case(graphs: Graphs, batch: int, aoti: bool = False) -> Case:
     model, size = graphs.model, graphs.model.image_size
     compiled_ahead = {"AOTInductor fp32": Provider(lambda: _aoti(graphs), FP32, slow=True)}
     return Case(
-        name=f"{GROUP} {graphs.name} b{batch}",
-        rows=[],
+        name=f"{LATENCY} {graphs.name} b{batch}",
         inputs=lambda: [torch.rand(batch, 3, size, size, generator=_seed())],
         providers={
             "eager fp32": Provider(lambda: _reference(_forward(model)), FP32),
@@ -104,31 +104,6 @@ def case(graphs: Graphs, batch: int, aoti: bool = False) -> Case:
         },
         wanted="eager fp32",
     )
-
-
-def markdown(document: dict[str, Any]) -> Iterator[str]:
-    """A table per detector: a line per way to run it, milliseconds and images per second by batch; maybe none."""
-    tables: dict[str, dict[int, Any]] = {}
-    for row in document["rows"]:
-        group, _, name = row["case"].partition(" ")
-        name, _, batch = name.rpartition(" b")
-        if group == GROUP:
-            threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
-            tables.setdefault(f"{name}, {threads}", {})[int(batch)] = row["providers"]
-    for name, batches in tables.items():
-        yield ""
-        yield f"| {name} | {' | '.join(f'batch {n}: ms | images/s' for n in batches)} |"
-        yield "|---|" + "---:|---:|" * len(batches)
-        for provider in dict.fromkeys(p for found in batches.values() for p in found):
-            cells = (_cells(found.get(provider, {}), n) for n, found in batches.items())
-            yield f"| {provider} | {' | '.join(cells)} |"
-
-
-def _cells(found: dict[str, Any], batch: int) -> str:
-    if "ms" not in found:
-        return f"off by {found['error']:.0%} | -" if "error" in found else "- | -"
-    mid = quantiles(found["ms"])[0]
-    return f"{mid:.1f} | {1e3 * batch / mid:.1f}"
 
 
 def _seed() -> torch.Generator:

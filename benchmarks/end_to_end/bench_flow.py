@@ -1,4 +1,4 @@
-"""The flows alone, at inference: targets 1 to 3, and how they scale with the size of the image."""
+"""The flows alone, at inference, over batches and sizes of the images."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def test_flow(benchmark: Any, case: Case, provider: str) -> None:
 def cases(quick: bool) -> list[Case]:
     if quick:
         return [flows(batch=batch, **TINY) for batch in (1, 2)]
-    batches = [flows(512, 1), flows(512, 4, rows=[3]), flows(512, 8, rows=[])]
-    return [*batches, *(without_slow(flows(size, rows=[])) for size in (256, 384))]
+    batches = [flows(512, 1), flows(512, 4), flows(512, 8)]
+    return [*batches, *(without_slow(flows(size)) for size in (256, 384))]

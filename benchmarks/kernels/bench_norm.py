@@ -53,7 +53,6 @@ def make(dtype: str, layout: str, channels: int, side: int, batch: int) -> Case:
     positions = channels * side * side
     return Case(
         name=f"norm {dtype} {layout} {channels}x{side}x{side} b{batch}",
-        rows=[8] if hot else [],
         inputs=inputs,
         providers=providers,
         wanted=lambda *given: reference(*widened(given)),

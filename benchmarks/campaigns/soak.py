@@ -1,10 +1,9 @@
-"""Memory and open files over many calls: ``python -m benchmarks.soak --calls 2000000 --minutes 20``."""
+"""Memory and open files over many calls: ``python -m benchmarks.campaigns.soak --calls 2000000 --minutes 20``."""
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import FOLDER, SOAK, file_for
+from benchmarks import results
 from msflow_ext import MSFlow, ops
 from msflow_ext.inference.detector import Detector
 
@@ -85,9 +84,11 @@ def soak(calls: Iterator[Callable[[], Any]], count: int, seconds: float) -> dict
 def main() -> None:
     from msflow_ext.bench.machine import facts
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calls", type=int, default=2_000_000, help="of ops")
-    parser.add_argument("--minutes", type=float, default=20, help="of predictions")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.campaigns.soak", description=__doc__
+    )
+    parser.add_argument("--calls", type=int, default=2_000_000, help="number of calls of ops")
+    parser.add_argument("--minutes", type=float, default=20, help="minutes of predictions")
     chosen = parser.parse_args()
     machine = facts()
     found = {
@@ -95,9 +96,8 @@ def main() -> None:
         "ops": soak(op_calls(), chosen.calls, float("inf")),
         "predict": soak(predictions(), 10**12, 60 * chosen.minutes),
     }
-    file = FOLDER / f"{SOAK}{file_for(machine).name}"
-    file.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{file}: {found['ops']} {found['predict']}")
+    print(results.write(results.file_for(machine, "soak"), found))
+    print(found["ops"], found["predict"])
 
 
 if __name__ == "__main__":

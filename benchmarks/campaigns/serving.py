@@ -1,10 +1,9 @@
-"""How `msflow serve` stands up to many clients at once, on loopback: `python -m benchmarks.serving --run RUN`."""
+"""Measure `msflow serve` under many clients at once, on loopback: `python -m benchmarks.campaigns.serving --run RUN`."""
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import re
 import statistics
@@ -29,7 +28,7 @@ from benchmarks import report, results
 from msflow_ext.bench import machine
 from msflow_ext.runs.checkpoint import save_checkpoint
 
-PAGE = Path(__file__).parents[1] / "tests" / "RELIABILITY.md"
+PAGE = Path(__file__).parents[2] / "tests" / "RELIABILITY.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,11 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in row.items():
         print(f"{name:>16}  {value}")
     document = {"machine": facts, "serving": row}
-    file = results.file_for(facts)
-    path = options.file or file.with_name(f"{results.SERVING}{file.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(path)
+    print(results.write(options.file or results.file_for(facts, "serving"), document))
     if options.file is None:
         report.update(PAGE, "serving", "\n".join(markdown(document)))
         print(PAGE)
@@ -61,12 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks.campaigns.serving", description=__doc__
+    )
     found.add_argument("--run", type=Path, help="run folder (default: an untrained toy)")
-    found.add_argument("--seconds", type=float, default=60.0, help="of measuring")
-    found.add_argument("--clients", type=int, default=8, help="that ask one after the other each")
-    found.add_argument("--side", type=int, default=512, help="of the image they send, in pixels")
-    found.add_argument("--file", type=Path, help="to write (default: in benchmarks/results)")
+    found.add_argument("--seconds", type=float, default=60.0, help="duration of the measurement")
+    found.add_argument(
+        "--clients",
+        type=int,
+        default=8,
+        help="number of clients; each sends one request after the other",
+    )
+    found.add_argument(
+        "--side", type=int, default=512, help="side of the image that they send, in pixels"
+    )
+    found.add_argument("--file", type=Path, help="file to write (default: in benchmarks/results)")
     return found
 
 

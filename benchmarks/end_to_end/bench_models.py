@@ -1,8 +1,8 @@
-"""Models x backbones: parameters, FLOPs, time and memory of an image and of a training step, and their table."""
+"""Models x backbones: parameters, FLOPs, time and memory of an image and of a training step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,16 +11,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import run_in_pytest
+from benchmarks.tables import MODEL_BATCH, MODEL_IMAGE, MODEL_STEP
 from msflow_ext import FastFlow, MSFlow
-from msflow_ext.bench import Case, Provider, quantiles
+from msflow_ext.bench import Case, Provider
 from msflow_ext.bench.cases import BF16, FP32, our_step
 from msflow_ext.training.recipe import PRESETS
 
-Row = dict[str, Any]
 Pair = tuple[str, str, int | None, dict[str, Any]]
 MODELS: dict[str, Callable[..., Any]] = {"msflow": MSFlow, "fastflow": FastFlow}
-IMAGE, STEP = "model image", "model step"
-BATCH = 8  # images of a training step
 
 #: Model, backbone, side of the images in pixels (None: the preset's), further arguments.
 PAIRS: Sequence[Pair] = (
@@ -57,8 +55,7 @@ def image(pair: Pair) -> Case:
         return [torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))]
 
     return Case(
-        name=f"{IMAGE} {label(pair)}",
-        rows=[],
+        name=f"{MODEL_IMAGE} {label(pair)}",
         inputs=inputs,
         providers={
             "ours eager fp32": Provider(lambda: build(*key), FP32),
@@ -80,15 +77,14 @@ def step(pair: Pair) -> Case:
         model = build(*key)
         generator = torch.Generator().manual_seed(0)
         shapes = [f.shape[1:] for f in model.features(blank(model))]
-        return [[torch.randn(BATCH, *shape, generator=generator) for shape in shapes]]
+        return [[torch.randn(MODEL_BATCH, *shape, generator=generator) for shape in shapes]]
 
     def run(precision: str) -> Callable[..., Any]:
         head = build.__wrapped__(*key).head.train().requires_grad_(True)
         return our_step(head, precision, recipe)
 
     return Case(
-        name=f"{STEP} {label(pair)}",
-        rows=[],
+        name=f"{MODEL_STEP} {label(pair)}",
         inputs=inputs,
         providers={
             "ours fp32": Provider(lambda: run("32-true"), FP32),
@@ -100,26 +96,6 @@ def step(pair: Pair) -> Case:
         rounds=3,
         memory=True,
     )
-
-
-def table(document: dict[str, Any]) -> Iterator[str]:
-    """Markdown by number of threads: a line per model and backbone, with the fastest of its providers; maybe none."""
-    for threads in sorted({row["threads"] for row in document["rows"]}):
-        rows = {row["case"]: row for row in document["rows"] if row["threads"] == threads}
-        names = [case.removeprefix(f"{IMAGE} ") for case in rows if case.startswith(f"{IMAGE} ")]
-        if not names:
-            continue
-        what = "trained + frozen parameters | GFLOP an image | ms an image | MB"
-        title = f"model, backbone, image; {threads} thread{'s' * (threads > 1)}"
-        yield from ("", f"| {title} | {what} | ms a step of {BATCH} | MB |")
-        yield "|---|---:|---:|---:|---:|---:|---:|"
-        for name in names:
-            row = rows[f"{IMAGE} {name}"]
-            found = row["facts"]
-            parameters = f"{found['trained'] / 1e6:.1f} + {found['frozen'] / 1e6:.1f} M"
-            cells = [parameters, f"{found['flops'] / 1e9:.1f}"]
-            cells += _fastest(row) + _fastest(rows.get(f"{STEP} {name}"))
-            yield f"| {name} | {' | '.join(cells)} |"
 
 
 def facts(model: Any) -> dict[str, int]:
@@ -146,20 +122,3 @@ def build(model: str, backbone: str, size: int | None, options: tuple[tuple[str,
         torch.manual_seed(0)
         made = MODELS[model](backbone, image_size=size, pretrained=False, seed=0, **dict(options))
     return made.eval().requires_grad_(False)
-
-
-def _fastest(row: Row | None) -> list[str]:
-    """Milliseconds and peak megabytes of a row's fastest provider."""
-    timed = [each for each in (row or {"providers": {}})["providers"].values() if "ms" in each]
-    if not timed:
-        return ["-", "-"]
-    best = min(timed, key=lambda each: quantiles(each["ms"])[0])
-    return [
-        _digits(quantiles(best["ms"])[0]),
-        _digits(best["peak_mb"]) if "peak_mb" in best else "-",
-    ]
-
-
-def _digits(value: float) -> str:
-    """Three digits, or more where they stand before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,9 +1,8 @@
-"""Bulk scoring in one process and by more and more workers of Ray: `python -m benchmarks.bulk --workers 1 2 4`."""
+"""Score an archive in one process and with increasing numbers of Ray workers: `python -m benchmarks.campaigns.bulk --workers 1 2 4`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks import results
+from benchmarks.campaigns.serving import image, toy
 from benchmarks.report import machine_line
-from benchmarks.serving import image, toy
 from msflow_ext.bench import machine
 from msflow_ext.distributed import executors as engines
 from msflow_ext.inference.archive import job as bulk
@@ -48,27 +47,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "others": before,
         "rows": rows,
     }
-    path = options.file
-    if path is None:
-        path = results.file_for(facts)
-        path = path.with_name(f"{results.BULK}{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path = results.write(options.file or results.file_for(facts, "bulk"), document)
     path.with_suffix(".md").write_text("\n".join(markdown(document)) + "\n")
     print(path, path.with_suffix(".md"))
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m benchmarks.bulk", description=__doc__)
+    found = argparse.ArgumentParser(prog="python -m benchmarks.campaigns.bulk", description=__doc__)
     add = found.add_argument
     counts = sorted({1, machine.cores()})
     add("--run", type=Path, help="run folder (default: an untrained toy)")
-    add("--workers", type=int, nargs="*", default=counts, help=f"of Ray (default: {counts})")
-    add("--images", type=int, default=2000, help="in the archive")
-    add("--side", type=int, default=512, help="of an image, in pixels")
-    add("--shard-size", type=int, default=50, help="images in a file of Parquet")
-    add("--file", type=Path, help="to write (default: in benchmarks/results)")
+    add(
+        "--workers",
+        type=int,
+        nargs="*",
+        default=counts,
+        help=f"numbers of Ray workers (default: {counts})",
+    )
+    add("--images", type=int, default=2000, help="number of images in the archive")
+    add("--side", type=int, default=512, help="side of an image in pixels")
+    add("--shard-size", type=int, default=50, help="images in one Parquet file")
+    add("--file", type=Path, help="file to write (default: in benchmarks/results)")
     return found
 
 

@@ -1,13 +1,19 @@
-"""Everything that only a GPU can show, by one command, ten minutes by default: `python -m benchmarks.gpu`. Not run on a GPU yet.
+"""Check and measure on a GPU by one command, in ten minutes by default: `python -m benchmarks.gpu`.
 
-Builds the kernels for this device, checks them against their references, measures the device's copy bandwidth and matmul
-rate, the kernels beside a copy of as many bytes, then norm, aggregation, the flows' training step and inference against
-eager PyTorch, AMP, torch.compile and FrEIA's blocks; at last the CUDA tests and compute-sanitizer. Each step is written
-to `results/<device>-<date>.json` as it ends; started again with `--file`, what is there is not repeated, but for the build.
-At the end the README says what was found; `--file FILE --report` does that again, anywhere.
+The steps, in this order:
+
+* build the kernels for this device and check them against their references;
+* measure the device's copy bandwidth and matmul rate, and each kernel beside a copy of as many bytes;
+* measure norm, aggregation, the flows' training step and inference, compared with eager PyTorch, AMP, torch.compile and
+  FrEIA's blocks;
+* run the CUDA tests and compute-sanitizer.
+
+Each step writes its result to `results/gpu-<device>-<date>.json` when it ends. A run with `--file` continues that file and
+repeats only the build and steps that failed. At the end the results go into the README; `--file FILE --report` repeats
+this without a GPU.
 """
 
-# gpu_report imports the package, and with it the kernels that it finds: only after the step `build`.
+# The package is imported only after the step `build`: it loads the kernels that it finds.
 
 from __future__ import annotations
 
@@ -29,9 +35,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_speed
+from benchmarks import results
+from benchmarks.gpu import speed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Measured = dict[str, Any]
 
 # Every kernel against its reference on the GPU alone; without the command line, whose parser a machine may lack.
@@ -56,35 +63,50 @@ LONGEST = 150  # seconds of the tests, and of each of the sanitizer's tools
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--file", type=Path, help="results to go on with")
-    parser.add_argument("--steps", nargs="*", choices=list(STEPS), help="all by default")
-    parser.add_argument("--minutes", type=float, default=10.0, help="no step begins after them")
-    parser.add_argument("--report", action="store_true", help="only write --file into the README")
-    options = parser.parse_args(arguments)
-    if options.report and options.file is None:
-        parser.error("--report needs --file")
+    options = parser().parse_args(arguments)
     if options.report:
-        _report(json.loads(options.file.read_text()))
+        if options.file is None:
+            parser().error("--report needs --file")
+        _report(results.read(options.file))
         return 0
     if not torch.cuda.is_available():
         print("benchmarks.gpu: torch sees no CUDA device", file=sys.stderr)
         return 2
     name = torch.cuda.get_device_name()
     today = datetime.now(timezone.utc).date().isoformat()
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    file = options.file or ROOT / "benchmarks" / "results" / f"{slug}-{today}.json"
-    document: Measured = (
-        json.loads(file.read_text()) if file.exists() else {"device": name, "date": today}
+    file = options.file or results.FOLDER / f"gpu-{results.slug(name)}-{today}.json"
+    document: Measured = {"device": name, "date": today}
+    if file.exists():
+        document = results.read(file)
+    measure(document, file, options.steps or list(STEPS), 60 * options.minutes)
+    _report(document)
+    return int(any("error" in document.get(step, {}) for step in STEPS))
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    end = time.monotonic() + 60 * options.minutes
-    for step in options.steps or STEPS:
+    add = found.add_argument
+    add("--file", type=Path, help="file of results to continue (default: in benchmarks/results)")
+    add("--steps", nargs="*", choices=list(STEPS), help="steps to run (default: all)")
+    add("--minutes", type=float, default=10.0, help="no step begins after so many minutes")
+    add("--report", action="store_true", help="only write the results of --file into the README")
+    return found
+
+
+def measure(document: Measured, file: Path, steps: Sequence[str], seconds: float) -> None:
+    """Run the steps that have no result yet, and write the document after each of them."""
+    end = time.monotonic() + seconds
+    for step in steps:
         if step != "build" and "error" not in document.get(step, {"error": "not run"}):
             continue
         if "error" in document.get("build", {}) and step != "build":
             break  # or the reference would be measured
         if time.monotonic() > end:
-            print(f"{step}: no time left; go on with --file {file}")
+            print(f"{step}: no time left; continue with --file {file}")
             continue
         start = time.monotonic()
         try:
@@ -92,11 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:  # one step that fails must not cost the others
             document[step] = {"error": f"{type(error).__name__}: {error}"}
         document[step]["seconds"] = round(time.monotonic() - start, 1)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(document, indent=1) + "\n")
+        results.write(file, document)
         print(step, json.dumps(document[step])[:2000], flush=True)
-    _report(document)
-    return int(any("error" in document.get(step, {}) for step in STEPS))
 
 
 def build(_: Measured) -> Measured:
@@ -170,25 +189,22 @@ def _timed(step: Callable[[Measured], Measured]) -> Callable[[Measured], Measure
 
 
 TIMED = (
-    gpu_speed.kernels,
-    gpu_speed.norm,
-    gpu_speed.aggregation,
-    gpu_speed.training,
-    gpu_speed.inference,
+    speed.kernels,
+    speed.norm,
+    speed.aggregation,
+    speed.training,
+    speed.inference,
 )
 STEPS: Mapping[str, Callable[[Measured], Measured]] = {
-    **{
-        step.__name__: step
-        for step in (build, check, gpu_speed.ceilings, *map(_timed, TIMED), tests)
-    },
+    **{step.__name__: step for step in (build, check, speed.ceilings, *map(_timed, TIMED), tests)},
     **{tool: partial(sanitize, tool) for tool in SANITIZERS},
 }
 
 
 def _report(document: Measured) -> None:
-    from benchmarks import gpu_report
+    from benchmarks.gpu import report
 
-    gpu_report.write(document)
+    report.write(document)
 
 
 def _ended(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str] | None:

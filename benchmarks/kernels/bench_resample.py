@@ -64,7 +64,6 @@ def make(
 
     return Case(
         name=f"{what} {'backward' if backward else 'forward'} {dtype} {layout} b8",
-        rows=[],
         inputs=inputs,
         providers={
             "eager": Provider(lambda: run(eager), TOLERANCES[dtype]),

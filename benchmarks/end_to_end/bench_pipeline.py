@@ -1,4 +1,4 @@
-"""From image to scores: target 4, and time and memory against image size and batch (threads: ``--threads``)."""
+"""From images to scores, over sizes of the images and batches."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def cases(quick: bool) -> list[Case]:
     scaling = [(256, 1), (384, 1), (512, 2), (512, 4), (512, 8)]
     return [
         pipeline(512, 1),
-        *(without_slow(pipeline(size, batch, rows=[])) for size, batch in scaling),
+        *(without_slow(pipeline(size, batch)) for size, batch in scaling),
     ]

@@ -1,4 +1,4 @@
-"""The accuracy on the data sets that packages ship, in one table: `python -m benchmarks.accuracy`."""
+"""Train on the data sets that packages ship and tabulate the accuracy: `python -m benchmarks.campaigns.accuracy`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy",
+        prog="python -m benchmarks.campaigns.accuracy",
         description=__doc__,
         epilog="Further flags are those of msflow train: --threads 2, --model fastflow, --seeds 0 1, ... "
         "What is finished in --out is not trained again.",
@@ -61,11 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 def write(document: dict[str, Any]) -> None:
     """Write the results, and their table into the README."""
-    path = results.file_for(document["machine"])
-    path = results.FOLDER / f"{results.ACCURACY}{path.name}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(path)
+    print(results.write(results.file_for(document["machine"], "accuracy"), document))
     report.update(report.README, "accuracy", "\n".join(markdown(document)))
     print(report.README)
 
@@ -78,7 +74,7 @@ def markdown(document: dict[str, Any]) -> Iterator[str]:
     epochs = {each["data"]["name"]: each["epochs"] for each in trained}
     model, runs = trained[0]["model"], max(each.runs for each in lines)
     yield f"{model['backbone']} at {model['image_size']} px, last epoch, mean ± standard deviation of"
-    yield f"{runs} runs; `python -m benchmarks.accuracy` repeats it."
+    yield f"{runs} runs; `python -m benchmarks.campaigns.accuracy` repeats it."
     yield ""
     yield f"| percent | | {' | '.join(RESULTS.values())} |"
     yield "|---|---|" + "---:|" * len(RESULTS)

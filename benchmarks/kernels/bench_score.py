@@ -39,7 +39,6 @@ def likelihood_case(dtype: str, layout: str, channels: int, side: int) -> Case:
     tolerance = 1e-5 if dtype == "fp32" else 1e-2
     return Case(
         name=f"likelihood {dtype} {layout} {channels}x{side}x{side} b8",
-        rows=[],
         inputs=lambda: [normal(8, channels, side, side, dtype=DTYPES[dtype], layout=layout)],
         providers={
             "eager": Provider(lambda: eager if dtype == "fp32" else narrow, tolerance),
@@ -63,7 +62,6 @@ def aggregation_case(size: int, batch: int) -> Case:
 
     return Case(
         name=f"aggregation {size} px b{batch}",
-        rows=[9],
         inputs=lambda: [-normal(batch, s, s).square() for s in sides],
         providers={
             "official": Provider(lambda: official),

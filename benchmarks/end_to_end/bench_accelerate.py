@@ -1,4 +1,4 @@
-"""The flows of anomalib's models before and after ``accelerate`` (target 13): inference and a training step."""
+"""The flows of anomalib's models before and after ``accelerate``: inference and a training step."""
 
 from __future__ import annotations
 
@@ -60,7 +60,6 @@ def both(name: str, make: Callable[[], tuple[Any, list[Tensor]]], batch: int) ->
     def case(train: bool) -> Case:
         return Case(
             name=f"{'training step' if train else 'flows'} {name} b{batch}",
-            rows=[13],
             inputs=lambda: [[torch.randn(batch, *x.shape[1:]) for x in model()[1]]],
             providers={
                 "eager fp32": provider(plain, fast=False, train=train),

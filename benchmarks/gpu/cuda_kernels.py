@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels, read from the built module: `python -m benchmarks.cuda_kernels`.
+"""Tabulate registers and memory of the compiled CUDA kernels: `python -m benchmarks.gpu.cuda_kernels`.
 
 Registers, memory and the width of loads and stores per kernel and architecture, without a GPU; the table goes to
 `results/cuda_kernels.md`, and the tests hold the hot kernels to it.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from msflow_ext.ops import _backend
 
-TABLE = Path(__file__).parent / "results" / "cuda_kernels.md"
+TABLE = Path(__file__).parents[1] / "results" / "cuda_kernels.md"
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _WIDE = re.compile(r"\b(LDG|STG)\.E\S*\b(?:128|256)\b")
 
@@ -122,7 +122,7 @@ def main() -> int:
     lines = [
         "# What the compiler made of the CUDA kernels",
         "",
-        f"Registers of a thread per architecture, by `python -m benchmarks.cuda_kernels`. {len(found)} kernels; bytes of",
+        f"Registers of a thread per architecture, by `python -m benchmarks.gpu.cuda_kernels`. {len(found)} kernels; bytes of",
         f"stack or local memory in any of them: {max(k.stack + k.local for k in found)}. Not run on a GPU yet.",
         "",
         f"| kernel | {' | '.join(architectures)} | static shared memory |",

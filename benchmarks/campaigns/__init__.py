@@ -1,0 +1,1 @@
+"""Long measurements that are no race between providers: accuracy, ablations, memory, throughput under load."""

@@ -1,0 +1,1 @@
+"""Flows, whole models and training, compared with what users would run instead."""

@@ -1,0 +1,1 @@
+"""What only a GPU can show, and what the compiler made of the CUDA kernels."""

@@ -1,0 +1,1 @@
+"""Single operations and metrics, compared with PyTorch and scikit-learn."""

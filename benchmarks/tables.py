@@ -1,0 +1,135 @@
+"""The tables of a document of times, in Markdown: by case, by provider, of whole models, and of latency."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from msflow_ext.bench import baseline, quantiles, ratio
+
+Row = dict[str, Any]
+
+#: What the names of cases begin with that have a table of their own.
+LATENCY, MODEL_IMAGE, MODEL_STEP = "latency", "model image", "model step"
+MODEL_BATCH = 8  # images of a model's training step
+
+
+def by_case(rows: Sequence[Row]) -> Iterator[str]:
+    """A line per case and number of threads, a column per provider."""
+    names = list(dict.fromkeys(name for row in rows for name in row["providers"]))
+    speed = ["GB/s of ours", "of a copy"] if any(row["bytes"] for row in rows) else []
+    yield f"| case | threads | {' | '.join([*names, *speed])} |"
+    yield "|---|---:|" + "---:|" * (len(names) + len(speed))
+    for row in rows:
+        times, base = timed(row), baseline(row)
+        cells = [_cell(times, name, base) for name in names]
+        if speed and "ours" in times:
+            rate = row["bytes"] / quantiles(times["ours"])[0] / 1e6
+            cells += [f"{rate:.1f}", f"{ratio(times['copy'], times['ours']):.0%}"]
+        yield f"| {row['case']} | {row['threads']} | {' | '.join(cells)} |"
+
+
+def by_provider(rows: Sequence[Row]) -> Iterator[str]:
+    """Per number of threads a line per provider and a column per case, times first, then memory."""
+    for count in sorted({row["threads"] for row in rows}):
+        chosen = [row for row in rows if row["threads"] == count]
+        names = list(dict.fromkeys(name for row in chosen for name in row["providers"]))
+        yield f"| {threads(count)} | {' | '.join(row['case'] for row in chosen)} |"
+        yield "|---|" + "---:|" * len(chosen)
+        for name in names:
+            cells = [_cell(timed(row), name, baseline(row)) for row in chosen]
+            yield f"| {name} | {' | '.join(cells)} |"
+        for key, what in (("peak_mb", "peak MB"), ("saved_mb", "saved MB")):
+            for name in names:
+                memory = [row["providers"].get(name, {}).get(key) for row in chosen]
+                if any(memory):
+                    cells = ["-" if m is None else f"{m:.4g}" for m in memory]
+                    yield f"| {what}: {name} | {' | '.join(cells)} |"
+        yield ""
+
+
+def models(document: dict[str, Any]) -> Iterator[str]:
+    """By number of threads: a line per model and backbone, with the fastest of its providers; empty without any."""
+    for count in sorted({row["threads"] for row in document["rows"]}):
+        rows = {row["case"]: row for row in document["rows"] if row["threads"] == count}
+        prefix = f"{MODEL_IMAGE} "
+        names = [case.removeprefix(prefix) for case in rows if case.startswith(prefix)]
+        if not names:
+            continue
+        what = "trained + frozen parameters | GFLOP an image | ms an image | MB"
+        title = f"model, backbone, image; {threads(count)}"
+        yield from ("", f"| {title} | {what} | ms a step of {MODEL_BATCH} | MB |")
+        yield "|---|---:|---:|---:|---:|---:|---:|"
+        for name in names:
+            row = rows[f"{prefix}{name}"]
+            found = row["facts"]
+            parameters = f"{found['trained'] / 1e6:.1f} + {found['frozen'] / 1e6:.1f} M"
+            cells = [parameters, f"{found['flops'] / 1e9:.1f}"]
+            cells += _time_and_memory(row) + _time_and_memory(rows.get(f"{MODEL_STEP} {name}"))
+            yield f"| {name} | {' | '.join(cells)} |"
+
+
+def latency(document: dict[str, Any]) -> Iterator[str]:
+    """Per detector a line per way to run it: milliseconds and images per second by batch; empty without any."""
+    found: dict[str, dict[int, Any]] = {}
+    for row in document["rows"]:
+        group, _, name = row["case"].partition(" ")
+        name, _, batch = name.rpartition(" b")
+        if group == LATENCY:
+            detector = f"{name}, {threads(row['threads'])}"
+            found.setdefault(detector, {})[int(batch)] = row["providers"]
+    for detector, batches in found.items():
+        yield ""
+        yield f"| {detector} | {' | '.join(f'batch {n}: ms | images/s' for n in batches)} |"
+        yield "|---|" + "---:|---:|" * len(batches)
+        for provider in dict.fromkeys(p for providers in batches.values() for p in providers):
+            cells = (_rate(each.get(provider, {}), n) for n, each in batches.items())
+            yield f"| {provider} | {' | '.join(cells)} |"
+
+
+def timed(row: Row) -> dict[str, list[float]]:
+    """Return the milliseconds of each round by provider."""
+    return {n: found["ms"] for n, found in row["providers"].items() if "ms" in found}
+
+
+def fastest(times: dict[str, list[float]], names: Sequence[str]) -> str | None:
+    """Return the name with the lowest median."""
+    return min(names, key=lambda name: quantiles(times[name])[0], default=None)
+
+
+def time(ms: float) -> str:
+    return f"{ms / 1e3:.3g} s" if ms >= 1000 else f"{ms:.3g} ms"
+
+
+def threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def _cell(times: dict[str, list[float]], name: str, base: str) -> str:
+    if name not in times:
+        return "-"
+    mid, low, high = quantiles(times[name])
+    against = "" if name in (base, "copy") else f" {ratio(times[base], times[name]):.2f}x"
+    return f"{mid:.4g} [{low:.3g}, {high:.3g}]{against}"
+
+
+def _time_and_memory(row: Row | None) -> list[str]:
+    """Milliseconds and peak megabytes of a row's fastest provider."""
+    times = timed(row) if row else {}
+    best = fastest(times, list(times))
+    if row is None or best is None:
+        return ["-", "-"]
+    memory = row["providers"][best].get("peak_mb")
+    return [_digits(quantiles(times[best])[0]), "-" if memory is None else _digits(memory)]
+
+
+def _digits(value: float) -> str:
+    """Three digits, or all that stand before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _rate(found: dict[str, Any], batch: int) -> str:
+    if "ms" not in found:
+        return f"off by {found['error']:.0%} | -" if "error" in found else "- | -"
+    mid = quantiles(found["ms"])[0]
+    return f"{mid:.1f} | {1e3 * batch / mid:.1f}"
