@@ -283,6 +283,16 @@ def test_the_gallery_puts_the_worst_mistakes_first(tmp_path):
     assert len([a for a in page.all("figure") if "data-mistake" in a]) == 2
 
 
+@pytest.mark.parametrize("step", [0.02, 2e-4, 1e-6, 1e-9])
+@pytest.mark.parametrize("offset", [0.0, 0.7, -3000.0])
+def test_scores_are_told_apart_however_close_they_are(tmp_path, step, offset):
+    scores = [offset + step * i for i in range(6)]
+    page, _ = page_of(a_run(scores=scores), tmp_path)
+    shown = sorted(float(t.split(", ")[1]) for t in page.within("figcaption") if ", " in t)
+    assert shown == pytest.approx(scores, rel=0, abs=0.1 * step)
+    assert len(set(shown)) == 6
+
+
 def test_unlabelled_images_come_last_the_highest_score_first(tmp_path):
     page, _ = page_of(a_run(labels=[0, None, None, 1, 1, None]), tmp_path)
     assert page.within("b") == ["scar/0", "good/0", "scar/1", "blob/0", "good/1", "good/2"]
