@@ -61,10 +61,10 @@ class Page(HTMLParser):
         return [text for t, text in self.texts if t == tag]
 
 
-def a_run(**changes: Any) -> report.Run:
+def a_run(**changes: Any) -> report.ReportedRun:
     """Three good and three defective images of two kinds, with one mistake each way."""
     picture = (GRAY, np.linspace(0.0, 2.0, 24 * 24).reshape(24, 24), None)
-    run = report.Run(
+    run = report.ReportedRun(
         title="brick",
         metrics={"image_auroc": 0.98765, "pixel_auroc": 0.5, "aupro": None},
         best={"image_auroc": 0.99, "pixel_auroc": 0.6, "aupro": None},
@@ -85,12 +85,12 @@ def a_run(**changes: Any) -> report.Run:
     return dataclasses.replace(run, **changes)
 
 
-def first(run: report.Run, count: int) -> report.Run:
+def first(run: report.ReportedRun, count: int) -> report.ReportedRun:
     parts = ("names", "defects", "labels", "scores", "pictures")
     return dataclasses.replace(run, **{name: getattr(run, name)[:count] for name in parts})
 
 
-def page_of(run: report.Run, folder: Path) -> tuple[Page, str]:
+def page_of(run: report.ReportedRun, folder: Path) -> tuple[Page, str]:
     report.write_report(folder / "report.html", run)
     html = (folder / "report.html").read_text("utf-8")
     return Page(html), html
