@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from msflow_ext.metrics import RESULTS
 from msflow_ext.runs import table
+from msflow_ext.text_table import text_table
 
 Row = tuple[str, str, Mapping[str, Any]]
 
@@ -21,26 +22,31 @@ def rows_of(metrics: Mapping[str, Any]) -> list[Row]:
 
 
 def print_lines(lines: Sequence[table.Line]) -> None:
-    """The table of a series on the terminal, without the best epochs."""
+    """Print the table of a series, without the best epochs."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for line in lines:
         if table.BEST not in line.source:
             rows.setdefault((line.category or line.data, line.source), {})[line.metric] = line
-    width = max([20, *(len(source) for _, source in rows)]) + 2
-    print(f"{'':16}{'':{width}}" + "".join(f"{name:>16}" for name in RESULTS.values()))
     order = list(dict.fromkeys(category for category, _ in rows))
-    for (category, source), cells in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
-        texts = (table.percent(cells[key]) if key in cells else "-" for key in RESULTS)
-        print(f"{category:16}{source:{width}}" + "".join(f"{text:>16}" for text in texts))
+    by_category = sorted(rows.items(), key=lambda row: order.index(row[0][0]))
+    _print_percent(
+        (*titles, *(cells[key].percent if key in cells else "-" for key in RESULTS))
+        for titles, cells in by_category
+    )
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """A line per title and method."""
-    print(f"{'':20}{'':24}" + "".join(f"{name:>14}" for name in RESULTS.values()))
-    for title, method, metrics in rows:
-        values = [metrics[key] for key in RESULTS]
-        cells = (f"{'-':>14}" if v is None else f"{100 * v:>12.1f} %" for v in values)
-        print(f"{title:20}{method:24}" + "".join(cells))
+    """Print the results of each title and method."""
+    _print_percent(
+        (*titles, *("-" if (v := metrics[key]) is None else f"{100 * v:.1f}" for key in RESULTS))
+        for *titles, metrics in rows
+    )
+
+
+def _print_percent(rows: Iterable[Sequence[str]]) -> None:
+    """Print two titles and the results in percent in each row, below a header."""
+    header = ("percent", "", *RESULTS.values())
+    print("\n".join(text_table([header, *rows], left=2)))
 
 
 def conclude(runs: Sequence[table.Run], out: Path, *, show: bool = True) -> None:

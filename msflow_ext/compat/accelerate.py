@@ -25,9 +25,12 @@ from msflow_ext.compat.accelerated.verify import (
     try_subnet,
 )
 
+#: The class that a module gets and what that class must know about it.
+_Plan = dict[nn.Module, tuple[type[Accelerated], Any]]
+
 
 @dataclass(frozen=True)
-class Report:
+class AccelerationReport:
     """What :func:`accelerate` did, by the modules' names in ``named_modules()``.
 
     Attributes:
@@ -47,7 +50,7 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(module: nn.Module, *, verify: bool = True) -> Report:
+def accelerate(module: nn.Module, *, verify: bool = True) -> AccelerationReport:
     """Make the coupling blocks inside ``module`` run on our kernels, in place; :func:`restore` undoes it.
 
     It knows ``AllInOneBlock`` of FrEIA 0.2, of FrEIA's master and of anomalib (FastFlow, U-Flow, C-Flow, PatchFlow),
@@ -74,28 +77,23 @@ def accelerate(module: nn.Module, *, verify: bool = True) -> Report:
         raise TypeError(
             f"accelerate: module must be a torch.nn.Module, got {type(module).__name__}"
         )
-    report = Report()
-    plan: dict[nn.Module, tuple[type[Accelerated], Any]] = {}
+    report = AccelerationReport()
+    plan: _Plan = {}
     for name, m in module.named_modules():
         kind = next((kind for kind in (_BLOCK, _GLOW) if kind.fits(m)), None)
         if _is_fusion_layer(m):
             report.kept[name] = "it is MSFlow's fusion layer, whose convolutions take its time"
         if kind is None:
             continue
-        reason = _reason_to_keep(m, kind)
-        if reason is None:
-            try:
-                facts = try_block(m, full=verify) if kind is _BLOCK else try_glow_coupling(m)
-                plan[m] = (kind.form, facts)
-                report.replaced.append(name)
-            except UntriedError as error:
-                reason = f"it cannot be run for comparison: {error}"
-            except MismatchError as error:
-                raise ValueError(
-                    f"accelerate: {_shown(name)} would not be the same, {error}; nothing is changed"
-                ) from error
-        if reason is not None:
-            report.kept[name] = reason
+        try:
+            plan[m] = (kind.form, _facts_of(m, kind, verify))
+            report.replaced.append(name)
+        except _KeptError as reason:
+            report.kept[name] = str(reason)
+        except MismatchError as error:
+            raise ValueError(
+                f"accelerate: {_shown(name)} would not be the same, {error}; nothing is changed"
+            ) from error
     if not plan and ALREADY not in report.kept.values():
         reasons = [f"{_shown(name)}: {reason}" for name, reason in report.kept.items()]
         known = "no AllInOneBlock of FrEIA or anomalib and no coupling of CS-Flow"
@@ -173,6 +171,24 @@ _SEQUENCE = _Kind(
 )
 
 
+class _KeptError(Exception):
+    """Why a module runs as before."""
+
+
+def _facts_of(m: Any, kind: _Kind, verify: bool) -> Any:
+    """Return what the accelerated form of ``m`` must know of it, after both gave the same results.
+
+    Raises:
+        _KeptError: ``m`` cannot be replaced. MismatchError: the results differ.
+    """
+    if (reason := _reason_to_keep(m, kind)) is not None:
+        raise _KeptError(reason)
+    try:
+        return try_block(m, full=verify) if kind is _BLOCK else try_glow_coupling(m)
+    except UntriedError as error:
+        raise _KeptError(f"it cannot be run for comparison: {error}") from error
+
+
 def _reason_to_keep(m: Any, kind: _Kind) -> str | None:
     if isinstance(m, Accelerated):
         return ALREADY
@@ -201,9 +217,7 @@ def _is_fusion_layer(m: nn.Module) -> bool:
     return all(hasattr(side, part) for side in sides for part in parts)
 
 
-def _fuse(
-    module: nn.Module, plan: dict[nn.Module, tuple[type[Accelerated], Any]], report: Report
-) -> None:
+def _fuse(module: nn.Module, plan: _Plan, report: AccelerationReport) -> None:
     """Add to the plan the subnets that hold a norm of ours, and the sequences of nothing but fast blocks."""
     facts: dict[nn.Module, BlockFacts] = {
         m: f for m, (form, f) in plan.items() if form is FastBlock

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from msflow_ext.data.dataset import DataSet, Item
 from msflow_ext.data.decoding import decode, read_mask, source_name, to_rgb
+from msflow_ext.text_table import text_table
 
 SHOWN = 5  # names or sizes in one line
 
@@ -39,14 +40,16 @@ class Report:
 
     def __str__(self) -> str:
         kinds = list(dict.fromkeys(kind for part in self.counts.values() for kind in part))
-        lines = [f"{self.name} {self.category}, split {self.split}"]
-        lines.append(" " * 8 + "".join(f"  {kind:>5}" for kind in kinds))
+        counts = [("images", *kinds)]
         for name, part in self.counts.items():
-            cells = (f"  {part.get(kind, 0):>{max(5, len(kind))}}" for kind in kinds)
-            lines.append(f"{name:8}" + "".join(cells))
+            counts.append((name, *(str(part.get(kind, 0)) for kind in kinds)))
         sizes = {f"{width}x{height}": n for (width, height), n in self.sizes.items()}
-        for title, found in (("sizes", sizes), ("modes", self.modes)):
-            lines.append(f"{title:10}" + _few([f"{k} ({n})" for k, n in found.items()]))
+        pixels = [
+            (title, _few([f"{k} ({n})" for k, n in found.items()]))
+            for title, found in (("sizes", sizes), ("modes", self.modes))
+        ]
+        lines = [f"{self.name} {self.category}, split {self.split}"]
+        lines += [*text_table(counts), *text_table(pixels, left=2)]
         lines += [f"fault: {sentence}" for sentence in self.faults]
         lines += [f"warning: {sentence}" for sentence in self.warnings]
         lines.append(f"faults: {len(self.faults)}, warnings: {len(self.warnings)}")

@@ -16,6 +16,7 @@ from msflow_ext.reports.heat_maps import read_panels
 from msflow_ext.reports.html import metric_name, percent, plain, points, score_format, write_page
 from msflow_ext.runs.curves import Curve
 from msflow_ext.runs.results import SETTINGS, TestedRun
+from msflow_ext.text_table import text_table
 
 PICTURED = 24  # images that a page shows with the heat maps of all runs
 
@@ -90,22 +91,19 @@ def settings(runs: Sequence[TestedRun]) -> list[tuple[str, list[Any]]]:
 
 def lines(runs: Sequence[TestedRun], count: int = 10) -> list[str]:
     """The comparison for a terminal, with so many of the images on which the runs disagree most."""
-    rows = [("", [run.name for run in runs])]
+    names = [run.name for run in runs]
+    rows = [("", *names)]
     for key, values in table(runs):
-        cells = ["-" if v is None else f"{percent(v)} {points(d):>7}" for v, d in values]
-        rows.append((metric_name(key), cells))
-    rows += [(kind, [percent(share) for share in shares]) for kind, shares in decisions(runs)]
-    rows += [(key, [plain(value)[:30] for value in values]) for key, values in settings(runs)]
+        cells = ("-" if v is None else f"{percent(v)} {points(d):>7}" for v, d in values)
+        rows.append((metric_name(key), *cells))
+    rows += [(kind, *map(percent, shares)) for kind, shares in decisions(runs)]
+    rows += [(key, *(plain(value)[:30] for value in values)) for key, values in settings(runs)]
     found = [each for each in disagreements(runs)[:count] if each.spread > 0]
-    if found:
-        rows += [("", []), ("images on which the runs disagree most", [])]
-    rows += [(runs[0].images[each.image][0][-40:], list(each.verdicts)) for each in found]
-    margin = 2 + max(len(head) for head, cells in rows if cells)
-    width = 2 + max(len(cell) for _, cells in rows for cell in cells)
-    return [
-        (f"{head:{margin}}" + "".join(f"{cell:>{width}}" for cell in cells)).rstrip()
-        for head, cells in rows
-    ]
+    if not found:
+        return text_table(rows)
+    verdicts = [("images on which the runs disagree most", *names)]
+    verdicts += [(runs[0].images[each.image][0][-40:], *each.verdicts) for each in found]
+    return [*text_table(rows), "", *text_table(verdicts)]
 
 
 def write_comparison(path: str | Path, runs: Sequence[TestedRun]) -> None:

@@ -68,10 +68,13 @@ def points(difference: float | None) -> str:
 
 
 def score_format(scores: Sequence[float]) -> Callable[[float], str]:
-    """How to write a score, with digits that fit the spread of ``scores``."""
+    """Return how to write a score, with digits that tell scores a hundredth of the spread of ``scores`` apart."""
     spread = float(np.ptp(scores)) if len(scores) else 0.0
-    digits = 3 - math.ceil(math.log10(spread)) if spread > 0 else 3
-    return lambda score: f"{score:.{max(digits, 0)}f}" if digits < 7 else f"{score:.4g}"
+    decimals = max(3 - math.ceil(math.log10(spread)), 0) if spread > 0 else 3
+    if decimals < 7:
+        return lambda score: f"{score:.{decimals}f}"
+    before = 1 + math.floor(math.log10(float(np.abs(scores).max())))  # digits before the point
+    return lambda score: f"{score:.{decimals + before}g}"
 
 
 def plain(value: Any) -> str:

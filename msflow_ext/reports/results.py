@@ -35,7 +35,7 @@ def write_results(
         low, high = colours
         report.save_maps(folder, names, pictures, found.maps, masks, low=low, high=high)
     baseline = metrics.get("baseline")
-    run = report.Run(
+    run = report.ReportedRun(
         title=f"{metrics['data']['name']} {metrics['data']['category']}",
         metrics={name: metrics[name] for name in found.metrics},
         best={name: metrics["best"][name] for name in found.metrics},

@@ -17,7 +17,7 @@ from msflow_ext.reports.heat_maps import colour_range, heat_map, mask_contour, o
 from msflow_ext.reports.html import score_format, write_page
 
 __all__ = [
-    "Run",
+    "ReportedRun",
     "colour_range",
     "heat_map",
     "mask_contour",
@@ -28,7 +28,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class ReportedRun:
     """What a report tells about one training and its test; metrics are fractions, None: unknown.
 
     ``names``, ``defects``, ``labels`` (0 good, 1 defective, None unknown), ``scores`` and, when not
@@ -58,7 +58,7 @@ class Run:
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # recipe, versions, ...
 
 
-def write_report(path: str | Path, run: Run) -> None:
+def write_report(path: str | Path, run: ReportedRun) -> None:
     """Write ``run`` as one HTML file that needs nothing else: no network, no other file.
 
     The gallery shows at most 2000 images, the worst mistakes first, in 24 MB at most, and says when
@@ -93,7 +93,7 @@ def write_report(path: str | Path, run: Run) -> None:
     )
 
 
-def _check_run(run: Run) -> None:
+def _check_run(run: ReportedRun) -> None:
     optional = (name for name in ("aupimo", "pictures") if len(getattr(run, name)))
     for name in ("defects", "labels", "scores", *optional):
         if len(getattr(run, name)) != len(run.names):
@@ -107,7 +107,7 @@ def _check_run(run: Run) -> None:
             raise ValueError(f"run: the label of {name!r} is {label!r}, 0, 1 or None is wanted")
 
 
-def _rocs(run: Run, good: np.ndarray, defective: np.ndarray) -> list[_charts.Line]:
+def _rocs(run: ReportedRun, good: np.ndarray, defective: np.ndarray) -> list[_charts.Line]:
     """The curve of the images and that of the pixels, where they are known."""
     lines = []
     if len(good) and len(defective):
@@ -118,7 +118,7 @@ def _rocs(run: Run, good: np.ndarray, defective: np.ndarray) -> list[_charts.Lin
     return lines
 
 
-def _kinds(run: Run, good: np.ndarray) -> list[dict[str, Any]]:
+def _kinds(run: ReportedRun, good: np.ndarray) -> list[dict[str, Any]]:
     """The rows of the per-defect table: the good images, then the defect hardest to find first."""
     groups: dict[tuple[int, str], list[int]] = {}
     for i in range(len(run.names)):
@@ -148,13 +148,13 @@ def _kinds(run: Run, good: np.ndarray) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda r: (r["label"], r["auroc"] or 0.0, r["name"]))
 
 
-def _group(run: Run, i: int) -> tuple[int, str]:
+def _group(run: ReportedRun, i: int) -> tuple[int, str]:
     """Class and kind of an image: 0 good, 1 defective, 2 unlabelled."""
     label = run.labels[i]
     return (2, "unlabelled") if label is None else (label, run.defects[i] if label else "good")
 
 
-def _gallery(run: Run, kinds: Sequence[str]) -> list[dict[str, Any]]:
+def _gallery(run: ReportedRun, kinds: Sequence[str]) -> list[dict[str, Any]]:
     """The cards of the gallery, the worst mistake first."""
     order, confused = worst_first(run.labels, run.scores)
     others = {0: run.labels.count(1), 1: run.labels.count(0)}

@@ -14,6 +14,7 @@ from typing import Any
 
 from msflow_ext.files import write_text
 from msflow_ext.metrics import RESULTS
+from msflow_ext.text_table import text_table
 
 BEST = "best epoch on the test set"  # beside every last epoch, and never a result
 MEAN = "mean"
@@ -60,6 +61,12 @@ class Line:
     spread: float | None
     runs: int
 
+    @property
+    def percent(self) -> str:
+        """``98.41`` or, over several runs, ``98.41 ± 0.12``."""
+        spread = "" if self.spread is None else f" ± {100 * self.spread:.2f}"
+        return f"{100 * self.value:.2f}{spread}"
+
 
 def lines(runs: Sequence[Run]) -> list[Line]:
     """The table of the runs that did not fail, all of one data set and model."""
@@ -102,13 +109,13 @@ def markdown(found: Sequence[Line], runs: Sequence[Run]) -> Iterator[str]:
         if not chosen:
             continue
         sources = list(dict.fromkeys(line.source for line in chosen))
-        cells = {(line.category, line.source): percent(line) for line in chosen}
-        yield from (f"## {title[:1].upper()}{title[1:]}, percent", "")
-        yield f"| | {' | '.join(sources)} |"
-        yield "|---|" + "---:|" * len(sources)
+        cells = {(line.category, line.source): line.percent for line in chosen}
+        rows = [("", *sources), ("---", *("---:" for _ in sources))]
         for category in dict.fromkeys(line.category for line in chosen):
-            row = (cells.get((category, source), "-") for source in sources)
-            yield f"| {category or chosen[0].data} | {' | '.join(row)} |"
+            values = (cells.get((category, source), "-") for source in sources)
+            rows.append((category or chosen[0].data, *values))
+        yield from (f"## {title[:1].upper()}{title[1:]}, percent", "")
+        yield from (f"| {line} |" for line in text_table(rows, between=" | "))
         yield ""
     most = max((line.runs for line in found if line.category != MEAN), default=0)
     if most > 1:
@@ -123,12 +130,6 @@ def markdown(found: Sequence[Line], runs: Sequence[Run]) -> Iterator[str]:
     if failed:
         yield from ("", "Failed:", "")
         yield from (f"* {run.folder}: {run.failure}" for run in failed)
-
-
-def percent(line: Line) -> str:
-    """``98.41`` or, over several runs, ``98.41 ± 0.12``."""
-    spread = "" if line.spread is None else f" ± {100 * line.spread:.2f}"
-    return f"{100 * line.value:.2f}{spread}"
 
 
 def _lines_of(metric: str, done: Sequence[Run]) -> Iterator[Line]:

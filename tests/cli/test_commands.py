@@ -67,7 +67,7 @@ def _fails(capsys, *arguments: str) -> str:
 def test_train_writes_the_run_folder_and_prints_its_table(data, tmp_path, capsys):
     assert cli.main(_train(data, tmp_path / "run")) == 0
     printed = capsys.readouterr()
-    assert "image AUROC   pixel AUROC         AUPRO" in printed.out
+    assert "image AUROC  pixel AUROC  AUPRO" in printed.out
     assert "mvtec plate" in printed.out
     assert "PaDiM" not in printed.out
     assert "features of 4 + 4 images" in printed.err

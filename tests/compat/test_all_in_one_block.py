@@ -8,9 +8,7 @@ import itertools
 import json
 import math
 import pickle
-import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from msflow_ext import ops
+from msflow_ext.bench.official import Subnet
 from msflow_ext.compat.freia import AllInOneBlock, hard_permutation
 from msflow_ext.ops import _backend
 
@@ -34,31 +33,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 DIRECTIONS = pytest.mark.parametrize("rev", [False, True], ids=["fwd", "rev"])
 NATIVE = pytest.mark.skipif(_backend.C is None, reason="the kernels are not compiled")
 FORMS = pytest.mark.parametrize("form", ["0.2", "head"])
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def freia() -> ModuleType:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its docstrings hold invalid escapes
-        return pytest.importorskip("FrEIA")
-
-
-class ConvNormConv(nn.Module):
-    """The subnet of the MSFlow authors, by its names."""
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels_in, 3, padding=1)
-        self.ln = nn.LayerNorm(channels_in)
-        self.conv2 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.ln(self.conv1(x).movedim(1, -1)).movedim(-1, 1).relu())
 
 
 class Hidden:
@@ -136,7 +110,7 @@ def golden(
     prefix = f"c{case['index']}."
     tensors = {k[len(prefix) :]: t for k, t in TENSORS[form].items() if k.startswith(prefix)}
     state = {k[3:]: t for k, t in tensors.items() if k.startswith("sd.")}
-    subnet = ConvNormConv
+    subnet = Subnet
     if case.get("subnet") != "ln":
         subnet = Hidden(case["rank"], len(state["subnet.0.weight"]))
     block = AllInOneBlock(

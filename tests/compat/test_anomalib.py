@@ -141,6 +141,7 @@ def test_a_checkpoint_loads_without_running_code_and_gives_the_same(ours, traine
     assert torch.equal(got.score, wanted.score)
 
 
+@pytest.mark.slow
 def test_the_engine_exports_the_model_for_any_number_of_images(anomalib, trained, tmp_path):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)

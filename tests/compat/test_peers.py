@@ -55,6 +55,7 @@ def test_anomalibs_models_give_the_same_anomaly_maps(
     assert wanted.anomaly_map.std() > 0
 
 
+@pytest.mark.slow
 def test_anomalibs_fastflow_trains_to_the_weights_of_the_original_run(anomalib):
     Model = anomalib("models.image.fastflow.torch_model").FastflowModel
     loss_of = anomalib("models.image.fastflow.loss").FastflowLoss()

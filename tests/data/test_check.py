@@ -50,11 +50,11 @@ def test_a_sound_set_has_counts_sizes_and_modes_and_nothing_else(root):
     assert report.faults == report.warnings == ()
     assert str(report).splitlines() == [
         f"mvtec bottle, split {open_dataset(root, 'mvtec', 'bottle').split}",
-        "           good  crack",
-        "train         4      0",
-        "test          1      3",
-        "sizes     12x10 (7), 20x10 (1)",
-        "modes     L (7), RGB (1)",
+        "images  good  crack",
+        "train      4      0",
+        "test       1      3",
+        "sizes  12x10 (7), 20x10 (1)",
+        "modes  L (7), RGB (1)",
         "faults: 0, warnings: 0",
     ]
 

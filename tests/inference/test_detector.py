@@ -131,6 +131,24 @@ def test_labels_and_masks_need_thresholds(detector, folder):
         assert np.array_equal(result.mask, result.map > level)
 
 
+def test_a_score_or_a_pixel_that_equals_its_threshold_is_normal(detector, folder):
+    (plain,) = detector.predict(image := folder / "good" / "0.png")
+    largest = float(plain.map.max())
+    at = Detector(detector.model, threshold=plain.score, pixel_threshold=largest)
+    (result,) = at.predict(image)
+    assert result.label == 0
+    assert result.mask is not None and not result.mask.any()
+    below = Detector(
+        detector.model,
+        threshold=float(np.nextafter(plain.score, -np.inf)),
+        pixel_threshold=float(np.nextafter(plain.map.max(), np.float32(-np.inf))),
+    )
+    (result,) = below.predict(image)
+    assert result.label == 1
+    assert result.mask is not None
+    assert np.array_equal(result.mask, plain.map == largest)
+
+
 def test_results_have_the_documented_types(detector, folder):
     (result,) = detector.predict(folder / "good" / "0.png")
     assert isinstance(result.score, float)

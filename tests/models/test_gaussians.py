@@ -172,6 +172,7 @@ def test_a_model_trains_tests_keeps_and_applies_it(
     torch.testing.assert_close(form(images).score, got.score, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["memory", "off"])
 @pytest.mark.parametrize("kind", [MSFlow, FastFlow])
 def test_new_images_are_whitened_by_the_training_images_of_the_last_training(

@@ -44,7 +44,7 @@ def write(path: Path, count: int, size: int = 64) -> Path:
     """A report on ``count`` images, half of them defective; some are mistakes."""
     labels = [int(i >= count // 2) for i in range(count)]
     scores = [(i * 37 % count) / count + 0.6 * label for i, label in enumerate(labels)]
-    run = report.Run(
+    run = report.ReportedRun(
         title="plates",
         metrics={"image_auroc": 0.9, "pixel_auroc": 0.95, "aupro": None},
         best={"image_auroc": 0.92},

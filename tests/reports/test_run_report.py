@@ -61,10 +61,10 @@ class Page(HTMLParser):
         return [text for t, text in self.texts if t == tag]
 
 
-def a_run(**changes: Any) -> report.Run:
+def a_run(**changes: Any) -> report.ReportedRun:
     """Three good and three defective images of two kinds, with one mistake each way."""
     picture = (GRAY, np.linspace(0.0, 2.0, 24 * 24).reshape(24, 24), None)
-    run = report.Run(
+    run = report.ReportedRun(
         title="brick",
         metrics={"image_auroc": 0.98765, "pixel_auroc": 0.5, "aupro": None},
         best={"image_auroc": 0.99, "pixel_auroc": 0.6, "aupro": None},
@@ -85,12 +85,12 @@ def a_run(**changes: Any) -> report.Run:
     return dataclasses.replace(run, **changes)
 
 
-def first(run: report.Run, count: int) -> report.Run:
+def first(run: report.ReportedRun, count: int) -> report.ReportedRun:
     parts = ("names", "defects", "labels", "scores", "pictures")
     return dataclasses.replace(run, **{name: getattr(run, name)[:count] for name in parts})
 
 
-def page_of(run: report.Run, folder: Path) -> tuple[Page, str]:
+def page_of(run: report.ReportedRun, folder: Path) -> tuple[Page, str]:
     report.write_report(folder / "report.html", run)
     html = (folder / "report.html").read_text("utf-8")
     return Page(html), html
@@ -281,6 +281,16 @@ def test_the_gallery_puts_the_worst_mistakes_first(tmp_path):
         *("above none of 3 defective", "below none of 3 good"),
     ]
     assert len([a for a in page.all("figure") if "data-mistake" in a]) == 2
+
+
+@pytest.mark.parametrize("step", [0.02, 2e-4, 1e-6, 1e-9])
+@pytest.mark.parametrize("offset", [0.0, 0.7, -3000.0])
+def test_scores_are_told_apart_however_close_they_are(tmp_path, step, offset):
+    scores = [offset + step * i for i in range(6)]
+    page, _ = page_of(a_run(scores=scores), tmp_path)
+    shown = sorted(float(t.split(", ")[1]) for t in page.within("figcaption") if ", " in t)
+    assert shown == pytest.approx(scores, rel=0, abs=0.1 * step)
+    assert len(set(shown)) == 6
 
 
 def test_unlabelled_images_come_last_the_highest_score_first(tmp_path):

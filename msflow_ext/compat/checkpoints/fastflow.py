@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msflow_ext.compat.checkpoints.msflow import read_permutation
+from msflow_ext.compat.checkpoints.msflow import dense_permutation, read_permutation
 from msflow_ext.compat.checkpoints.torch_file import read_torch_file
 from msflow_ext.models.fastflow import FastFlowHead
 
@@ -130,8 +130,7 @@ def _named(head: FastFlowHead, index_permutations: bool) -> dict[str, Tensor]:
             state[theirs] = value.view(1, -1, 1, 1) if "global" in key else value
             continue
         for name, perm in ((theirs, value), (f"{theirs}_inv", torch.argsort(value))):
-            dense = torch.eye(len(perm)).to(like)[perm][:, :, None, None]
-            state[name] = perm if index_permutations else dense
+            state[name] = perm if index_permutations else dense_permutation(perm, like)
     return state
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,80 +118,109 @@ def to_official_state_dict(
     fusion_order: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """The flat official state dict of ``head``, permutations as dense matrices or, on request, as int64 indices."""
-    state = to_official_names(dict(head.state_dict()), head)
+    own = dict(head.state_dict())
+    state = to_official_names(own, head)
     order = range(len(head.channels)) if fusion_order is None else fusion_order
-    for module, scale in enumerate(order):
-        perm = getattr(head.fusion, f"perm{scale}")
-        state[f"{_FUSION}.{module}.perm"] = perm.clone()
-        state[f"{_FUSION}.{module}.perm_inv"] = torch.argsort(perm)
-    for i, flow in enumerate(head.flows):
-        for k, step in enumerate(flow.steps):  # type: ignore[arg-type]
-            block = f"parallel_flows.{i}.module_list.{k}"
-            perm = step.perm
-            for name, p in (("w_perm", perm), ("w_perm_inv", torch.argsort(perm))):
-                dense = torch.eye(len(p), dtype=step.global_scale.dtype)[p.cpu()][:, :, None, None]
-                state[f"{block}.{name}"] = p.clone() if index_permutations else dense
+    like = next(head.parameters())
+    for ours, theirs in _permutation_names(head, order):
+        as_index = index_permutations or theirs.startswith(_FUSION)
+        for name, perm in ((theirs, own[ours]), (f"{theirs}_inv", own[ours].argsort())):
+            state[name] = perm.clone() if as_index else dense_permutation(perm, like)
     return state
 
 
 def to_official_names(tensors: Mapping[str, Tensor], head: MSFlowHead) -> dict[str, Tensor]:
     """Rename and join our parameters, or their gradients, as the official modules hold them."""
-    out = {}
-    for i, flow in enumerate(head.flows):
-        for k in range(len(flow.steps)):  # type: ignore[arg-type]
-            ours, theirs = f"flows.{i}.steps.{k}", f"parallel_flows.{i}.module_list.{k}"
-            for name in ("global_scale", "global_offset"):
-                out[f"{theirs}.{name}"] = tensors[f"{ours}.{name}"].view(1, -1, 1, 1)
-            subnet = f"{ours}.subnet"
-            parts = [tensors[f"{subnet}.{name}.weight"] for name in ("conv_x", "conv_cond")]
-            out[f"{theirs}.subnet.conv1.weight"] = torch.cat(parts, 1)
-            out[f"{theirs}.subnet.conv1.bias"] = tensors[f"{subnet}.conv_cond.bias"]
-            for a, b in (("norm", "ln"), ("conv_out", "conv2")):
-                for kind in ("weight", "bias"):
-                    out[f"{theirs}.subnet.{b}.{kind}"] = tensors[f"{subnet}.{a}.{kind}"]
-    for side in ("subnet_1", "subnet_2"):
-        ours, theirs = f"fusion.{side}", f"{_FUSION}.{len(head.channels)}.{side}"
-        for kind in ("weight", "bias"):
-            for name in ("conv1", "conv2", "norm"):
-                out[f"{theirs}.cross_convs.{name}.{kind}"] = tensors[f"{ours}.{name}.{kind}"]
-            for i in range(len(head.channels)):
-                s, t = tensors[f"{ours}.conv_out.{i}.{kind}"].chunk(2)
-                out[f"{theirs}.conv_s.{i}.{kind}"] = s
-                out[f"{theirs}.conv_t.{i}.{kind}"] = t
-    return out
+    out: dict[str, Tensor] = {}
+    for pair in _pairs(head):
+        whole = torch.cat([tensors[name] for name in pair.ours], pair.dim)
+        out.update(zip(pair.theirs, whole.chunk(len(pair.theirs), pair.dim), strict=True))
+    return {k: t.view(1, -1, 1, 1) if _is_per_channel(k) else t for k, t in out.items()}
 
 
 def _from_official(
     state: Mapping[str, Tensor], head: MSFlowHead, order: Sequence[int]
 ) -> dict[str, Tensor]:
-    out = {}
-    for i, flow in enumerate(head.flows):
-        for k, step in enumerate(flow.steps):  # type: ignore[arg-type]
-            ours, theirs = f"flows.{i}.steps.{k}", f"parallel_flows.{i}.module_list.{k}"
-            for name in ("global_scale", "global_offset"):
-                out[f"{ours}.{name}"] = state[f"{theirs}.{name}"].flatten()
-            out[f"{ours}.perm"] = read_permutation(state, f"{theirs}.w_perm", step.channels)
-            whole = state[f"{theirs}.subnet.conv1.weight"]
-            subnet = f"{ours}.subnet"
-            out[f"{subnet}.conv_x.weight"] = whole[:, : step.passive]
-            out[f"{subnet}.conv_cond.weight"] = whole[:, step.passive :]
-            out[f"{subnet}.conv_cond.bias"] = state[f"{theirs}.subnet.conv1.bias"]
-            for a, b in (("norm", "ln"), ("conv_out", "conv2")):
-                for kind in ("weight", "bias"):
-                    out[f"{subnet}.{a}.{kind}"] = state[f"{theirs}.subnet.{b}.{kind}"]
-    for module, scale in enumerate(order):
-        out[f"fusion.perm{scale}"] = read_permutation(
-            state, f"{_FUSION}.{module}.perm", head.channels[scale]
-        )
-    for side in ("subnet_1", "subnet_2"):
-        ours, theirs = f"fusion.{side}", f"{_FUSION}.{len(head.channels)}.{side}"
-        for kind in ("weight", "bias"):
-            for name in ("conv1", "conv2", "norm"):
-                out[f"{ours}.{name}.{kind}"] = state[f"{theirs}.cross_convs.{name}.{kind}"]
-            for i in range(len(head.channels)):
-                both = [state[f"{theirs}.{name}.{i}.{kind}"] for name in ("conv_s", "conv_t")]
-                out[f"{ours}.conv_out.{i}.{kind}"] = torch.cat(both)
+    state = {k: t.flatten() if _is_per_channel(k) else t for k, t in state.items()}
+    own, out = head.state_dict(), {}
+    for pair in _pairs(head):
+        whole = torch.cat([state[name] for name in pair.theirs], pair.dim)
+        sizes = [own[name].size(pair.dim) for name in pair.ours]
+        out.update(zip(pair.ours, whole.split(sizes, pair.dim), strict=True))
+    for ours, theirs in _permutation_names(head, order):
+        out[ours] = read_permutation(state, theirs, len(own[ours]))
     return out
+
+
+class _Pair(NamedTuple):
+    """Names of our tensors and of theirs: joined along ``dim``, both sides are the same tensor."""
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    dim: int = 0
+
+    def prefixed(self, ours: str, theirs: str) -> _Pair:
+        """The same pair with a prefix on each side."""
+        return _Pair(
+            tuple(f"{ours}.{name}" for name in self.ours),
+            tuple(f"{theirs}.{name}" for name in self.theirs),
+            self.dim,
+        )
+
+
+_KINDS = ("weight", "bias")
+_STEP = (
+    _Pair(("global_scale",), ("global_scale",)),
+    _Pair(("global_offset",), ("global_offset",)),
+    _Pair(("subnet.conv_x.weight", "subnet.conv_cond.weight"), ("subnet.conv1.weight",), dim=1),
+    _Pair(("subnet.conv_cond.bias",), ("subnet.conv1.bias",)),
+    *(_Pair((f"subnet.norm.{kind}",), (f"subnet.ln.{kind}",)) for kind in _KINDS),
+    *(_Pair((f"subnet.conv_out.{kind}",), (f"subnet.conv2.{kind}",)) for kind in _KINDS),
+)
+
+
+def _pairs(head: MSFlowHead) -> Iterator[_Pair]:
+    """Every parameter of ``head`` by both names."""
+    for ours, theirs in _steps(head):
+        yield from (pair.prefixed(ours, theirs) for pair in _STEP)
+    fusion = f"{_FUSION}.{len(head.channels)}"
+    for side in ("subnet_1", "subnet_2"):
+        pairs = _cross_scale_pairs(len(head.channels))
+        yield from (pair.prefixed(f"fusion.{side}", f"{fusion}.{side}") for pair in pairs)
+
+
+def _cross_scale_pairs(scales: int) -> Iterator[_Pair]:
+    """Every parameter of a subnet of the fusion flow by both names."""
+    for kind in _KINDS:
+        for name in ("conv1", "conv2", "norm"):
+            yield _Pair((f"{name}.{kind}",), (f"cross_convs.{name}.{kind}",))
+        for i in range(scales):
+            yield _Pair((f"conv_out.{i}.{kind}",), (f"conv_s.{i}.{kind}", f"conv_t.{i}.{kind}"))
+
+
+def _permutation_names(head: MSFlowHead, order: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """Every permutation of ``head`` by both names, those of the fusion flow in the authors' ``order``."""
+    for ours, theirs in _steps(head):
+        yield f"{ours}.perm", f"{theirs}.w_perm"
+    for module, scale in enumerate(order):
+        yield f"fusion.perm{scale}", f"{_FUSION}.{module}.perm"
+
+
+def _steps(head: MSFlowHead) -> Iterator[tuple[str, str]]:
+    """Every step of every scale by both names."""
+    for i, blocks in enumerate(head.blocks):
+        for k in range(blocks):
+            yield f"flows.{i}.steps.{k}", f"parallel_flows.{i}.module_list.{k}"
+
+
+def dense_permutation(perm: Tensor, like: Tensor) -> Tensor:
+    """The 0/1 matrix ``(C, C, 1, 1)`` of an index ``perm (C,)``, with the dtype and device of ``like``."""
+    return torch.eye(len(perm)).to(like)[perm][:, :, None, None]
+
+
+def _is_per_channel(key: str) -> bool:
+    """Whether theirs is ``(1, C, 1, 1)`` where ours is ``(C,)``."""
+    return key.endswith((".global_scale", ".global_offset"))
 
 
 def read_permutation(state: Mapping[str, Tensor], key: str, channels: int) -> Tensor:

@@ -172,6 +172,7 @@ def test_a_traced_graph_has_the_operators_of_the_original(pair):
     assert kinds[0] == kinds[1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_export_has_the_operators_of_the_original(pair):
     pytest.importorskip("onnx")

@@ -30,16 +30,6 @@ CASES: dict[str, tuple[list[tuple[int, int, int]], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def freia() -> ModuleType:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its docstrings hold invalid escapes
-        pytest.importorskip("FrEIA")
-        import FrEIA.framework
-        import FrEIA.modules
-    return FrEIA
-
-
 class Peer(nn.Module):
     """FastFlow behind the backbone, as both packages build it on FrEIA's blocks; ``flows`` is their list's name."""
 
