@@ -17,9 +17,12 @@ from torch import Tensor
 #: Element types of the kernels, in the order of ``csrc/common/tensor.h``.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-# Dtypes that the kernels of each type of device support. Permutations are int64.
+# Dtypes that the kernels support. Permutations are int64.
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
-_NATIVE = {"cpu": _CPU_DTYPES, "cuda": (*_CPU_DTYPES, torch.float16)}
+_CUDA_DTYPES = (*_CPU_DTYPES, torch.float16)
+
+# Subclasses may give operations another meaning, so they use the reference.
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 View = tuple[int, int, int, int, int] | None
 
@@ -43,7 +46,9 @@ C, STATUS = _load()
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops inside on ``"native"`` kernels or on their ``"reference"``, whatever fits best otherwise.
+    """Run the ops in this context on ``"native"`` kernels or on their ``"reference"``.
+
+    Outside, an op runs on kernels where :func:`is_native` finds some, otherwise on its reference.
 
     Raises:
         ValueError: ``name`` is neither. RuntimeError: ``"native"`` where nothing is compiled.
@@ -82,30 +87,28 @@ def is_native(*tensors: Tensor | None, cuda: bool = True) -> bool:
             _warn_once()
         return False
     for tensor in tensors:
-        if tensor is not None and not _has_kernels(tensor, cuda):
+        if tensor is None or (tensor.is_cpu and tensor.dtype in _CPU_DTYPES):
+            continue
+        if not (cuda and _has_cuda_kernels(tensor)):
             return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
     return not _needs_reference(tensors)
 
 
-def _has_kernels(tensor: Tensor, cuda: bool) -> bool:
-    """Return whether there are kernels for the tensor's dtype and device."""
-    dtype = tensor.dtype
-    if tensor.is_cpu:
-        return dtype in _NATIVE["cpu"] and (cuda or dtype in _CPU_DTYPES)
-    return (
-        cuda
-        and tensor.is_cuda
-        and dtype in _NATIVE["cuda"]
-        and cuda_problem(tensor.device.index) is None
-    )
+def _has_cuda_kernels(tensor: Tensor) -> bool:
+    """Return whether there are CUDA kernels for the tensor's dtype and device."""
+    if tensor.dtype not in _CUDA_DTYPES:
+        return False
+    if tensor.is_cuda:
+        return cuda_problem(tensor.device.index) is None
+    return tensor.is_cpu and _emulated
 
 
 def _needs_reference(tensors: tuple[Tensor | None, ...]) -> bool:
     """Return whether a tensor subclass, a transform or a tracer must see the reference's operations."""
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in (Tensor, torch.nn.Parameter):
+        if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
             return True
     return (
         torch._C._are_functorch_transforms_active()
@@ -144,7 +147,6 @@ def emulate() -> None:
     if getattr(C, "cuda_architectures", None) != "emulated":
         raise RuntimeError(f"emulate: the kernels are {STATUS}, without emulated CUDA kernels")
     STATUS, _emulated = "compiled; CUDA kernels emulated", True
-    _NATIVE["cpu"] = _NATIVE["cuda"]
 
 
 def runs_cuda(x: Tensor) -> bool:
@@ -196,8 +198,10 @@ def strides(x: Tensor) -> tuple[int, int, int] | None:
 
 def is_channels_last(x: Tensor) -> bool:
     """Return whether the channels of a position are adjacent: channels_last, a slice of it, or vectors (N, C)."""
+    if x.size(1) > 1 and x.stride(1) != 1:
+        return False
     s = strides(x)
-    return s is not None and s[1] == 1 and (s[2] != 1 or math.prod(x.shape[2:]) == 1)
+    return s is not None and (s[2] != 1 or math.prod(x.shape[2:]) == 1)
 
 
 def in_memory(x: Tensor) -> Tensor:

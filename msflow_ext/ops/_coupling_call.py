@@ -87,11 +87,11 @@ def check_results(y1: Tensor, y2: Tensor) -> None:
 
 def check_vectors(x: Tensor, channels: int, vectors: Vectors) -> None:
     """Refuse a scale, offset or permutation that does not fit ``x`` and the number of channels."""
-    accumulation = accumulation_dtype(x.dtype)
-    dtypes = (accumulation, accumulation, torch.int64)
-    for name, vector, dtype in zip(("scale", "offset", "perm"), vectors, dtypes, strict=True):
+    device, accumulation = x.device, accumulation_dtype(x.dtype)
+    for name, vector in zip(("scale", "offset", "perm"), vectors, strict=True):
         if vector is None:
             continue
+        dtype = torch.int64 if name == "perm" else accumulation
         if vector.shape != (channels,):
             raise ValueError(
                 f"coupling: {name} must be ({channels},), one per channel, got {tuple(vector.shape)}"
@@ -100,17 +100,16 @@ def check_vectors(x: Tensor, channels: int, vectors: Vectors) -> None:
             raise TypeError(
                 f"coupling: {name} must be {dtype} for {x.dtype} data, got {vector.dtype}"
             )
-        if vector.device != x.device:
-            raise ValueError(f"coupling: {name} must be on {x.device}, got {vector.device}")
+        if vector.device != device:
+            raise ValueError(f"coupling: {name} must be on {device}, got {vector.device}")
 
 
 def _check_halves(first: Tensor, second: Tensor, name1: str, name2: str) -> None:
-    if min(first.dim(), second.dim()) < 2 or (
-        (first.size(0), *first.shape[2:]) != (second.size(0), *second.shape[2:])
-    ):
+    shape1, shape2 = first.shape, second.shape
+    if min(len(shape1), len(shape2)) < 2 or shape1[0] != shape2[0] or shape1[2:] != shape2[2:]:
         raise ValueError(
             f"coupling: {name1} and {name2} must be (N, C1, *) and (N, C2, *) of one N and *, got "
-            f"{tuple(first.shape)} and {tuple(second.shape)}"
+            f"{tuple(shape1)} and {tuple(shape2)}"
         )
     if not second.is_floating_point() or first.dtype is not second.dtype:
         raise TypeError(

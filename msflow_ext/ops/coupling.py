@@ -249,7 +249,7 @@ def _allocate_with_copy(x1, x2, a, *rest):
 
 
 def _run(results, *arguments):
-    call = CouplingCall(*arguments)
+    call = CouplingCall._make(arguments)
     y1, y2, log_det, copy = (*results, None, None)[:4]
     channels_last = _is_channels_last(call.x1, call.x2)
     _keep, v = _backend.views(channels_last, *call[:3], y1, y2, copy)
@@ -264,7 +264,7 @@ def _allocate_grads(x1, x2, a, scale, offset, *_):
 
 
 def _run_backward(upstream, grads, _extra, *arguments):
-    call = CouplingCall(*arguments)
+    call = CouplingCall._make(arguments)
     x2, channels_last = call.x2, _is_channels_last(call.x1, call.x2)
     y1, y2, log_det, copy = (*upstream, None, None)[:4]
     if log_det is None:
