@@ -185,7 +185,8 @@ def strides(x: Tensor) -> tuple[int, int, int] | None:
     shape, stride = x.shape, x.stride()  # Read once: this runs for every operand of every call.
     step: int | None = None
     following = 0
-    for size, s in zip(shape[:1:-1], stride[:1:-1], strict=True):
+    for i in range(len(shape) - 1, 1, -1):  # Indices, because slices of a shape are slow.
+        size, s = shape[i], stride[i]
         if size == 1:
             continue
         if step is None:
