@@ -295,10 +295,12 @@ _SHARED_BYTES = 24 * 1024
 
 
 def _is_channels_last(first, second):
+    if not _backend.is_channels_last(second):
+        return False
+    if not _backend.runs_cuda(second):
+        return True
     channels = first.size(1) + second.size(1)
-    bytes_per_channel = second.element_size() + 2
-    fits = not _backend.runs_cuda(second) or channels * bytes_per_channel <= _SHARED_BYTES
-    return fits and _backend.is_channels_last(second)
+    return channels * (second.element_size() + 2) <= _SHARED_BYTES
 
 
 def _launch(entry, job, call, *arguments):

@@ -43,9 +43,7 @@ def coupling_log_likelihood(
     Raises:
         ValueError: shapes, devices or values do not fit. TypeError: dtypes do not.
     """
-    call = CouplingCall(
-        x1, x2, a, scale, offset, perm, float(clamp), clamp_form, float(limit), split=0
-    )
+    call = CouplingCall(x1, x2, a, scale, offset, perm, float(clamp), clamp_form, float(limit), 0)
     check_forward(call)
     if call.channels == 0:
         raise ValueError(
@@ -66,7 +64,7 @@ def coupling_log_likelihood_reference(*arguments: Any) -> Tensor:
 
 
 def _call(x1, x2, a, scale, offset, clamp, clamp_form, limit) -> CouplingCall:
-    return CouplingCall(x1, x2, a, scale, offset, None, clamp, clamp_form, limit, split=0)
+    return CouplingCall(x1, x2, a, scale, offset, None, clamp, clamp_form, limit, 0)
 
 
 def _allocate(x1, x2, *_):
