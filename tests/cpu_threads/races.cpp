@@ -1,6 +1,6 @@
-// Runs every CPU kernel on four threads, for ThreadSanitizer. The results must be the same as on one
-// thread, bit for bit. With the argument "overlapping", neighbouring tasks share an item, which is a
-// race to be found.
+// Runs every CPU kernel on four threads, for ThreadSanitizer. The results must be the same as on
+// one thread, bit for bit. With the argument "overlapping", neighbouring tasks share an item, which
+// is a race to be found.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
