@@ -12,7 +12,7 @@ if(NOT DEFINED ENV{CUDACXX} AND NOT CMAKE_CUDA_COMPILER)
   endif()
 endif()
 
-# What nvcc would refuse while CMake tries it must not be asked of it: the list follows below.
+# While CMake tests the compiler, it must not ask for architectures that this nvcc may not know. They are set below.
 set(architectures_of_user ${CMAKE_CUDA_ARCHITECTURES})
 set(CMAKE_CUDA_ARCHITECTURES OFF)
 include(CheckLanguage)
@@ -26,7 +26,7 @@ if(NOT CMAKE_CUDA_COMPILER)
   return()
 endif()
 
-# check_language has only looked for the file. Whether it compiles and links decides.
+# check_language only looks for the file. Use nvcc only if it compiles and links a program.
 set(probe ${CMAKE_CURRENT_BINARY_DIR}/cuda_probe)
 file(WRITE ${probe}.cu "#include <cuda_runtime.h>\n__global__ void f() {}\nint main() { f<<<1, 1>>>(); return cudaGetLastError(); }\n")
 execute_process(COMMAND ${CMAKE_CUDA_COMPILER} -std=c++17 -o ${probe} ${probe}.cu
@@ -43,7 +43,7 @@ enable_language(CUDA)
 if(architectures_of_user)
   set(architectures ${architectures_of_user})
 else()
-  # Machine code for what is in use, PTX for what is to come; of that, what this nvcc knows.
+  # Machine code (-real) for GPUs in use, and PTX for later ones, as far as this nvcc supports them.
   execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-code OUTPUT_VARIABLE known)
   set(architectures)
   foreach(architecture 75-real 80-real 86-real 89-real 90 100-real 120)
@@ -72,6 +72,6 @@ if(MSFLOW_EXT_WERROR)
   list(APPEND cuda_flags -Werror=all-warnings -Xcompiler=-Werror)
 endif()
 target_compile_options(_C PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_flags}>")
-# Only what the module exports is visible, of the static CUDA runtime too.
+# Hide the symbols of the static CUDA runtime.
 target_link_options(_C PRIVATE $<$<CXX_COMPILER_ID:GNU,Clang>:LINKER:--exclude-libs,ALL>)
 message(STATUS "CUDA kernels for ${names} by ${CMAKE_CUDA_COMPILER} ${CMAKE_CUDA_COMPILER_VERSION}")

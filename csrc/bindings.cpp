@@ -1,5 +1,5 @@
-// Every entry point of the compiled module: addresses come as integers, a tensor as None or
-// (address, dtype, stride of n, c, p), a map (N, height, width) as (address, height, width).
+// Every entry point of the compiled module. Addresses are integers, a tensor is None or (address,
+// dtype, stride of n, c, p), and a map (N, height, width) is (address, height, width).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -60,7 +60,7 @@ namespace {
 
 using Address = uintptr_t;
 
-// What Python hands over for an argument of type T.
+// The Python type of an argument of type T.
 template <class T>
 struct Argument {
   using From = T;
@@ -76,7 +76,7 @@ struct Argument<const T&> : Argument<T> {
   using From = const T&;
 };
 
-// A kernel whose arguments are checked first.
+// Returns a function that checks the arguments and calls the kernel.
 template <class Check, class Result, class... Arguments>
 auto checked(Result (*kernel)(Arguments...), Check check) {
   return [=](typename Argument<Arguments>::From... from) {
@@ -85,38 +85,38 @@ auto checked(Result (*kernel)(Arguments...), Check check) {
   };
 }
 
-// A kernel's description, checked.
+// Returns the options of a call after checking them.
 template <class T>
-T checked(const T& described) {
-  check(described);
-  return described;
+T checked(const T& options) {
+  check(options);
+  return options;
 }
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
 Coupling coupling(const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>& sizes,
-                  bool interleaved, int form, double clamp, double limit, Address scale,
+                  bool channels_last, int form, double clamp, double limit, Address scale,
                   Address offset, Address perm) {
-  const auto& [samples, passive, active, positions, split] = sizes;
-  return checked(Coupling{samples, passive, active, positions, split, interleaved, ClampForm(form),
-                          clamp, limit, pointer(scale), pointer(offset),
+  const auto& [samples, conditioning, transformed, positions, split] = sizes;
+  return checked(Coupling{samples, conditioning, transformed, positions, split, channels_last,
+                          ClampForm(form), clamp, limit, pointer(scale), pointer(offset),
                           static_cast<const int64_t*>(pointer(perm))});
 }
 
-Norm norm(const std::tuple<int64_t, int64_t, int64_t>& sizes, bool interleaved, bool relu,
+Norm norm(const std::tuple<int64_t, int64_t, int64_t>& sizes, bool channels_last, bool relu,
           double eps, Address weight, Address bias) {
   const auto& [samples, channels, positions] = sizes;
   return checked(
-      Norm{samples, channels, positions, interleaved, relu, eps, pointer(weight), pointer(bias)});
+      Norm{samples, channels, positions, channels_last, relu, eps, pointer(weight), pointer(bias)});
 }
 
 Resample resample(const std::tuple<int64_t, int64_t>& sizes,
                   const std::tuple<int64_t, int64_t>& high, const std::tuple<int64_t, int64_t>& low,
-                  bool interleaved) {
+                  bool channels_last) {
   const auto& [samples, channels] = sizes;
   const auto& [height, width] = high;
   const auto& [low_height, low_width] = low;
-  return checked(Resample{samples, channels, height, width, low_height, low_width, interleaved});
+  return checked(Resample{samples, channels, height, width, low_height, low_width, channels_last});
 }
 
 Winograd winograd(const std::tuple<int64_t, int64_t, int64_t, int64_t>& input,
@@ -132,14 +132,14 @@ Winograd winograd(const std::tuple<int64_t, int64_t, int64_t, int64_t>& input,
 }
 
 WinogradWeight winograd_weight(const std::tuple<int64_t, int64_t, int64_t>& sizes, Address kernel,
-                               const std::tuple<int64_t, int64_t>& steps, bool turned,
+                               const std::tuple<int64_t, int64_t>& steps, bool rotated,
                                DType factors, Address transform, Address correction,
                                Address values) {
   const auto& [out_channels, channels, points] = sizes;
   const auto& [out_step, in_step] = steps;
   return checked(WinogradWeight{out_channels, channels, points,
                                 static_cast<const float*>(pointer(kernel)), out_step, in_step,
-                                turned, factors, static_cast<const float*>(pointer(transform)),
+                                rotated, factors, static_cast<const float*>(pointer(transform)),
                                 static_cast<const float*>(pointer(correction)), pointer(values)});
 }
 
@@ -196,8 +196,8 @@ PYBIND11_MODULE(_C, m) {
   });
 
 #if defined(MSFLOW_EXT_CUDA)
-  // The last two arguments are scratch memory, of as many bytes as *_scratch says, and a stream of
-  // the current device.
+  // The last two arguments are scratch memory, with as many bytes as *_scratch returns, and a
+  // stream of the current device.
   m.attr("cuda_architectures") = MSFLOW_EXT_CUDA;
   m.def("cuda_problem", &cuda_problem, nogil);
   m.def("coupling_scratch", &coupling_scratch);

@@ -1,5 +1,5 @@
-// What the entry points refuse before a kernel runs: sizes, strides, element types and addresses
-// that no tensors have. Whether memory is as large as they say, only the caller knows.
+// Checks of the entry points' arguments, before a kernel runs: sizes, strides, element types and
+// null pointers. They cannot check that memory is as large as the caller says.
 #pragma once
 
 #include <cstdint>
@@ -17,32 +17,32 @@
 
 namespace msflow {
 
-inline void require(bool holds, const char* op, const char* name, const char* wanted) {
-  if (!holds) throw std::invalid_argument(std::string(op) + ": " + name + " must " + wanted);
+inline void require(bool holds, const char* op, const char* name, const char* expectation) {
+  if (!holds) throw std::invalid_argument(std::string(op) + ": " + name + " must " + expectation);
 }
 
-// Elements of a tensor and bytes that it spans: what no process can address. In doubles, which do
-// not overflow.
-constexpr double most = double(int64_t(1) << 48);
+// No process can address more bytes. Sizes are checked as doubles, which do not overflow.
+constexpr double max_span_bytes = double(int64_t(1) << 48);
 
-// Even where one size is 0, the product of the others is one that the kernels can reckon with.
-inline void check_sizes(const char* op, std::initializer_list<int64_t> sizes, int64_t least = 0) {
+// Checks the product of the sizes. A 0 counts as 1, because kernels may multiply the others.
+inline void check_sizes(const char* op, std::initializer_list<int64_t> sizes, int64_t minimum = 0) {
   double product = 1;
   for (int64_t size : sizes) {
-    require(size >= least, op, "every size", least ? "be positive" : "not be negative");
+    require(size >= minimum, op, "every size", minimum ? "be positive" : "not be negative");
     product *= size > 1 ? double(size) : 1;
   }
-  require(product <= most, op, "the sizes", "fit in memory");
+  require(product <= max_span_bytes, op, "the sizes", "fit in memory");
 }
 
 inline void check_span(const char* op, const char* name, uintptr_t address, double bytes) {
   if (bytes == 0) return;
   require(address != 0, op, name, "have memory");
-  require(bytes <= most && address <= std::numeric_limits<uintptr_t>::max() - uint64_t(bytes), op,
-          name, "fit in memory");
+  require(
+      bytes <= max_span_bytes && address <= std::numeric_limits<uintptr_t>::max() - uint64_t(bytes),
+      op, name, "fit in memory");
 }
 
-// At least `count` numbers.
+// Checks a vector of `count` numbers. It assumes one byte per number, the least there can be.
 inline void check_vector(const char* op, const char* name, const void* vector, int64_t count) {
   check_span(op, name, reinterpret_cast<uintptr_t>(vector), double(count));
 }
@@ -51,32 +51,33 @@ inline void check_optional(const char* op, const char* name, const void* vector,
   if (vector) check_vector(op, name, vector, count);
 }
 
-// What the tensors (N, C, P) of a call have in common.
+// The sizes that all tensors (N, C, P) of a call share.
 struct Shape {
   const char* op;
   int64_t samples, positions;
-  bool interleaved;
+  bool channels_last;
 
   void check(const char* name, const Tensor& t, DType type, int64_t channels) const {
     constexpr int bytes[] = {4, 8, 2, 2};  // in the order of DType
     require(t.dtype == type, op, name, "have the element type of the call");
     require(t.n >= 0 && t.c >= 0 && t.p >= 0, op, name, "have no negative stride");
     if (samples == 0 || channels == 0 || positions == 0) return;
-    require((interleaved ? t.c : t.p) == 1, op, name, "have its numbers side by side");
+    require((channels_last ? t.c : t.p) == 1, op, name, "have its numbers side by side");
     const double last = double(samples - 1) * double(t.n) + double(channels - 1) * double(t.c) +
                         double(positions - 1) * double(t.p);
     check_span(op, name, t.data, (last + 1) * bytes[int(type)]);
   }
 };
 
-// ---- one per entry point, with its arguments; those of CUDA end with scratch memory and a stream
-// ----
+// ---- one check per entry point; `auto...` takes the scratch memory and stream of CUDA's ----
 
-inline DType wide(DType type) { return type == DType::float64 ? type : DType::float32; }
+inline DType accumulation_dtype(DType type) {
+  return type == DType::float64 ? type : DType::float32;
+}
 
 inline void check(const Coupling& c) {
-  check_sizes("coupling", {c.samples, c.passive, c.positions});
-  check_sizes("coupling", {c.samples, c.active, c.positions});
+  check_sizes("coupling", {c.samples, c.conditioning, c.positions});
+  check_sizes("coupling", {c.samples, c.transformed, c.positions});
   const int64_t channels = c.channels();
   check_sizes("coupling", {c.samples, channels, c.positions});
   require(channels < std::numeric_limits<int32_t>::max(), "coupling", "channels", "be below 2^31");
@@ -88,14 +89,14 @@ inline void check(const Coupling& c) {
 }
 
 inline Shape shape(const Coupling& c) {
-  return {"coupling", c.samples, c.positions, c.interleaved};
+  return {"coupling", c.samples, c.positions, c.channels_last};
 }
 
 inline void check_inputs(const Coupling& c, const Tensor& x1, const Tensor& x2, const Tensor& a) {
   const Shape s = shape(c);
-  s.check("x1", x1, x2.dtype, c.passive);
-  s.check("x2", x2, x2.dtype, c.active);
-  s.check("a", a, a.dtype, 2 * c.active);
+  s.check("x1", x1, x2.dtype, c.conditioning);
+  s.check("x2", x2, x2.dtype, c.transformed);
+  s.check("a", a, a.dtype, 2 * c.transformed);
 }
 
 inline constexpr auto check_coupling_forward =
@@ -126,8 +127,8 @@ inline constexpr auto check_coupling_inverse = [](const Coupling& c, const Tenso
   const Shape s = shape(c);
   s.check("y1", y1, x2.dtype, c.split);
   s.check("y2", y2, x2.dtype, c.channels() - c.split);
-  s.check("a", a, a.dtype, 2 * c.active);
-  s.check("x2", x2, x2.dtype, c.active);
+  s.check("a", a, a.dtype, 2 * c.transformed);
+  s.check("x2", x2, x2.dtype, c.transformed);
   check_vector("coupling", "log_det", log_det, c.samples);
 };
 
@@ -139,9 +140,9 @@ inline constexpr auto check_coupling_backward =
       check_coupling_forward(c, x1, x2, a, gy1, gy2, gcopy, grad_log_det);
       check_vector("coupling", "grad_log_det", grad_log_det, c.samples);
       const Shape s = shape(c);
-      s.check("grad_x1", gx1, x2.dtype, c.passive);
-      s.check("grad_x2", gx2, x2.dtype, c.active);
-      s.check("grad_a", ga, a.dtype, 2 * c.active);
+      s.check("grad_x1", gx1, x2.dtype, c.conditioning);
+      s.check("grad_x2", gx2, x2.dtype, c.transformed);
+      s.check("grad_a", ga, a.dtype, 2 * c.transformed);
       check_optional("coupling", "grad_scale", grad_scale, c.channels());
       check_optional("coupling", "grad_offset", grad_offset, c.channels());
       require(!grad_scale || c.scale, "coupling", "grad_scale", "go with a scale");
@@ -156,11 +157,11 @@ inline void check(const Norm& n) {
 
 inline constexpr auto check_norm_forward = [](const Norm& n, const Tensor& x, const Tensor& map,
                                               const Tensor& y, const void* statistics, auto...) {
-  const Shape s{"channel_norm", n.samples, n.positions, n.interleaved};
-  const Shape one{"channel_norm", n.samples ? 1 : 0, n.positions, n.interleaved};
+  const Shape s{"channel_norm", n.samples, n.positions, n.channels_last};
+  const Shape one{"channel_norm", n.samples ? 1 : 0, n.positions, n.channels_last};
   s.check("x", x, x.dtype, n.channels);
   s.check("y", y, x.dtype, n.channels);
-  if (map.data) one.check("bias_map", map, wide(x.dtype), n.channels);
+  if (map.data) one.check("bias_map", map, accumulation_dtype(x.dtype), n.channels);
   check_optional(s.op, "statistics", statistics, 2 * n.samples * n.positions);
 };
 
@@ -178,18 +179,18 @@ inline constexpr auto check_norm_backward =
 inline void check(const Resample& r) {
   check_sizes("resample", {r.samples, r.channels, r.height, r.width});
   check_sizes("resample", {r.samples, r.channels, r.low_height, r.low_width});
-  check_sizes("resample", {r.height, r.low_height}, 1);  // whose products the windows come from
+  check_sizes("resample", {r.height, r.low_height}, 1);  // window() multiplies them
   check_sizes("resample", {r.width, r.low_width}, 1);
 }
 
-inline Shape above(const Resample& r) {
-  return {"resample", r.samples, r.height * r.width, r.interleaved};
+inline Shape high_shape(const Resample& r) {
+  return {"resample", r.samples, r.height * r.width, r.channels_last};
 }
 
 inline void check_pair(const Resample& r, const Tensor& high, const Tensor& low) {
-  const Shape below{"resample", r.samples, r.low_height * r.low_width, r.interleaved};
-  above(r).check("x", high, high.dtype, r.channels);
-  below.check("low", low, high.dtype, r.channels);
+  const Shape low_shape{"resample", r.samples, r.low_height * r.low_width, r.channels_last};
+  high_shape(r).check("x", high, high.dtype, r.channels);
+  low_shape.check("low", low, high.dtype, r.channels);
 }
 inline constexpr auto check_pool_forward = [](const Resample& r, const Tensor& x, const Tensor& low,
                                               auto...) { check_pair(r, x, low); };
@@ -199,19 +200,19 @@ inline constexpr auto check_pool_backward = [](const Resample& r, const Tensor& 
 inline constexpr auto check_upsample_forward = [](const Resample& r, const Tensor& x,
                                                   const Tensor& low, const Tensor& y, auto...) {
   check_pair(r, y, low);
-  require(x.dtype == y.dtype || x.dtype == wide(y.dtype), "resample", "x",
+  require(x.dtype == y.dtype || x.dtype == accumulation_dtype(y.dtype), "resample", "x",
           "be float32 or have the element type of the call");
-  above(r).check("x", x, x.dtype, r.channels);
+  high_shape(r).check("x", x, x.dtype, r.channels);
 };
 inline constexpr auto check_upsample_backward = [](const Resample& r, const Tensor& grad_y,
                                                    const Tensor& grad_low,
                                                    auto...) { check_pair(r, grad_y, grad_low); };
 
 inline constexpr auto check_square_sums =
-    [](int64_t samples, int64_t channels, int64_t positions, bool interleaved, const Tensor& z,
+    [](int64_t samples, int64_t channels, int64_t positions, bool channels_last, const Tensor& z,
        const void* per_position, const void* per_sample, auto...) {
       check_sizes("score", {samples, channels, positions});
-      const Shape s{"score", samples, positions, interleaved};
+      const Shape s{"score", samples, positions, channels_last};
       s.check("z", z, z.dtype, channels);
       check_optional("score", "per_position", per_position, samples * positions);
       check_optional("score", "per_sample", per_sample, samples);
@@ -273,7 +274,7 @@ inline constexpr auto check_ranking = [](DType, const void* scores, const uint8_
   check_vector("ranking", "reached", reached, count);
 };
 
-// Of Winograd's convolution, and of the gradient of its weight.
+// For Winograd's convolution, and for the gradient of its weight.
 template <class W>
 void check_maps(const char* op, const W& w) {
   check_sizes(op, {w.samples, w.channels, w.height, w.width});

@@ -32,9 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    if hasattr(
-        os, "O_DIRECTORY"
-    ):  # the new name itself must reach the disk, where that can be asked for
+    # The new name itself must reach the disk, too, where the platform can flush a folder.
+    if hasattr(os, "O_DIRECTORY"):
         folder = os.open(path.parent, os.O_DIRECTORY)
         try:
             os.fsync(folder)

@@ -196,3 +196,11 @@ def test_a_kernel_includes_neither_torch_nor_another_op(path: Path) -> None:
             assert not header.startswith(("pybind11/", "Python.h")), header
             if "/" in header and path.parent != CSRC:  # what stands there knows every op
                 assert header.split("/")[0] in ("common", folder), header
+
+
+@pytest.mark.skipif(not CSRC.is_dir(), reason="an installed package has no csrc")
+def test_the_page_of_the_kernels_names_every_file() -> None:
+    page = (CSRC / "README.md").read_text()
+    found = {path.name for path in CPP} - {f"{op}.h" for op in OPS}  # these are NAME.h there
+    named = set(re.findall(r"[\w.]+\.(?:h|cpp|cuh|cu)\b", page))
+    assert named == found | {"NAME.h"}

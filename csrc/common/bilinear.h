@@ -12,8 +12,8 @@ struct Resampling {
   double step, shift;
 };
 
-// Of torch's bilinear interpolation: the outermost pixels' centres stay in place (align_corners),
-// or their outer edges do.
+// As in torch: with align_corners the centres of the outermost pixels coincide, otherwise their
+// outer edges.
 HD Resampling resampling(int64_t input_size, int64_t output_size, bool align_corners) {
   const double step = double(input_size) / double(output_size);
   if (!align_corners) return {step, (step - 1) / 2};
@@ -32,14 +32,14 @@ HD Tap<W> tap(const Resampling& resampling, int64_t output, int64_t input_size) 
   where = where > 0 ? where : 0;
   int64_t low = int64_t(where);
   if (low > input_size - 1) low = input_size - 1;
-  // To the same size, torch reads one pixel: what is not finite does not reach its neighbours.
-  const bool alone = low + 1 >= input_size || resampling.step == 1;
-  return {low, alone ? low : low + 1, W(where - double(low))};
+  // If the size does not change, torch reads one pixel, so that NaN does not spread to neighbours.
+  const bool one_pixel = low + 1 >= input_size || resampling.step == 1;
+  return {low, one_pixel ? low : low + 1, W(where - double(low))};
 }
 
-// What a tap reads, in torch's form: what is infinite or huge comes out as it does there.
+// Written as in torch, so that infinite and very large values give the same result.
 template <class W>
-HD W between(W low, W high, W weight) {
+HD W interpolate(W low, W high, W weight) {
   return (1 - weight) * low + weight * high;
 }
 

@@ -5,7 +5,8 @@
 
 namespace msflow {
 
-// Empty, or why not: a driver that is too old, or a GPU of an architecture that was not built.
+// Returns why CUDA kernels cannot run, for example because the driver is too old or no kernel was
+// built for the GPU's architecture. Returns an empty string if they can.
 std::string cuda_problem();
 
 }  // namespace msflow

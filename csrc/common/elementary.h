@@ -1,9 +1,13 @@
 // exp, tanh and atan to about 1 ulp without a branch, so that loops over them vectorise.
 //
-// The polynomials are Chebyshev fits made for this file (40 digits, then rounded):
-//   exp(r)  = 1 + r + r^2 q(r)        |r| <= ln(2) / 2   float: degree 4, 8e-9   double: degree 10,
-//   2e-19 atan(t) = t + t^3 q(t^2)          |t| <= 1           float: degree 8, 2e-8   double:
-//   degree 18, 2e-16
+// clang-format off
+// The polynomials q are Chebyshev fits, computed with 40 digits and then rounded:
+//
+//                                                   degree and largest error
+//   function                     range              float      double
+//   exp(r)  = 1 + r + r^2 q(r)   |r| <= ln(2) / 2   4, 8e-9    10, 2e-19
+//   atan(t) = t + t^3 q(t^2)     |t| <= 1           8, 2e-8    18, 2e-16
+// clang-format on
 #pragma once
 
 #include <cmath>
@@ -28,8 +32,8 @@ HD double atan_(double x) { return atan(x); }
 
 namespace detail {
 
-// c[I] + c[I + 1] x + ...: recursive, because a loop in here keeps the loop around it from being
-// vectorised.
+// Returns c[I] + c[I + 1] x + ... It is recursive, because a loop here would keep the compiler from
+// vectorising the caller's loop.
 template <int I = 0, int N, class T>
 HD T polynomial(const T (&c)[N], T x) {
   if constexpr (I + 1 == N) {
@@ -46,7 +50,8 @@ template <>
 struct Constants<float> {
   using Int = int32_t;
   static constexpr float exp_low = -110.f, exp_high = 90.f, tanh_high = 10.f;
-  static constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer
+  // 1.5 * 2^23: adding it rounds to the nearest integer.
+  static constexpr float round = 12582912.f;
   static constexpr float log2_e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr int bias = 127, mantissa = 23;
   static constexpr float exp_q[] = {0.5f, 0.166665734f, 0.0416665501f, 0.00836377387f,
@@ -87,18 +92,18 @@ struct Constants<double> {
       -0.0000276337933136011439};
 };
 
-// 2^n for an n that the format can hold.
+// Returns 2^n for n within the exponent range.
 template <class T>
 HD T power_of_two(typename Constants<T>::Int n) {
   using C = Constants<T>;
-  // Unsigned, because NaN brings an n of no meaning.
+  // Unsigned, because n is arbitrary if x is NaN, and a signed shift could overflow.
   const auto bits = std::make_unsigned_t<typename C::Int>(n + C::bias) << C::mantissa;
   T f;
   memcpy(&f, &bits, sizeof f);
   return f;
 }
 
-// x = n ln2 + r; returns r, n and e^r - 1.
+// Splits x = n ln2 + r, and returns r, n and e^r - 1.
 template <class T>
 HD T reduce(T x, T& em1, typename Constants<T>::Int& n) {
   using C = Constants<T>;
@@ -122,11 +127,12 @@ HD T exp_of(T x) {
   T em1;
   typename C::Int n;
   reduce(x, em1, n);
-  const typename C::Int half = n >> 1;  // two factors, so that results may be denormal or infinite
+  // Two factors, so that the result can be denormal or infinite.
+  const typename C::Int half = n >> 1;
   return (1 + em1) * power_of_two<T>(half) * power_of_two<T>(n - half);
 }
 
-// E / (E + 2) with E = e^(2x) - 1, computed without cancellation.
+// Returns E / (E + 2) with E = e^(2x) - 1, computed without cancellation.
 template <class T>
 HD T tanh_of(T x) {
   using C = Constants<T>;

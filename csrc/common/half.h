@@ -1,5 +1,4 @@
-// bfloat16 and float16 as their bits: loads widen exactly, stores round to nearest even and keep
-// NaN.
+// bfloat16 and float16 as their bits. Loads are exact; stores round to nearest even and keep NaN.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +42,8 @@ HD float to_float(float16 h) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h.bits));
   return f;
 #else
-  // As a float whose exponent is 112 too small; denormals become normal by the product.
+  // Read the bits as a float, whose exponent is then 112 too small. The multiplication corrects it,
+  // and makes denormals normal.
   const uint32_t wide = uint32_t(h.bits & 0x7fffu) << 13;
   const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16;
   float f;
@@ -70,8 +70,8 @@ HD float16 to_float16(float f) {
   if (size >= 0x47800000u) return {uint16_t(sign | 0x7c00u)};
   float magnitude;
   memcpy(&magnitude, &size, sizeof magnitude);
-  if (size <
-      0x38800000u) {  // denormal: adding 0.5 leaves the rounded multiple of 2^-24 in the last bits
+  // Denormal: adding 0.5 leaves the rounded multiple of 2^-24 in the last bits.
+  if (size < 0x38800000u) {
     magnitude += 0.5f;
     memcpy(&bits, &magnitude, sizeof bits);
     return {uint16_t(sign | (bits - 0x3f000000u))};
@@ -80,21 +80,21 @@ HD float16 to_float16(float f) {
 #endif
 }
 
-// The type in which values of T are computed.
+// The accumulation dtype: values of T are computed in it.
 template <class T>
-struct Wide {
+struct Accumulation {
   using type = T;
 };
 template <>
-struct Wide<bfloat16> {
+struct Accumulation<bfloat16> {
   using type = float;
 };
 template <>
-struct Wide<float16> {
+struct Accumulation<float16> {
   using type = float;
 };
 template <class T>
-using wide_t = typename Wide<T>::type;
+using accumulation_t = typename Accumulation<T>::type;
 
 HD float load(float x) { return x; }
 HD double load(double x) { return x; }

@@ -1,4 +1,5 @@
-// Marks a function for the host and, where CUDA compiles it, for the device.
+// Marks of functions and loops: for host and device (HD), several instruction sets (MSFLOW_CLONES),
+// vectorisation (INDEPENDENT).
 #pragma once
 
 #if defined(__CUDACC__)
@@ -9,14 +10,13 @@
 #define HD inline
 #endif
 
-// Copies of a hot loop for several instruction sets; CMake says which of them this compiler can
-// build.
+// Compiles a function once per instruction set. CMake defines it as far as the compiler can.
 #ifndef MSFLOW_CLONES
 #define MSFLOW_CLONES
 #endif
 
-// Before a loop whose iterations touch nothing of each other's: without it, the compiler checks
-// every pair of pointers for overlap, and gives up on vectorising where there are many.
+// Promises that the iterations of the next loop do not depend on each other. Without it, the
+// compiler checks every pair of pointers for overlap, and does not vectorise if there are many.
 #if defined(__CUDACC__)
 #define INDEPENDENT
 #elif defined(__clang__)

@@ -1,5 +1,5 @@
-// Loops over torch's threads. Results never depend on how a range is cut: every kernel writes each
-// item's own place.
+// Loops over torch's threads, and sums in a fixed order. Results do not depend on the number of
+// threads, because each item writes only its own memory.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +12,13 @@ namespace msflow {
 
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 
-// torch_parallel_for of libtorch (its stable C interface); null means one thread.
+// torch_parallel_for of libtorch's stable C interface. If it is null, one thread runs everything.
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body, void* context);
 inline ParallelFor torch_parallel_for = nullptr;
 
 constexpr int64_t elements_per_task = 16384;
 
-// Runs body over [0, items), each of which handles about `elements` numbers.
+// Runs body over [0, items). An item handles about `elements` numbers.
 template <class Context>
 void parallel_for(int64_t items, int64_t elements, Body body, Context& context) {
   if (items <= 0) return;
@@ -30,7 +30,7 @@ void parallel_for(int64_t items, int64_t elements, Body body, Context& context) 
   }
 }
 
-// Uninitialised scratch memory.
+// Returns uninitialised memory.
 template <class T>
 std::unique_ptr<T[]> scratch(int64_t size) {
   return std::unique_ptr<T[]>(new T[std::max<int64_t>(1, size)]);
@@ -38,7 +38,7 @@ std::unique_ptr<T[]> scratch(int64_t size) {
 
 constexpr int lanes = 16;
 
-// lane[i % lanes] += x[i]: one fixed order on every machine, and a loop that vectorises.
+// Adds x[i] to lane[i % lanes]. The order is the same on every machine, and the loop vectorises.
 template <class W>
 HD void add_to_lanes(const W* x, int64_t size, W (&lane)[lanes]) {
   int64_t i = 0;
@@ -47,7 +47,7 @@ HD void add_to_lanes(const W* x, int64_t size, W (&lane)[lanes]) {
   for (int l = 0; i < size; ++i, ++l) lane[l] += x[i];
 }
 
-// By halves: few additions wait for each other.
+// Adds halves to each other, so that few additions depend on each other.
 template <class W>
 HD double sum_lanes(const W (&lane)[lanes]) {
   W sum[lanes / 2];

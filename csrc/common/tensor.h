@@ -1,4 +1,4 @@
-// What the kernels know of a tensor (N, C, P): an address, an element type and three strides.
+// A tensor (N, C, P) as the kernels see it: an address, an element type and three strides.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +16,10 @@ struct Tensor {
 
   template <class T>
   HD T* at(int64_t sample, int64_t channel, int64_t position = 0) const {
-    // In integers, because an empty tensor's address is null.
+    // Computed with integers, because an empty tensor has a null pointer.
     const uintptr_t address = data + (sample * n + channel * c + position * p) * sizeof(T);
 #if defined(__CUDA_ARCH__)
-    // Tells the compiler that this is global memory: without it, loads would have to ask.
+    // Tells the compiler that this is global memory. Generic loads would have to find out.
     return static_cast<T*>(__cvta_global_to_generic(address));
 #else
     return reinterpret_cast<T*>(address);

@@ -1,4 +1,4 @@
-// The affine coupling of one element: log-scale, value, inverse and derivatives.
+// The affine coupling of one element: log-scale s, value, inverse and derivatives.
 #pragma once
 
 #include "common/elementary.h"
@@ -6,7 +6,7 @@
 
 namespace msflow {
 
-// s = amplitude * f(rate * a_s) with f = tanh or atan; t = shift * a_t.
+// Constants of the soft clamp: s = amplitude * f(rate * a_s), f = tanh or atan; t = shift * a_t.
 template <class W>
 struct Clamp {
   W amplitude, rate, shift;
@@ -31,7 +31,7 @@ HD W log_scale(const Clamp<W>& k, W a_s) {
   return k.amplitude * (Atan ? atan_(k.rate * a_s) : tanh_(k.rate * a_s));
 }
 
-// s, and its derivative by a_s.
+// Returns s, and its derivative with respect to a_s in `slope`.
 template <bool Atan, class W>
 HD W log_scale(const Clamp<W>& k, W a_s, W& slope) {
   const W z = k.rate * a_s;
@@ -41,58 +41,59 @@ HD W log_scale(const Clamp<W>& k, W a_s, W& slope) {
 }
 
 template <class W>
-HD W limited(W v, W limit) {
+HD W clamped(W v, W limit) {
   v = v > limit ? limit : v;
   return v < -limit ? -limit : v;
 }
 
-// The global affine, cut off at +-limit.
+// The global affine map, clamped to [-limit, limit].
 template <class W>
 HD W affine(W u, W scale, W offset, W limit) {
-  return limited(u * scale + offset, limit);
+  return clamped(u * scale + offset, limit);
 }
 
-// What of a gradient gets through affine()'s cut, to v = u * scale + offset. One comparison: two
-// with an "or" between them keep g++ 12 from vectorising.
+// Gradient of the clamp in affine(), with respect to v = u * scale + offset. It compares once,
+// because g++ 12 does not vectorise two comparisons joined by "or".
 template <class W>
-HD W through_limit(W gradient, W u, W scale, W offset, W limit) {
+HD W limit_gradient(W gradient, W u, W scale, W offset, W limit) {
   const W v = u * scale + offset;
-  return limited(v, limit) == v ? gradient : W(0);
+  return clamped(v, limit) == v ? gradient : W(0);
 }
 
-// The active half's value before the global affine, and its inverse; t = shift * a_t.
+// A value of the transformed half before the global affine map. t = shift * a_t.
 template <class W>
-HD W coupled(W x, W s, W t) {
+HD W couple(W x, W s, W t) {
   return x * exp_(s) + t;
 }
 
+// The inverse of couple() and the global affine map.
 template <class W>
-HD W uncoupled(W y, W s, W t, W scale, W offset) {
+HD W uncouple(W y, W s, W t, W scale, W offset) {
   return ((y - offset) / scale - t) * exp_(-s);
 }
 
-// What the gradient of a result becomes: those of x, a_s and a_t, and the terms of the gradients of
-// scale and offset.
+// Gradients of one element with respect to x, a_s and a_t, and its terms in the gradients of scale
+// and offset.
 template <class W>
 struct Gradients {
   W x, a_s, a_t, scale, offset;
 };
 
 template <class W>
-HD Gradients<W> passive_gradients(W grad_y, W x, W scale, W offset, W limit) {
-  const W g = through_limit(grad_y, x, scale, offset, limit);
+HD Gradients<W> conditioning_gradients(W grad_y, W x, W scale, W offset, W limit) {
+  const W g = limit_gradient(grad_y, x, scale, offset, limit);
   return {g * scale, 0, 0, g * x, g};
 }
 
-// grad_s is the gradient of the sample's log_det, which every s is a term of; slope is that of s by
-// a_s.
+// grad_s is the gradient of the sample's log_det, the sum of all s. slope is the derivative of s
+// with respect to a_s.
 template <class W>
-HD Gradients<W> active_gradients(const Clamp<W>& k, W grad_y, W grad_s, W x, W s, W slope, W a_t,
-                                 W scale, W offset, W limit) {
+HD Gradients<W> transformed_gradients(const Clamp<W>& k, W grad_y, W grad_s, W x, W s, W slope,
+                                      W a_t, W scale, W offset, W limit) {
   const W e = exp_(s);
   const W scaled = x * e;
   const W u = scaled + k.shift * a_t;
-  const W gv = through_limit(grad_y, u, scale, offset, limit);
+  const W gv = limit_gradient(grad_y, u, scale, offset, limit);
   const W g = gv * scale;
   return {g * e, (g * scaled + grad_s) * slope, g * k.shift, gv * u, gv};
 }

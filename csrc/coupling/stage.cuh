@@ -1,4 +1,4 @@
-// What an interleaved coupling permutes goes through shared memory.
+// Permutes the channels of a channels_last coupling through shared memory.
 #pragma once
 
 #include "coupling/job.cuh"
@@ -6,29 +6,28 @@
 namespace msflow {
 namespace {
 
-// Of an interleaved block, in shared memory: its rows of all channels, or of all results, and the
-// order in which the other of the two lie in a row. The permutation is read once for it, because a
-// thread has too few rows to read it for itself.
+// The rows of a channels_last block in shared memory, as channels or as results, and the
+// permutation between the two. A block reads the permutation once, for all its rows.
 template <class J>
 struct Stage {
   using X = typename J::X;
   using W = typename J::W;
   X* rows;
   int16_t* order;
-  int size;    // of a row
-  bool whole;  // packets are aligned
+  int size;         // of a row
+  bool vectorized;  // packets are aligned
 
   __device__ explicit Stage(const J& job)
       : rows(shared_memory<X>()),
         order(reinterpret_cast<int16_t*>(shared_memory<unsigned char>() + job.stage_rows_bytes())),
         size(int(job.channels())),
-        whole(job.stage_whole) {}
+        vectorized(job.stage_vectorized) {}
 
-  // For rows of channels.
+  // Prepares `order` for rows of channels.
   __device__ __forceinline__ void order_results(const J& job) const {
     for (int k = int(threadIdx.x); k < size; k += threads) order[k] = int16_t(job.source(k));
   }
-  // For rows of results.
+  // Prepares `order` for rows of results.
   __device__ __forceinline__ void order_channels(const J& job) const {
     for (int k = int(threadIdx.x); k < size; k += threads)
       if (const int64_t c = job.source(k); c >= 0) order[c] = int16_t(k);
@@ -36,13 +35,13 @@ struct Stage {
 
   __device__ __forceinline__ void put(int row, int64_t first, const W (&from)[J::V],
                                       int64_t count) const {
-    store(rows + row * size + first, from, count, whole);
+    store(rows + row * size + first, from, count, vectorized);
   }
-  // V neighbours in that order; NaN is what lies outside. Where the order is no permutation, what
-  // lies nowhere may be anything.
+  // Reads V neighbours through `order`. Out-of-range entries give NaN. If perm is not a
+  // permutation, channels that no result comes from are undefined.
   __device__ __forceinline__ void get(W (&to)[J::V], int row, int64_t first, int64_t count) const {
     int place[J::V];
-    load(place, order + first, count, whole);
+    load(place, order + first, count, vectorized);
 #pragma unroll
     for (int i = 0; i < J::V; ++i)
       to[i] = unsigned(place[i]) < unsigned(size) ? W(load(rows[row * size + place[i]])) : W(NAN);
@@ -51,56 +50,57 @@ struct Stage {
 
 // Writes results `begin` to `begin + size` of the staged channels to y.
 template <class J>
-__device__ __forceinline__ void write_results(const J& job, const InterleavedPlace& at,
+__device__ __forceinline__ void write_results(const J& job, const ChannelsLastPlace& at,
                                               const Stage<J>& stage, const Tensor& y, int64_t begin,
                                               int64_t size) {
   over_packets<J::V>(size, at.rows, [&](int64_t k, int64_t count) {
     return [=, &job, &at, &stage, &y](int row) {
       typename J::W u[J::V];
       stage.get(u, row, begin + k, count);
-      const bool whole = job.whole && count >= J::V;
-      store(y.template at<typename J::X>(at.sample, k, at.first + row), u, count, whole);
+      const bool vectorized = job.vectorized && count >= J::V;
+      store(y.template at<typename J::X>(at.sample, k, at.first + row), u, count, vectorized);
       if (job.is_copied(begin + k))
-        store(job.copy.template at<typename J::A>(at.sample, k, at.first + row), u, count, whole);
+        store(job.copy.template at<typename J::A>(at.sample, k, at.first + row), u, count,
+              vectorized);
     };
   });
 }
 
-// Stages the results, of each thread a few packets at a time: their loads are under way together.
+// Stages the results. A thread handles a few packets at a time, so that their loads overlap.
 template <class J>
-__device__ __forceinline__ void read_results(const J& job, const InterleavedPlace& at,
+__device__ __forceinline__ void read_results(const J& job, const ChannelsLastPlace& at,
                                              const Stage<J>& stage) {
   using X = typename J::X;
   using W = typename J::W;
   constexpr int V = J::V, batch = 4;
   const int split = int(job.split), of_first = (split + V - 1) / V;
   const int packets = of_first + (stage.size - split + V - 1) / V;
-  const Share<V> share(packets * V);
-  if (share.row >= share.row_step) return;
-  for (int q = share.lane(); q < packets; q += share.lanes) {
+  const ThreadLayout<V> layout(packets * V);
+  if (layout.row >= layout.row_step) return;
+  for (int q = layout.lane(); q < packets; q += layout.lanes) {
     const bool first = q < of_first;
     const int k = (first ? q : q - of_first) * V, result = first ? k : split + k;
     const int count = (first ? split : stage.size) - result;
-    const bool whole = job.whole && count >= V;
-    for (int begin = share.row; begin < at.rows; begin += batch * share.row_step) {
+    const bool vectorized = job.vectorized && count >= V;
+    for (int begin = layout.row; begin < at.rows; begin += batch * layout.row_step) {
       Words<X, V> y[batch];
 #pragma unroll
       for (int b = 0; b < batch; ++b) {
-        const int row = begin + b * share.row_step;
+        const int row = begin + b * layout.row_step;
         if (row < at.rows)
           y[b] = fetch<V>((first ? job.y1 : job.y2).template at<X>(at.sample, k, at.first + row),
-                          count, whole);
+                          count, vectorized);
       }
 #pragma unroll
       for (int b = 0; b < batch; ++b) {
-        const int row = begin + b * share.row_step;
+        const int row = begin + b * layout.row_step;
         if (row >= at.rows) break;
         W u[V];
         unpack(u, y[b]);
         if (job.is_copied(result)) {
           W added[V];
           load(added, job.copy.template at<typename J::A>(at.sample, k, at.first + row), count,
-               whole);
+               vectorized);
 #pragma unroll
           for (int i = 0; i < V; ++i) u[i] += added[i];
         }

@@ -1,5 +1,4 @@
-// The channel norm on the CPU: a block of positions at a time, all of whose channels fit a near
-// cache.
+// The channel norm on the CPU. An item is a block of positions, whose channels fit in a near cache.
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -13,17 +12,18 @@
 namespace msflow {
 namespace {
 
-constexpr int64_t planar_block = 128;  // positions side by side: whole cache lines of every channel
-constexpr int64_t interleaved_block = 64;
+// Positions of a block. In contiguous tensors they are whole cache lines of every channel.
+constexpr int64_t contiguous_block = 128;
+constexpr int64_t channels_last_block = 64;
 
 template <class W>
 struct Job : Norm {
-  Tensor x, map, y, grad_x, grad_map;  // y: result, or its gradient
-  const W* w;
-  const W* b;
-  W floor;                          // of the ReLU, if there is one
-  W* statistics = nullptr;          // (N, P, 2)
-  std::unique_ptr<W[]> grad_parts;  // (items, 2, C)
+  Tensor x, map, y, grad_x, grad_map;  // y: result, or its gradient in the backward
+  const W* w;                          // weight
+  const W* b;                          // bias
+  W floor;                             // of the ReLU, or -infinity
+  W* statistics = nullptr;             // (N, P, 2)
+  std::unique_ptr<W[]> grad_parts;     // (items, 2, C)
 
   explicit Job(const Norm& norm)
       : Norm(norm),
@@ -32,27 +32,27 @@ struct Job : Norm {
         floor(relu ? W(0) : -std::numeric_limits<W>::infinity()) {}
 
   int64_t block() const {
-    return interleaved ? std::min(interleaved_block, std::max<int64_t>(1, 8192 / channels))
-                       : planar_block;
+    return channels_last ? std::min(channels_last_block, std::max<int64_t>(1, 8192 / channels))
+                         : contiguous_block;
   }
   int64_t blocks() const { return (positions + block() - 1) / block(); }
 };
 
-// ---- planar ----
+// ---- contiguous ----
 
 template <class X, class W>
-HD void forward_planar(const Job<W>& job, int64_t begin, int64_t end) {
+HD void forward_contiguous(const Job<W>& job, int64_t begin, int64_t end) {
   const W floor = job.floor;
-  const auto buffer = scratch<W>(job.channels * planar_block);
+  const auto buffer = scratch<W>(job.channels * contiguous_block);
   W* h = buffer.get();
-  const W share = W(1) / W(job.channels);
+  const W mean_factor = W(1) / W(job.channels);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t n = item / job.blocks(), first = item % job.blocks() * planar_block;
-    const int64_t size = std::min(planar_block, job.positions - first);
-    W mean[planar_block] = {}, inverse[planar_block] = {};
+    const int64_t n = item / job.blocks(), first = item % job.blocks() * contiguous_block;
+    const int64_t size = std::min(contiguous_block, job.positions - first);
+    W mean[contiguous_block] = {}, inverse[contiguous_block] = {};
     for (int64_t c = 0; c < job.channels; ++c) {
       const X* x = job.x.template at<X>(n, c, first);
-      W* row = h + c * planar_block;
+      W* row = h + c * contiguous_block;
       INDEPENDENT
       for (int64_t i = 0; i < size; ++i) row[i] = W(load(x[i]));
       if (job.map.data) {
@@ -63,18 +63,19 @@ HD void forward_planar(const Job<W>& job, int64_t begin, int64_t end) {
       INDEPENDENT
       for (int64_t i = 0; i < size; ++i) mean[i] += row[i];
     }
-    for (int64_t i = 0; i < size; ++i) mean[i] *= share;
+    for (int64_t i = 0; i < size; ++i) mean[i] *= mean_factor;
     for (int64_t c = 0; c < job.channels; ++c) {
-      W* row = h + c * planar_block;
+      W* row = h + c * contiguous_block;
       INDEPENDENT
       for (int64_t i = 0; i < size; ++i) {
         row[i] -= mean[i];
         inverse[i] += row[i] * row[i];
       }
     }
-    for (int64_t i = 0; i < size; ++i) inverse[i] = 1 / std::sqrt(inverse[i] * share + W(job.eps));
+    for (int64_t i = 0; i < size; ++i)
+      inverse[i] = 1 / std::sqrt(inverse[i] * mean_factor + W(job.eps));
     for (int64_t c = 0; c < job.channels; ++c) {
-      const W* row = h + c * planar_block;
+      const W* row = h + c * contiguous_block;
       X* y = job.y.template at<X>(n, c, first);
       const W w = job.w[c], b = job.b[c];
       INDEPENDENT
@@ -91,28 +92,28 @@ HD void forward_planar(const Job<W>& job, int64_t begin, int64_t end) {
 
 // An item is a block of positions of all samples, because grad_map sums over samples.
 template <class X, class W>
-HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
+HD void backward_contiguous(const Job<W>& job, int64_t begin, int64_t end) {
   const W floor = job.floor;
-  const auto buffer = scratch<W>(2 * job.channels * planar_block);
+  const auto buffer = scratch<W>(2 * job.channels * contiguous_block);
   W* normal = buffer.get();
-  W* grad = normal + job.channels * planar_block;
-  const W share = W(1) / W(job.channels);
+  W* grad = normal + job.channels * contiguous_block;
+  const W mean_factor = W(1) / W(job.channels);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t first = item * planar_block;
-    const int64_t size = std::min(planar_block, job.positions - first);
+    const int64_t first = item * contiguous_block;
+    const int64_t size = std::min(contiguous_block, job.positions - first);
     W* grad_w = job.grad_parts.get() + item * 2 * job.channels;
     W* grad_b = grad_w + job.channels;
     std::fill(grad_w, grad_w + 2 * job.channels, W(0));
     for (int64_t n = 0; n < job.samples; ++n) {
-      W mean[planar_block], inverse[planar_block], mean_g[planar_block] = {},
-                                                   mean_gn[planar_block] = {};
+      W mean[contiguous_block], inverse[contiguous_block], mean_g[contiguous_block] = {},
+                                                           mean_gn[contiguous_block] = {};
       const W* from = job.statistics + (n * job.positions + first) * 2;
       for (int64_t i = 0; i < size; ++i) mean[i] = from[2 * i], inverse[i] = from[2 * i + 1];
       for (int64_t c = 0; c < job.channels; ++c) {
         const X* x = job.x.template at<X>(n, c, first);
         const X* grad_y = job.y.template at<X>(n, c, first);
-        W* nrow = normal + c * planar_block;
-        W* grow = grad + c * planar_block;
+        W* nrow = normal + c * contiguous_block;
+        W* grow = grad + c * contiguous_block;
         const W w = job.w[c], b = job.b[c];
         INDEPENDENT
         for (int64_t i = 0; i < size; ++i) nrow[i] = W(load(x[i]));
@@ -121,11 +122,11 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
           INDEPENDENT
           for (int64_t i = 0; i < size; ++i) nrow[i] += map[i];
         }
-        W gw[planar_block], gb[planar_block];
+        W gw[contiguous_block], gb[contiguous_block];
         INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
           nrow[i] = (nrow[i] - mean[i]) * inverse[i];
-          gb[i] = through_relu(W(load(grad_y[i])), nrow[i], w, b, floor);
+          gb[i] = relu_gradient(W(load(grad_y[i])), nrow[i], w, b, floor);
           gw[i] = gb[i] * nrow[i];
           grow[i] = gb[i] * w;
           mean_g[i] += grow[i];
@@ -134,10 +135,10 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
         grad_w[c] += W(ordered_sum(gw, size));
         grad_b[c] += W(ordered_sum(gb, size));
       }
-      for (int64_t i = 0; i < size; ++i) mean_g[i] *= share, mean_gn[i] *= share;
+      for (int64_t i = 0; i < size; ++i) mean_g[i] *= mean_factor, mean_gn[i] *= mean_factor;
       for (int64_t c = 0; c < job.channels; ++c) {
-        const W* nrow = normal + c * planar_block;
-        W* grow = grad + c * planar_block;
+        const W* nrow = normal + c * contiguous_block;
+        W* grow = grad + c * contiguous_block;
         X* grad_x = job.grad_x.template at<X>(n, c, first);
         INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
@@ -154,19 +155,19 @@ HD void backward_planar(const Job<W>& job, int64_t begin, int64_t end) {
   }
 }
 
-// ---- interleaved ----
+// ---- channels_last ----
 
-// Step by step for all positions of a block, so that the chains of their sums overlap.
+// Each step handles all positions of a block, so that their dependent sums overlap.
 template <class X, class W>
-HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
+HD void forward_channels_last(const Job<W>& job, int64_t begin, int64_t end) {
   const W floor = job.floor;
   const int64_t channels = job.channels;
   const auto buffer = scratch<W>(job.block() * channels);
   W* const h = buffer.get();
   const W* w = job.w;
   const W* b = job.b;
-  const W share = W(1) / W(channels);
-  W mean[interleaved_block], inverse[interleaved_block];
+  const W mean_factor = W(1) / W(channels);
+  W mean[channels_last_block], inverse[channels_last_block];
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / job.blocks(), first = item % job.blocks() * job.block();
     const int64_t size = std::min(job.block(), job.positions - first);
@@ -180,7 +181,7 @@ HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
         INDEPENDENT
         for (int64_t c = 0; c < channels; ++c) row[c] += map[c];
       }
-      mean[i] = W(ordered_sum(row, channels)) * share;
+      mean[i] = W(ordered_sum(row, channels)) * mean_factor;
     }
     for (int64_t i = 0; i < size; ++i) {
       const W* row = h + i * channels;
@@ -191,7 +192,8 @@ HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
       for (int l = 0; c < channels; ++c, ++l) lane[l] += (row[c] - mean[i]) * (row[c] - mean[i]);
       inverse[i] = W(sum_lanes(lane));
     }
-    for (int64_t i = 0; i < size; ++i) inverse[i] = 1 / std::sqrt(inverse[i] * share + W(job.eps));
+    for (int64_t i = 0; i < size; ++i)
+      inverse[i] = 1 / std::sqrt(inverse[i] * mean_factor + W(job.eps));
     for (int64_t i = 0; i < size; ++i) {
       const W* row = h + i * channels;
       X* y = job.y.template at<X>(n, 0, first + i);
@@ -209,7 +211,7 @@ HD void forward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
 }
 
 template <class X, class W>
-HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
+HD void backward_channels_last(const Job<W>& job, int64_t begin, int64_t end) {
   const W floor = job.floor;
   const int64_t channels = job.channels;
   const auto buffer = scratch<W>(3 * channels);
@@ -218,7 +220,7 @@ HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
   W* product = grad + channels;
   const W* w = job.w;
   const W* b = job.b;
-  const W share = W(1) / W(channels);
+  const W mean_factor = W(1) / W(channels);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item * job.block(), last = std::min(first + job.block(), job.positions);
     W* grad_w = job.grad_parts.get() + item * 2 * channels;
@@ -241,14 +243,14 @@ HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
         INDEPENDENT
         for (int64_t c = 0; c < channels; ++c) {
           normal[c] = (normal[c] - mean) * inverse;
-          const W g = through_relu(W(load(grad_y[c])), normal[c], w[c], b[c], floor);
+          const W g = relu_gradient(W(load(grad_y[c])), normal[c], w[c], b[c], floor);
           grad_w[c] += g * normal[c];
           grad_b[c] += g;
           grad[c] = g * w[c];
           product[c] = grad[c] * normal[c];
         }
-        const W mean_g = W(ordered_sum(grad, channels)) * share;
-        const W mean_gn = W(ordered_sum(product, channels)) * share;
+        const W mean_g = W(ordered_sum(grad, channels)) * mean_factor;
+        const W mean_gn = W(ordered_sum(product, channels)) * mean_factor;
         INDEPENDENT
         for (int64_t c = 0; c < channels; ++c) {
           grad[c] = norm_gradient(grad[c], normal[c], inverse, mean_g, mean_gn);
@@ -267,9 +269,9 @@ HD void backward_interleaved(const Job<W>& job, int64_t begin, int64_t end) {
 
 #define BODY(direction, X)                                                        \
   MSFLOW_CLONES void direction##_##X(int64_t begin, int64_t end, void* context) { \
-    const auto& job = *static_cast<const Job<wide_t<X>>*>(context);               \
-    job.interleaved ? direction##_interleaved<X>(job, begin, end)                 \
-                    : direction##_planar<X>(job, begin, end);                     \
+    const auto& job = *static_cast<const Job<accumulation_t<X>>*>(context);       \
+    job.channels_last ? direction##_channels_last<X>(job, begin, end)             \
+                      : direction##_contiguous<X>(job, begin, end);               \
   }
 BODY(forward, float)
 BODY(forward, double)
@@ -287,10 +289,10 @@ BODY(backward, bfloat16)
 }  // namespace
 
 void norm_forward_cpu(const Norm& norm, Tensor x, Tensor bias_map, Tensor y, void* statistics) {
-  const auto run = [&](auto wide, Body body) {
-    Job<decltype(wide)> job(norm);
+  const auto run = [&](auto zero, Body body) {
+    Job<decltype(zero)> job(norm);
     job.x = x, job.map = bias_map, job.y = y;
-    job.statistics = static_cast<decltype(wide)*>(statistics);
+    job.statistics = static_cast<decltype(zero)*>(statistics);
     parallel_for(job.samples * job.blocks(), job.block() * job.channels, body, job);
   };
   DISPATCH(forward, x.dtype, run)
@@ -299,8 +301,8 @@ void norm_forward_cpu(const Norm& norm, Tensor x, Tensor bias_map, Tensor y, voi
 void norm_backward_cpu(const Norm& norm, Tensor grad_y, Tensor x, Tensor bias_map,
                        const void* statistics, Tensor grad_x, Tensor grad_map, void* grad_weight,
                        void* grad_bias) {
-  const auto run = [&](auto wide, Body body) {
-    using W = decltype(wide);
+  const auto run = [&](auto zero, Body body) {
+    using W = decltype(zero);
     Job<W> job(norm);
     job.y = grad_y, job.x = x, job.map = bias_map, job.grad_x = grad_x, job.grad_map = grad_map;
     job.statistics = const_cast<W*>(static_cast<const W*>(statistics));

@@ -1,44 +1,51 @@
-// What the CUDA kernels of the channel norm are told of a call.
+// A call of the channel norm on CUDA: its operands, and how they are split into blocks.
 #pragma once
 
+#include <cmath>
+#include <limits>
 #include <type_traits>
 
-#include "common/launch.cuh"
+#include "common/grid.cuh"
+#include "common/reduction.cuh"
+#include "common/vector_access.cuh"
 #include "norm/formula.h"
 #include "norm/norm.h"
 
 namespace msflow {
 namespace {
 
-// Kernels that keep much in registers ask for two blocks on a multiprocessor: ptxas would take a
-// few registers more than that leaves, and nothing spills.
+// Kernels that use many registers ask for two blocks per multiprocessor. Otherwise ptxas would use
+// a few more registers than two blocks leave. With the limit, nothing spills.
 
 template <class X_>
 struct Job : Norm {
   using X = X_;
-  using W = wide_t<X>;
+  using W = accumulation_t<X>;
   static constexpr int V = packet_of<X>;
 
-  Tensor x, map, y, grad_x, grad_map;  // y: result, or its gradient
+  Tensor x, map, y, grad_x, grad_map;  // y: result, or its gradient in the backward
   W* statistics = nullptr;             // (N, P, 2): mean, 1 / deviation
-  W* means = nullptr;  // (N, P, 2): means over channels of the gradient, and of it times normal
-  W* grad_parts = nullptr;  // (grad_rows, 2, C)
-  W floor, share;           // of the ReLU, if there is one; 1 / C
-  bool whole = false;       // every packet has V elements, and begins at a multiple of 16 bytes
-  bool stashed = false;     // all channels of a block wait in shared memory
-  int64_t warp_samples;     // rows of a warp that keeps its position
-  int block_samples;        // of a block of the backward's second kernel
-  Planar planar, pieces;    // blocks with all channels; blocks with some
-  Interleaved rows;
+  // (N, P, 2): means over channels of the gradient, and of the gradient times the normal value.
+  W* means = nullptr;
+  W* grad_parts = nullptr;         // (grad_rows, 2, C)
+  W floor;                         // of the ReLU, or -infinity
+  W mean_factor;                   // 1 / C
+  bool vectorized = false;         // every packet has V elements and is aligned to 16 bytes
+  bool cached = false;             // the channels of a block fit in shared memory
+  int64_t warp_samples;            // samples that a warp processes, at one position
+  int block_samples;               // samples of a block of the backward's second kernel
+  ContiguousGrid contiguous_grid;  // blocks hold all channels
+  ContiguousGrid backward_grid;    // blocks hold some channels: for the backward's second kernel
+  ChannelsLastGrid rows;
 
   Job(const Norm& norm, void* memory, bool with_map)
       : Norm(norm),
         floor(relu ? W(0) : -std::numeric_limits<W>::infinity()),
-        share(W(1) / W(channels)),
-        warp_samples(std::max<int64_t>(1, samples * positions / wanted_warps)),
-        block_samples(with_map ? std::max(1, int(samples)) : samples_ahead),
-        planar(channels, positions, V, depth_width(), 1, true),
-        pieces(channels, positions, V, max_depth_width, 1, false),
+        mean_factor(W(1) / W(channels)),
+        warp_samples(std::max<int64_t>(1, samples * positions / target_warps)),
+        block_samples(with_map ? std::max(1, int(samples)) : samples_in_flight),
+        contiguous_grid(channels, positions, V, depth_width(), 1, true),
+        backward_grid(channels, positions, V, max_depth_width, 1, false),
         rows(positions, 1, rows_of_block()) {
     if (with_map && samples > std::numeric_limits<int>::max())
       throw std::invalid_argument("channel_norm: more samples than a block counts");
@@ -49,52 +56,54 @@ struct Job : Norm {
   }
 
   int64_t bytes;  // of scratch memory
-  // How many samples a block takes that begins with this one; in 32 bits, for want of registers.
+  // Returns the number of samples of the block that starts at `first`. 32 bits save a register.
   __device__ int samples_from(int64_t first) const {
     return samples - first < block_samples ? int(samples - first) : block_samples;
   }
   HD int64_t sample_groups() const { return (samples + block_samples - 1) / block_samples; }
-  int64_t grad_rows() const { return sample_groups() * (interleaved ? rows.tiles : pieces.pieces); }
+  int64_t grad_rows() const {
+    return sample_groups() * (channels_last ? rows.tiles : backward_grid.pieces);
+  }
 
-  // Warps enough for 132 multiprocessors, with as many samples to a warp as that leaves.
-  static constexpr int64_t wanted_warps = 4096;
+  // Enough warps for 132 multiprocessors. A warp processes as many samples as that allows.
+  static constexpr int64_t target_warps = 4096;
   int64_t warp_groups() const { return (samples + warp_samples - 1) / warp_samples; }
   int64_t warp_blocks() const { return (warp_groups() * positions + warps - 1) / warps; }
   int64_t row_blocks() const { return (samples * positions + warps - 1) / warps; }
   int64_t lane_packets() const { return (channels + warp_size * V - 1) / (warp_size * V); }
 
-  // Samples whose loads are under way together in the backward's second kernel.
-  static constexpr int samples_ahead = 4;
+  // Samples whose loads overlap in the backward's second kernel.
+  static constexpr int samples_in_flight = 4;
 
-  // Blocks enough for two on each of 132 multiprocessors, and a row for every thread: more blocks
-  // would leave more parts to the third kernel.
+  // Positions of a channels_last block: enough blocks for two on each of 132 multiprocessors, and a
+  // row for every thread. With more blocks, the third kernel would have more parts to add.
   int64_t rows_of_block() const {
-    constexpr int64_t wanted_blocks = 256;
+    constexpr int64_t target_blocks = 256;
     const int64_t packets = std::max<int64_t>(1, (channels + V - 1) / V);
     const int64_t positions_of_block =
-        (sample_groups() * positions + wanted_blocks - 1) / wanted_blocks;
+        (sample_groups() * positions + target_blocks - 1) / target_blocks;
     return std::max(threads / std::min<int64_t>(packets, threads), positions_of_block);
   }
 
-  // Packets side by side in a block with all channels: 32 blocks of a sample if that takes no less
-  // than two, a sector of memory. Not a question of samples, which would change the order of sums.
+  // Width of a block with all channels: 32 blocks of a sample, but at least two packets, which is
+  // one sector of memory. The order of sums must not depend on the batch size, so this does not.
   int depth_width() const {
     int width = max_depth_width;
     while (width > 2 && positions < int64_t(32) * width * V) width /= 2;
     return width;
   }
 
-  // Sets `whole`.
-  void look(std::initializer_list<Tensor> tensors) {
+  // Sets `vectorized`: whether these tensors, weight and bias consist of full, aligned packets.
+  void set_vectorized(std::initializer_list<Tensor> tensors) {
     const auto vectors = reinterpret_cast<uintptr_t>(weight) | reinterpret_cast<uintptr_t>(bias);
-    whole = aligned(tensors) &&
-            (interleaved ? channels % V == 0 && vectors % 16 == 0 : positions % V == 0);
+    vectorized = aligned(tensors) &&
+                 (channels_last ? channels % V == 0 && vectors % 16 == 0 : positions % V == 0);
   }
 
   __device__ const W* weights() const { return static_cast<const W*>(weight); }
   __device__ const W* biases() const { return static_cast<const W*>(bias); }
 
-  // V elements of the map, zeros if there is none.
+  // Loads V elements of the map, or zeros without a map.
   __device__ __forceinline__ void load_map(W (&m)[V], int64_t c, int64_t p, int64_t count,
                                            bool packet) const {
 #pragma unroll
@@ -102,7 +111,7 @@ struct Job : Norm {
     if (map.data) load(m, map.template at<W>(0, c, p), count, packet);
   }
 
-  // V elements of x + map.
+  // Loads V elements of x + map.
   __device__ __forceinline__ void load_sum(W (&h)[V], int64_t n, int64_t c, int64_t p,
                                            int64_t count, bool packet) const {
     W m[V];
@@ -113,7 +122,7 @@ struct Job : Norm {
   }
 };
 
-// Adds a packet that was fetched.
+// Adds a fetched packet.
 template <class X, int V, class W>
 __device__ __forceinline__ void add(W (&to)[V], const Words<X, V>& words) {
   W element[V];
@@ -122,8 +131,8 @@ __device__ __forceinline__ void add(W (&to)[V], const Words<X, V>& words) {
   for (int i = 0; i < V; ++i) to[i] += element[i];
 }
 
-// Calls run(how many, first) for all of first to last, `step` apart: `Together` in one call where
-// there are as many, so that the loads of one call come before what waits for them.
+// Calls run(count, i) for i from first to last in steps of `step`. A call handles `Together` items,
+// so that their loads overlap; the remaining items are handled one by one.
 template <int Together, class Run>
 __device__ __forceinline__ void in_groups(int64_t first, int64_t last, int64_t step, Run run) {
   int64_t i = first;
@@ -132,20 +141,20 @@ __device__ __forceinline__ void in_groups(int64_t first, int64_t last, int64_t s
   for (; Together > 1 && i < last; i += step) run(std::integral_constant<int, 1>(), i);
 }
 
-// The rows of a warp: one position of some samples, whole packets. Each lane has up to K packets of
-// channels, whose weights and biases stay in its registers. Where it has less than K, it reads the
-// last one again: a load under a condition would be waited for at once.
+// The rows of a warp: one position of several samples. Each lane has up to K packets of channels,
+// and keeps their weights and biases in registers. A lane with fewer packets reads the last packet
+// again, because a conditional load would not overlap with the others.
 template <class J, int K>
 struct WarpRows {
   using X = typename J::X;
   using W = typename J::W;
   static constexpr int V = J::V;
-  // Whether registers have room for the map, too, and for the next row.
-  static constexpr bool roomy = K * V * sizeof(W) <= 64;
+  // Whether there are enough registers for the map and the next row, too.
+  static constexpr bool has_spare_registers = K * V * sizeof(W) <= 64;
 
   const J& job;
-  int64_t position, first, last;  // first to last: samples
-  W weight[K][V], bias[K][V], map[roomy ? K : 1][V];
+  int64_t position, first, last;  // samples first to last
+  W weight[K][V], bias[K][V], map[has_spare_registers ? K : 1][V];
 
   __device__ __forceinline__ explicit WarpRows(const J& job) : job(job) {
     const int64_t warp = int64_t(blockIdx.x) * warps + threadIdx.x / warp_size;
@@ -157,7 +166,8 @@ struct WarpRows {
     for (int k = 0; k < K; ++k) {
       load(weight[k], job.weights() + channel(k), V, true);
       load(bias[k], job.biases() + channel(k), V, true);
-      if (roomy) job.load_map(map[roomy ? k : 0], channel(k), position, V, true);
+      if (has_spare_registers)
+        job.load_map(map[has_spare_registers ? k : 0], channel(k), position, V, true);
     }
   }
 
@@ -170,13 +180,14 @@ struct WarpRows {
       to[k] = fetch<V>(from.template at<X>(n, channel(k), position), V, true);
   }
 
-  // x + map of all packets.
+  // Computes x + map of all packets.
   __device__ __forceinline__ void sum(W (&h)[K][V], const Words<X, V> (&x)[K]) const {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      if (!roomy) job.load_map(h[k], channel(k), position, V, true);
+      if (!has_spare_registers) job.load_map(h[k], channel(k), position, V, true);
 #pragma unroll
-      for (int v = 0; roomy && v < V; ++v) h[k][v] = map[roomy ? k : 0][v];
+      for (int v = 0; has_spare_registers && v < V; ++v)
+        h[k][v] = map[has_spare_registers ? k : 0][v];
     }
 #pragma unroll
     for (int k = 0; k < K; ++k) add(h[k], x[k]);
@@ -188,8 +199,8 @@ struct WarpRows {
   }
 };
 
-// Calls run with the fewest packets of a thread, of 1, 2, 3 and 5, that hold `needed` and have at
-// most `limit` elements; false if none do.
+// Calls run with a number of packets per thread: the smallest of 1, 2, 3 and 5 that is at least
+// `needed` and has at most `limit` elements. Returns false if there is none.
 template <int V, int limit, class Run>
 bool with_packets(int64_t needed, Run run) {
   bool done = false;
@@ -205,7 +216,7 @@ bool with_packets(int64_t needed, Run run) {
   return done;
 }
 
-// Calls run with a null Job* that tells the element type.
+// Calls run with a null Job* whose type holds the element type.
 template <class Run>
 auto with_type(DType x, Run run) {
   if (x == DType::float32) return run((Job<float>*)nullptr);

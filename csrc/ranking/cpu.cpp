@@ -1,4 +1,4 @@
-// How many scores stand above each threshold, on the CPU: every score is looked up, none is sorted.
+// Counts the scores above each threshold, on the CPU. It looks every score up and sorts none.
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -13,7 +13,7 @@ namespace {
 template <class T>
 using Key = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
 
-// Keys rise where scores fall, and both zeros have one.
+// Integer keys in the opposite order of the scores. +0 and -0 have the same key.
 template <class T>
 HD Key<T> key_of(T score) {
   using K = Key<T>;
@@ -23,23 +23,23 @@ HD Key<T> key_of(T score) {
   return bits & sign ? bits - (bits == sign) : bits ^ (sign - 1);
 }
 
-// The thresholds' keys, and where each bucket of them starts: buckets are equally wide, and the
-// first and the last take all keys outside.
+// The keys of the thresholds, and where each bucket of them starts. Buckets are equally wide. The
+// first and the last also get all keys outside.
 template <class T>
 struct Table {
   using K = Key<T>;
-  static constexpr int64_t most_buckets = 1 << 20;  // 4 MB: what a second-level cache nearly holds
+  static constexpr int64_t max_buckets = 1 << 20;  // 4 MB, so that most of them fit in an L2 cache
 
-  std::unique_ptr<K[]> keys;  // (count + window,), rising; the largest possible one at the end
+  std::unique_ptr<K[]> keys;  // (count + window,), ascending, padded with the largest key
   std::unique_ptr<uint32_t[]> start;
   K low, high;
   int shift = 0;
-  uint32_t window = 1;  // a power of two above the number of keys in any bucket
+  uint32_t window = 1;  // a power of two, larger than the number of keys in any bucket
 
   Table(const T* thresholds, int64_t count)
       : low(key_of(thresholds[0])), high(key_of(thresholds[count - 1])) {
-    const K most = K(std::min(4 * count, most_buckets));
-    while ((high - low) >> shift >= most) ++shift;
+    const K limit = K(std::min(4 * count, max_buckets));
+    while ((high - low) >> shift >= limit) ++shift;
     start = scratch<uint32_t>(bucket_of(high) + 1);
     uint32_t filled = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -64,8 +64,9 @@ struct Counting {
   const T* scores;
   const uint8_t* ignored;
   int64_t size, tasks;
-  int64_t cells;  // two per threshold: scores between the one before and it, scores equal; and two
-                  // behind the last
+  // Two per threshold, and two after the last: scores between the previous threshold and this one,
+  // and scores equal to it.
+  int64_t cells;
   Table<T> table;
   std::unique_ptr<uint32_t[]> counts;  // (tasks, cells)
 };
@@ -74,7 +75,7 @@ template <class T>
 HD void count(const Counting<T>& job, int64_t begin, int64_t end) {
   constexpr int64_t block = 256;
   Key<T> key[block];
-  uint32_t at[block];  // a bucket, then a position among the keys, then a cell
+  uint32_t at[block];  // first a bucket, then an index of a key, then a cell
   const Table<T>& table = job.table;
   const Key<T>* keys = table.keys.get();
   const uint32_t* start = table.start.get();
@@ -93,8 +94,9 @@ HD void count(const Counting<T>& job, int64_t begin, int64_t end) {
       }
       INDEPENDENT
       for (int64_t i = 0; i < size; ++i) at[i] = start[at[i]];
-      // All scores take the same steps. Branches that end a search in its bucket are mispredicted:
-      // 290 instead of 105 ms for 22 million scores and 0.5 million thresholds, one Zen 5 core.
+      // All scores take the same number of steps. Branches that end a search early are
+      // mispredicted: 290 instead of 105 ms for 22 million scores and 0.5 million thresholds, one
+      // Zen 5 core.
       for (uint32_t step = table.window / 2; step > 0; step /= 2) {
         INDEPENDENT
         for (int64_t i = 0; i < size; ++i) at[i] += keys[at[i] + step - 1] < key[i] ? step : 0;
@@ -119,7 +121,8 @@ void rank(Body body, const T* scores, const uint8_t* ignored, int64_t size, cons
           int64_t count, int64_t threads, int64_t* above, int64_t* reached) {
   if (count == 0) return;
   const int64_t cells = 2 * (count + 1);
-  // Each task counts for itself; where there are many, they take at most 4 bytes per score.
+  // Each task has its own counts. The number of tasks is limited so that all counts take at most 4
+  // bytes per score.
   const int64_t tasks = std::max<int64_t>(1, std::min(threads, size / cells));
   Counting<T> job{scores,
                   ignored,

@@ -1,5 +1,5 @@
-// Resampling on the CPU: an item is one channel of one sample (planar) or one row of positions
-// (interleaved) of what is written, so that every sum has one fixed order.
+// Resampling on the CPU. An item is one channel of one sample (contiguous) or one row of positions
+// (channels_last) of the result, so that the order of every sum is fixed.
 #include <stdexcept>
 #include <vector>
 
@@ -11,7 +11,7 @@
 namespace msflow {
 namespace {
 
-// What one output of an axis sums: `weights[k]` times input `begin + k`.
+// One output along an axis: the sum of weights[k] times input begin + k.
 template <class W>
 struct Sum {
   int64_t begin;
@@ -21,15 +21,15 @@ struct Sum {
 template <class W>
 using Axis = std::vector<Sum<W>>;
 
-// Pooling and upsampling and their derivatives are all y = x + rows * input * columns.
+// Pooling, upsampling and both derivatives have the form y = x + rows * input * columns.
 template <class W>
 struct Job : Resample {
-  Tensor input, x, y;         // x may be null, and wider than y
-  int64_t in_width, y_width;  // of the input's and the result's rows
+  Tensor input, x, y;         // x may be null, or float32 if y has half precision
+  int64_t in_width, y_width;  // widths of the input and the result
   Axis<W> rows, columns;
 };
 
-// ---- each axis of the four directions ----
+// ---- the sums of an axis, for pooling, upsampling and both derivatives ----
 
 template <class W>
 Axis<W> pooling(int64_t high, int64_t low) {
@@ -74,13 +74,13 @@ Axis<W> upsampling_backward(int64_t high, int64_t low) {
     const Range reading = readers<W>(grid, i, low, high);
     Sum<W> sum{reading.begin, {}};
     for (int64_t h = reading.begin; h < reading.end; ++h)
-      sum.weights.push_back(share(tap<W>(grid, h, low), i));
+      sum.weights.push_back(tap_weight(tap<W>(grid, h, low), i));
     axis.push_back(sum);
   }
   return axis;
 }
 
-// ---- the sums ----
+// ---- the loops ----
 
 // sum[i] += weight * x[i]
 template <class X, class W>
@@ -90,7 +90,7 @@ HD void accumulate(W* sum, const X* x, int64_t size, W weight) {
 }
 
 template <class X, class Base, class W>
-HD void planar(const Job<W>& job, int64_t begin, int64_t end) {
+HD void contiguous(const Job<W>& job, int64_t begin, int64_t end) {
   const auto buffer = scratch<W>(job.in_width);
   W* sum = buffer.get();
   const int64_t height = int64_t(job.rows.size());
@@ -116,7 +116,7 @@ HD void planar(const Job<W>& job, int64_t begin, int64_t end) {
 }
 
 template <class X, class Base, class W>
-HD void interleaved(const Job<W>& job, int64_t begin, int64_t end) {
+HD void channels_last(const Job<W>& job, int64_t begin, int64_t end) {
   const auto buffer = scratch<W>(job.channels);
   W* sum = buffer.get();
   const int64_t height = int64_t(job.rows.size());
@@ -141,10 +141,11 @@ HD void interleaved(const Job<W>& job, int64_t begin, int64_t end) {
   }
 }
 
-#define BODY(X, Base)                                                                           \
-  MSFLOW_CLONES void body_##X##_##Base(int64_t begin, int64_t end, void* context) {             \
-    const auto& job = *static_cast<const Job<wide_t<X>>*>(context);                             \
-    job.interleaved ? interleaved<X, Base>(job, begin, end) : planar<X, Base>(job, begin, end); \
+#define BODY(X, Base)                                                               \
+  MSFLOW_CLONES void body_##X##_##Base(int64_t begin, int64_t end, void* context) { \
+    const auto& job = *static_cast<const Job<accumulation_t<X>>*>(context);         \
+    job.channels_last ? channels_last<X, Base>(job, begin, end)                     \
+                      : contiguous<X, Base>(job, begin, end);                       \
   }
 BODY(float, float)
 BODY(double, double)
@@ -154,31 +155,31 @@ BODY(bfloat16, float)
 template <class W>
 void run(Job<W>& job, Body body) {
   const int64_t height = int64_t(job.rows.size());
-  const int64_t items = job.interleaved ? height : job.channels;
+  const int64_t items = job.channels_last ? height : job.channels;
   if (items == 0) return;
   parallel_for(job.samples * items, job.channels * job.height * job.width / items, body, job);
 }
 
-// `to_low` says whether the low map is what is written; `axis<W>(high, low)` makes the sums.
-#define RUN(resample, input, x, y, to_low, axis)                                      \
-  if ((resample).samples == 0) return; /* whatever the sizes say */                   \
-  const auto run_as = [&](auto wide, Body body) {                                     \
-    using W = decltype(wide);                                                         \
-    Job<W> job{resample,                                                              \
-               input,                                                                 \
-               x,                                                                     \
-               y,                                                                     \
-               to_low ? (resample).width : (resample).low_width,                      \
-               to_low ? (resample).low_width : (resample).width,                      \
-               axis<W>((resample).height, (resample).low_height),                     \
-               axis<W>((resample).width, (resample).low_width)};                      \
-    run(job, body);                                                                   \
-  };                                                                                  \
-  const bool wide_base = (x).data && (x).dtype != (y).dtype;                          \
-  if ((y).dtype == DType::float32) return run_as(float(), body_float_float);          \
-  if ((y).dtype == DType::float64) return run_as(double(), body_double_double);       \
-  if ((y).dtype == DType::bfloat16)                                                   \
-    return run_as(float(), wide_base ? body_bfloat16_float : body_bfloat16_bfloat16); \
+// to_low: whether the result is the low map. axis<W>(high, low) returns the sums of an axis.
+#define RUN(resample, input, x, y, to_low, axis)                                       \
+  if ((resample).samples == 0) return; /* other sizes may be huge */                   \
+  const auto run_as = [&](auto zero, Body body) {                                      \
+    using W = decltype(zero);                                                          \
+    Job<W> job{resample,                                                               \
+               input,                                                                  \
+               x,                                                                      \
+               y,                                                                      \
+               to_low ? (resample).width : (resample).low_width,                       \
+               to_low ? (resample).low_width : (resample).width,                       \
+               axis<W>((resample).height, (resample).low_height),                      \
+               axis<W>((resample).width, (resample).low_width)};                       \
+    run(job, body);                                                                    \
+  };                                                                                   \
+  const bool float_base = (x).data && (x).dtype != (y).dtype;                          \
+  if ((y).dtype == DType::float32) return run_as(float(), body_float_float);           \
+  if ((y).dtype == DType::float64) return run_as(double(), body_double_double);        \
+  if ((y).dtype == DType::bfloat16)                                                    \
+    return run_as(float(), float_base ? body_bfloat16_float : body_bfloat16_bfloat16); \
   throw std::invalid_argument("resample: no kernel for this element type")
 
 }  // namespace

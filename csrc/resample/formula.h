@@ -1,5 +1,4 @@
-// Which outputs and inputs of one axis belong together, in both directions of pooling and
-// upsampling.
+// For pooling and upsampling along one axis: the inputs of an output, and the outputs of an input.
 #pragma once
 
 #include "common/bilinear.h"
@@ -12,20 +11,19 @@ struct Range {
   HD int64_t size() const { return end - begin; }
 };
 
-// Inputs that output i of an adaptive average pool covers, of one axis. With the sizes exchanged:
-// the outputs whose windows hold input i.
+// Returns the inputs that output i of an adaptive average pool covers along one axis. With the
+// sizes exchanged, returns the outputs whose windows contain input i.
 HD Range window(int64_t i, int64_t input_size, int64_t output_size) {
   return {i * input_size / output_size, ((i + 1) * input_size + output_size - 1) / output_size};
 }
 
-// The share of input i in what a tap reads.
+// Returns the weight of input i in what a tap reads.
 template <class W>
-HD W share(const Tap<W>& t, int64_t i) {
+HD W tap_weight(const Tap<W>& t, int64_t i) {
   return (t.low == i ? 1 - t.weight : W(0)) + (t.high == i ? t.weight : W(0));
 }
 
-// Outputs of an upsampling in which input i has a share, of one axis, corners aligned: in all from
-// the first to the last.
+// Returns the outputs of an upsampling (align_corners) that read input i along one axis.
 template <class W>
 HD Range readers(const Resampling& grid, int64_t i, int64_t input_size, int64_t output_size) {
   if (input_size == 1) return {0, output_size};
@@ -33,7 +31,7 @@ HD Range readers(const Resampling& grid, int64_t i, int64_t input_size, int64_t 
   Range range = {i > 0 ? (i - 1) * steps / per : 0, (i + 1) * steps / per + 2};
   if (range.end > output_size) range.end = output_size;
   const auto reads = [&](int64_t output) {
-    return share(tap<W>(grid, output, input_size), i) != 0;
+    return tap_weight(tap<W>(grid, output, input_size), i) != 0;
   };
   while (range.size() > 0 && !reads(range.begin)) ++range.begin;
   while (range.size() > 0 && !reads(range.end - 1)) --range.end;

@@ -5,16 +5,16 @@
 
 namespace msflow {
 
-// One scale: maps of `height` x `width` on its own side, of `low_height` x `low_width` on the
-// coarsest scale's.
+// One scale of the fusion flow: its maps are `height` x `width`, those of the coarsest scale
+// `low_height` x `low_width`.
 struct Resample {
   int64_t samples, channels, height, width, low_height, low_width;
-  bool interleaved;
+  bool channels_last;
 };
 
 void pool_forward_cpu(const Resample&, Tensor x, Tensor low);
 void pool_backward_cpu(const Resample&, Tensor grad_low, Tensor grad_x);
-// y = x + upsampled low; x may be float32 beside half precision
+// y = x + upsampled low. x may be float32 if y has half precision.
 void upsample_forward_cpu(const Resample&, Tensor x, Tensor low, Tensor y);
 void upsample_backward_cpu(const Resample&, Tensor grad_y, Tensor grad_low);
 

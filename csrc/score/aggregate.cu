@@ -1,147 +1,15 @@
-// Aggregation over scales on CUDA. The kernels, in their order: prepare, upsample, range, count
-// (some times), finish and scores. The k lowest pixels are found by counting digits of their order,
-// so that the selection is exact and parallel.
-#include "common/bilinear.h"
+// Aggregation over scales on CUDA. The kernels run in this order: prepare, upsample, range, count
+// (once per digit), finish, scores. The k lowest pixels are found by a radix search, which is exact
+// and parallel.
 #include "common/elementary.h"
-#include "common/launch.cuh"
+#include "common/reduction.cuh"
 #include "score/formula.h"
-#include "score/score.h"
+#include "score/job.cuh"
 
 namespace msflow {
 namespace {
 
-constexpr int digit_bits = 11, bins = 1 << digit_bits, bins_per_thread = bins / threads;
-constexpr int64_t piece = 16 * threads;  // pixels of a block in count and finish
-
-// Whole numbers in the order of the floats, NaN above all, as torch's maxima and top-k have it.
-template <class W>
-struct Order;
-template <>
-struct Order<float> {
-  using Key = uint32_t;
-};
-template <>
-struct Order<double> {
-  using Key = unsigned long long;
-};
-template <class W>
-using key_t = typename Order<W>::Key;
-
-template <class W>
-constexpr int key_bits = 8 * int(sizeof(W));
-
-template <class W>
-__device__ __forceinline__ key_t<W> key_of(W x) {
-  key_t<W> bits;
-  memcpy(&bits, &x, sizeof bits);
-  const key_t<W> sign = key_t<W>(1) << (key_bits<W> - 1);
-  return x != x ? ~key_t<W>(0) : bits & sign ? ~bits : bits | sign;
-}
-
-template <class W>
-__device__ __forceinline__ W value_of(key_t<W> key) {
-  const key_t<W> sign = key_t<W>(1) << (key_bits<W> - 1);
-  const key_t<W> bits = key & sign ? key ^ sign : ~key;
-  W x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-template <class W>
-struct Level {
-  const W* log_likelihood;  // (N, h, w)
-  W* probability;           // exp(log_likelihood), for a start relative to its maximum
-  int64_t height, width;
-  Resampling rows, columns;
-
-  HD int64_t size() const { return height * width; }
-};
-
-// Among the pixels whose keys begin at `low` and differ from it in the last `bits` bits: the
-// `wanted`-th.
-template <class W>
-struct Search {
-  key_t<W> low;
-  int bits;
-  int64_t wanted;
-
-  HD int shift() const { return bits > digit_bits ? bits - digit_bits : 0; }
-};
-
-// What is known of an image once it is upsampled: the maxima of both sums.
-template <class W>
-struct Maxima {
-  W log_likelihood, probability;
-};
-
-template <class W>
-struct Job {
-  static constexpr int V = packet_of<W>;
-  static constexpr int passes = (key_bits<W> + digit_bits - 1) / digit_bits;
-
-  int64_t samples, height, width, k;
-  bool mean;  // FastFlow's aggregation: no sum of log-likelihoods, no selection
-  bool whole;
-  int count;
-  Level<W> levels[max_scales];
-  W *anomaly_map, *image_map;  // first the sums of probabilities and log-likelihoods
-  W *score, *log_score, *nll_score;
-  key_t<W>*
-      extremes;  // (3, N, blocks): largest keys of ~log-likelihood, log-likelihood, probability
-  Maxima<W>* maxima;    // (N,)
-  Search<W>* searches;  // (N, passes + 1)
-  unsigned* histogram;  // (N, passes, bins)
-  double* sums;         // (N, pieces, 2)
-  int64_t bytes;        // of scratch memory
-
-  Job(int64_t samples, int64_t height, int64_t width, int64_t k, const std::vector<Scale>& scales,
-      bool mean, void* memory)
-      : samples(samples),
-        height(height),
-        width(width),
-        k(k),
-        mean(mean),
-        count(int(scales.size())) {
-    if (scales.size() > max_scales) throw std::invalid_argument("score: at most 16 maps on CUDA");
-    Scratch scratch(memory);
-    for (int i = 0; i < count; ++i) {
-      const Scale& s = scales[i];
-      levels[i] = {static_cast<const W*>(s.log_likelihood),
-                   scratch.take<W>(samples * s.height * s.width),
-                   s.height,
-                   s.width,
-                   resampling(s.height, height, !mean),
-                   resampling(s.width, width, !mean)};
-    }
-    extremes = scratch.take<key_t<W>>(3 * samples * blocks());
-    maxima = scratch.take<Maxima<W>>(samples);
-    searches = scratch.take<Search<W>>(samples * (passes + 1));
-    histogram = scratch.take<unsigned>(samples * passes * bins);
-    sums = scratch.take<double>(samples * pieces() * 2);
-    bytes = scratch.bytes();
-  }
-
-  HD int64_t size() const { return height * width; }
-  HD int64_t row_packets() const { return (width + V - 1) / V; }
-  HD int64_t blocks() const { return (height * row_packets() + threads - 1) / threads; }
-  HD int64_t pieces() const { return (size() + piece - 1) / piece; }
-};
-
-template <class T>
-__device__ __forceinline__ T block_max(T value) {
-  __shared__ T parts[warps];
-  for (int offset = warp_size / 2; offset > 0; offset /= 2) {
-    const T other = __shfl_xor_sync(0xffffffffu, value, offset);
-    value = other > value ? other : value;
-  }
-  __syncthreads();
-  if (threadIdx.x % warp_size == 0) parts[threadIdx.x / warp_size] = value;
-  __syncthreads();
-  for (int w = 0; w < warps; ++w) value = parts[w] > value ? parts[w] : value;
-  return value;
-}
-
-// A block takes one map of one image: its exponentials, and empty histograms.
+// A block processes one map of one image: it computes the exponentials and clears the histograms.
 template <class W>
 __global__ void __launch_bounds__(threads, 1) prepare(const __grid_constant__ Job<W> job) {
   const int64_t n = blockIdx.x / job.count, level = blockIdx.x % job.count;
@@ -163,7 +31,7 @@ __global__ void __launch_bounds__(threads, 1) prepare(const __grid_constant__ Jo
       job.histogram[n * job.passes * bins + i] = 0;
 }
 
-// V neighbouring pixels of the sums over scales, and the extremes of a block.
+// A thread computes V neighbouring pixels of the sums over scales, a block its extremes.
 template <class W>
 __global__ void __launch_bounds__(threads, 1) upsample(const __grid_constant__ Job<W> job) {
   constexpr int V = Job<W>::V;
@@ -182,9 +50,10 @@ __global__ void __launch_bounds__(threads, 1) upsample(const __grid_constant__ J
       for (int v = 0; v < V; ++v) {
         const Tap<W> column = tap<W>(map.columns, x + v, map.width);
         const auto sample = [&](const W* from) {
-          return between(between(from[upper + column.low], from[lower + column.low], row.weight),
-                         between(from[upper + column.high], from[lower + column.high], row.weight),
-                         column.weight);
+          return interpolate(
+              interpolate(from[upper + column.low], from[lower + column.low], row.weight),
+              interpolate(from[upper + column.high], from[lower + column.high], row.weight),
+              column.weight);
         };
         sums[v] += sample(map.probability);
         if (!job.mean) logs[v] += sample(map.log_likelihood);
@@ -200,9 +69,9 @@ __global__ void __launch_bounds__(threads, 1) upsample(const __grid_constant__ J
       high = key > high ? key : high;
       probability = p > probability ? p : probability;
     }
-    const bool whole = job.whole && count >= V;
-    store(job.anomaly_map + to, sums, count, whole);
-    if (!job.mean) store(job.image_map + to, logs, count, whole);
+    const bool vectorized = job.vectorized && count >= V;
+    store(job.anomaly_map + to, sums, count, vectorized);
+    if (!job.mean) store(job.image_map + to, logs, count, vectorized);
   }
   low = block_max(low), high = block_max(high), probability = block_max(probability);
   if (threadIdx.x > 0) return;
@@ -212,7 +81,7 @@ __global__ void __launch_bounds__(threads, 1) upsample(const __grid_constant__ J
   job.extremes[2 * all + blockIdx.x] = probability;
 }
 
-// A block takes the extremes of one image: what the search begins with.
+// A block computes the extremes of one image, with which the search starts.
 template <class W>
 __global__ void __launch_bounds__(threads, 1) range(const __grid_constant__ Job<W> job) {
   const int64_t n = blockIdx.x, all = job.samples * job.blocks();
@@ -237,15 +106,17 @@ __global__ void __launch_bounds__(threads, 1) range(const __grid_constant__ Job<
   job.maxima[n] = {value_of<W>(best[1]), value_of<W>(best[2])};
 }
 
-// The search of an image after `pass` histograms, in every thread of each of its blocks; the first
-// of them keeps it.
+// Returns the search of an image after `pass` histograms, in every thread of all its blocks. The
+// image's first block also stores it.
 template <class W>
-__device__ Search<W> refined(const Job<W>& job, int64_t n, int64_t block, int pass) {
-  Search<W>* kept = job.searches + n * (job.passes + 1) + pass;
-  if (pass == 0) return *kept;
-  __shared__ unsigned ends[threads];  // how many pixels the bins up to a thread's last one hold
+__device__ Search<W> refine_search(const Job<W>& job, int64_t n, int64_t block, int pass) {
+  Search<W>* stored = job.searches + n * (job.passes + 1) + pass;
+  if (pass == 0) return *stored;
+  // ends[t]: number of pixels in the bins of threads 0 to t.
+  __shared__ unsigned ends[threads];
   __shared__ Search<W> result;
-  const Search<W> before = kept[-1];
+  const Search<W> before = stored[-1];
+  constexpr int bins_per_thread = bins / threads;
   const int t = int(threadIdx.x);
   const unsigned* counts = job.histogram + (n * job.passes + pass - 1) * bins + t * bins_per_thread;
   unsigned sum = 0;
@@ -257,28 +128,29 @@ __device__ Search<W> refined(const Job<W>& job, int64_t n, int64_t block, int pa
     __syncthreads();
     ends[t] += earlier;
   }
-  int64_t wanted = before.wanted - (ends[t] - sum);
-  if (wanted > 0 && wanted <= int64_t(sum)) {
+  int64_t rank = before.rank - (ends[t] - sum);
+  if (rank > 0 && rank <= int64_t(sum)) {
     int bin = t * bins_per_thread;
-    for (int i = 0; wanted > int64_t(counts[i]); ++i, ++bin) wanted -= counts[i];
-    result = {before.low + (key_t<W>(bin) << before.shift()), before.shift(), wanted};
-    if (block == 0) *kept = result;
+    for (int i = 0; rank > int64_t(counts[i]); ++i, ++bin) rank -= counts[i];
+    result = {before.low + (key_t<W>(bin) << before.shift()), before.shift(), rank};
+    if (block == 0) *stored = result;
   }
   __syncthreads();
   return result;
 }
 
-// Counts the next digit of those pixels of a piece that the search has narrowed down to.
+// Counts the next digit of the pixels of a piece that are still candidates.
 template <class W>
 __global__ void __launch_bounds__(threads, 1) count(const __grid_constant__ Job<W> job, int pass) {
   __shared__ unsigned counts[bins];
   const int64_t n = blockIdx.x / job.pieces(), block = blockIdx.x % job.pieces();
   for (int i = int(threadIdx.x); i < bins; i += threads) counts[i] = 0;
-  const Search<W> search = refined(job, n, block, pass);
+  const Search<W> search = refine_search(job, n, block, pass);
   __syncthreads();
   const W* pixels = job.image_map + n * job.size();
-  const int64_t end = (block + 1) * piece < job.size() ? (block + 1) * piece : job.size();
-  for (int64_t i = block * piece + threadIdx.x; i < end; i += threads) {
+  const int64_t end =
+      (block + 1) * piece_pixels < job.size() ? (block + 1) * piece_pixels : job.size();
+  for (int64_t i = block * piece_pixels + threadIdx.x; i < end; i += threads) {
     const auto key = key_of(pixels[i]);
     const auto digit = (key - search.low) >> search.shift();
     if (key >= search.low && digit < bins) atomicAdd(&counts[digit], 1u);
@@ -289,17 +161,19 @@ __global__ void __launch_bounds__(threads, 1) count(const __grid_constant__ Job<
     if (counts[i]) atomicAdd(&to[i], counts[i]);
 }
 
-// The maps of a piece, and what its pixels below the k-th lowest add to the scores.
+// Finishes the maps of a piece, and sums its pixels below the k-th lowest for the scores.
 template <class W>
 __global__ void __launch_bounds__(threads, 1) finish(const __grid_constant__ Job<W> job) {
   const int64_t n = blockIdx.x / job.pieces(), block = blockIdx.x % job.pieces();
-  const key_t<W> bound = refined(job, n, block, job.passes).low;
+  const key_t<W> bound = refine_search(job, n, block, job.passes).low;
   const W largest = value_of<W>(bound);
   const Maxima<W> high = job.maxima[n];
   double sum = 0, exponentials = 0;
-  const int64_t end = (block + 1) * piece < job.size() ? (block + 1) * piece : job.size();
-  constexpr int in_flight = 4;  // pixels that are read before the first of them is written
-  for (int64_t first = block * piece + threadIdx.x; first < end; first += in_flight * threads) {
+  const int64_t end =
+      (block + 1) * piece_pixels < job.size() ? (block + 1) * piece_pixels : job.size();
+  constexpr int in_flight = 4;  // pixels whose loads overlap: all are read before one is written
+  for (int64_t first = block * piece_pixels + threadIdx.x; first < end;
+       first += in_flight * threads) {
     W* image = job.image_map + n * job.size() + first;
     W* anomaly = job.anomaly_map + n * job.size() + first;
     W log_likelihoods[in_flight], probabilities[in_flight];
@@ -323,7 +197,7 @@ __global__ void __launch_bounds__(threads, 1) finish(const __grid_constant__ Job
   if (threadIdx.x == 0) job.sums[2 * blockIdx.x] = sum, job.sums[2 * blockIdx.x + 1] = exponentials;
 }
 
-// A block takes one image.
+// A block computes the scores of one image.
 template <class W>
 __global__ void __launch_bounds__(threads, 1) scores(const __grid_constant__ Job<W> job) {
   const int64_t n = blockIdx.x;
@@ -335,7 +209,7 @@ __global__ void __launch_bounds__(threads, 1) scores(const __grid_constant__ Job
   sum = block_sum(sum), exponentials = block_sum(exponentials);
   if (threadIdx.x > 0) return;
   const Search<W> found = job.searches[n * (job.passes + 1) + job.passes];
-  const double largest = double(value_of<W>(found.low)), ties = double(found.wanted);
+  const double largest = double(value_of<W>(found.low)), ties = double(found.rank);
   const Scores s = scores_of(double(job.maxima[n].log_likelihood), largest, sum + ties * largest,
                              exponentials + ties, double(job.k));
   job.score[n] = W(s.score), job.log_score[n] = W(s.log_score), job.nll_score[n] = W(s.nll_score);
@@ -343,9 +217,9 @@ __global__ void __launch_bounds__(threads, 1) scores(const __grid_constant__ Job
 
 template <class W>
 void run(Job<W>& job, void* stream) {
-  job.whole = job.width % Job<W>::V == 0 &&
-              reinterpret_cast<uintptr_t>(job.anomaly_map) % 16 == 0 &&
-              reinterpret_cast<uintptr_t>(job.image_map) % 16 == 0;
+  job.vectorized = job.width % Job<W>::V == 0 &&
+                   reinterpret_cast<uintptr_t>(job.anomaly_map) % 16 == 0 &&
+                   reinterpret_cast<uintptr_t>(job.image_map) % 16 == 0;
   launch(prepare<W>, job.samples * job.count, 0, stream, job);
   launch(upsample<W>, job.samples * job.blocks(), 0, stream, job);
   launch(range<W>, job.samples, 0, stream, job);
@@ -367,16 +241,16 @@ auto with_type(DType dtype, Run run) {
 
 int64_t aggregate_scratch(DType dtype, int64_t samples, int64_t height, int64_t width,
                           const std::vector<Scale>& scales) {
-  return with_type(dtype, [&](auto wide) {
-    return Job<decltype(wide)>(samples, height, width, 1, scales, false, nullptr).bytes;
+  return with_type(dtype, [&](auto zero) {
+    return Job<decltype(zero)>(samples, height, width, 1, scales, false, nullptr).bytes;
   });
 }
 
 void aggregate_cuda(DType dtype, int64_t samples, int64_t height, int64_t width, int64_t k,
                     const std::vector<Scale>& scales, void* score, void* log_score, void* nll_score,
                     void* anomaly_map, void* image_map, void* scratch, void* stream) {
-  with_type(dtype, [&](auto wide) {
-    using W = decltype(wide);
+  with_type(dtype, [&](auto zero) {
+    using W = decltype(zero);
     Job<W> job(samples, height, width, k, scales, false, scratch);
     require_memory(scratch, job.bytes);
     job.score = static_cast<W*>(score), job.log_score = static_cast<W*>(log_score);
@@ -389,8 +263,8 @@ void aggregate_cuda(DType dtype, int64_t samples, int64_t height, int64_t width,
 void mean_aggregate_cuda(DType dtype, int64_t samples, int64_t height, int64_t width,
                          const std::vector<Scale>& scales, void* score, void* anomaly_map,
                          void* scratch, void* stream) {
-  with_type(dtype, [&](auto wide) {
-    using W = decltype(wide);
+  with_type(dtype, [&](auto zero) {
+    using W = decltype(zero);
     Job<W> job(samples, height, width, 1, scales, true, scratch);
     require_memory(scratch, job.bytes);
     job.score = static_cast<W*>(score), job.log_score = job.nll_score = nullptr;

@@ -15,12 +15,13 @@ namespace {
 
 // ---- sums of squares over channels ----
 
-constexpr int64_t block = 64;  // positions of an item
+// Positions of an item.
+constexpr int64_t block = 64;
 
 template <class W>
 struct Squares {
   int64_t samples, channels, positions;
-  bool interleaved;
+  bool channels_last;
   Tensor z;
   W* per_position;
   std::unique_ptr<double[]> parts;  // (items,)
@@ -34,7 +35,7 @@ HD void square_sums(const Squares<W>& job, int64_t begin, int64_t end) {
     const int64_t n = item / job.blocks(), first = item % job.blocks() * block;
     const int64_t size = std::min(block, job.positions - first);
     W sum[block] = {};
-    if (job.interleaved) {
+    if (job.channels_last) {
       for (int64_t i = 0; i < size; ++i) {
         const X* z = job.z.template at<X>(n, 0, first + i);
         W lane[lanes] = {};
@@ -56,23 +57,23 @@ HD void square_sums(const Squares<W>& job, int64_t begin, int64_t end) {
   }
 }
 
-#define BODY(X)                                                                   \
-  MSFLOW_CLONES void square_sums_##X(int64_t begin, int64_t end, void* context) { \
-    square_sums<X>(*static_cast<const Squares<wide_t<X>>*>(context), begin, end); \
+#define BODY(X)                                                                           \
+  MSFLOW_CLONES void square_sums_##X(int64_t begin, int64_t end, void* context) {         \
+    square_sums<X>(*static_cast<const Squares<accumulation_t<X>>*>(context), begin, end); \
   }
 BODY(float)
 BODY(double)
 BODY(bfloat16)
 #undef BODY
 
-// ---- aggregation: upsample and sum rows, select, finish rows ----
+// ---- aggregation: upsample and sum rows, select the lowest pixels, finish rows ----
 
 constexpr int bins = 4096;
 
 template <class W>
 struct Level {
   const W* log_likelihood;           // (N, h, w)
-  std::unique_ptr<W[]> probability;  // exp(log_likelihood), for a start relative to its maximum
+  std::unique_ptr<W[]> probability;  // exp(log_likelihood), or relative to the maximum of the map
   Upsampling<W> up;
 };
 
@@ -80,17 +81,16 @@ template <class W>
 struct Maps {
   int64_t samples, height, width;
   std::vector<Level<W>> levels;
-  W* anomaly_map;  // first the sum of probabilities
-  W* image_map;    // first the sum of log-likelihoods
-  // Of each row: the smallest and largest sum of log-likelihoods, and the largest sum of
-  // probabilities.
+  W* anomaly_map;  // holds the sum of probabilities until it is finished
+  W* image_map;    // holds the sum of log-likelihoods until it is finished
+  // Per row: the smallest and largest sum of log-likelihoods, the largest sum of probabilities.
   std::unique_ptr<W[]> row_low, row_high, row_probability;
   std::vector<W> high, probability;  // the maxima of each image
 };
 
-// The largest sign * x[i], in lanes, so that the loop vectorises.
+// Returns the largest sign * x[i]. It works in lanes, so that the loop vectorises.
 template <class W>
-HD W most(const W* x, int64_t size, W sign) {
+HD W largest_signed(const W* x, int64_t size, W sign) {
   W lane[lanes];
   for (int l = 0; l < lanes; ++l) lane[l] = sign * x[0];
   int64_t i = 0;
@@ -102,7 +102,7 @@ HD W most(const W* x, int64_t size, W sign) {
 
 template <class W>
 HD void upsample_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
-  std::vector<WideRows<W>> log_rows, rows;
+  std::vector<UpsampledRows<W>> log_rows, rows;
   for (const auto& level : maps.levels) {
     log_rows.emplace_back(level.up, maps.width);
     rows.emplace_back(level.up, maps.width);
@@ -118,9 +118,9 @@ HD void upsample_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
       log_rows[i].add(log_map, y, log_sum, i == 0);
       rows[i].add(map, y, sum, i == 0);
     }
-    maps.row_low[item] = -most(log_sum, maps.width, W(-1));
-    maps.row_high[item] = most(log_sum, maps.width, W(1));
-    maps.row_probability[item] = most(sum, maps.width, W(1));
+    maps.row_low[item] = -largest_signed(log_sum, maps.width, W(-1));
+    maps.row_high[item] = largest_signed(log_sum, maps.width, W(1));
+    maps.row_probability[item] = largest_signed(sum, maps.width, W(1));
   }
 }
 
@@ -139,12 +139,12 @@ HD void finish_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
   }
 }
 
-// The map of FastFlow: minus the mean of the probabilities.
+// The anomaly map of FastFlow: minus the mean of the probabilities.
 template <class W>
 HD void mean_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
-  std::vector<WideRows<W>> rows;
+  std::vector<UpsampledRows<W>> rows;
   for (const auto& level : maps.levels) rows.emplace_back(level.up, maps.width);
-  const W share = W(-1) / W(maps.levels.size());
+  const W mean_factor = W(-1) / W(maps.levels.size());
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / maps.height, y = item % maps.height;
     W* to = maps.anomaly_map + item * maps.width;
@@ -154,12 +154,12 @@ HD void mean_rows(const Maps<W>& maps, int64_t begin, int64_t end) {
       rows[i].add(map, y, to, i == 0);
     }
     INDEPENDENT
-    for (int64_t x = 0; x < maps.width; ++x) to[x] *= share;
-    maps.row_probability[item] = most(to, maps.width, W(1));
+    for (int64_t x = 0; x < maps.width; ++x) to[x] *= mean_factor;
+    maps.row_probability[item] = largest_signed(to, maps.width, W(1));
   }
 }
 
-// bin(x) grows with x.
+// Computes histogram bins, which grow with x.
 template <class W>
 HD void bin_of(const W* x, int64_t size, W low, W rate, int32_t* bin) {
   INDEPENDENT
@@ -192,10 +192,11 @@ inline void bins_of(const double* x, int64_t size, double low, double rate, int3
   bins_double(x, size, low, rate, bin);
 }
 
-// A number that about `share` of x in [low, high] does not exceed, by a histogram of a part of it.
+// Estimates the quantile of x, whose values are in [low, high], from a histogram of a sample of x.
 template <class W>
-W about(const W* x, int64_t size, double share, W low, W high) {
-  constexpr int64_t line = 16, step = 9 * line;  // no divisor of a row's length, as a rule
+W estimate_quantile(const W* x, int64_t size, double quantile, W low, W high) {
+  // The step rarely divides the length of a row, so that the sample covers all columns.
+  constexpr int64_t line = 16, step = 9 * line;
   const W rate = W(bins) / (high - low);
   if (!(high > low) || !std::isfinite(rate)) return high;
   int32_t bin[line];
@@ -208,13 +209,14 @@ W about(const W* x, int64_t size, double share, W low, W high) {
     seen += length;
   }
   int64_t last = 0;
-  for (int64_t sum = count[0]; last + 1 < bins && double(sum) < share * double(seen);)
+  for (int64_t sum = count[0]; last + 1 < bins && double(sum) < quantile * double(seen);)
     sum += count[++last];
   return low + W(last + 1) / rate;
 }
 
-// The k smallest of x in [low, high], the largest of them last: of a quarter more that a sample of
-// x lets expect below a limit, or of all where these are too few.
+// Returns the k smallest values of x, the largest of them last. All values are in [low, high]. It
+// selects among the values below an estimated quantile, which should be k and a quarter more. If
+// they are too few, it selects among all.
 template <class W>
 std::vector<W> smallest(const W* x, int64_t size, int64_t k, W low, W high) {
   const auto found = scratch<W>(size + 1);
@@ -226,7 +228,7 @@ std::vector<W> smallest(const W* x, int64_t size, int64_t k, W low, W high) {
     }
     return length;
   };
-  int64_t length = up_to(about(x, size, 1.25 * double(k) / double(size), low, high));
+  int64_t length = up_to(estimate_quantile(x, size, 1.25 * double(k) / double(size), low, high));
   if (length < k) length = up_to(high);
   std::nth_element(found.get(), found.get() + (k - 1), found.get() + length);
   return std::vector<W>(found.get(), found.get() + k);
@@ -266,8 +268,8 @@ bool all_within(const W* x, int64_t size, W bound) {
   return std::all_of(x, x + size, [bound](W value) { return std::abs(value) <= bound; });
 }
 
-// False if a map or its probabilities are not finite, or so large that sums and differences of them
-// might overflow.
+// Adds the maps and their probabilities. Returns false if one is not finite, or so large that sums
+// and differences might overflow.
 template <class W>
 bool add_levels(Maps<W>& maps, const std::vector<Scale>& scales, bool align_corners,
                 bool relative) {
@@ -289,7 +291,7 @@ bool add_levels(Maps<W>& maps, const std::vector<Scale>& scales, bool align_corn
   return true;
 }
 
-// The maximum of each image, of those of its rows.
+// Returns the maximum of each image from the maxima of its rows.
 template <class W>
 std::vector<W> largest(const Maps<W>& maps, const std::unique_ptr<W[]>& rows) {
   std::vector<W> found;
@@ -304,7 +306,7 @@ template <class W>
 bool aggregate(int64_t samples, int64_t height, int64_t width, int64_t k,
                const std::vector<Scale>& scales, Body upsample, Body finish, W* score, W* log_score,
                W* nll_score, W* anomaly_map, W* image_map) {
-  if (samples == 0) return true;  // whatever the sizes say
+  if (samples == 0) return true;  // other sizes may be huge
   const int64_t rows = samples * height;
   Maps<W> maps{
       samples,          height,           width, {}, anomaly_map, image_map, scratch<W>(rows),
@@ -336,11 +338,11 @@ bool mean_aggregate(int64_t samples, int64_t height, int64_t width,
 
 }  // namespace
 
-void square_sums_cpu(int64_t samples, int64_t channels, int64_t positions, bool interleaved,
+void square_sums_cpu(int64_t samples, int64_t channels, int64_t positions, bool channels_last,
                      Tensor z, void* per_position, void* per_sample) {
-  const auto run = [&](auto wide, Body body) {
-    using W = decltype(wide);
-    Squares<W> job{samples, channels, positions, interleaved, z, static_cast<W*>(per_position),
+  const auto run = [&](auto zero, Body body) {
+    using W = decltype(zero);
+    Squares<W> job{samples, channels, positions, channels_last, z, static_cast<W*>(per_position),
                    nullptr};
     const int64_t items = samples * job.blocks();
     job.parts = scratch<double>(items);
@@ -361,8 +363,8 @@ void square_sums_cpu(int64_t samples, int64_t channels, int64_t positions, bool 
 bool aggregate_cpu(DType dtype, int64_t samples, int64_t height, int64_t width, int64_t k,
                    const std::vector<Scale>& scales, void* score, void* log_score, void* nll_score,
                    void* anomaly_map, void* image_map) {
-  const auto run = [&](auto wide, Body upsample, Body finish) {
-    using W = decltype(wide);
+  const auto run = [&](auto zero, Body upsample, Body finish) {
+    using W = decltype(zero);
     return aggregate<W>(samples, height, width, k, scales, upsample, finish, static_cast<W*>(score),
                         static_cast<W*>(log_score), static_cast<W*>(nll_score),
                         static_cast<W*>(anomaly_map), static_cast<W*>(image_map));
@@ -374,8 +376,8 @@ bool aggregate_cpu(DType dtype, int64_t samples, int64_t height, int64_t width, 
 
 bool mean_aggregate_cpu(DType dtype, int64_t samples, int64_t height, int64_t width,
                         const std::vector<Scale>& scales, void* score, void* anomaly_map) {
-  const auto run = [&](auto wide, Body body) {
-    using W = decltype(wide);
+  const auto run = [&](auto zero, Body body) {
+    using W = decltype(zero);
     return mean_aggregate<W>(samples, height, width, scales, body, static_cast<W*>(score),
                              static_cast<W*>(anomaly_map));
   };

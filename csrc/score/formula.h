@@ -1,4 +1,4 @@
-// The scores of an image.
+// The scores of an image, from sums over its k lowest log-likelihoods.
 #pragma once
 
 #include <cmath>
@@ -11,9 +11,9 @@ struct Scores {
   double score, log_score, nll_score;
 };
 
-// Of the k lowest log-likelihoods: their sum, the largest of them, and the sum of exp(value -
-// largest); `high` is the maximum of all. log_score is -log(mean exp(L - max L)), the paper's score
-// 1 - exp(-that).
+// high: maximum of all log-likelihoods of the image. The other arguments describe the k lowest
+// ones: largest: their maximum, sum: their sum, exponentials: the sum of exp(value - largest).
+// log_score is -log(mean exp(L - max L)), and the paper's score is 1 - exp(-log_score).
 HD Scores scores_of(double high, double largest, double sum, double exponentials, double k) {
   const double log_score = high - largest - log(exponentials / k);
   return {-expm1(-log_score), log_score, -sum / k};

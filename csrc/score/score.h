@@ -7,9 +7,9 @@
 
 namespace msflow {
 
-// Sums of z^2 over channels (N, P) and over everything but the sample (N,), both wide; each may be
-// null.
-void square_sums_cpu(int64_t samples, int64_t channels, int64_t positions, bool interleaved,
+// Sums of z^2 over channels (N, P), and over channels and positions (N,), both in the accumulation
+// dtype. Each may be null.
+void square_sums_cpu(int64_t samples, int64_t channels, int64_t positions, bool channels_last,
                      Tensor z, void* per_position, void* per_sample);
 
 struct Scale {
@@ -17,8 +17,8 @@ struct Scale {
   int64_t height, width;
 };
 
-// Both aggregations: results are dense and of the maps' type. False if a map holds a value that is
-// not finite: results are then void.
+// Results are dense and have the dtype of the maps. Returns false, with invalid results, if a map
+// has a value that is not finite.
 bool aggregate_cpu(DType dtype, int64_t samples, int64_t height, int64_t width, int64_t k,
                    const std::vector<Scale>& scales, void* score, void* log_score, void* nll_score,
                    void* anomaly_map, void* image_map);
@@ -26,12 +26,12 @@ bool aggregate_cpu(DType dtype, int64_t samples, int64_t height, int64_t width, 
 bool mean_aggregate_cpu(DType dtype, int64_t samples, int64_t height, int64_t width,
                         const std::vector<Scale>& scales, void* score, void* anomaly_map);
 
-// The same on CUDA's current device and this stream, with scratch memory of as many bytes as
-// *_scratch says. There, values that are not finite come out as in the reference.
+// The same on CUDA's current device and this stream. `scratch` must have as many bytes as *_scratch
+// returns. Values that are not finite give the same results as in the reference.
 constexpr int max_scales = 16;
-int64_t square_sums_scratch(int64_t samples, int64_t channels, int64_t positions, bool interleaved,
-                            DType z);
-void square_sums_cuda(int64_t samples, int64_t channels, int64_t positions, bool interleaved,
+int64_t square_sums_scratch(int64_t samples, int64_t channels, int64_t positions,
+                            bool channels_last, DType z);
+void square_sums_cuda(int64_t samples, int64_t channels, int64_t positions, bool channels_last,
                       Tensor z, void* per_position, void* per_sample, void* scratch, void* stream);
 int64_t aggregate_scratch(DType dtype, int64_t samples, int64_t height, int64_t width,
                           const std::vector<Scale>& scales);

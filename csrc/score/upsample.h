@@ -9,7 +9,7 @@
 
 namespace msflow {
 
-// The taps of every output coordinate of one axis.
+// The two input coordinates and the weight of every output coordinate along one axis.
 template <class W>
 struct Axis {
   std::vector<int32_t> low, high;
@@ -26,7 +26,7 @@ struct Axis {
   }
 };
 
-// How maps of one size become maps of another.
+// The taps of both axes, for maps of one size that are upsampled to another.
 template <class W>
 struct Upsampling {
   int64_t height, width;  // of the input
@@ -41,42 +41,43 @@ struct Upsampling {
   int64_t size() const { return height * width; }
 };
 
-// Rows of a map, as wide as the upsampled one: made once for all the rows of the result that lie
-// between two of them, because their columns are gathered (three maps to 512x512: 1.16 -> 0.50 ms).
+// Input rows, upsampled along columns. Each is computed once for all output rows that read it,
+// because the gathers are expensive (three maps to 512x512: 1.16 -> 0.50 ms).
 template <class W>
-struct WideRows {
+struct UpsampledRows {
   const Upsampling<W>* up;
   int64_t to_width;
-  std::unique_ptr<W[]> rows;  // two, of even and odd index
+  std::unique_ptr<W[]> rows;  // two buffers: for even and for odd rows
   const W* map = nullptr;
-  int64_t held[2] = {-1, -1};
+  int64_t buffered_row[2] = {-1, -1};  // index of the row in each buffer
 
-  WideRows(const Upsampling<W>& up, int64_t to_width)
+  UpsampledRows(const Upsampling<W>& up, int64_t to_width)
       : up(&up), to_width(to_width), rows(scratch<W>(2 * to_width)) {}
 
   HD const W* row(int64_t y) {
     W* to = rows.get() + y % 2 * to_width;
-    if (held[y % 2] == y) return to;
-    held[y % 2] = y;
+    if (buffered_row[y % 2] == y) return to;
+    buffered_row[y % 2] = y;
     const W* from = map + y * up->width;
     const int32_t *low = up->columns.low.data(), *high = up->columns.high.data();
     const W* weight = up->columns.weight.data();
     INDEPENDENT
-    for (int64_t x = 0; x < to_width; ++x) to[x] = between(from[low[x]], from[high[x]], weight[x]);
+    for (int64_t x = 0; x < to_width; ++x)
+      to[x] = interpolate(from[low[x]], from[high[x]], weight[x]);
     return to;
   }
 
-  // to[x] (+)= row y of the upsampled map.
-  HD void add(const W* whole, int64_t y, W* to, bool first) {
-    if (whole != map) map = whole, held[0] = held[1] = -1;
+  // Writes row y of the upsampled map to `to` if `first`, otherwise adds it.
+  HD void add(const W* next_map, int64_t y, W* to, bool first) {
+    if (next_map != map) map = next_map, buffered_row[0] = buffered_row[1] = -1;
     const W *upper = row(up->rows.low[y]), *lower = row(up->rows.high[y]);
-    const W share = up->rows.weight[y];
+    const W lower_weight = up->rows.weight[y];
     if (first) {
       INDEPENDENT
-      for (int64_t x = 0; x < to_width; ++x) to[x] = between(upper[x], lower[x], share);
+      for (int64_t x = 0; x < to_width; ++x) to[x] = interpolate(upper[x], lower[x], lower_weight);
     } else {
       INDEPENDENT
-      for (int64_t x = 0; x < to_width; ++x) to[x] += between(upper[x], lower[x], share);
+      for (int64_t x = 0; x < to_width; ++x) to[x] += interpolate(upper[x], lower[x], lower_weight);
     }
   }
 };

@@ -1,7 +1,13 @@
-// Winograd's transforms of one row of a tile: F(2, 3) with points 0, 1, -1, infinity; F(3, 3) with
-// points a, -a, b, -b, infinity for a = 3/8, b = 5/4, which err by 2.6 roundings where 0, 1, -1, 2
-// err by 6 (the best of all: 2.62); F(4, 3) with points 0, r, -r, 1/r, -1/r, infinity for
-// r = sqrt(1/2), which halve the error of 0, 1, -1, 2, -2 and make all even coefficients exact.
+// Winograd's transforms of one row of a tile.
+//
+// clang-format off
+//   transform   interpolation points               why
+//   F(2, 3)     0, 1, -1, infinity                 the usual ones
+//   F(3, 3)     a, -a, b, -b, infinity             a = 3/8, b = 5/4: error 2.6 roundings; the usual
+//                                                  0, 1, -1, 2, infinity: 6; the best possible: 2.62
+//   F(4, 3)     0, r, -r, 1/r, -1/r, infinity      r = sqrt(1/2): half the error of the usual
+//                                                  0, 1, -1, 2, -2, infinity; exact even coefficients
+// clang-format on
 #pragma once
 
 #include "common/host_device.h"
@@ -12,7 +18,7 @@ constexpr float winograd_a = 0.375f, winograd_b = 1.25f;
 constexpr float winograd_a2 = winograd_a * winograd_a, winograd_b2 = winograd_b * winograd_b;
 constexpr float winograd_r = 0.70710678118654752f, winograd_1_r = 1.41421356237309505f;
 
-// The input's values at the points; x: numbers side by side.
+// Evaluates a row x of the input at the points.
 template <class V>
 HD void to_points(const V (&x)[4], V (&t)[4]) {
   t[0] = x[2] - x[0];
@@ -44,7 +50,7 @@ HD void to_points(const V (&x)[6], V (&t)[6]) {
   t[5] = x[1] - 2.5f * x[3] + x[5];
 }
 
-// The results from the products at the points.
+// Computes the results from the products at the points.
 template <class V>
 HD void output_transform(const V (&m)[4], V (&y)[2]) {
   y[0] = m[0] + m[1] + m[2];
@@ -69,7 +75,7 @@ HD void output_transform(const V (&m)[6], V (&y)[4]) {
   y[3] = 0.5f * odd + 2.f * odd_1 + m[5];
 }
 
-// A result's gradient at the points: output_transform, transposed.
+// Evaluates the gradient of the results at the points: the transpose of output_transform.
 template <class V>
 HD void to_points(const V (&y)[4], V (&t)[6]) {
   t[0] = y[0];

@@ -1,5 +1,5 @@
-// Vectors of floats as GCC and clang know them, one float elsewhere: the widest registers' and
-// those that every processor of today has.
+// Vectors of 16 floats (AVX-512) and of 8 (AVX2), by an extension of GCC and clang. Other compilers
+// use single floats.
 #pragma once
 
 #include <cstdint>
@@ -11,26 +11,26 @@ namespace msflow {
 
 #if defined(__GNUC__)
 template <int n>
-struct Of {
+struct VectorTypes {
   typedef float floats __attribute__((vector_size(4 * n)));
   typedef uint32_t words __attribute__((vector_size(4 * n)));
   typedef uint16_t halves __attribute__((vector_size(2 * n)));
 };
-using Floats16 = Of<16>::floats;
-using Floats8 = Of<8>::floats;
+using Floats16 = VectorTypes<16>::floats;
+using Floats8 = VectorTypes<8>::floats;
 
 template <class V>
-constexpr int64_t size_of = sizeof(V) / sizeof(float);
+constexpr int64_t lanes_of = sizeof(V) / sizeof(float);
 template <class V>
-using WordsOf = typename Of<size_of<V>>::words;
+using WordsOf = typename VectorTypes<lanes_of<V>>::words;
 template <class V>
-using HalvesOf = typename Of<size_of<V>>::halves;
+using HalvesOf = typename VectorTypes<lanes_of<V>>::halves;
 
 template <class V>
 HD void load(const float* from, V& v) {
   memcpy(&v, from, sizeof v);
 }
-// The bits of floats whose lower halves are rounded away.
+// Rounds floats to bfloat16. The result has their bits in the upper half of each word.
 template <class V>
 HD void round_to_half(const V& v, WordsOf<V>& w) {
   memcpy(&w, &v, sizeof w);
@@ -56,11 +56,11 @@ HD void store(bfloat16* to, const V& v) {
   memcpy(to, &h, sizeof h);
 }
 template <class V>
-HD void raise(V& v, float floor) {
+HD void clamp_below(V& v, float floor) {
   v = v < floor ? V{} + floor : v;
 }
 template <class V>
-HD void spread(uint32_t word, V& v) {
+HD void broadcast(uint32_t word, V& v) {
   const WordsOf<V> w = WordsOf<V>{} + word;
   memcpy(&v, &w, sizeof v);
 }
@@ -70,27 +70,27 @@ using Floats16 = float;
 using Floats8 = float;
 
 template <class V>
-constexpr int64_t size_of = 1;
+constexpr int64_t lanes_of = 1;
 template <class V>
 using WordsOf = uint32_t;
 
 HD void load(const float* from, float& v) { v = *from; }
 HD void round_to_half(float v, uint32_t& w) { w = uint32_t(to_bfloat16(v).bits) << 16; }
 HD void load(const bfloat16* from, float& v) { v = to_float(*from); }
-HD void raise(float& v, float floor) { v = v < floor ? floor : v; }
-HD void spread(uint32_t word, float& v) { memcpy(&v, &word, sizeof v); }
+HD void clamp_below(float& v, float floor) { v = v < floor ? floor : v; }
+HD void broadcast(uint32_t word, float& v) { memcpy(&v, &word, sizeof v); }
 #define PREFETCH(address, write, locality)
 #endif
 
-// For functions that use 512-bit registers, and whether this processor has them.
+// Marks functions that use 512-bit registers. has_avx512() returns whether the processor has them.
 #if defined(__GNUC__) && defined(__x86_64__)
 #define SUPPORTS(set) __builtin_cpu_supports(set)
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 #else
 #define SUPPORTS(set) false
-#define WIDE
+#define AVX512
 #endif
-inline bool has_wide() {
+inline bool has_avx512() {
   return SUPPORTS("avx512vl") && SUPPORTS("avx512bw") && SUPPORTS("avx512dq");
 }
 

@@ -116,9 +116,7 @@ class Replayed:
         if kind in self._seen and kind not in self._graphs and len(self._graphs) < self._most:
             try:
                 self._graphs[kind] = self._record(self.model, images)
-            except (
-                Exception
-            ) as error:  # where the model itself is at fault, it fails again without a graph
+            except Exception as error:  # If the model is at fault, it fails again without a graph.
                 self._most = 0
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 text = f"inference goes on without CUDA graphs, slower: {reason}"

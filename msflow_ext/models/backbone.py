@@ -162,9 +162,8 @@ class Backbone(nn.Module):
         example = example.to(self.mean)  # its device, its dtype
         form.network = optimize_network(self.network, example, dtype)
         if dtype is torch.bfloat16:
-            found = copy.deepcopy(form.network)(
-                example.to(dtype)
-            )  # a copy, whose sizes decide nothing
+            # A copy, because the sizes of this example must not decide anything.
+            found = copy.deepcopy(form.network)(example.to(dtype))
             error = _deviation(found, self.network(example))
             if error > MOST_ROUNDING:
                 log.warning(

@@ -17,9 +17,12 @@ from torch import Tensor
 #: Element types of the kernels, in the order of ``csrc/common/tensor.h``.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-# Of these, what kernels take on each type of device; int64 are permutations.
-_WIDE = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
-_NATIVE = {"cpu": _WIDE, "cuda": (*_WIDE, torch.float16)}
+# Dtypes that the kernels support. Permutations are int64.
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
+_CUDA_DTYPES = (*_CPU_DTYPES, torch.float16)
+
+# Subclasses may give operations another meaning, so they use the reference.
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 View = tuple[int, int, int, int, int] | None
 
@@ -43,7 +46,9 @@ C, STATUS = _load()
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops inside on ``"native"`` kernels or on their ``"reference"``, whatever fits best otherwise.
+    """Run the ops in this context on ``"native"`` kernels or on their ``"reference"``.
+
+    Outside, an op runs on kernels where :func:`is_native` finds some, otherwise on its reference.
 
     Raises:
         ValueError: ``name`` is neither. RuntimeError: ``"native"`` where nothing is compiled.
@@ -70,32 +75,42 @@ if _forced is not None:
 
 
 def is_native(*tensors: Tensor | None, cuda: bool = True) -> bool:
-    """True if compiled kernels exist for these tensors and no transform stands in the way.
+    """Return whether compiled kernels can process these tensors.
 
     ``cuda`` says whether the op has CUDA kernels.
 
     Graphs that leave PyTorch (export, ONNX, tracing), functorch transforms, forward-mode differentiation,
-    tensor subclasses, float16 on the CPU, GPUs that nothing was built for and other devices take the reference.
+    tensor subclasses, float16 on the CPU, GPUs without a build and other devices use the reference.
     """
     if C is None or _forced == "reference":
         if C is None:
             _warn_once()
         return False
     for tensor in tensors:
-        if tensor is None:
+        if tensor is None or (tensor.is_cpu and tensor.dtype in _CPU_DTYPES):
             continue
-        if tensor.dtype not in _NATIVE.get("cpu" if tensor.is_cpu else tensor.device.type, ()):
-            return False
-        if not cuda and (tensor.is_cuda or tensor.dtype not in _WIDE):
-            return False
-        if tensor.is_cuda and cuda_problem(tensor.device.index) is not None:
+        if not (cuda and _has_cuda_kernels(tensor)):
             return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
+    return not _needs_reference(tensors)
+
+
+def _has_cuda_kernels(tensor: Tensor) -> bool:
+    """Return whether there are CUDA kernels for the tensor's dtype and device."""
+    if tensor.dtype not in _CUDA_DTYPES:
+        return False
+    if tensor.is_cuda:
+        return cuda_problem(tensor.device.index) is None
+    return tensor.is_cpu and _emulated
+
+
+def _needs_reference(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Return whether a tensor subclass, a transform or a tracer must see the reference's operations."""
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in (Tensor, torch.nn.Parameter):
-            return False
-    return not (
+        if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
+            return True
+    return (
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
@@ -103,7 +118,7 @@ def is_native(*tensors: Tensor | None, cuda: bool = True) -> bool:
 
 
 def cuda_problem(device: int) -> str | None:
-    """Why no compiled kernel serves this CUDA device; None if one does."""
+    """Return why no compiled kernel runs on this CUDA device, or None if one does."""
     if C is None:
         return f"kernels {STATUS}"
     if not hasattr(C, "cuda_problem"):
@@ -114,7 +129,7 @@ def cuda_problem(device: int) -> str | None:
     return _cuda_problems[device]
 
 
-# As torch.compiler.assume_constant_result marks it, which would import the compiler: over a second, for everybody.
+# As torch.compiler.assume_constant_result does, but that would import the compiler, which takes over a second.
 cuda_problem._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 _cuda_problems: dict[int, str | None] = {}
@@ -123,27 +138,26 @@ _emulated = False
 
 
 def emulate() -> None:
-    """Let CUDA kernels that were built to run on the CPU (``MSFLOW_EXT_EMULATE``) serve its tensors, for tests.
+    """Run the emulated CUDA kernels (``MSFLOW_EXT_EMULATE``) on CPU tensors, for tests.
 
     Raises:
-        RuntimeError: this build has none.
+        RuntimeError: this build has no emulated kernels.
     """
     global STATUS, _emulated
     if getattr(C, "cuda_architectures", None) != "emulated":
         raise RuntimeError(f"emulate: the kernels are {STATUS}, without emulated CUDA kernels")
     STATUS, _emulated = "compiled; CUDA kernels emulated", True
-    _NATIVE["cpu"] = _NATIVE["cuda"]
 
 
 def runs_cuda(x: Tensor) -> bool:
-    """True if it is CUDA kernels that serve ``x``."""
+    """Return whether CUDA kernels process ``x``."""
     return x.is_cuda or _emulated
 
 
 def run(entry: str, on: Tensor, *arguments: Any, scratch: Callable[[], int] | None = None) -> Any:
     """Call an entry point of the compiled module for the device of ``on``.
 
-    On CUDA that is the current stream, and ``scratch`` says how many bytes of memory the kernels need besides.
+    On CUDA it runs on the current stream. ``scratch`` returns how many bytes of memory the kernels need.
     """
     if not runs_cuda(on):
         return getattr(C, f"{entry}_cpu")(*arguments)
@@ -167,11 +181,12 @@ def _warn_once() -> None:
 
 
 def strides(x: Tensor) -> tuple[int, int, int] | None:
-    """Steps from sample to sample, channel to channel, position to position; None if positions have no one step."""
-    shape, stride = x.shape, x.stride()  # once each: this runs for every operand of every call
+    """Return the strides of sample, channel and position, or None if positions have no common stride."""
+    shape, stride = x.shape, x.stride()  # Read once: this runs for every operand of every call.
     step: int | None = None
     following = 0
-    for size, s in zip(shape[:1:-1], stride[:1:-1], strict=True):
+    for i in range(len(shape) - 1, 1, -1):  # Indices, because slices of a shape are slow.
+        size, s = shape[i], stride[i]
         if size == 1:
             continue
         if step is None:
@@ -182,31 +197,33 @@ def strides(x: Tensor) -> tuple[int, int, int] | None:
     return stride[0], stride[1] if shape[1] > 1 else 1, 1 if step is None else step
 
 
-def is_interleaved(x: Tensor) -> bool:
-    """True if the channels of a position lie side by side: channels_last, a slice of it, or vectors (N, C)."""
+def is_channels_last(x: Tensor) -> bool:
+    """Return whether the channels of a position are adjacent: channels_last, a slice of it, or vectors (N, C)."""
+    if x.size(1) > 1 and x.stride(1) != 1:
+        return False
     s = strides(x)
-    return s is not None and s[1] == 1 and (s[2] != 1 or math.prod(x.shape[2:]) == 1)
+    return s is not None and (s[2] != 1 or math.prod(x.shape[2:]) == 1)
 
 
 def in_memory(x: Tensor) -> Tensor:
-    """``x`` with its numbers in memory: lazily negated views (of complex numbers) and zeros without any are copied."""
+    """Return ``x`` itself, or a copy if its memory does not hold its values (lazily negated views, zero tensors)."""
     return x.clone() if x.is_neg() or x._is_zerotensor() else x
 
 
-def views(interleaved: bool, *tensors: Tensor | None) -> tuple[list[Tensor | None], list[View]]:
-    """Tensors that a kernel can walk in this order, copies where it could not, and what it takes of them.
+def views(channels_last: bool, *tensors: Tensor | None) -> tuple[list[Tensor | None], list[View]]:
+    """Return tensors in this memory format, copied if necessary, and their views for a kernel.
 
-    A view is (address, element type, stride of sample, of channel, of position); whoever uses the views keeps the
-    tensors alive.
+    A view is (address, element type, stride of sample, of channel, of position). The caller must keep the tensors alive
+    while a kernel uses the views.
     """
     kept: list[Tensor | None] = []
     out: list[View] = []
     for x in tensors:
         s = None if x is None else strides(x)
         if x is not None and (
-            s is None or (s[1] if interleaved else s[2]) != 1 or (runs_cuda(x) and _slides(x, s))
+            s is None or (s[1] if channels_last else s[2]) != 1 or (runs_cuda(x) and _slides(x, s))
         ):
-            x = x.movedim(1, -1).contiguous().movedim(-1, 1) if interleaved else x.contiguous()
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
             s = strides(x)
         kept.append(x)
         out.append(None if x is None or s is None else (address_of(x), DTYPES[x.dtype], *s))
@@ -214,10 +231,10 @@ def views(interleaved: bool, *tensors: Tensor | None) -> tuple[list[Tensor | Non
 
 
 def address_of(x: Tensor) -> int:
-    """Where its numbers begin.
+    """Return the address of the first element.
 
     Raises:
-        ValueError: within a number, where a GPU would stop every program that uses it in this process.
+        ValueError: the address is not aligned to the element size; on a GPU that would break the whole process.
     """
     address = x.data_ptr()
     if runs_cuda(x) and address % x.itemsize:
@@ -228,7 +245,7 @@ def address_of(x: Tensor) -> int:
 
 
 def _slides(x: Tensor, s: tuple[int, int, int]) -> bool:
-    """True for windows that overlap by all but one number: CUDA's packets of 16 bytes cannot begin at each."""
+    """Return whether x is a view of sliding windows, one element apart: 16-byte packets would not be aligned."""
     if s[0] != 1 and s[1] != s[2]:
         return False
     sizes = (x.size(0), x.size(1), math.prod(x.shape[2:]))
@@ -236,7 +253,7 @@ def _slides(x: Tensor, s: tuple[int, int, int]) -> bool:
 
 
 def addresses(*vectors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
-    """Dense vectors and their addresses, 0 for None; whoever uses the addresses keeps the vectors alive."""
+    """Return contiguous vectors and their addresses, 0 for None. The caller must keep the vectors alive."""
     kept = [None if v is None else v.contiguous() for v in vectors]
     return kept, [0 if v is None else address_of(v) for v in kept]
 
@@ -244,17 +261,17 @@ def addresses(*vectors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
 def empty(
     like: Tensor,
     channels: int,
-    interleaved: bool,
+    channels_last: bool,
     dtype: torch.dtype | None = None,
     size: Sequence[int] | None = None,
 ) -> Tensor:
-    """New tensor ``(N, channels, *size)``, by default with the sizes of ``like``, in the given order.
+    """Return a new tensor ``(N, channels, *size)`` in this memory format; ``size`` is by default that of ``like``.
 
-    It is no view of another: what a custom autograd function returns could not be changed in place then.
+    It is never a view: autograd forbids in-place changes of views that a custom function returns.
     """
     sizes = like.shape[2:] if size is None else size
     shape = (like.size(0), channels, *sizes)
-    if not interleaved:
+    if not channels_last:
         return like.new_empty(shape, dtype=dtype)
     steps = [max(channels, 1)]
     for each in reversed(sizes):

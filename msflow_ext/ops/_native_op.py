@@ -75,25 +75,25 @@ class NativeOp:
         return results
 
     def _in_memory(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        tensors = (None if t is None else in_memory(t) for t in args[: self.tensors])
+        tensors = [None if t is None else in_memory(t) for t in args[: self.tensors]]
         return *tensors, *args[self.tensors :]
 
     def _differentiate_reference(self, grads: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        """Gradients of the reference; themselves differentiable where somebody wants the next derivative."""
+        """Return the gradients of the reference, which are differentiable if grad mode is on."""
         create_graph = torch.is_grad_enabled()
         tensors, rest = args[: self.tensors], args[self.tensors :]
         with torch.enable_grad():
-            # Views, because one argument may have been computed from another: partial derivatives are wanted.
+            # Views, because one argument may be computed from another, and these are partial derivatives.
             tensors = [None if t is None else t.view_as(t) for t in tensors]
             results = self.reference(*tensors, *rest)
             results = results if isinstance(results, tuple) else (results,)
-            # A result may depend on nothing that wants a gradient: x1 alone leaves log_det constant.
+            # A result may not depend on the inputs that require grad: log_det does not depend on x1.
             pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
             results, grads = zip(*pairs, strict=True)
-            wanted = [t for t in tensors if t is not None and t.requires_grad]
+            inputs = [t for t in tensors if t is not None and t.requires_grad]
             found = iter(
                 torch.autograd.grad(
-                    results, wanted, grads, create_graph=create_graph, allow_unused=True
+                    results, inputs, grads, create_graph=create_graph, allow_unused=True
                 )
             )
         return tuple(next(found) if t is not None and t.requires_grad else None for t in tensors)

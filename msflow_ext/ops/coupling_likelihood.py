@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
 from msflow_ext.ops import _backend
+from msflow_ext.ops._coupling_call import CouplingCall, check_forward
 from msflow_ext.ops._native_op import NativeOp
 from msflow_ext.ops._shapes import accumulation_dtype
-from msflow_ext.ops.coupling import affine_coupling_reference, check_operands, coupling_job
+from msflow_ext.ops.coupling import affine_coupling_reference, coupling_job
 from msflow_ext.ops.score import log_likelihood_map_reference
 
 
@@ -25,15 +27,15 @@ def coupling_log_likelihood(
     clamp_form: str = "0.2",
     limit: float = math.inf,
 ) -> Tensor:
-    r""":func:`~msflow_ext.ops.log_likelihood_map` of the results of :func:`~msflow_ext.ops.affine_coupling`.
+    r"""Compute the likelihood map of the results of a coupling, without storing the results.
 
-    The results themselves are neither written nor rounded to the dtype of ``x2``, and there is no ``log_det``; gradients
-    are those of the reference.
+    Equals :func:`~msflow_ext.ops.log_likelihood_map` of the results of :func:`~msflow_ext.ops.affine_coupling`, except
+    that they are not rounded to the dtype of ``x2``. Gradients are those of the reference.
 
     Args:
-        x1, x2, a, scale, offset, clamp, clamp_form, limit: as for :func:`~msflow_ext.ops.affine_coupling`, with one
-            channel or more.
-        perm: likewise; in what order channels are summed, it has no say.
+        x1, x2, a, scale, offset, clamp, clamp_form, limit: as for :func:`~msflow_ext.ops.affine_coupling`, with at least
+            one channel.
+        perm: as for :func:`~msflow_ext.ops.affine_coupling`; it does not change the result.
 
     Returns:
         ``(N, *)`` in nats, float64 for float64 and float32 else.
@@ -41,35 +43,28 @@ def coupling_log_likelihood(
     Raises:
         ValueError: shapes, devices or values do not fit. TypeError: dtypes do not.
     """
-    check_operands(x1, x2, a, scale, offset, perm, clamp, clamp_form, limit, 0)
-    if x1.size(1) + x2.size(1) == 0:
+    call = CouplingCall(x1, x2, a, scale, offset, perm, float(clamp), clamp_form, float(limit), 0)
+    check_forward(call)
+    if call.channels == 0:
         raise ValueError(
             "coupling: x1 and x2 must have one channel or more for a likelihood, got none"
         )
-    arguments = (x1, x2, a, scale, offset, float(clamp), clamp_form, float(limit))
+    arguments = (*call[:5], *call[6:9])
     if not _backend.is_native(x1, x2, a, scale, offset):
         return coupling_log_likelihood_reference(*arguments)
     return _likelihood(*arguments)[0]
 
 
-def coupling_log_likelihood_reference(
-    x1: Tensor,
-    x2: Tensor,
-    a: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    clamp: float,
-    clamp_form: str,
-    limit: float,
-) -> Tensor:
-    """:func:`coupling_log_likelihood` in plain PyTorch."""
-    dtype = accumulation_dtype(x2.dtype)
-    x1, x2, a = x1.to(dtype), x2.to(dtype), a.to(dtype)
-    split = x1.size(1) + x2.size(1)
-    z, _, _ = affine_coupling_reference(
-        x1, x2, a, scale, offset, None, clamp, clamp_form, limit, split
-    )
-    return log_likelihood_map_reference(z)
+def coupling_log_likelihood_reference(*arguments: Any) -> Tensor:
+    """Compute :func:`coupling_log_likelihood` in plain PyTorch, with the arguments of the registered op."""
+    call = _call(*arguments)
+    x1, x2, a = (t.to(accumulation_dtype(call.x2.dtype)) for t in call[:3])
+    call = call._replace(x1=x1, x2=x2, a=a, split=call.channels)
+    return log_likelihood_map_reference(affine_coupling_reference(*call)[0])
+
+
+def _call(x1, x2, a, scale, offset, clamp, clamp_form, limit) -> CouplingCall:
+    return CouplingCall(x1, x2, a, scale, offset, None, clamp, clamp_form, limit, 0)
 
 
 def _allocate(x1, x2, *_):
@@ -77,13 +72,12 @@ def _allocate(x1, x2, *_):
     return (x2.new_empty(shape, dtype=accumulation_dtype(x2.dtype)),)
 
 
-def _run(results, x1, x2, a, scale, offset, clamp, clamp_form, limit):
-    inter = _backend.is_interleaved(x2)
-    _keep, v = _backend.views(inter, x1, x2, a)
-    job, _dense = coupling_job(
-        x1.size(1), x2, inter, scale, offset, None, clamp, clamp_form, limit, 0
-    )
-    _backend.run("coupling_likelihood", x2, job, *v, results[0].data_ptr())
+def _run(results, *arguments):
+    call = _call(*arguments)
+    channels_last = _backend.is_channels_last(call.x2)
+    _keep, v = _backend.views(channels_last, *call[:3])
+    job, _dense = coupling_job(call, channels_last)
+    _backend.run("coupling_likelihood", call.x2, job, *v, results[0].data_ptr())
 
 
 _likelihood = NativeOp(

@@ -25,9 +25,9 @@ def channel_norm(
 
     Args:
         x: ``(N, C, *)``, float32, float64, bfloat16 or float16 (on the CPU: reference).
-        weight, bias: ``(C,)`` in the dtype of the accumulation (float64 for float64, else float32).
-        bias_map: ``(1, C, *)`` in the dtype of ``x`` or of the accumulation; added to every sample. In MSFlow it is
-            the condition's share of the convolution before.
+        weight, bias: ``(C,)`` in the accumulation dtype (float64 for float64, else float32).
+        bias_map: ``(1, C, *)`` in the dtype of ``x`` or the accumulation dtype; added to every sample. In MSFlow it is
+            what the preceding convolution computes from the condition.
         relu: whether negative results become 0.
         eps: added to the biased variance.
 
@@ -51,7 +51,7 @@ def channel_norm(
 def channel_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor, bias_map: Tensor | None, relu: bool, eps: float
 ) -> Tensor:
-    """:func:`channel_norm` in plain PyTorch, in the dtype of the accumulation until the last rounding."""
+    """Compute :func:`channel_norm` in plain PyTorch, in the accumulation dtype until the last rounding."""
     h = x.to(accumulation_dtype(x.dtype))
     if bias_map is not None:
         h = h + bias_map
@@ -66,61 +66,74 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, bias_map: Tensor | None, eps
         raise ValueError(f"channel_norm: x must be (N, C, *) with C >= 1, got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"channel_norm: x must be floating, got {x.dtype}")
-    wide = accumulation_dtype(x.dtype)
     for name, vector in (("weight", weight), ("bias", bias)):
-        if vector.shape != (x.size(1),):
-            raise ValueError(
-                f"channel_norm: {name} must be ({x.size(1)},) for x {tuple(x.shape)}, got {tuple(vector.shape)}"
-            )
-        if vector.dtype is not wide:
-            raise TypeError(
-                f"channel_norm: {name} must be {wide} for {x.dtype} data, got {vector.dtype}"
-            )
+        _check_vector(x, name, vector)
     if bias_map is not None:
-        if bias_map.shape != (1, *x.shape[1:]):
-            raise ValueError(
-                f"channel_norm: bias_map must be {(1, *x.shape[1:])} for x {tuple(x.shape)}, got "
-                f"{tuple(bias_map.shape)}"
-            )
-        if bias_map.dtype not in (x.dtype, wide):
-            raise TypeError(
-                f"channel_norm: bias_map must be {x.dtype} or {wide}, got {bias_map.dtype}"
-            )
-    for name, other in (("weight", weight), ("bias", bias), ("bias_map", bias_map)):
-        if other is not None and other.device != x.device:
-            raise ValueError(f"channel_norm: {name} must be on {x.device}, got {other.device}")
+        _check_map(x, bias_map)
     if not eps >= 0:
         raise ValueError(f"channel_norm: eps must not be negative, got {eps}")
 
 
+def _check_vector(x: Tensor, name: str, vector: Tensor) -> None:
+    accumulation = accumulation_dtype(x.dtype)
+    if vector.shape != (x.size(1),):
+        raise ValueError(
+            f"channel_norm: {name} must be ({x.size(1)},) for x {tuple(x.shape)}, got {tuple(vector.shape)}"
+        )
+    if vector.dtype is not accumulation:
+        raise TypeError(
+            f"channel_norm: {name} must be {accumulation} for {x.dtype} data, got {vector.dtype}"
+        )
+    _check_device(x, name, vector)
+
+
+def _check_map(x: Tensor, bias_map: Tensor) -> None:
+    accumulation = accumulation_dtype(x.dtype)
+    if bias_map.shape != (1, *x.shape[1:]):
+        raise ValueError(
+            f"channel_norm: bias_map must be {(1, *x.shape[1:])} for x {tuple(x.shape)}, got "
+            f"{tuple(bias_map.shape)}"
+        )
+    if bias_map.dtype not in (x.dtype, accumulation):
+        raise TypeError(
+            f"channel_norm: bias_map must be {x.dtype} or {accumulation}, got {bias_map.dtype}"
+        )
+    _check_device(x, "bias_map", bias_map)
+
+
+def _check_device(x: Tensor, name: str, other: Tensor) -> None:
+    if other.device != x.device:
+        raise ValueError(f"channel_norm: {name} must be on {x.device}, got {other.device}")
+
+
 def _allocate(x, *_):
-    y = _backend.empty(x, x.size(1), _backend.is_interleaved(x))
+    y = _backend.empty(x, x.size(1), _backend.is_channels_last(x))
     statistics = x.new_empty((x.size(0), positions(x), 2), dtype=accumulation_dtype(x.dtype))
     return y, statistics
 
 
 def _run(results, x, weight, bias, bias_map, relu, eps):
     y, statistics = results
-    inter = _backend.is_interleaved(x)
-    _keep, v = _backend.views(inter, x, bias_map, y)
-    job, _dense = _job(x, inter, weight, bias, relu, eps)
+    channels_last = _backend.is_channels_last(x)
+    _keep, v = _backend.views(channels_last, x, bias_map, y)
+    job, _dense = _job(x, channels_last, weight, bias, relu, eps)
     _backend.run("norm_forward", x, job, *v, statistics.data_ptr())
 
 
 def _allocate_grads(x, weight, bias, bias_map, *_):
-    inter = _backend.is_interleaved(x)
-    grad_map = None if bias_map is None else _backend.empty(bias_map, x.size(1), inter)
+    channels_last = _backend.is_channels_last(x)
+    grad_map = None if bias_map is None else _backend.empty(bias_map, x.size(1), channels_last)
     grads = (t.new_empty(t.shape) for t in (weight, bias))
-    return _backend.empty(x, x.size(1), inter), *grads, grad_map
+    return _backend.empty(x, x.size(1), channels_last), *grads, grad_map
 
 
 def _run_backward(upstream, grads, extra, x, weight, bias, bias_map, relu, eps):
     grad_x, grad_weight, grad_bias, grad_map = grads
     if x.numel() == 0 and grad_map is not None:
         grad_map.zero_()
-    inter = _backend.is_interleaved(x)
-    _keep, v = _backend.views(inter, upstream[0], x, bias_map, grad_x, grad_map)
-    job, _dense = _job(x, inter, weight, bias, relu, eps)
+    channels_last = _backend.is_channels_last(x)
+    _keep, v = _backend.views(channels_last, upstream[0], x, bias_map, grad_x, grad_map)
+    job, _dense = _job(x, channels_last, weight, bias, relu, eps)
     vectors = (grad_weight.data_ptr(), grad_bias.data_ptr())
 
     def scratch():
@@ -130,11 +143,11 @@ def _run_backward(upstream, grads, extra, x, weight, bias, bias_map, relu, eps):
     _backend.run("norm_backward", x, job, *arguments, scratch=scratch)
 
 
-def _job(x, interleaved, weight, bias, relu, eps):
-    """The kernels' description of a call, and the vectors that it points to."""
+def _job(x, channels_last, weight, bias, relu, eps):
+    """Return the kernels' options of a call, and the vectors that they point to."""
     dense, vectors = _backend.addresses(weight, bias)
     sizes = (x.size(0), x.size(1), positions(x))
-    return _backend.C.Norm(sizes, interleaved, relu, eps, *vectors), dense
+    return _backend.C.Norm(sizes, channels_last, relu, eps, *vectors), dense
 
 
 _norm = NativeOp(

@@ -122,10 +122,10 @@ def _check_pair(x: Tensor, low: Tensor) -> None:
         )
 
 
-def _job(high: Tensor, low: Tensor, interleaved: bool):
+def _job(high: Tensor, low: Tensor, channels_last: bool):
     """The kernels' description of one scale."""
     return _backend.C.Resample(
-        (high.size(0), high.size(1)), tuple(high.shape[2:]), tuple(low.shape[2:]), interleaved
+        (high.size(0), high.size(1)), tuple(high.shape[2:]), tuple(low.shape[2:]), channels_last
     )
 
 
@@ -136,21 +136,21 @@ def _slices(whole: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
 def _allocate_pool(*args):
     *maps, height, width = args
     maps = [t for t in maps if t is not None]
-    interleaved, channels = _backend.is_interleaved(maps[0]), sum(t.size(1) for t in maps)
-    return (_backend.empty(maps[0], channels, interleaved, size=(height, width)),)
+    channels_last, channels = _backend.is_channels_last(maps[0]), sum(t.size(1) for t in maps)
+    return (_backend.empty(maps[0], channels, channels_last, size=(height, width)),)
 
 
 def _run_pool(results, *args):
     maps = [t for t in args[:-2] if t is not None]
-    interleaved = _backend.is_interleaved(results[0])
+    channels_last = _backend.is_channels_last(results[0])
     for x, low in zip(maps, _slices(results[0], maps), strict=True):
-        _keep, v = _backend.views(interleaved, x, low)
-        _backend.run("pool_forward", x, _job(x, low, interleaved), *v)
+        _keep, v = _backend.views(channels_last, x, low)
+        _backend.run("pool_forward", x, _job(x, low, channels_last), *v)
 
 
 def _allocate_pool_grads(*args):
     return tuple(
-        None if t is None else _backend.empty(t, t.size(1), _backend.is_interleaved(t))
+        None if t is None else _backend.empty(t, t.size(1), _backend.is_channels_last(t))
         for t in args[:-2]
     )
 
@@ -158,30 +158,30 @@ def _allocate_pool_grads(*args):
 def _run_pool_backward(upstream, grads, _extra, *args):
     maps = [t for t in args[:-2] if t is not None]
     for grad_x, grad_low in zip(grads, _slices(upstream[0], maps), strict=False):
-        interleaved = _backend.is_interleaved(grad_x)
-        _keep, v = _backend.views(interleaved, grad_low, grad_x)
-        _backend.run("pool_backward", grad_x, _job(grad_x, grad_low, interleaved), *v)
+        channels_last = _backend.is_channels_last(grad_x)
+        _keep, v = _backend.views(channels_last, grad_low, grad_x)
+        _backend.run("pool_backward", grad_x, _job(grad_x, grad_low, channels_last), *v)
 
 
 def _allocate_upsample(x, low):
-    return (_backend.empty(x, x.size(1), _backend.is_interleaved(x), low.dtype),)
+    return (_backend.empty(x, x.size(1), _backend.is_channels_last(x), low.dtype),)
 
 
 def _run_upsample(results, x, low):
-    interleaved = _backend.is_interleaved(x)
-    _keep, v = _backend.views(interleaved, x, low, *results)
-    _backend.run("upsample_forward", x, _job(x, low, interleaved), *v)
+    channels_last = _backend.is_channels_last(x)
+    _keep, v = _backend.views(channels_last, x, low, *results)
+    _backend.run("upsample_forward", x, _job(x, low, channels_last), *v)
 
 
 def _allocate_upsample_grads(x, low):
-    return tuple(_backend.empty(t, t.size(1), _backend.is_interleaved(x)) for t in (x, low))
+    return tuple(_backend.empty(t, t.size(1), _backend.is_channels_last(x)) for t in (x, low))
 
 
 def _run_upsample_backward(upstream, grads, _extra, x, low):
     grads[0].copy_(upstream[0])
-    interleaved = _backend.is_interleaved(grads[1])
-    _keep, v = _backend.views(interleaved, upstream[0], grads[1])
-    _backend.run("upsample_backward", upstream[0], _job(x, low, interleaved), *v)
+    channels_last = _backend.is_channels_last(grads[1])
+    _keep, v = _backend.views(channels_last, upstream[0], grads[1])
+    _backend.run("upsample_backward", upstream[0], _job(x, low, channels_last), *v)
 
 
 _pool = NativeOp(

@@ -269,9 +269,9 @@ def _allocate(z):
 
 
 def _run(results, z):
-    inter = _backend.is_interleaved(z)
-    _keep, v = _backend.views(inter, z)
-    sizes = (z.size(0), z.size(1), positions(z), inter)
+    channels_last = _backend.is_channels_last(z)
+    _keep, v = _backend.views(channels_last, z)
+    sizes = (z.size(0), z.size(1), positions(z), channels_last)
     _backend.run(
         "square_sums",
         z,
@@ -283,7 +283,7 @@ def _run(results, z):
 
 
 def _allocate_grads(z):
-    return (_backend.empty(z, z.size(1), _backend.is_interleaved(z)),)
+    return (_backend.empty(z, z.size(1), _backend.is_channels_last(z)),)
 
 
 def _run_backward(upstream, grads, _extra, z):

@@ -47,7 +47,7 @@ def winograd_conv2d(
     Args:
         x: ``(N, C_in, H, W)``, float32, float64 or bfloat16 (float16: reference).
         weight: of :func:`winograd_weight`; float64 for float64, else float32, or bfloat16 for bfloat16.
-        bias: ``(C_out,)`` in the dtype of the accumulation (float64 for float64, else float32).
+        bias: ``(C_out,)`` in the accumulation dtype (float64 for float64, else float32).
         padding: zeros on both sides of (rows, columns).
         relu: whether negative results become 0.
 
@@ -159,7 +159,7 @@ def winograd_weight_grad(x: Tensor, grad: Tensor, *, padding: tuple[int, int] = 
         padding: zeros on both sides of (rows, columns).
 
     Returns:
-        ``(C_out, C_in, 3, 3)`` in the dtype of the accumulation (float64 for float64, else float32).
+        ``(C_out, C_in, 3, 3)`` in the accumulation dtype (float64 for float64, else float32).
 
     Raises:
         ValueError: shapes, devices or padding do not fit. TypeError: dtypes do not.
@@ -218,7 +218,7 @@ def factor_dtypes() -> tuple[torch.dtype, ...]:
 def winograd_conv2d_reference(
     x: Tensor, weight: Tensor, bias: Tensor, pad_rows: int, pad_columns: int, relu: bool
 ) -> Tensor:
-    """:func:`winograd_conv2d` in plain PyTorch, in the dtype of the accumulation but for the factors' rounding."""
+    """:func:`winograd_conv2d` in plain PyTorch, in the accumulation dtype except for the rounding of the factors."""
     wide = accumulation_dtype(x.dtype)
     tile = _tile(weight)
     a, _, b = _matrices(tile, x.to(wide))

@@ -32,9 +32,9 @@ pytestmark = [
 
 # Kernels that pass over whole tensors, and what of them must be wide: those of means only read them.
 HOT = {
-    r"(forward|inverse|backward)_(planar|interleaved)": {"LDG", "STG"},
-    r"means_(planar|interleaved)": {"LDG"},
-    r"square_sums_(planar|interleaved)": {"LDG"},
+    r"(forward|inverse|backward)_(contiguous|channels_last)": {"LDG", "STG"},
+    r"means_(contiguous|channels_last)": {"LDG"},
+    r"square_sums_(contiguous|channels_last)": {"LDG"},
     r"upsampleI": {"STG"},
     r"resampleI.*Li[248]ELb0E": {"LDG", "STG"},  # in packets; others take neighbouring elements
 }

@@ -130,9 +130,8 @@ def test_saved_activations_leave_out_parameters_and_inputs() -> None:
         memory=True,
     )
     found = measure(case, seconds=0)["providers"]["torch"]
-    assert found["saved_mb"] == pytest.approx(
-        (2 * 10 + 1) * 4 / 1e6
-    )  # what is squared, and the sum
+    # The squared tensors, and the sum.
+    assert found["saved_mb"] == pytest.approx((2 * 10 + 1) * 4 / 1e6)
 
 
 def test_difference_is_in_units_of_the_largest_magnitude() -> None:

@@ -1,6 +1,6 @@
-// Every CPU kernel on four threads, for ThreadSanitizer: results must have the bits that one thread
-// gives. With the argument "overlapping" neighbouring tasks share an item, so that there are races
-// to be found.
+// Runs every CPU kernel on four threads, for ThreadSanitizer. The results must be the same as on
+// one thread, bit for bit. With the argument "overlapping", neighbouring tasks share an item, which
+// is a race to be found.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -68,81 +68,88 @@ void check(const std::string& name, std::vector<Numbers*> results,
            const std::function<void()>& kernel) {
   torch_parallel_for = nullptr;
   kernel();
-  std::vector<std::vector<unsigned char>> wanted;
+  std::vector<std::vector<unsigned char>> expected;
   for (Numbers* r : results) {
-    wanted.push_back(r->bytes);
+    expected.push_back(r->bytes);
     std::fill(r->bytes.begin(), r->bytes.end(), 0xff);
   }
   torch_parallel_for = run_in_threads;
   splits = 0;
   kernel();
   bool same = splits > 0;
-  for (size_t i = 0; i < results.size(); ++i) same = same && results[i]->bytes == wanted[i];
+  for (size_t i = 0; i < results.size(); ++i) same = same && results[i]->bytes == expected[i];
   ++kernels;
   if (same || overlap) return;
   std::fprintf(stderr, "%s: %s\n", name.c_str(), splits ? "other bits" : "one thread only");
   std::exit(1);
 }
 
-constexpr int64_t samples = 3, passive = 7, active = 6, channels = passive + active;
+constexpr int64_t samples = 3, conditioning = 7, transformed = 6,
+                  channels = conditioning + transformed;
 constexpr int64_t height = 44, width = 40, low_height = 9, low_width = 11;
 constexpr int64_t positions = height * width, low_positions = low_height * low_width;
 
-DType wide(DType type) { return type == DType::float64 ? type : DType::float32; }
+DType accumulation_dtype(DType type) { return type == DType::float64 ? type : DType::float32; }
 
-Tensor view(Numbers& x, int64_t channels, int64_t positions, bool interleaved) {
+Tensor view(Numbers& x, int64_t channels, int64_t positions, bool channels_last) {
   return {reinterpret_cast<uintptr_t>(x.data()), x.type, channels * positions,
-          interleaved ? 1 : positions, interleaved ? channels : 1};
+          channels_last ? 1 : positions, channels_last ? channels : 1};
 }
 
-void check_coupling(DType type, DType subnet, bool interleaved, const std::string& name) {
+void check_coupling(DType type, DType subnet, bool channels_last, const std::string& name) {
   const auto of = [&](DType t, int64_t c) { return Numbers(t, samples * c * positions); };
-  Numbers x1 = of(type, passive), x2 = of(type, active), a = of(subnet, 2 * active);
-  Numbers y1 = of(type, passive), y2 = of(type, active), log_det(wide(type), samples);
-  Numbers gx1 = of(type, passive), gx2 = of(type, active), ga = of(subnet, 2 * active);
-  Numbers scale(wide(type), channels, 4), offset(wide(type), channels);
-  Numbers gscale(wide(type), channels), goffset(wide(type), channels);
+  Numbers x1 = of(type, conditioning), x2 = of(type, transformed), a = of(subnet, 2 * transformed);
+  Numbers y1 = of(type, conditioning), y2 = of(type, transformed),
+          log_det(accumulation_dtype(type), samples);
+  Numbers gx1 = of(type, conditioning), gx2 = of(type, transformed),
+          ga = of(subnet, 2 * transformed);
+  Numbers scale(accumulation_dtype(type), channels, 4), offset(accumulation_dtype(type), channels);
+  Numbers gscale(accumulation_dtype(type), channels), goffset(accumulation_dtype(type), channels);
   std::vector<int64_t> perm;
   for (int64_t i = 0; i < channels; ++i) perm.push_back((5 * i + 2) % channels);
-  const auto t = [&](Numbers& x, int64_t c) { return view(x, c, positions, interleaved); };
-  const Coupling job{samples,      passive, active,   positions,    passive,       interleaved,
-                     ClampForm(0), 2,       INFINITY, scale.data(), offset.data(), perm.data()};
-  Numbers copied = of(subnet, passive), likelihoods(wide(type), samples * positions);
-  const Tensor copy = type == subnet ? Tensor{} : t(copied, passive);
+  const auto t = [&](Numbers& x, int64_t c) { return view(x, c, positions, channels_last); };
+  const Coupling job{samples,      conditioning,  transformed,   positions,
+                     conditioning, channels_last, ClampForm(0),  2,
+                     INFINITY,     scale.data(),  offset.data(), perm.data()};
+  Numbers copied = of(subnet, conditioning),
+          likelihoods(accumulation_dtype(type), samples * positions);
+  const Tensor copy = type == subnet ? Tensor{} : t(copied, conditioning);
   std::vector<Numbers*> results{&y1, &y2, &log_det};
   if (copy.data) results.push_back(&copied);
   check("coupling forward" + name, results, [&] {
-    coupling_forward_cpu(job, t(x1, passive), t(x2, active), t(a, 2 * active), t(y1, passive),
-                         t(y2, active), copy, log_det.data());
+    coupling_forward_cpu(job, t(x1, conditioning), t(x2, transformed), t(a, 2 * transformed),
+                         t(y1, conditioning), t(y2, transformed), copy, log_det.data());
   });
   check("coupling likelihood" + name, {&likelihoods}, [&] {
-    coupling_likelihood_cpu(job, t(x1, passive), t(x2, active), t(a, 2 * active),
+    coupling_likelihood_cpu(job, t(x1, conditioning), t(x2, transformed), t(a, 2 * transformed),
                             likelihoods.data());
   });
   check("coupling inverse" + name, {&gx2, &log_det}, [&] {
-    coupling_inverse_cpu(job, t(y1, passive), t(y2, active), t(a, 2 * active), t(gx2, active),
-                         log_det.data());
+    coupling_inverse_cpu(job, t(y1, conditioning), t(y2, transformed), t(a, 2 * transformed),
+                         t(gx2, transformed), log_det.data());
   });
   check("coupling backward" + name, {&gx1, &gx2, &ga, &gscale, &goffset}, [&] {
-    coupling_backward_cpu(job, t(y1, passive), t(y2, active), copy, log_det.data(), t(x1, passive),
-                          t(x2, active), t(a, 2 * active), t(gx1, passive), t(gx2, active),
-                          t(ga, 2 * active), gscale.data(), goffset.data());
+    coupling_backward_cpu(job, t(y1, conditioning), t(y2, transformed), copy, log_det.data(),
+                          t(x1, conditioning), t(x2, transformed), t(a, 2 * transformed),
+                          t(gx1, conditioning), t(gx2, transformed), t(ga, 2 * transformed),
+                          gscale.data(), goffset.data());
   });
 }
 
-void check_others(DType type, bool interleaved, const std::string& name) {
+void check_others(DType type, bool channels_last, const std::string& name) {
   const auto whole = [&](DType t, int64_t n) { return Numbers(t, n * channels * positions); };
   Numbers x = whole(type, samples), y = whole(type, samples), gx = whole(type, samples);
-  Numbers map = whole(wide(type), 1), gmap = whole(wide(type), 1);
+  Numbers map = whole(accumulation_dtype(type), 1), gmap = whole(accumulation_dtype(type), 1);
   Numbers low(type, samples * channels * low_positions);
-  Numbers weight(wide(type), channels), bias(wide(type), channels);
-  Numbers gweight(wide(type), channels), gbias(wide(type), channels);
-  Numbers statistics(wide(type), samples * positions * 2);
-  Numbers per_position(wide(type), samples * positions), per_sample(wide(type), samples);
-  const auto t = [&](Numbers& x) { return view(x, channels, positions, interleaved); };
-  const Tensor below = view(low, channels, low_positions, interleaved);
+  Numbers weight(accumulation_dtype(type), channels), bias(accumulation_dtype(type), channels);
+  Numbers gweight(accumulation_dtype(type), channels), gbias(accumulation_dtype(type), channels);
+  Numbers statistics(accumulation_dtype(type), samples * positions * 2);
+  Numbers per_position(accumulation_dtype(type), samples * positions),
+      per_sample(accumulation_dtype(type), samples);
+  const auto t = [&](Numbers& x) { return view(x, channels, positions, channels_last); };
+  const Tensor low_shape = view(low, channels, low_positions, channels_last);
 
-  const Norm norm{samples, channels, positions,     interleaved,
+  const Norm norm{samples, channels, positions,     channels_last,
                   true,    1e-5,     weight.data(), bias.data()};
   check("norm forward" + name, {&y, &statistics},
         [&] { norm_forward_cpu(norm, t(x), t(map), t(y), statistics.data()); });
@@ -150,14 +157,15 @@ void check_others(DType type, bool interleaved, const std::string& name) {
     norm_backward_cpu(norm, t(y), t(x), t(map), statistics.data(), t(gx), t(gmap), gweight.data(),
                       gbias.data());
   });
-  const Resample resample{samples, channels, height, width, low_height, low_width, interleaved};
-  check("pool forward" + name, {&low}, [&] { pool_forward_cpu(resample, t(x), below); });
-  check("pool backward" + name, {&gx}, [&] { pool_backward_cpu(resample, below, t(gx)); });
+  const Resample resample{samples, channels, height, width, low_height, low_width, channels_last};
+  check("pool forward" + name, {&low}, [&] { pool_forward_cpu(resample, t(x), low_shape); });
+  check("pool backward" + name, {&gx}, [&] { pool_backward_cpu(resample, low_shape, t(gx)); });
   check("upsample forward" + name, {&y},
-        [&] { upsample_forward_cpu(resample, t(x), below, t(y)); });
-  check("upsample backward" + name, {&low}, [&] { upsample_backward_cpu(resample, t(x), below); });
+        [&] { upsample_forward_cpu(resample, t(x), low_shape, t(y)); });
+  check("upsample backward" + name, {&low},
+        [&] { upsample_backward_cpu(resample, t(x), low_shape); });
   check("square sums" + name, {&per_position, &per_sample}, [&] {
-    square_sums_cpu(samples, channels, positions, interleaved, t(x), per_position.data(),
+    square_sums_cpu(samples, channels, positions, channels_last, t(x), per_position.data(),
                     per_sample.data());
   });
 }
@@ -250,13 +258,13 @@ int main(int count, char** arguments) {
   overlap = count > 1 && !std::strcmp(arguments[1], "overlapping");
   const DType f32 = DType::float32, f64 = DType::float64, bf16 = DType::bfloat16;
   const char* names[] = {" float32", " float64", " bfloat16"};
-  for (const bool interleaved : {false, true}) {
-    const std::string layout = interleaved ? " interleaved" : " planar";
+  for (const bool channels_last : {false, true}) {
+    const std::string layout = channels_last ? " channels_last" : " contiguous";
     for (DType type : {f32, f64, bf16}) {
-      check_coupling(type, type, interleaved, names[int(type)] + layout);
-      check_others(type, interleaved, names[int(type)] + layout);
+      check_coupling(type, type, channels_last, names[int(type)] + layout);
+      check_others(type, channels_last, names[int(type)] + layout);
     }
-    check_coupling(f32, bf16, interleaved, " float32 with bfloat16" + layout);
+    check_coupling(f32, bf16, channels_last, " float32 with bfloat16" + layout);
   }
   for (DType type : {f32, f64}) check_scores(type, names[int(type)]);
   for (DType type : {f32, bf16})

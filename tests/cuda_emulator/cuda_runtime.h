@@ -1,10 +1,9 @@
-// CUDA in one thread of the CPU: kernels run unmodified, each of their threads a fiber, so that
-// indexing, tails and reductions can be tested, and sanitized, without a GPU. It shows no races
-// between warps, and no timing.
+// Emulates CUDA in one CPU thread, so that tests and sanitizers check indexing and reductions
+// without a GPU. Kernels run unmodified, each thread as a fiber. It does not show races.
 //
-// Threads run one after the other until each waits at a barrier or a shuffle.
-// MSFLOW_EXT_EMULATED_ORDER says in which order: forward, reverse or shuffled. A barrier or shuffle
-// that not all threads reach ends the process with a message.
+// Threads run one after the other until each waits at a barrier or a shuffle. Their order is set by
+// MSFLOW_EXT_EMULATED_ORDER: forward, reverse or shuffled. If not all threads reach a barrier or
+// shuffle, the process aborts with a message.
 #pragma once
 
 #include <algorithm>
@@ -76,7 +75,7 @@ struct Fiber {
 #endif
   std::unique_ptr<unsigned char[]> stack;
   State state = State::done;
-  uint64_t slot[2] = {};  // what it shows to its warp, in this shuffle and in the one before
+  uint64_t slot[2] = {};  // values it gives its warp, in this shuffle and the previous one
   unsigned shuffles = 0;
   void* fake_stack = nullptr;
 };
@@ -122,8 +121,8 @@ inline void switch_to(Fiber& from, Fiber& to) {
 #endif
 }
 
-// What a fiber runs: the kernel, once per block.
-inline void live() {
+// The main function of a fiber: runs the kernel, once per block.
+inline void run_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &main_stack, &main_stack_bytes);
 #endif
@@ -139,15 +138,15 @@ inline void make(Fiber& fiber) {
   fiber.stack.reset(new unsigned char[stack_bytes]);
 #if defined(__x86_64__)
   auto* top = reinterpret_cast<void**>(fiber.stack.get() + stack_bytes - 64) + 1;
-  *top = nullptr;  // where live() would return to, 8 beyond a multiple of 16
-  *--top = reinterpret_cast<void*>(&live);  // where the first switch returns to
-  fiber.stack_pointer = top - 6;            // six registers
+  *top = nullptr;  // return address of run_fiber(), 8 beyond a multiple of 16
+  *--top = reinterpret_cast<void*>(&run_fiber);  // return address of the first switch
+  fiber.stack_pointer = top - 6;                 // six registers
   std::memset(fiber.stack_pointer, 0, 6 * sizeof(void*));
 #else
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = stack_bytes;
-  makecontext(&fiber.context, &live, 0);
+  makecontext(&fiber.context, &run_fiber, 0);
 #endif
 }
 
@@ -157,8 +156,7 @@ inline void wait(State at) {
   switch_to(self, scheduler);
 }
 
-// Frees the threads of every warp whose 32 lanes are all at a shuffle, or else of a block all at
-// its barrier.
+// Releases each warp whose 32 lanes all wait at a shuffle, or the block if all wait at the barrier.
 inline void release(unsigned size) {
   bool any = false;
   const auto all = [&](unsigned begin, unsigned end, State state) {
@@ -177,7 +175,7 @@ inline void release(unsigned size) {
 }
 
 inline void run_block(const std::vector<unsigned>& order) {
-  std::fill(shared.begin(), shared.end(), 0xff);  // NaN, so that reading before writing shows
+  std::fill(shared.begin(), shared.end(), 0xff);  // NaN, so that tests see reads before writes
   const auto size = unsigned(order.size());
   for (unsigned t = 0; t < size; ++t) fibers[t].state = State::ready;
   for (;;) {
@@ -234,7 +232,7 @@ T atomicAdd(T* to, T value) {
   return before;
 }
 
-// Launches so far, which tests look up by this name.
+// Number of launches. Tests look it up by this name.
 extern "C" {
 __attribute__((visibility("default"))) inline uint64_t emulated_launches = 0;
 }

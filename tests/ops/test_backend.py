@@ -105,12 +105,12 @@ def test_windows_that_overlap_are_copied_for_cuda(monkeypatch: pytest.MonkeyPatc
     for cuda in (False, True):
         monkeypatch.setattr(_backend, "_emulated", cuda)
         for x in windows:
-            (kept,), _ = _backend.views(_backend.is_interleaved(x), x)
+            (kept,), _ = _backend.views(_backend.is_channels_last(x), x)
             assert kept is not None
             assert torch.equal(kept, x)
             assert (kept is x) != cuda
         for x in (torch.zeros(2, 3, 4), torch.zeros(1, 3), torch.zeros(3, 1, 1)):
-            (kept,), _ = _backend.views(_backend.is_interleaved(x), x)
+            (kept,), _ = _backend.views(_backend.is_channels_last(x), x)
             assert kept is x
 
 

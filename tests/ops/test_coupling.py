@@ -31,7 +31,7 @@ DTYPES = {
     "bfloat16-subnet": (F32, BF16),
 }
 
-# (samples, passive, active, positions, split); on the CPU a chunk is 256 positions and lanes are 16, on CUDA a packet
+# (samples, conditioning, transformed, positions, split); on the CPU a chunk is 256 positions and lanes are 16, on CUDA a packet
 # is 16 bytes.
 SHAPES = {
     "even": (2, 4, 4, (4, 6), 4),
@@ -43,8 +43,8 @@ SHAPES = {
     "one-channel": (2, 1, 1, (3, 3), 1),
     "tiny": (1, 2, 3, (2, 1), 4),
     "empty-batch": (0, 4, 3, (2, 2), 4),
-    "no-passive-channels": (2, 0, 6, (3, 5), 0),
-    "no-active-channels": (2, 3, 0, (3, 5), 2),
+    "no-conditioning-channels": (2, 0, 6, (3, 5), 0),
+    "no-transformed-channels": (2, 3, 0, (3, 5), 2),
     "no-positions": (2, 4, 3, (0, 5), 3),
     "vectors": (5, 4, 3, (), 4),
     "sequences": (2, 4, 3, (7,), 5),
@@ -166,7 +166,7 @@ def test_without_log_det_the_other_results_and_their_gradients_have_the_same_bit
     assert all(map(torch.equal, run(log_det=False), run(log_det=True)))
 
 
-def test_a_result_that_nobody_reads_launches_no_kernel(
+def test_without_log_det_no_kernel_sums_it(
     native: None, normal: Normal, memory_format: Layout
 ) -> None:
     operands = make(normal, layout=memory_format)

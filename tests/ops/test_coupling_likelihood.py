@@ -26,7 +26,7 @@ DTYPES = {
     "bfloat16-subnet": (F32, BF16),
 }
 
-# (samples, passive, active, positions); on the CPU a block is 64 positions and lanes are 16, on CUDA a packet is
+# (samples, conditioning, transformed, positions); on the CPU a block is 64 positions and lanes are 16, on CUDA a packet is
 # 16 bytes, a warp takes 32 packets of a position at a time and a block 16 positions.
 SHAPES = {
     "even": (2, 4, 4, (4, 6)),
@@ -36,8 +36,8 @@ SHAPES = {
     "whole-packets": (2, 16, 16, (8, 40)),
     "many-channels": (1, 300, 260, (3, 3)),
     "empty-batch": (0, 4, 3, (2, 2)),
-    "no-passive-channels": (2, 0, 6, (3, 5)),
-    "no-active-channels": (2, 3, 0, (3, 5)),
+    "no-conditioning-channels": (2, 0, 6, (3, 5)),
+    "no-transformed-channels": (2, 3, 0, (3, 5)),
     "no-positions": (2, 4, 3, (0, 5)),
     "vectors": (5, 4, 3, ()),
     "volumes": (2, 3, 3, (2, 3, 4)),

@@ -19,7 +19,7 @@ Layout = Callable[[Tensor], Tensor]
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
-# (samples, passive, active, positions, split).
+# (samples, conditioning, transformed, positions, split).
 SHAPES = {
     "odd-channels": (2, 4, 3, (5, 3), 4),
     "one-pixel": (3, 5, 4, (1, 1), 2),

@@ -98,7 +98,6 @@ def main(folder: Path, kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter(
-        "ignore"
-    )  # of fork beside threads: none of them has computed anything yet
+    # Python warns of fork beside threads, but none of them has computed anything yet.
+    warnings.simplefilter("ignore")
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

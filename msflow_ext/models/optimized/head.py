@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from msflow_ext import ops
 from msflow_ext.flows import AffineCoupling, Flow, FlowOutput
-from msflow_ext.ops._backend import is_interleaved
+from msflow_ext.ops._backend import is_channels_last
 
 # Called as :func:`~msflow_ext.ops.affine_coupling`; the last of its results is ``log_det``, or None.
 Coupling = Callable[..., tuple[Any, ...]]
@@ -133,7 +133,7 @@ def relaid(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     PyTorch, three times as fast as its copy of four dimensions, and the narrower numbers are the faster ones.
     """
     there = torch.channels_last if channels_last else torch.contiguous_format
-    if x.device.type != "cpu" or x.numel() == 0 or is_interleaved(x) == channels_last:
+    if x.device.type != "cpu" or x.numel() == 0 or is_channels_last(x) == channels_last:
         return x.to(dtype).contiguous(memory_format=there)
     _, c, h, w = x.shape
     x = x.to(min(x.dtype, dtype, key=lambda each: each.itemsize))
