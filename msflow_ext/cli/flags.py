@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from msflow_ext.choices import ENGINES, PRECISIONS
 from msflow_ext.data import LAYOUTS, PACKAGED
-from msflow_ext.distributed.executors import ENGINES, Engine, on_ray, one_by_one
-from msflow_ext.models.base import PRECISIONS
+from msflow_ext.distributed.executors import Engine, on_ray, one_by_one
 from msflow_ext.training.recipe import PRESETS
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from itertools import chain, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msflow_ext.choices import MAPS
 from msflow_ext.cli.flags import (
     add_device,
     add_engine,
@@ -22,7 +23,6 @@ from msflow_ext.cli.flags import (
     device_of,
 )
 from msflow_ext.files import replacing
-from msflow_ext.inference.archive.parquet import MAPS
 from msflow_ext.reports.run_report import colour_range, save_maps
 from msflow_ext.runs.folder import checked_out, file_name
 

@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msflow_ext.choices import CACHES, FITS, MEMORY, PRECISIONS
 from msflow_ext.cli.console import conclude, print_table, rows_of
 from msflow_ext.cli.data import DATA, categories, open_data
 from msflow_ext.cli.flags import (
@@ -22,13 +23,9 @@ from msflow_ext.cli.flags import (
     chosen_engine,
     device_of,
 )
-from msflow_ext.data import FITS
 from msflow_ext.distributed import ranks as distributed
 from msflow_ext.distributed.launch import processes_to_start
 from msflow_ext.errors import FAILURES
-from msflow_ext.features import CACHES
-from msflow_ext.flows import MEMORY
-from msflow_ext.models.base import PRECISIONS
 from msflow_ext.training.recipe import PRESETS, Recipe
 
 if TYPE_CHECKING:
