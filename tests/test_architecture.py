@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": set(),
     "choices": set(),
     "data": {"choices", "text_table"},
-    "distributed": set(),
+    "distributed": {"errors"},
     "errors": set(),
     "files": set(),
     "hardware": set(),

@@ -190,9 +190,8 @@ class FastFlow(AnomalyModel):
         anomaly_map: anomaly map: ``"paper"``, the mean over scales; or ``"clamped"``: see
             :class:`~msflow_ext.models.anomaly_map.ClampedMap`.
         smoothing: standard deviation in pixels of a Gaussian filter over the clamped map.
-        whiten: whether standardised features are whitened at every position given the coarser scales there, by the
-            training set's means and covariances, for parts that always lie alike: see
-            :class:`~msflow_ext.models.gaussians.Whitening`.
+        whiten: for parts that always lie alike: standardised features are whitened at every position given the coarser
+            scales there, by the training set's means and covariances: see :class:`~msflow_ext.models.gaussians.Whitening`.
         position_base: likewise: Gaussians at every position of the latent maps, fitted to the training set after
             training; see :class:`~msflow_ext.models.gaussians.PositionBase`.
 
