@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msflow_ext.choices import CACHES
 from msflow_ext.data import Images
 from msflow_ext.data.prefetch import decoded
 from msflow_ext.distributed.ranks import Ranks, even_shares
 from msflow_ext.hardware import free_memory
-
-CACHES = ("memory", "disk", "off")
 
 #: Into how many parts images are split that are whitened by each other's statistics.
 FOLDS = 5

@@ -15,9 +15,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from msflow_ext import ops
 from msflow_ext.ops._shapes import accumulation_dtype
 
-#: What the backward pass rests on: see :class:`Flow`.
-MEMORY = ("lean", "reversible")
-
 
 @dataclass(frozen=True)
 class FlowOutput:

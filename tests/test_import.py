@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -78,3 +79,23 @@ def test_a_constant_is_marked_as_torch_marks_it() -> None:
 
     torch.compiler.assume_constant_result(marked)
     assert vars(_backend.cuda_problem) == vars(marked) != {}
+
+
+def test_recipe_presets_and_layouts_are_there_without_torch() -> None:
+    script = (
+        "import sys\n"
+        "from msflow_ext.training import PRESETS, Recipe\n"
+        "from msflow_ext.data import FITS, FIXED, LAYOUTS, PACKAGED\n"
+        "assert PRESETS['paper']['msflow'].recipe == Recipe() and set(FIXED) < set(LAYOUTS)\n"
+        "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("package", [msflow_ext.data, msflow_ext.training])
+def test_a_package_resolves_every_public_name_and_no_other(package: ModuleType) -> None:
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    assert set(package._HOME) < set(package.__all__)
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'No'"):
+        package.No  # noqa: B018

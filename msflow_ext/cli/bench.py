@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from msflow_ext.cli.flags import add_threads
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+from msflow_ext.cli.parser import number
 
 
 def bench(options: Any) -> int:
@@ -19,7 +17,13 @@ def bench(options: Any) -> int:
     return 0
 
 
-def bench_flags(part: ArgumentParser) -> None:
+def bench_flags(part: Any) -> None:
     add_threads(part)
-    part.add_argument("--seconds", type=float, default=20.0, help="of timing each comparison")
-    part.add_argument("--tiny", action="store_true", help="toy sizes, to see that it works")
+    part.add_argument(
+        "--seconds",
+        type=number,
+        default=20.0,
+        metavar="SECONDS",
+        help="Seconds to time each comparison.",
+    )
+    part.add_argument("--tiny", action="store_true", help="Use toy sizes, as a trial.")

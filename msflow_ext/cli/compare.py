@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+from typing import Any
 
 
 def compare(options: Any) -> int:
@@ -19,6 +16,11 @@ def compare(options: Any) -> int:
     return 0
 
 
-def compare_flags(part: ArgumentParser) -> None:
-    part.add_argument("runs", nargs="+", help="run folders; differences are from the first")
-    part.add_argument("--out", default="comparison.html", help="page to write")
+def compare_flags(part: Any) -> None:
+    part.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="Run folders; differences are from the first.",
+    )
+    part.add_argument("--out", default="comparison.html", metavar="FILE", help="Page to write.")

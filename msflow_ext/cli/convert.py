@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from msflow_ext.cli.flags import (
-    add_out,
-)
+from msflow_ext.choices import CLAMP_FORMS
+from msflow_ext.cli.flags import add_choice, add_out
+from msflow_ext.cli.parser import number, whole
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+FORMATS = ("msflow_ext", "msflow", "gathierry", "anomalib")
 
 
 def convert(options: Any) -> int:
-    """Make a checkpoint of another package one of ours, or ours one of theirs."""
+    """Convert a checkpoint of another package to one of msflow_ext, or the other way round."""
     from msflow_ext.compat.convert import convert as write
 
     names = {"backbone": "backbone", "weights": "pretrained", "image_size": "image_size"}
     names |= {"clamp": "clamp", "clamp_form": "clamp_form"}
-    given = {name: options[flag] for flag, name in names.items() if options[flag] is not None}
+    chosen = vars(options)
+    given = {name: chosen[flag] for flag, name in names.items() if chosen[flag] is not None}
     print(write(options.source, options.out, options.to, **given))
     return 0
 
 
-def convert_flags(part: ArgumentParser) -> None:
-    part.add_argument("source", help="run folder, .safetensors, or a checkpoint of another package")
-    part.add_argument("--to", default="msflow_ext", help="or msflow, gathierry, anomalib")
-    add_out(part, "file to write, .safetensors for one of ours")
-    part.add_argument("--backbone", type=str | None, help="of a file that does not name its own")
-    part.add_argument("--weights", type=str | None, help="file of backbone weights")
-    part.add_argument("--image-size", type=int | None, help="side of the square input in pixels")
-    part.add_argument("--clamp", type=float | None, help="it was trained with (default: 1.9 or 2)")
-    part.add_argument("--clamp-form", type=str | None, help="0.2 or head, by the version of FrEIA")
+def convert_flags(part: Any) -> None:
+    part.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="Run folder, .safetensors file, or checkpoint of another package.",
+    )
+    add_choice(part, "--to", FORMATS, "Package whose checkpoint to write.", default="msflow_ext")
+    add_out(part, "File to write; .safetensors for msflow_ext.", "FILE")
+    group = part.add_argument_group("what a checkpoint of another package does not say")
+    group.add_argument("--backbone", metavar="NAME", help="Backbone of the model.")
+    group.add_argument("--weights", metavar="FILE", help="File of backbone weights.")
+    group.add_argument(
+        "--image-size", type=whole, metavar="PIXELS", help="Side of the square input in pixels."
+    )
+    group.add_argument(
+        "--clamp",
+        type=number,
+        metavar="X",
+        help="Alpha of the soft clamp in training; by default 1.9 for MSFlow, 2 for FastFlow.",
+    )
+    text = "Form of the soft clamp: 0.2 for FrEIA 0.2 and before, head for later versions."
+    add_choice(group, "--clamp-form", CLAMP_FORMS, text)

@@ -6,22 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.cli.flags import (
-    DATA_HELP,
-    add_layout,
-)
+from msflow_ext.cli.flags import DATA_HELP, add_data
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
     from msflow_ext.data import DataSet
+
+DATA = ("data", "layout", "category", "split_seed", "normal", "abnormal", "masks", "csv")
 
 
 def data(options: Any) -> int:
-    """Look at a data set before training on it: data check."""
+    """Report what a data set holds and what is wrong with it: data check."""
     from msflow_ext.data import check_dataset
 
-    chosen, faults = vars(options[options.action]), 0
+    chosen, faults = dict(vars(options)), 0
+    if None not in (options.folder, options.data):
+        raise ValueError(f"--data must be given once, got {options.folder!r} and {options.data!r}")
+    chosen["data"] = options.data if options.folder is None else options.folder
     every = chosen["data"] and chosen["category"] is None
     for name in categories({**chosen, "category": "all"} if every else chosen):
         report = check_dataset(open_data({**chosen, "category": name}, strict=False))
@@ -68,14 +68,8 @@ def run_settings(run: Path) -> dict[str, Any]:
     return settings
 
 
-def data_flags(part: ArgumentParser) -> None:
-    import jsonargparse
-
-    text = "report what a data set holds and what is wrong with it"
-    check = jsonargparse.ArgumentParser(exit_on_error=False, description=text)
-    check.add_argument("data", type=str | None, nargs="?", help=DATA_HELP)
-    add_layout(check)
-    part.add_subcommands(dest="action").add_subcommand("check", check, help=text)
-
-
-DATA = ("data", "layout", "category", "split_seed", "normal", "abnormal", "masks", "csv")
+def data_flags(part: Any) -> None:
+    phrase = "Report what a data set holds and what is wrong with it."
+    check = part.add_commands("action", {"check": phrase})["check"]
+    check.add_argument("folder", nargs="?", metavar="DIR", help=f"{DATA_HELP} The same as --data.")
+    add_data(check)

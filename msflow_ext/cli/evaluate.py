@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.cli.console import conclude, print_table, rows_of
 from msflow_ext.cli.data import open_data, run_settings
-from msflow_ext.cli.flags import (
-    add_data,
-    add_device,
-    add_false_alarms,
-    add_precision,
-    add_run,
-)
+from msflow_ext.cli.flags import add_data, add_device, add_false_alarms, add_precision, add_run
 from msflow_ext.errors import FAILURES
 from msflow_ext.files import write_text
-from msflow_ext.runs.checkpoint import CHECKPOINT
-from msflow_ext.runs.folder import METRICS, checked_out
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
     from msflow_ext.data import DataSet, Images
     from msflow_ext.evaluation.evaluator import Evaluation, Truth
     from msflow_ext.inference.detector import Detector
@@ -32,6 +22,9 @@ if TYPE_CHECKING:
 
 def evaluate(options: Any) -> int:
     """Test a trained model on labelled images: those of its own run, or others; or all runs of a folder."""
+    from msflow_ext.cli.console import conclude, print_table, rows_of
+    from msflow_ext.runs.folder import checked_out
+
     out = checked_out(options.out) if options.out else None
     if options.category != "all":
         print_table(rows_of(_test(options, out)))
@@ -43,7 +36,7 @@ def evaluate(options: Any) -> int:
         raise ValueError("--category all wants --out, another folder than that of the runs")
 
     def one(trial: series.Trial) -> Mapping[str, Any]:
-        chosen = options.clone()
+        chosen = copy(options)
         chosen.run = str(trial.folder)
         chosen.category, chosen.split_seed = trial.category, trial.split_seed
         return _test(chosen, checked_out(out / trial.folder.relative_to(parent)))
@@ -59,6 +52,8 @@ def _trials(parent: Path) -> list[series.Trial]:
         ValueError: two are of one category and seeds, one of them is not finished.
         FileNotFoundError: there are none, or one does not say what it was trained on.
     """
+    from msflow_ext.runs.checkpoint import CHECKPOINT
+    from msflow_ext.runs.folder import METRICS
     from msflow_ext.training.sweep import Trial
 
     found: dict[tuple[Any, ...], Trial] = {}
@@ -156,15 +151,18 @@ def _check_classes(dataset: DataSet) -> None:
         )
 
 
-def evaluate_flags(part: ArgumentParser) -> None:
+def evaluate_flags(part: Any) -> None:
     add_run(part)
-    add_data(part)
-    add_precision(part)
-    add_device(part)
-    add_false_alarms(part)
-    part.add_argument(
+    text = "Folder for scores.csv and evaluation.json; by default nothing is written."
+    part.add_argument("--out", metavar="DIR", help=text)
+    add_data(part.add_argument_group("data", "By default the test images of the run."))
+    evaluation = part.add_argument_group("evaluation")
+    add_false_alarms(evaluation)
+    evaluation.add_argument(
         "--tune-thresholds",
         action="store_true",
-        help="also find the thresholds of the largest F1 on these very images",
+        help="Also find the thresholds of the largest F1 on these very images.",
     )
-    part.add_argument("--out", type=str | None, help="folder for scores.csv and evaluation.json")
+    hardware = part.add_argument_group("hardware")
+    add_precision(hardware)
+    add_device(hardware)

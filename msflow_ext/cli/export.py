@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from msflow_ext.cli.data import open_data, run_settings
-from msflow_ext.cli.flags import (
-    add_out,
-    add_run,
-)
+from msflow_ext.cli.flags import add_choice, add_out, add_run
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
-
-def export_flags(part: ArgumentParser) -> None:
-    add_run(part)
-    formats = ("torch", "aoti", "onnx", "openvino")
-    part.add_argument("--format", choices=formats, required=True, help="what to write")
-    add_out(part, "new file, .pt2, .onnx or .xml by the format")
+FORMATS = ("torch", "aoti", "onnx", "openvino")
 
 
 def export(options: Any) -> int:
@@ -44,3 +33,9 @@ def export(options: Any) -> int:
         f"{options.out}: differs from the run on {compared} by at most {texts}, relative to the largest value"
     )
     return 0
+
+
+def export_flags(part: Any) -> None:
+    add_run(part)
+    add_choice(part, "--format", FORMATS, "Format of the graph.", required=True)
+    add_out(part, "New file: .pt2 for torch and aoti, .onnx for onnx, .xml for openvino.", "FILE")

@@ -4,103 +4,136 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from msflow_ext.choices import ENGINES, PRECISIONS
+from msflow_ext.cli.parser import OneOf, number, whole
 from msflow_ext.data import LAYOUTS, PACKAGED
-from msflow_ext.distributed.executors import ENGINES, Engine, on_ray, one_by_one
-from msflow_ext.models.base import PRECISIONS
 from msflow_ext.training.recipe import PRESETS
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+    from msflow_ext.distributed.executors import Engine
 
-DATA_HELP = f"{' or '.join(PACKAGED)} (packages), or a folder"
-
-
-def add_model(part: ArgumentParser) -> None:
-    models, presets = tuple(PRESETS["paper"]), tuple(PRESETS)
-    part.add_argument("--model", choices=models, default="msflow", help="what to train")
-    part.add_argument(
-        "--preset",
-        choices=presets,
-        default="paper",
-        help="as in its paper, or as was better and steadier on average",
-    )
+DATA_HELP = f"Folder of the data set, or {' or '.join(PACKAGED)}, which are packages (extra demo)."
 
 
-def add_data(part: ArgumentParser) -> None:
-    part.add_argument("--data", type=str | None, help=DATA_HELP)
+def add_choice(part: Any, flag: str, words: tuple[str, ...], text: str, **more: Any) -> None:
+    """Add a flag whose value is one of some words."""
+    part.add_argument(flag, type=OneOf(words), choices=words, help=text, **more)
+
+
+def add_model(part: Any) -> None:
+    text = "Model to train."
+    add_choice(part, "--model", tuple(PRESETS["paper"]), text, default="msflow")
+    text = "Hyper-parameters of the paper, or those that were better and steadier on other data."
+    add_choice(part, "--preset", tuple(PRESETS), text, default="paper")
+
+
+def add_data(part: Any) -> None:
+    part.add_argument("--data", metavar="DIR", help=DATA_HELP)
     add_layout(part)
 
 
-def add_layout(part: ArgumentParser) -> None:
-    part.add_argument("--layout", type=str | None, help=f"of a folder: {' or '.join(LAYOUTS)}")
+def add_layout(part: Any) -> None:
+    add_choice(part, "--layout", LAYOUTS, "Layout of the folder.")
     part.add_argument(
         "--category",
-        type=str | None,
-        help="mono, brick, bottle, ...; train, data check: also several (a,b); they and evaluate: all",
+        metavar="NAME",
+        help="Category of the data set, such as bottle; all for every one (train, evaluate, data "
+        "check), a,b for several (train, data check).",
     )
-    part.add_argument("--split-seed", type=int, default=0, help="where the set has no fixed split")
-    for name in ("normal", "abnormal", "masks"):
-        part.add_argument(
-            f"--{name}", type=str | None, help=f"folder of {name}, with layout folder"
-        )
     part.add_argument(
-        "--csv", type=str | None, help="list of path, label, mask, split, with layout folder"
+        "--split-seed",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="Seed of the split of the good images, where the data set has no fixed split.",
+    )
+    for name, text in (
+        ("normal", "Folder of normal training images"),
+        ("abnormal", "Folder of defective test images"),
+        ("masks", "Folder of the masks of the defective images"),
+    ):
+        part.add_argument(f"--{name}", metavar="DIR", help=f"{text}, with layout folder.")
+    part.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="List of images with the columns path, label, mask and split, with layout folder.",
     )
 
 
-def add_run(part: ArgumentParser) -> None:
-    part.add_argument("--run", required=True, help="run folder, or a checkpoint file")
+def add_run(part: Any) -> None:
+    part.add_argument("--run", required=True, metavar="DIR", help="Run folder, or checkpoint file.")
 
 
-def add_false_alarms(part: ArgumentParser) -> None:
+def add_false_alarms(part: Any) -> None:
     part.add_argument(
         "--false-alarms",
-        type=float | None,
-        help="share of normal images that may exceed the thresholds (default: the run's)",
+        type=number,
+        metavar="SHARE",
+        help="Share of normal images that may exceed the thresholds; by default the run's.",
     )
 
 
-def add_out(part: ArgumentParser, text: str) -> None:
-    part.add_argument("--out", required=True, help=text)
+def add_out(part: Any, text: str, metavar: str = "DIR") -> None:
+    part.add_argument("--out", required=True, metavar=metavar, help=text)
 
 
-def add_device(part: ArgumentParser) -> None:
+def add_device(part: Any) -> None:
+    text = "Device to compute on: cpu, cuda, cuda:1, ...; by default a GPU if there is one."
+    part.add_argument("--device", metavar="DEVICE", help=text)
+
+
+def add_precision(part: Any) -> None:
+    text = "Precision of the optimized model; by default the model is used as it was trained."
+    add_choice(part, "--precision", PRECISIONS, text)
+
+
+def add_threads(part: Any) -> None:
     part.add_argument(
-        "--device", type=str | None, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
+        "--threads",
+        type=whole,
+        metavar="THREADS",
+        help="CPU threads of torch; by default torch decides.",
     )
 
 
-def add_precision(part: ArgumentParser) -> None:
-    part.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        help="of the prepacked form (default: the model as it trained)",
-    )
+def add_again(part: Any) -> None:
+    part.add_argument("--resume", action="store_true", help="Continue the run in the folder.")
+    part.add_argument("--overwrite", action="store_true", help="Replace the run in the folder.")
 
 
-def add_threads(part: ArgumentParser) -> None:
-    part.add_argument("--threads", type=int | None, help="CPU threads of torch")
-
-
-def add_again(part: ArgumentParser) -> None:
-    part.add_argument("--resume", action="store_true", help="continue the run in the folder")
-    part.add_argument("--overwrite", action="store_true", help="remove the run in the folder")
-
-
-def add_engine(part: ArgumentParser, *, default: str | None, text: str) -> None:
-    part.add_argument("--engine", choices=ENGINES, default=default, help=text)
+def add_engine(part: Any, *, default: str | None, text: str) -> None:
+    add_choice(part, "--engine", ENGINES, text, default=default)
     part.add_argument(
         "--address",
-        type=str | None,
-        help="of a Ray cluster, HOST:PORT or auto (default: a Ray of its own on this machine)",
+        metavar="HOST:PORT",
+        help="Address of a Ray cluster, or auto; by default Ray is started on this machine.",
     )
-    part.add_argument("--tasks-at-once", type=int | None, help="Ray: at most (default: what fits)")
-    part.add_argument("--cpus-per-task", type=int, default=1, help="Ray: for each, and its threads")
-    part.add_argument("--gpus-per-task", type=float, default=0.0, help="Ray: also a part, as 0.5")
+    part.add_argument(
+        "--tasks-at-once",
+        type=whole,
+        metavar="N",
+        help="Largest number of tasks on Ray at once; by default as many as fit.",
+    )
+    part.add_argument(
+        "--cpus-per-task",
+        type=whole,
+        default=1,
+        metavar="N",
+        help="Processors, and threads, of each task on Ray.",
+    )
+    part.add_argument(
+        "--gpus-per-task",
+        type=number,
+        default=0.0,
+        metavar="N",
+        help="GPUs of each task on Ray; a part of one, such as 0.5, is possible.",
+    )
 
 
 def chosen_engine(options: Any) -> Engine:
     """The engine that flags ask for; ValueError if flags of Ray stand beside another one."""
+    from msflow_ext.distributed.executors import on_ray, one_by_one
+
     if options.engine == "ray":
         return on_ray(
             options.address,
@@ -109,7 +142,7 @@ def chosen_engine(options: Any) -> Engine:
             gpus=options.gpus_per_task,
         )
     for name in ("address", "tasks_at_once"):
-        if options[name] is not None:
+        if getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for --engine ray")
     return one_by_one
 

@@ -10,7 +10,9 @@ from itertools import chain, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msflow_ext.choices import MAPS
 from msflow_ext.cli.flags import (
+    add_choice,
     add_device,
     add_engine,
     add_false_alarms,
@@ -21,66 +23,12 @@ from msflow_ext.cli.flags import (
     chosen_engine,
     device_of,
 )
+from msflow_ext.cli.parser import number, whole
 from msflow_ext.files import replacing
-from msflow_ext.inference.archive.parquet import MAPS
-from msflow_ext.reports.run_report import colour_range, save_maps
-from msflow_ext.runs.folder import checked_out, file_name
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
     from msflow_ext.inference.detector import Result
     from msflow_ext.inference.settings import Scoring
-
-
-def write_pictures(out: Path, results: Iterator[Result], colours: Sequence[float] | None) -> None:
-    """Write a heat map, and a mask if it has one, per result; one result is in memory at a time."""
-    first = next(results)
-    low, high = colours or colour_range([first.map])
-    a, b, c, d = tee(_with_masks(out, chain([first], results)), 4)
-    columns = (r.name for r in a), (r.image for r in b), (r.map for r in c), (r.mask for r in d)
-    save_maps(out, *columns, low=low, high=high)
-
-
-def _with_masks(out: Path, results: Iterable[Result]) -> Iterator[Result]:
-    """Pass results on and write their masks, white where the map exceeds the threshold."""
-    from PIL import Image
-
-    taken: set[str] = set()
-    for result in results:
-        name = file_name(result.name, taken)
-        if result.mask is not None:
-            with replacing(out / "masks" / name) as temporary:
-                Image.fromarray(result.mask).save(temporary, "PNG")
-        yield result
-
-
-def predict_flags(part: ArgumentParser) -> None:
-    add_run(part)
-    part.add_argument("paths", nargs="+", help="images, and folders with all that is in them")
-    part.add_argument(
-        "--watch",
-        action="store_true",
-        help="score images as they arrive in the one folder given, until interrupted",
-    )
-    part.add_argument(
-        "--tile",
-        action="store_true",
-        help="cut images into tiles of the model's size; no thresholds or p-values of the run",
-    )
-    part.add_argument("--overlap", type=float, default=0.25, help="share that tiles overlap by")
-    add_out(part, "folder for scores.csv, maps/*.png and, of a run with thresholds, masks/*.png")
-    add_false_alarms(part)
-    part.add_argument("--threshold", type=float | None, help="label by this score instead")
-    part.add_argument("--score-only", action="store_true", help="write no maps")
-    part.add_argument("--batch-size", type=int, default=8, help="images, or tiles, at a time")
-    add_precision(part)
-    add_device(part)
-    add_threads(part)
-    text = "write Parquet into --out, a folder or URI, here or on Ray; the same command goes on with it"
-    add_engine(part, default=None, text=text)
-    part.add_argument("--maps", choices=MAPS, help="kept in Parquet, as numbers or heat maps")
-    part.add_argument("--shard-size", type=int, default=256, help="images in a file of Parquet")
 
 
 log = logging.getLogger(__name__)
@@ -91,7 +39,7 @@ def predict(options: Any) -> int:
     import torch
     from tqdm import tqdm
 
-    from msflow_ext.cli.predict import write_pictures
+    from msflow_ext.runs.folder import checked_out
     from msflow_ext.runs.results import write_scores
 
     if options.threads:
@@ -138,7 +86,7 @@ def _archive(options: Any) -> int:
     if not options.engine or options.watch or options.score_only:
         raise ValueError("Parquet takes --engine, and neither --watch nor --score-only")
     engine, device = chosen_engine(options), device_of(options)
-    chosen = {name: options[name] for name in ("maps", "shard_size", "threads")}
+    chosen = {name: getattr(options, name) for name in ("maps", "shard_size", "threads")}
     archive = bulk.prepare(
         options.run, options.paths, options.out, _scoring(options), device=device, **chosen
     )
@@ -154,12 +102,11 @@ def _scoring(options: Any) -> Scoring:
     """How the options want images to be scored."""
     from msflow_ext.inference.settings import Scoring
 
-    return Scoring(**{name: options[name] for name in Scoring.__dataclass_fields__})
+    return Scoring(**{name: getattr(options, name) for name in Scoring.__dataclass_fields__})
 
 
 def _watch(options: Any, out: Path) -> int:
     """Score what arrives in a folder: first the pictures of an image are written, then its row."""
-    from msflow_ext.cli.predict import write_pictures
     from msflow_ext.errors import sentence
     from msflow_ext.inference.watch import ScoreLog, arrivals, stopped_by_signals
     from msflow_ext.reports.run_report import colour_range
@@ -202,3 +149,85 @@ def _watched(paths: Sequence[str], out: Path) -> Path:
         if inner.is_relative_to(outer) or outer.is_relative_to(inner):
             raise ValueError(f"--out {out} writes images into {folder}, which is watched")
     return folder
+
+
+def write_pictures(out: Path, results: Iterator[Result], colours: Sequence[float] | None) -> None:
+    """Write a heat map, and a mask if it has one, per result; one result is in memory at a time."""
+    from msflow_ext.reports.run_report import colour_range, save_maps
+
+    first = next(results)
+    low, high = colours or colour_range([first.map])
+    a, b, c, d = tee(_with_masks(out, chain([first], results)), 4)
+    columns = (r.name for r in a), (r.image for r in b), (r.map for r in c), (r.mask for r in d)
+    save_maps(out, *columns, low=low, high=high)
+
+
+def _with_masks(out: Path, results: Iterable[Result]) -> Iterator[Result]:
+    """Pass results on and write their masks, white where the map exceeds the threshold."""
+    from PIL import Image
+
+    from msflow_ext.runs.folder import file_name
+
+    taken: set[str] = set()
+    for result in results:
+        name = file_name(result.name, taken)
+        if result.mask is not None:
+            with replacing(out / "masks" / name) as temporary:
+                Image.fromarray(result.mask).save(temporary, "PNG")
+        yield result
+
+
+def predict_flags(part: Any) -> None:
+    add_run(part)
+    part.add_argument(
+        "paths", nargs="+", metavar="PATH", help="Images, and folders with all that is in them."
+    )
+    text = "Folder for scores.csv, maps/*.png and, of a run with thresholds, masks/*.png."
+    add_out(part, text)
+    part.add_argument("--score-only", action="store_true", help="Write no heat maps and no masks.")
+    part.add_argument(
+        "--watch",
+        action="store_true",
+        help="Score images as they arrive in the one folder given, until interrupted.",
+    )
+    labels = part.add_argument_group("labels")
+    add_false_alarms(labels)
+    labels.add_argument(
+        "--threshold",
+        type=number,
+        metavar="SCORE",
+        help="Label images with a larger score as defective, instead of by the run's threshold.",
+    )
+    tiles = part.add_argument_group("large images")
+    tiles.add_argument(
+        "--tile",
+        action="store_true",
+        help="Cut images into tiles of the model's size; thresholds and p-values of the run do "
+        "not hold for them.",
+    )
+    tiles.add_argument(
+        "--overlap",
+        type=number,
+        default=0.25,
+        metavar="SHARE",
+        help="Share by which neighbouring tiles overlap.",
+    )
+    archive = part.add_argument_group("archives")
+    text = "Write Parquet into --out, a folder or URI, from this process or on Ray; the same command resumes."
+    add_engine(archive, default=None, text=text)
+    text = "Keep the anomaly maps in Parquet, as numbers or as PNG heat maps."
+    add_choice(archive, "--maps", MAPS, text)
+    archive.add_argument(
+        "--shard-size", type=whole, default=256, metavar="IMAGES", help="Images per Parquet file."
+    )
+    hardware = part.add_argument_group("hardware")
+    hardware.add_argument(
+        "--batch-size",
+        type=whole,
+        default=8,
+        metavar="IMAGES",
+        help="Images, or tiles, that are scored at a time.",
+    )
+    add_precision(hardware)
+    add_device(hardware)
+    add_threads(hardware)

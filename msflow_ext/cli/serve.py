@@ -2,37 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from msflow_ext.cli.flags import (
-    add_device,
-    add_false_alarms,
-    add_precision,
-    add_run,
-)
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
-
-def serve_flags(part: ArgumentParser) -> None:
-    add_run(part)
-    part.add_argument("--host", default="127.0.0.1", help="to listen at; others need a token")
-    part.add_argument("--port", type=int, default=8000, help="0 for any that is free")
-    part.add_argument(
-        "--token",
-        default="",
-        help="that requests must bring (default: MSFLOW_TOKEN of the environment, which ps does not show)",
-    )
-    part.add_argument("--ssl-certfile", type=str | None, help="PEM certificate, for HTTPS")
-    part.add_argument("--ssl-keyfile", type=str | None, help="its key, if not in the same file")
-    part.add_argument("--max-bytes", type=int, default=32 * 2**20, help="of an image file")
-    part.add_argument("--max-pixels", type=int, default=64_000_000, help="of an image")
-    part.add_argument("--concurrency", type=int, default=16, help="images at once, waiting or not")
-    part.add_argument("--timeout", type=float, default=30.0, help="seconds for an image")
-    add_false_alarms(part)
-    add_precision(part)
-    add_device(part)
+from msflow_ext.cli.flags import add_device, add_false_alarms, add_precision, add_run
+from msflow_ext.cli.parser import number, whole
 
 
 def serve(options: Any) -> int:
@@ -45,7 +18,7 @@ def serve(options: Any) -> int:
         host=options.host,
         port=options.port,
         token=options.token,
-        limits=serving.Limits(**{name: options[name] for name in names}),
+        limits=serving.Limits(**{name: getattr(options, name) for name in names}),
         device=options.device,
         false_alarms=options.false_alarms,
         precision=options.precision,
@@ -53,3 +26,42 @@ def serve(options: Any) -> int:
         ssl_keyfile=options.ssl_keyfile,
     )
     return 0
+
+
+def serve_flags(part: Any) -> None:
+    add_run(part)
+    add_false_alarms(part)
+    server = part.add_argument_group("server")
+    server.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="Address to bind to; another one than this machine's own requires a token.",
+    )
+    server.add_argument(
+        "--port", type=whole, default=8000, metavar="PORT", help="Port; 0 for any that is free."
+    )
+    server.add_argument(
+        "--token",
+        default="",
+        metavar="TOKEN",
+        help="Token that requests must bring; by default MSFLOW_TOKEN of the environment, which a "
+        "list of processes does not show.",
+    )
+    server.add_argument("--ssl-certfile", metavar="FILE", help="PEM certificate, for HTTPS.")
+    server.add_argument(
+        "--ssl-keyfile", metavar="FILE", help="Key of the certificate, if it is in another file."
+    )
+    limits = part.add_argument_group("limits")
+    for flag, unit, default, text in (
+        ("--max-bytes", "BYTES", 32 * 2**20, "Largest size of an image file."),
+        ("--max-pixels", "PIXELS", 64_000_000, "Largest number of pixels of an image."),
+        ("--concurrency", "IMAGES", 16, "Images at once, those that wait included."),
+    ):
+        limits.add_argument(flag, type=whole, default=default, metavar=unit, help=text)
+    limits.add_argument(
+        "--timeout", type=number, default=30.0, metavar="SECONDS", help="Seconds for an image."
+    )
+    hardware = part.add_argument_group("hardware")
+    add_precision(hardware)
+    add_device(hardware)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
 from dataclasses import replace
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.cli.console import conclude, print_table, rows_of
+from msflow_ext.choices import ENGINES
+from msflow_ext.cli.config import Config
 from msflow_ext.cli.data import DATA, categories, open_data
 from msflow_ext.cli.flags import (
     add_again,
@@ -22,18 +23,19 @@ from msflow_ext.cli.flags import (
     chosen_engine,
     device_of,
 )
-from msflow_ext.data import FITS
-from msflow_ext.distributed import ranks as distributed
-from msflow_ext.distributed.launch import processes_to_start
+from msflow_ext.cli.hyperparameters import (
+    MODELS,
+    RECIPE,
+    all_model_parameters,
+    given,
+    model_parameters,
+    parameters,
+)
+from msflow_ext.cli.parser import Parser, whole
 from msflow_ext.errors import FAILURES
-from msflow_ext.features import CACHES
-from msflow_ext.flows import MEMORY
-from msflow_ext.models.base import PRECISIONS
 from msflow_ext.training.recipe import PRESETS, Recipe
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
     from msflow_ext.data import DataSet
     from msflow_ext.training import sweep as series
 
@@ -45,6 +47,8 @@ DEMO = (
 
 def demo(options: Any) -> int:
     """Train a model on solar cells (ELPV mono) and on brick, beside a Gaussian baseline."""
+    from msflow_ext.cli.console import print_table, rows_of
+
     rows = []
     for arguments in DEMO:
         out = Path(options.out) / "-".join(arguments[1:4:2])
@@ -52,7 +56,7 @@ def demo(options: Any) -> int:
         command += ["--model", options.model, "--preset", options.preset]
         command += ["--baseline", "--out", str(out)]
         command += ["--threads", str(options.threads)] if options.threads else []
-        command += [f"--{flag}" for flag in ("resume", "overwrite") if options[flag]]
+        command += [f"--{flag}" for flag in ("resume", "overwrite") if getattr(options, flag)]
         rows += rows_of(_train(_parsed(command)))
     print_table(rows)
     return 0
@@ -60,12 +64,17 @@ def demo(options: Any) -> int:
 
 def train(options: Any) -> int:
     """Train a model on good images, test it, and write a run folder, or one for each category and seed."""
+    from msflow_ext.cli.console import conclude, print_table, rows_of
+    from msflow_ext.distributed import ranks as distributed
     from msflow_ext.training import sweep as series
 
+    if options.print_config:
+        print(_yaml(_settings(options)), end="")
+        return 0
     ranks = distributed.join(options.device)
     if not ranks.first:
         logging.getLogger("msflow_ext").setLevel(logging.CRITICAL)
-    out, engine, chosen = Path(options.out), chosen_engine(options), options.clone()
+    out, engine, chosen = Path(options.out), chosen_engine(options), copy(options)
     with ranks.agreed():
         trials = _trials(options)
         if not (options.resume or options.overwrite):
@@ -89,11 +98,9 @@ def train(options: Any) -> int:
 
 def _parsed(arguments: list[str]) -> Any:
     """The options of ``train`` that these arguments give."""
-    import jsonargparse
-
-    part = jsonargparse.ArgumentParser(exit_on_error=False)
+    part = Parser("msflow train")
     train_flags(part)
-    return part.parse_args(arguments)
+    return part.parse(arguments)
 
 
 def _trials(options: Any) -> list[series.Trial]:
@@ -107,15 +114,15 @@ def _trials(options: Any) -> list[series.Trial]:
     split_seeds = options.split_seeds or [options.split_seed]
     if len(split_seeds) > 1 and options.layout in FIXED:
         raise ValueError(f"--split-seeds: layout {options.layout} says itself what is tested")
-    seeds = options.seeds or [options.seed]
+    seeds = options.seeds or [recipe_of(options).seed]
     return series.plan(Path(options.out), chosen, split_seeds, seeds)
 
 
 def _train_trial(options: Any, trial: series.Trial) -> dict[str, Any]:
     """One training of a series."""
-    chosen = options.clone()
+    chosen = copy(options)
     for name in ("category", "split_seed", "seed"):
-        chosen[name] = getattr(trial, name)
+        setattr(chosen, name, getattr(trial, name))
     chosen.out = str(trial.folder)
     return _train(chosen)
 
@@ -124,23 +131,23 @@ def _train(options: Any) -> dict[str, Any]:
     """Train as the options say; what ``metrics.json`` holds."""
     import torch
 
+    from msflow_ext.distributed import ranks as distributed
     from msflow_ext.training import loop as training
 
     if options.threads:
         torch.set_num_threads(options.threads)
     ranks = distributed.join(options.device)
     with ranks.agreed():
+        recipe = recipe_of(options)
         dataset = open_data(vars(options))
-        model = _build(options, dataset)
-    given = {name: options[name] for name in RECIPE if options[name] is not None}
-    recipe = replace(PRESETS[options.preset][options.model].recipe, **given)
+        model = _build(options, dataset, recipe.seed)
     metrics = training.train(
         model,
         dataset,
         options.out,
         recipe,
         device=options.device,
-        settings={name: options[name] for name in SETTINGS},
+        settings=_settings(options),
         resume=options.resume,
         overwrite=options.overwrite,
         baseline=options.baseline,
@@ -151,165 +158,129 @@ def _train(options: Any) -> dict[str, Any]:
     return metrics
 
 
-def _build(options: Any, dataset: DataSet) -> Any:
+def recipe_of(options: Any) -> Recipe:
+    """The recipe of the preset, with what is given instead; ValueError names a value out of range."""
+    preset = PRESETS[options.preset][options.model]
+    return replace(preset.recipe, **given(options, parameters(*RECIPE)))
+
+
+def model_arguments(options: Any) -> dict[str, Any]:
+    """The arguments of the model in the preset, with what is given instead; ValueError names a wrong one."""
+    chosen = given(options, all_model_parameters())
+    if wrong := [name for name in chosen if name not in model_parameters(options.model)]:
+        flag = f"--{wrong[0].replace('_', '-')}"
+        raise ValueError(f"{flag} is not an option of --model {options.model}")
+    return {**PRESETS[options.preset][options.model].model, **chosen}
+
+
+def _build(options: Any, dataset: DataSet, seed: int) -> Any:
     """The untrained model that the options ask for."""
     from msflow_ext.models.fastflow import FastFlow
     from msflow_ext.models.msflow import MSFlow
 
     kind: Any = {"msflow": MSFlow, "fastflow": FastFlow}[options.model]
-    given = {name: options[name] for name in MODEL if options[name] is not None}
-    if wrong := [name for name in given if name not in signature(kind).parameters]:
-        flag = f"--{wrong[0].replace('_', '-')}"
-        raise ValueError(f"{flag} is not an option of --model {options.model}")
-    size = options.image_size
+    arguments = model_arguments(options)
     small = dataset.category == "transistor" or dataset.name == "mstc"
-    if size is None and small and options.model == "msflow":
-        size = 256  # as its authors train these
-    return kind(
-        options.backbone,
-        image_size=size,
-        pretrained=options.weights or True,
-        seed=options.seed,
-        **{**PRESETS[options.preset][options.model].model, **given},
-    )
+    if small and options.model == "msflow":
+        arguments.setdefault("image_size", 256)  # as its authors train these
+    return kind(pretrained=options.weights or True, seed=seed, **arguments)
 
 
 def devices_to_start(options: Any) -> int:
+    """How many processes the options ask for; 0 if this one trains."""
+    from msflow_ext.distributed.launch import processes_to_start
+
     names = ("devices", "num_nodes", "rendezvous", "device")
-    return processes_to_start(**{name: options[name] for name in names})
+    return processes_to_start(**{name: getattr(options, name) for name in names})
 
 
-RECIPE = (
-    "epochs",
-    "batch_size",
-    "lr",
-    "noise",
-    "seed",
-    "precision",
-    "memory",
-    "cache",
-    "eval_every",
-    "workers",
-    "fit",
-    "hold_out",
-    "false_alarms",
-)
+def _settings(options: Any) -> dict[str, Any]:
+    """What ``config.yaml`` of a run holds, for ``--config``."""
+    names = (*DATA, *parameters(*RECIPE), *all_model_parameters())
+    names += ("model", "preset", "weights", "baseline")
+    return {**{name: getattr(options, name) for name in names}, "seed": recipe_of(options).seed}
 
 
-MODEL = (  # arguments of a model; None: as the preset or the model has it
-    *("out_indices", "blocks", "steps", "hidden_ratio", "conv3x3_only"),
-    *("standardize", "whiten", "score", "anomaly_map", "smoothing", "position_base"),
-)
+def _yaml(settings: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(settings, sort_keys=False)
 
 
-SETTINGS = (
-    *(*DATA, *RECIPE, *MODEL),
-    *("model", "preset", "backbone", "image_size", "weights", "baseline"),
-)
+#: Groups of the help of ``train``; and where fields of the recipe stand that are not about training itself.
+GROUPS = ("data", "model", "training", "evaluation", "hardware", "many runs")
+PLACES = {
+    **dict.fromkeys(("cache", "memory", "precision", "workers"), "hardware"),
+    **dict.fromkeys(("eval_every", "false_alarms", "hold_out"), "evaluation"),
+    "fit": "data",
+}
+SHOWN = "Defaults are those of --preset paper, for MSFlow where both models have the flag."
 
 
-def demo_flags(part: ArgumentParser) -> None:
+def train_flags(part: Any) -> None:
+    part.usage = "%(prog)s --data DIR --layout LAYOUT --out DIR [FLAG ...]"
+    part.add_argument(
+        "--config",
+        action=Config,
+        metavar="FILE",
+        help="YAML file with values for these flags, such as batch_size: 16. Flags after it replace "
+        "its values.",
+    )
+    text = "Print the flags that are given as YAML for --config, and exit."
+    part.add_argument("--print-config", "--print_config", action="store_true", help=text)
+    add_out(part, "Run folder to write.")
+    add_again(part)
+    groups = {name: part.add_argument_group(name) for name in GROUPS}
+    groups["model"].description = groups["training"].description = SHOWN
+    add_data(groups["data"])
+    for name, each in parameters(*RECIPE).items():
+        each.add_to(groups[PLACES.get(name, "training")], default=each.default)
+    _model_flags(groups["model"])
+    text = "Also fit a PaDiM-style Gaussian to the same features."
+    groups["evaluation"].add_argument("--baseline", action="store_true", help=text)
+    _hardware_flags(groups["hardware"])
+    _series_flags(groups["many runs"])
+
+
+def demo_flags(part: Any) -> None:
+    add_out(part, "Folder for the two run folders.")
     add_model(part)
-    add_out(part, "folder for the two run folders")
     add_threads(part)
     add_again(part)
 
 
-def train_flags(part: ArgumentParser) -> None:
-    part.add_argument("--config", action="config", help="YAML file of any of these flags")
-    add_data(part)
-    part.add_argument(
-        "--split-seeds", type=int, nargs="+", help="train on each of these splits, make a table"
-    )
-    part.add_argument("--seeds", type=int, nargs="+", help="train with each seed, make a table")
-    add_model(part)
-    part.add_argument(
-        "--backbone",
-        default="wide_resnet50_2",
-        help="timm network, or efficientnet_lite0, whose weights a pip package holds",
-    )
-    part.add_argument("--weights", type=str | None, help="file of backbone weights")
-    part.add_argument(
-        "--image-size",
-        type=int | None,
-        help="side of the square input in pixels (default: the backbone's preset)",
-    )
-    part.add_argument(
-        "--fit",
-        choices=FITS,
-        default=Recipe.fit,
-        help="how images become square: resized, or padded so that they keep their aspect",
-    )
-    part.add_argument("--out-indices", type=int, nargs="+", help="maps of the backbone to read")
-    part.add_argument("--blocks", type=int, nargs="+", help="steps of each flow of MSFlow")
-    for name, kind, text in (
-        ("--steps", int | None, "of every flow of FastFlow"),
+def _model_flags(group: Any) -> None:
+    add_model(group)
+    text = "File of backbone weights; by default they come from a package or the model hub."
+    group.add_argument("--weights", metavar="FILE", help=text)
+    for name, each in all_model_parameters().items():
+        having = [model for model in MODELS if name in model_parameters(model)]
+        note = f"{MODELS[having[0]][1]} only." if len(having) == 1 else ""
+        each.add_to(group, note, each.default)
+
+
+def _hardware_flags(group: Any) -> None:
+    add_device(group)
+    for flag, kind, unit, text in (
         (
-            "--hidden-ratio",
-            float | None,
-            "hidden channels of FastFlow's subnets, of those they see",
+            "--devices",
+            whole,
+            "N",
+            "Processes on this machine, one per GPU, or on the CPU; by default 1.",
         ),
-        ("--conv3x3-only", bool | None, "true: FastFlow's subnets convolve 3x3 in every step"),
-        (
-            "--standardize",
-            bool | None,
-            "true: each channel by its statistics over the training set",
-        ),
-        (
-            "--whiten",
-            bool | None,
-            "true: features by their covariances at every position, for parts that lie alike",
-        ),
-        ("--score", str | None, "of an image: paper, log, nll or map"),
-        (
-            "--anomaly-map",
-            str | None,
-            "paper, or clamped for no scale to outshout others",
-        ),
-        ("--smoothing", float | None, "pixels: of a Gaussian filter over the clamped map"),
-        ("--epochs", int | None, "passes over the training images"),
-        ("--batch-size", int | None, "images per step"),
-        ("--lr", float | None, "learning rate between warm-up and decay"),
-        ("--noise", float | None, "standard deviation of noise on the features in training"),
-        ("--hold-out", float | None, "share of the training images that only set the thresholds"),
-        ("--false-alarms", float | None, "share of normal images that may exceed the thresholds"),
+        ("--num-nodes", whole, "N", "Machines that run this command; by default 1."),
+        ("--rendezvous", str, "HOST:PORT", "Address on one of several machines, where they meet."),
     ):
-        part.add_argument(name, type=kind, help=f"{text} (default: the preset's)")
-    part.add_argument(
-        "--position-base",
-        action="store_true",
-        help="fit a Gaussian at every position behind the flow: for parts that always lie alike",
-    )
-    part.add_argument(
-        "--seed", type=int, default=Recipe.seed, help="of initial weights and order of the images"
-    )
-    part.add_argument(
-        "--precision", choices=PRECISIONS, default=Recipe.precision, help="of the flows"
-    )
-    part.add_argument(
-        "--memory",
-        choices=MEMORY,
-        default=Recipe.memory,
-        help="of training; reversible saves no activations, and takes longer",
-    )
-    part.add_argument(
-        "--cache", choices=CACHES, default=Recipe.cache, help="where features are kept"
-    )
-    part.add_argument(
-        "--eval-every", type=int | None, help="epochs between tests (default: a tenth)"
-    )
-    part.add_argument(
-        "--workers", type=int, default=Recipe.workers, help="threads that decode images"
-    )
-    part.add_argument("--baseline", action="store_true", help="also fit a PaDiM-style Gaussian")
-    add_device(part)
-    for name, kind, text in (
-        ("--devices", int | None, "processes here, one per GPU, or on the CPU (default: 1)"),
-        ("--num-nodes", int | None, "machines that run this command (default: 1)"),
-        ("--rendezvous", str | None, "HOST:PORT where several machines meet: on one of them"),
+        group.add_argument(flag, type=kind, metavar=unit, help=text)
+    add_threads(group)
+
+
+def _series_flags(group: Any) -> None:
+    group.description = "With these or several categories, the runs are summarised in a table."
+    for flag, text in (
+        ("--seeds", "Train with each of these seeds."),
+        ("--split-seeds", "Train on each of these splits of the good images."),
     ):
-        part.add_argument(name, type=kind, help=text)
-    add_threads(part)
-    add_out(part, "run folder to write")
-    add_again(part)
-    add_engine(part, default="local", text="of several trainings: one by one, or at once on Ray")
+        group.add_argument(flag, type=whole, nargs="+", metavar="N", help=text)
+    text = "Where several trainings run: one after the other, or at once on Ray."
+    add_engine(group, default=ENGINES[0], text=text)

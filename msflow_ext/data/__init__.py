@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from msflow_ext.data.check import Report, check_dataset
-from msflow_ext.data.dataset import DataSet, Frame, Item
-from msflow_ext.data.datasets import btad, elpv, folder, mstc, mtd, mvtec, textures, visa
-from msflow_ext.data.decoding import load_image
-from msflow_ext.data.images import FITS, Images, load_mask
+from msflow_ext.choices import FITS
+
+if TYPE_CHECKING:
+    from msflow_ext.data.check import Report, check_dataset
+    from msflow_ext.data.dataset import DataSet, Frame, Item
+    from msflow_ext.data.decoding import load_image
+    from msflow_ext.data.images import Images, load_mask
 
 __all__ = [
     "FITS",
@@ -28,16 +32,28 @@ __all__ = [
     "open_dataset",
 ]
 
-PACKAGED: dict[str, ModuleType] = {"elpv": elpv, "textures": textures}
-LAYOUTS: dict[str, ModuleType] = {
-    "mvtec": mvtec,
-    "visa": visa,
-    "btad": btad,
-    "mtd": mtd,
-    "mstc": mstc,
-    "folder": folder,
+# Names are resolved on first use: the command line needs the layouts, and not torch.
+_HOME = {
+    "DataSet": "dataset",
+    "Frame": "dataset",
+    "Images": "images",
+    "Item": "dataset",
+    "Report": "check",
+    "check_dataset": "check",
+    "load_image": "decoding",
+    "load_mask": "images",
 }
+
+#: Data sets that are packages, and layouts of folders; each is a module of ``msflow_ext.data.datasets``.
+PACKAGED = ("elpv", "textures")
+LAYOUTS = ("mvtec", "visa", "btad", "mtd", "mstc", "folder")
 FIXED = ("mvtec", "visa", "btad", "mstc")  # layouts that say themselves what is tested
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def open_dataset(
@@ -107,16 +123,20 @@ def _reader(
     if isinstance(data, str) and data in PACKAGED:
         if layout is not None:
             raise ValueError(f"data {data!r} is a package and has no layout, got {layout!r}")
-        return PACKAGED[data], []
+        return _module(data), []
     if layout not in LAYOUTS:
         raise ValueError(
             f"layout of data {str(data)!r} must be one of {', '.join(LAYOUTS)}, got {layout!r}; "
             f"without a layout, data must be one of {', '.join(PACKAGED)}"
         )
     if data is None and folders:
-        return LAYOUTS[layout], [None]
+        return _module(layout), [None]
     if data is None:
         raise ValueError("data must be a folder, got None")
     if not Path(data).is_dir():
         raise FileNotFoundError(f"data {data} is not a folder")
-    return LAYOUTS[layout], [Path(data)]
+    return _module(layout), [Path(data)]
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"{__name__}.datasets.{name}")

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msflow_ext.choices import FITS
 from msflow_ext.data.dataset import Item
 from msflow_ext.data.decoding import Source, decode, load_image, read_mask
 
 if TYPE_CHECKING:
     from PIL import Image
 
-FITS = ("resize", "pad")
 
 Box = tuple[slice, slice]
 

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-ENGINES = ("local", "ray")
-
 #: A task, what came of it, and the error that came instead.
 Outcome = tuple[Any, Any, Exception | None]
 #: Does ``work(task)`` for each task; outcomes come as they are ready. To be closed after use.

@@ -15,19 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from msflow_ext.errors import ProcessFailed
+
 #: How long a process waits for the others; the longest wait is for the first one's metrics and report.
 TIMEOUT = timedelta(minutes=30)
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and others set
 
 Value = TypeVar("Value")
-
-
-class ProcessFailed(RuntimeError):  # noqa: N818  (it says what happened)
-    """Another process of this training failed, and all of them know; ``here``: it runs on this machine."""
-
-    def __init__(self, what: str, here: bool = True) -> None:
-        super().__init__(what)
-        self.here = here
 
 
 class Ranks:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msflow_ext.choices import PRECISIONS
 from msflow_ext.data import Images, Item
 from msflow_ext.data.images import Box, to_pixels
 from msflow_ext.data.prefetch import decoded
@@ -21,7 +22,6 @@ from msflow_ext.evaluation.calibration import Calibration
 from msflow_ext.hardware import pick_device
 from msflow_ext.inference import tiling
 from msflow_ext.inference.cuda_graphs import Replayed
-from msflow_ext.models.base import PRECISIONS
 from msflow_ext.models.fastflow import FastFlow
 from msflow_ext.models.msflow import MSFlow
 from msflow_ext.runs.checkpoint import CHECKPOINT, read_checkpoint, restore

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from msflow_ext.choices import PADDING_MODES
 from msflow_ext.hardware import has_bfloat16
 from msflow_ext.models.pretrained import (
     PACKAGED,
@@ -79,7 +80,7 @@ class Backbone(nn.Module):
         padding_mode: str = "zeros",
     ) -> None:
         super().__init__()
-        if padding_mode not in ("zeros", "reflect"):
+        if padding_mode not in PADDING_MODES:
             raise ValueError(f'padding_mode must be "zeros" or "reflect", got {padding_mode!r}')
         size = None if image_size is None else _sides(image_size)
         network, indices, maps = _network(timm_name(name), out_indices)

@@ -14,16 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from msflow_ext import ops
-from msflow_ext.flows import MEMORY
+from msflow_ext.choices import ANOMALY_MAPS, CLAMP_FORMS, MEMORY, SCORES
 from msflow_ext.models.anomaly_map import ClampedMap
 from msflow_ext.models.backbone import Backbone
 from msflow_ext.models.gaussians import PositionBase, Total, Whitening, alone
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-SCORES = ("paper", "log", "nll", "map")
-MAPS = ("paper", "clamped")
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class FlowHead(nn.Module):
         self._memory = "lean"
         if not 0 < self.clamp < math.inf:
             raise ValueError(f"clamp must be positive, got {self.clamp}")
-        if self.clamp_form not in ("0.2", "head"):
+        if self.clamp_form not in CLAMP_FORMS:
             raise ValueError(f"clamp_form must be '0.2' or 'head', got {self.clamp_form!r}")
 
     @property
@@ -145,7 +142,7 @@ class AnomalyModel(nn.Module, ABC):
         **config: Any,
     ) -> None:
         super().__init__()
-        choices = (("score", score, SCORES), ("anomaly_map", anomaly_map, MAPS))
+        choices = (("score", score, SCORES), ("anomaly_map", anomaly_map, ANOMALY_MAPS))
         for name, value, known in choices:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
@@ -328,6 +325,3 @@ def refuse_non_finite(log_det: Tensor, features: Sequence[Tensor]) -> None:
 
 def _column(vector: Tensor) -> Tensor:
     return vector.view(-1, 1, 1)
-
-
-PRECISIONS = ("float32", "bfloat16")

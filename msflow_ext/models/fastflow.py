@@ -176,17 +176,18 @@ class FastFlow(AnomalyModel):
         pretrained: True, a path of local weights, or False for random weights (loading a checkpoint, tests).
         out_indices: which maps of the backbone; by default the preset's, else the backbone chooses: see
             :class:`~msflow_ext.models.backbone.Backbone`.
-        steps, hidden_ratio, conv3x3_only: see :class:`FastFlowHead`; by default those of the paper for the backbone
-            or its kind, but a ratio of 2 for a pyramid with a map of fewer than 64 channels (mobile networks).
+        steps, conv3x3_only: see :class:`FastFlowHead`; by default as in the paper for the backbone or its kind.
+        hidden_ratio: see :class:`FastFlowHead`; by default as in the paper for the backbone or its kind, but 2 for a
+            pyramid with a map of fewer than 64 channels (mobile networks).
         clamp, clamp_form, seed: see :class:`FastFlowHead`.
         layer_norm: whether there are trainable LayerNorms; by default where the backbone does not apply its own.
-        padding_mode: ``"reflect"`` or ``"zeros"`` in the backbone.
+        padding_mode: padding of the backbone's convolutions, ``"reflect"`` or ``"zeros"``.
         standardize: whether features are standardised per channel by statistics of the training set
             (:meth:`set_statistics`).
-        score: ``"paper"``, the maximum of the map; ``"log"``, ``"nll"`` or ``"map"``, as in
+        score: score of an image: ``"paper"``, the maximum of the map; ``"log"``, ``"nll"`` or ``"map"``, as in
             :class:`~msflow_ext.MSFlow`.
         top_k: share of the pixels that make the latter three.
-        anomaly_map: ``"paper"``, the mean over scales; or ``"clamped"``: see
+        anomaly_map: anomaly map: ``"paper"``, the mean over scales; or ``"clamped"``: see
             :class:`~msflow_ext.models.anomaly_map.ClampedMap`.
         smoothing: standard deviation in pixels of a Gaussian filter over the clamped map.
         whiten: for parts that always lie alike: standardised features are whitened at every position given the coarser

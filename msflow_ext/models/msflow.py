@@ -39,7 +39,8 @@ class MSFlowHead(FlowHead):
         blocks: flow steps of each scale; the paper's 2, 5, 8 grow with depth.
         cond_channels: channels of the positional condition, a multiple of 4, one number or one per scale.
         clamp: alpha of the soft clamp.
-        clamp_form: ``"0.2"`` (the authors' code, FrEIA 0.2) or ``"head"`` (FrEIA master); the fusion flow has its own.
+        clamp_form: form of the soft clamp, ``"0.2"`` (the authors' code, FrEIA 0.2) or ``"head"`` (FrEIA master); the
+            fusion flow has its own.
         seed: of permutations and initial weights; None draws from torch's global generator.
 
     Raises:
@@ -58,7 +59,8 @@ class MSFlowHead(FlowHead):
     ) -> None:
         super().__init__(channels, clamp=clamp, clamp_form=clamp_form)
         self.blocks = tuple(int(b) for b in blocks)
-        conds = [cond_channels] * len(channels) if isinstance(cond_channels, int) else cond_channels
+        conds = [cond_channels] if isinstance(cond_channels, int) else list(cond_channels)
+        conds = conds * len(channels) if len(conds) == 1 else conds
         self.cond_channels = tuple(int(c) for c in conds)
         self._check_arguments()
         with seeded(seed):
@@ -126,20 +128,21 @@ class MSFlow(AnomalyModel):
 
     Args:
         backbone: name of a timm network, or ``efficientnet_lite0``, whose weights a pip package ships.
-        image_size: side ``S`` of the square input and of the maps, in pixels; by default the preset's, else the one
-            that a transformer was trained with, else 256.
+        image_size: side ``S`` of the square input and of the maps, in pixels; by default the paper's for the
+            backbone, else the one that a transformer was trained with, else 256.
         pretrained: True, a path of local weights, or False for random weights (loading a checkpoint, tests).
         blocks, cond_channels, clamp, clamp_form, seed: see :class:`MSFlowHead`.
-        out_indices: which maps, one per entry of ``blocks``; by default the backbone chooses: see
+        out_indices: maps of the backbone to read, one per entry of ``blocks``; by default the backbone chooses: see
             :class:`~msflow_ext.models.backbone.Backbone`.
-        padding_mode: ``"reflect"`` or ``"zeros"`` in the backbone; the preset's by default.
+        padding_mode: padding of the backbone's convolutions, ``"reflect"`` or ``"zeros"``; by default the paper's for the
+            backbone, else ``"zeros"``.
         standardize: whether features are standardised per channel by statistics of the training set
-            (:meth:`set_statistics`); off in the paper's presets, on otherwise.
-        score: ``"log"``, the paper's image score as ``-log(1 - score)``, which has the same order and cannot saturate;
-            ``"paper"``, the value itself; ``"nll"``, the mean of the largest summed negative log-likelihoods;
-            ``"map"``, that of the anomaly map's largest values.
+            (:meth:`set_statistics`); by default off for the backbone of the paper, on for others.
+        score: score of an image: ``"log"``, the paper's image score as ``-log(1 - score)``, which has the same order
+            and cannot saturate; ``"paper"``, the value itself; ``"nll"``, the mean of the largest summed negative
+            log-likelihoods; ``"map"``, that of the anomaly map's largest values.
         top_k: share of the pixels that make the score.
-        anomaly_map: ``"paper"``, additive over scales; or ``"clamped"``: see
+        anomaly_map: anomaly map: ``"paper"``, additive over scales; or ``"clamped"``: see
             :class:`~msflow_ext.models.anomaly_map.ClampedMap`.
         smoothing: standard deviation in pixels of a Gaussian filter over the clamped map.
         whiten: for parts that always lie alike: standardised features are whitened at every position given the coarser

@@ -1,8 +1,15 @@
 """Train a model's head on normal images: recipe, loop, checkpoints, series of trainings."""
 
-from msflow_ext.training.loop import train
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from msflow_ext.training.recipe import PRESETS, Preset, Recipe
-from msflow_ext.training.step import TrainingDiverged, make_optimizer, train_epoch
+
+if TYPE_CHECKING:
+    from msflow_ext.training.loop import train
+    from msflow_ext.training.step import TrainingDiverged, make_optimizer, train_epoch
 
 __all__ = [
     "PRESETS",
@@ -13,3 +20,17 @@ __all__ = [
     "train",
     "train_epoch",
 ]
+
+# Names are resolved on first use: the command line needs the recipe, and not torch.
+_HOME = {
+    "TrainingDiverged": "step",
+    "make_optimizer": "step",
+    "train": "loop",
+    "train_epoch": "step",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

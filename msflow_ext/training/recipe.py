@@ -3,55 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
+from msflow_ext.choices import CHOICES
 
-from msflow_ext.data import FITS
-from msflow_ext.evaluation.calibration import images_needed
-from msflow_ext.features import CACHES
-from msflow_ext.flows import MEMORY
-from msflow_ext.models.base import PRECISIONS
-
-SCHEDULES = ("steps", "cosine")
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How to train; the defaults are the MSFlow paper's, ``PRESETS`` has all others.
 
+    The command line has a flag for every attribute, and these texts are its help.
+
     Attributes:
         epochs: passes over the training images (the paper's sub-epochs).
-        batch_size: images per step; the last step of an epoch may have fewer.
-        lr: Adam's learning rate between warm-up and decay.
+        batch_size: images per training step; the last step of an epoch may have fewer.
+        lr: learning rate of Adam between warm-up and decay.
         clip: largest norm of the whole gradient; None for no limit.
-        weight_decay: Adam's, added to the gradient.
-        warmup: share of the epochs in which the rate rises linearly from ``warmup_from`` times ``lr``.
-        warmup_from: where it starts.
-        schedule: ``steps``, down by ``decay`` at each of ``milestones``; or ``cosine``, half a wave from ``lr`` to 0.
-        decay: factor at each of ``milestones``.
-        milestones: shares of the epochs; none for a constant rate.
-        noise: standard deviation of normal noise on the features, new in every epoch: less is learnt by heart.
-        seed: of the order of the images, and of the noise.
-        precision: ``float32``, or ``bfloat16`` (autocast; weights stay float32, cached features are halved).
-        memory: what the backward pass rests on, see :class:`msflow_ext.models.base.FlowHead`; ``reversible`` needs
-            ``float32``.
+        weight_decay: weight decay of Adam, added to the gradient.
+        warmup: share of the epochs in which the learning rate rises linearly to ``lr``.
+        warmup_from: learning rate at the start of the warm-up, as a factor of ``lr``.
+        schedule: decay of the learning rate: ``steps``, by the factor ``decay`` at each of ``milestones``; or
+            ``cosine``, half a wave from ``lr`` to 0.
+        decay: factor of the learning rate at each of ``milestones``.
+        milestones: shares of the epochs after which the learning rate decays; none for a constant rate.
+        noise: standard deviation of normal noise on the features, new in every epoch, which acts as regularisation.
+        seed: seed of the order of the images, of the noise and, on the command line, of the initial weights.
+        precision: precision of the flows in training: ``float32``, or ``bfloat16`` (autocast; weights stay float32,
+            cached features are halved).
+        memory: what is kept for the backward pass: ``lean`` recomputes what is cheap; ``reversible`` keeps no
+            activations, takes longer and needs ``float32``.
         cache: where the backbone's features are kept: ``memory`` (on disk what needs more than half of what is free),
             ``disk`` or ``off``.
-        eval_every: epochs between tests; a tenth of them if None.
+        eval_every: epochs between tests; by default a tenth of them.
         workers: threads that decode images.
-        fit: how images become square, see :class:`msflow_ext.data.Images`: ``resize`` or ``pad``.
+        fit: how images become square: ``resize`` fills the square, ``pad`` keeps their aspect.
         hold_out: share of the training images that are not trained on, but set the thresholds (see
-            :class:`msflow_ext.evaluation.calibration.Calibration`); none by default, as in the papers.
+            :class:`msflow_ext.evaluation.calibration.Calibration`); none in the papers.
         false_alarms: share of normal images that may exceed a threshold.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value out of range; it is named.
     """
 
     epochs: int = 100
@@ -76,39 +73,16 @@ class Recipe:
     false_alarms: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_every", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
-        for name in ("lr", "clip", "warmup_from", "decay"):
-            value = getattr(self, name)
-            if not (name == "clip" and value is None) and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        for name in ("weight_decay", "noise"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for share in (self.warmup, *self.milestones):
-            if not 0 <= share <= 1:
-                raise ValueError(f"warmup and milestones are shares in 0..1, got {share}")
-        if not 0 <= self.hold_out < 1:
-            raise ValueError(f"hold_out must be a share from 0 to below 1, got {self.hold_out}")
-        if not 0 < self.false_alarms < 1:
-            raise ValueError(f"false_alarms must be above 0 and below 1, got {self.false_alarms}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {self.seed}")
-        choices = (
-            ("schedule", SCHEDULES),
-            ("precision", PRECISIONS),
-            ("memory", MEMORY),
-            ("cache", CACHES),
-            ("fit", FITS),
-        )
-        for name, known in choices:
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
-
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        for (expectation, holds), names in _EXPECTED.items():
+            for name in names:
+                value = getattr(self, name)
+                if not (holds(value) if value is not None else name in _OPTIONAL):
+                    raise ValueError(f"{name} must be {expectation}, got {value}")
+        for name in _WORDS:
+            value, words = getattr(self, name), CHOICES[name]
+            if value not in words:
+                raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}")
         if self.memory == "reversible" and self.precision != "float32":
             raise ValueError(f"memory 'reversible' needs precision float32, got {self.precision!r}")
 
@@ -131,6 +105,9 @@ class Recipe:
 
     def order(self, epoch: int, images: int) -> Tensor:
         """The order of the images in ``epoch``, ``(images,)`` int64: a function of seed and epoch alone."""
+        import numpy as np
+        import torch
+
         return torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(images))
 
     def split(self, images: int) -> tuple[list[int], list[int]]:
@@ -139,6 +116,10 @@ class Recipe:
         Raises:
             ValueError: too few are held out to tell the rate of false alarms, or none are left.
         """
+        import numpy as np
+
+        from msflow_ext.evaluation.calibration import images_needed
+
         held = round(self.hold_out * images)
         if not self.hold_out:
             return list(range(images)), []
@@ -164,6 +145,9 @@ class Recipe:
             batches: of features.
             shares: where only parts of the batches come, the places of each part and the whole's size.
         """
+        import numpy as np
+        import torch
+
         seed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
         generator = torch.Generator().manual_seed(int(seed[0]))
         for batch, share in zip(batches, shares or repeat(None), strict=False):
@@ -173,6 +157,20 @@ class Recipe:
                 drawn = [torch.randn(shape, generator=generator)[places] for shape in shapes]
                 batch = [x + self.noise * n.to(x) for x, n in zip(batch, drawn, strict=True)]
             yield batch
+
+
+#: What numbers must be, in words and as a condition, and which attributes must be so.
+_EXPECTED: dict[tuple[str, Callable[[Any], bool]], tuple[str, ...]] = {
+    ("1 or more", lambda x: x >= 1): ("epochs", "batch_size", "eval_every", "workers"),
+    ("above 0", lambda x: 0 < x < math.inf): ("lr", "clip", "warmup_from", "decay"),
+    ("0 or more", lambda x: 0 <= x < math.inf): ("weight_decay", "noise", "seed"),
+    ("a share from 0 to 1", lambda x: 0 <= x <= 1): ("warmup",),
+    ("shares from 0 to 1", lambda x: all(0 <= share <= 1 for share in x)): ("milestones",),
+    ("a share from 0 to below 1", lambda x: 0 <= x < 1): ("hold_out",),
+    ("above 0 and below 1", lambda x: 0 < x < 1): ("false_alarms",),
+}
+_OPTIONAL = ("clip", "eval_every")
+_WORDS = ("schedule", "precision", "memory", "cache", "fit")
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ def test_kernels_are_checked_without_what_only_the_command_line_needs(
     gpu: ModuleType, tmp_path: Path
 ) -> None:
     code = gpu.CHECK.format(every=9).replace('device("cuda")', 'device("cpu")')
-    alone = f"import sys; sys.modules['jsonargparse'] = None\n{code}"
+    alone = f"import sys; sys.modules['yaml'] = None\n{code}"
     done = subprocess.run(
         [sys.executable, "-c", alone],
         cwd=tmp_path,  # or the checkout would be imported in place of what is installed

@@ -97,6 +97,18 @@ def test_a_fault_of_a_folder_is_named_before_anything_is_written(
     assert sentence in capsys.readouterr().out
 
 
+def test_a_data_set_is_checked_by_flag_or_by_position_but_not_by_both(data, capsys):
+    chosen = ["--layout", "mvtec", "--category", "cup"]
+    capsys.readouterr()
+    assert cli.main(["data", "check", "--data", str(data), *chosen]) == 0
+    by_flag = capsys.readouterr().out
+    assert "cup" in by_flag
+    assert cli.main(["data", "check", str(data), *chosen]) == 0
+    assert capsys.readouterr().out == by_flag
+    sentence = fails(capsys, "data", "check", data, "--data", "elpv")
+    assert f"--data must be given once, got {str(data)!r} and 'elpv'" in sentence
+
+
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/secret.png", "link.png", "C:\\secret.png"])
 def test_a_path_of_a_csv_that_leaves_the_folder_is_refused(data, tmp_path, capsys, path):
     picture(tmp_path / "secret.png")

@@ -281,14 +281,14 @@ def test_a_command_never_writes_over_a_run(run, data, capsys):
         ),
         (["predict", "--run", "RUN", "x.png", "--out", "OUT"], "x.png is not a file"),
         (["predict", "--run", "RUN", "EMPTY", "--out", "OUT"], "holds no images"),
-        (["predict", "--run", "RUN", "--out", "OUT"], "error: required but not given: paths"),
+        (["predict", "--run", "RUN", "--out", "OUT"], "error: required but not given: PATH"),
         (
             ["evaluate", "--run", "RUN", "--data", "elpv", "--category", "tri"],
             "mono, poly, both, got 'tri'",
         ),
         (["evaluate", "--run", "RUN", "--device", "abacus"], "device 'abacus' is not available"),
         (["dance"], "dance"),
-        ([], "command"),
+        ([], "required but not given: COMMAND"),
     ],
 )
 def test_a_mistake_is_one_sentence_that_names_it(arguments, sentence, data, run, tmp_path, capsys):

@@ -100,7 +100,7 @@ def test_the_clamp_that_a_file_does_not_tell_is_taken_from_the_command(files, tm
         ("model_a.official.pt", ["--weights", "absent.pth"], "absent.pth"),
         ("model_a.official.pt", ["--backbone", "nothing"], "nothing"),
         ("model_a.official.pt", ["--clamp", "-1"], "clamp must be positive, got -1.0"),
-        ("model_a.official.pt", ["--clamp-form", "1"], "clamp_form must be '0.2' or 'head'"),
+        ("model_a.official.pt", ["--clamp-form", "1"], "--clamp-form must be one of 0.2, head"),
     ],
 )
 def test_what_cannot_be_converted_is_one_sentence(

@@ -220,13 +220,14 @@ def test_devices_trains_in_as_many_processes_of_which_one_reports(plates, tmp_pa
     assert (tmp_path / "run" / "scores.csv").read_text().count("\n") == 3
 
 
-def test_torchrun_trains_and_an_error_of_all_is_told_once(plates, tmp_path):
+@pytest.mark.parametrize("flag", ["--layout", "--category"])  # parsed, and read from the folder
+def test_torchrun_trains_and_an_error_of_all_is_told_once(plates, tmp_path, flag):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", "2", "-m", "msflow_ext"]
-    wrong = command(plates, tmp_path / "run", "--epochs", "1", "--layout", "nonsense")
+    wrong = command(plates, tmp_path / "run", "--epochs", "1", flag, "nonsense")
     _, said = (process := start(wrong, tmp_path, *launcher)).communicate(timeout=PATIENCE)
     assert process.returncode != 0
-    assert said.count("msflow: error: layout of data") == 1
+    assert said.count("msflow: error: ") == said.count("got 'nonsense'") == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are found by /proc")

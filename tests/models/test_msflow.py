@@ -227,6 +227,12 @@ def test_likelihoods_of_the_inference_form_take_no_log_det(
         assert relative_error(got, want) <= 1e-12
 
 
+def test_one_number_of_condition_channels_is_for_every_scale() -> None:
+    for cond_channels in (8, [8]):
+        head = MSFlowHead((8, 8), blocks=(1, 1), cond_channels=cond_channels)
+        assert head.cond_channels == (8, 8)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "one scale": ({"channels": (8,)}, r"channels must name two scales or more, got \(8,\)"),
     "odd channels": ({"channels": (8, 9, 8)}, "channels must be even, because the fusion flow"),

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
 
 from msflow_ext import MSFlow, load
+from msflow_ext.choices import MEMORY
 from msflow_ext.compat.checkpoints.msflow import head_from_state_dict, to_official_names
 from msflow_ext.data import DataSet, Images, Item
 from msflow_ext.features import Features
 from msflow_ext.files import write_text
-from msflow_ext.flows import MEMORY
 from msflow_ext.hardware import free_memory
 from msflow_ext.runs.checkpoint import read_checkpoint
 from msflow_ext.training import loop as training
@@ -200,7 +200,7 @@ def test_the_order_is_a_new_permutation_each_epoch_and_depends_on_the_seed():
         ({"weight_decay": -1e-5}, "weight_decay must be 0 or more, got -1e-05"),
         ({"noise": float("nan")}, "noise must be 0 or more, got nan"),
         ({"schedule": "steep"}, "schedule must be one of steps, cosine, got 'steep'"),
-        ({"milestones": (0.5, 1.5)}, "shares in 0..1, got 1.5"),
+        ({"milestones": (0.5, 1.5)}, r"milestones must be shares from 0 to 1, got \(0.5, 1.5\)"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
         ({"precision": "float8"}, "precision must be one of float32, bfloat16, got 'float8'"),
         ({"cache": "tape"}, "cache must be one of memory, disk, off, got 'tape'"),

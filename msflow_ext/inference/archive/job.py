@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from msflow_ext.choices import MAPS
 from msflow_ext.distributed.executors import Engine, TaskLost, one_by_one
 from msflow_ext.errors import sentence
 from msflow_ext.inference.archive import manifest
@@ -148,8 +149,8 @@ def prepare(
     if shard_size < 1 or scoring.batch_size < 1:
         given = f"{shard_size}, {scoring.batch_size}"
         raise ValueError(f"--shard-size and --batch-size must be 1 or more, got {given}")
-    if maps not in (None, *shards.MAPS):
-        raise ValueError(f"--maps must be one of {', '.join(shards.MAPS)}, got {maps!r}")
+    if maps not in (None, *MAPS):
+        raise ValueError(f"--maps must be one of {', '.join(MAPS)}, got {maps!r}")
     store, images = Store(str(out)), manifest.listed(source)
     sha256 = manifest.file_digest(manifest.checkpoint_of(run))
     settings = {**asdict(scoring), "maps": maps, "shard_size": shard_size}

@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
-MAPS = ("array", "png")
 _OWNER = b"msflow_ext"  # the key of our metadata in a Parquet file
 
 

@@ -1,0 +1,155 @@
+"""The parser of the command line: its errors are one sentence, with a suggestion after a typo."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+#: What argparse says, and what is said instead; the flag stands before it.
+_REWORDED = (
+    (r"expected one argument", "must be given a value"),
+    (r"expected at least one argument", "must be given one value or more"),
+    (r"ignored explicit argument (.*)", r"must be given without a value, got \1"),
+    (r".*arguments are required: (.*)", r"required but not given: \1"),
+)
+
+
+class UsageError(ValueError):
+    """A command line or a configuration file is wrong."""
+
+
+class Formatter(argparse.HelpFormatter):
+    """Show the default of a flag after its help, unless it is absent or off."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if default is None or isinstance(default, bool) or default in ("", argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """Parse flags, or commands that have flags of their own."""
+
+    def __init__(self, prog: str, description: str | None = None, **more: Any) -> None:
+        super().__init__(
+            prog,
+            description=description,
+            **more,
+            formatter_class=Formatter,
+            add_help=False,
+            allow_abbrev=False,
+            exit_on_error=False,
+        )
+        self.commands: dict[str, Parser] = {}
+        self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+
+    def add_commands(self, dest: str, phrases: dict[str, str]) -> dict[str, Parser]:
+        """Add a parser for each of the commands, described by these phrases."""
+        added = self.add_subparsers(
+            dest=dest, title="commands", metavar=dest.upper(), required=True, parser_class=Parser
+        )
+        for name, phrase in phrases.items():
+            prog = f"{self.prog} {name}"
+            self.commands[name] = added.add_parser(name, prog=prog, description=phrase, help=phrase)
+        return self.commands
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Return the options that the words give; ``UsageError`` if they are wrong."""
+        self._refuse_unknown(words)
+        try:
+            options, unknown = self.parse_known_args(words)
+        except argparse.ArgumentError as error:
+            _fail(error.argument_name, error.message)
+        if unknown:
+            raise UsageError(f"unexpected argument {unknown[0]!r}")
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        _fail(None, message)
+
+    def _refuse_unknown(self, words: Sequence[str]) -> None:
+        """Find a misspelt command or flag before argparse misses another one for it."""
+        for i, word in enumerate(words):
+            if word == "--":
+                return
+            flag = word.partition("=")[0]
+            if word.startswith("--") and flag not in self._option_string_actions:
+                raise UsageError(
+                    f"unknown flag {flag}{suggestion(flag, self._option_string_actions)}"
+                )
+            if self.commands and not word.startswith("-"):
+                if word not in self.commands:
+                    hint = suggestion(word, self.commands)
+                    known = ", ".join(self.commands)
+                    raise UsageError(f"unknown command {word!r}{hint or f'; known are {known}'}")
+                self.commands[word]._refuse_unknown(words[i + 1 :])
+                return
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return ``", did you mean X?"`` if a known word is close, else nothing."""
+    bare = {each.lstrip("-"): each for each in known}
+    close = get_close_matches(word.lstrip("-"), bare, n=1)
+    return f", did you mean {bare[close[0]]}?" if close else ""
+
+
+def _fail(name: str | None, message: str) -> NoReturn:
+    for pattern, words in _REWORDED:
+        message = re.sub(f"^{pattern}$", words, message)
+    raise UsageError(f"{name} {message}" if name else message) from None
+
+
+# ---- values: the same text means the same on the command line and in a configuration file ----
+
+
+def whole(text: str) -> int:
+    """Read a whole number."""
+    return _read(int, text, "a whole number")
+
+
+def number(text: str) -> float:
+    """Read a number."""
+    return _read(float, text, "a number")
+
+
+def truth(text: str) -> bool:
+    """Read true or false."""
+    words = {"true": True, "yes": True, "false": False, "no": False}
+    return _read(lambda word: words[word.lower()], text, "true or false")
+
+
+def _read(kind: Any, text: str, expectation: str) -> Any:
+    try:
+        return kind(text)
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"must be {expectation}, got {text!r}") from None
+
+
+class OneOf(tuple[str, ...]):
+    """Read one of some words."""
+
+    def __call__(self, text: str) -> str:
+        if text in self:
+            return text
+        hint = suggestion(text, self)
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(self)}, got {text!r}{hint}")
+
+
+class OrNone:
+    """Read a value, or keep the word none: an option that is None was not given."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def __call__(self, text: str) -> Any:
+        return NONE if text.lower() == NONE else self.kind(text)
+
+
+NONE = "none"
