@@ -36,7 +36,6 @@ from msflow_ext.training.resume import clear_run, initial_state, open_run_togeth
 from msflow_ext.training.step import TrainingDiverged, make_optimizer, train_epoch
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
     from tqdm import tqdm
 
 log = logging.getLogger(__name__)
@@ -84,7 +83,6 @@ def train(
         OSError: the folder cannot be written. ConnectionError: another process has ended.
         ProcessFailed: another process has one of these errors.
         TrainingDiverged: a loss or a gradient is not finite; the last checkpoint is kept.
-        ModuleNotFoundError: Lightning Fabric is not installed.
     """
     import yaml
 
@@ -100,7 +98,8 @@ def train(
             raise ValueError(
                 f"{ranks.size} processes are more than the {len(kept)} training images"
             )
-        fabric = _fabric(pick_device(distributed.own_device(device)), recipe)
+        device = pick_device(distributed.own_device(device))
+    _warn_of_slow_bfloat16(device, recipe)
     first = initial_state(model, dataset, recipe)
     state, tensors = open_run_together(ranks, run, first, resume=resume, overwrite=overwrite)
     if not state:
@@ -109,7 +108,7 @@ def train(
         return ranks.broadcast(read_json(run / METRICS) if ranks.first else {})
     began = time.monotonic() - state["seconds"]
 
-    model.to(fabric.device)
+    model.to(device)
     model.head.memory = recipe.memory
     adam = make_optimizer(model.head, recipe.weight_decay)
     if tensors:
@@ -134,12 +133,10 @@ def train(
                 settled = yaml.safe_dump(dict(settings or {}), sort_keys=False)
                 write_text(run / "config.yaml", settled)
         # On two cores with two threads, training beside a test took 1.05 to 1.25 times as long as waiting for it.
-        room = fabric.device.type != "cpu" or torch.get_num_threads() < cores()
+        room = device.type != "cpu" or torch.get_num_threads() < cores()
         beside = room and ranks.size == 1  # several processes exchange one thing at a time
         test = partial(_test, tested, truth, recipe.batch_size)
         examiner = stack.enter_context(Examiner(model, test, beside=beside))
-        head, optimizer = fabric.setup(model.head, adam)
-        head.mark_forward_method("loss")
         model.eval()
         bar = stack.enter_context(_bar(recipe, state["epoch"], len(trained), progress))
         saver = Saver(run / CHECKPOINT, state["epoch"] if tensors else None)
@@ -149,7 +146,7 @@ def train(
         while state["epoch"] < recipe.epochs:
             model.train()
             try:
-                loss = _epoch(fabric, head, optimizer, trained, recipe, state["epoch"], run, bar)
+                loss = _epoch(model.head, adam, trained, recipe, state["epoch"], run, bar)
             except TrainingDiverged:
                 _take(examiner, state, saver, ranks, wait=True)  # the epoch before may be to blame
                 raise
@@ -203,25 +200,11 @@ def _finish(
     write_text(run / METRICS, json.dumps(metrics, indent=1, allow_nan=False))
 
 
-def _fabric(device: torch.device, recipe: Recipe) -> Fabric:
-    try:
-        from lightning_fabric import Fabric
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "training needs the package lightning-fabric: pip install 'msflow-ext[train]'"
-        ) from None
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its defaults
-    devices = 1 if device.index is None else [device.index]
-    mixed = recipe.precision == "bfloat16"
-    if mixed and device.type == "cpu" and not has_bfloat16():
+def _warn_of_slow_bfloat16(device: torch.device, recipe: Recipe) -> None:
+    if recipe.precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
         log.warning(
             "this processor has no instructions for bfloat16: precision float32 is much faster here"
         )
-    fabric = Fabric(
-        accelerator=device.type, devices=devices, precision="bf16-mixed" if mixed else "32-true"
-    )
-    fabric.launch()
-    return fabric
 
 
 def _bar(recipe: Recipe, epoch: int, images: int, progress: bool) -> tqdm:
@@ -237,9 +220,8 @@ def _bar(recipe: Recipe, epoch: int, images: int, progress: bool) -> tqdm:
 
 
 def _epoch(
-    fabric: Fabric,
     head: Any,
-    optimizer: Any,
+    optimizer: torch.optim.Optimizer,
     features: Features,
     recipe: Recipe,
     epoch: int,
@@ -263,7 +245,9 @@ def _epoch(
 
     try:
         disturbed = recipe.disturbed(epoch, batches(), shares)
-        steps = train_epoch(fabric, head, optimizer, disturbed, clip=recipe.clip, ranks=ranks)
+        steps = train_epoch(
+            head, optimizer, disturbed, clip=recipe.clip, precision=recipe.precision, ranks=ranks
+        )
     except TrainingDiverged as error:
         items = features.images.items
         names = ", ".join(items[i].name for i in chunks[error.step].tolist())
