@@ -18,18 +18,17 @@ from torch import Tensor
 
 from msflow_ext.data import DataSet, Images
 from msflow_ext.distributed import ranks as distributed
-from msflow_ext.distributed.ranks import ProcessFailed, Ranks
+from msflow_ext.distributed.ranks import Ranks
 from msflow_ext.evaluation.calibration import Calibration, judged
 from msflow_ext.evaluation.evaluator import Evaluation, Truth, evaluate
 from msflow_ext.features import Features
 from msflow_ext.files import read_json, write_text
-from msflow_ext.hardware import cores, has_bfloat16, pick_device
+from msflow_ext.hardware import has_bfloat16, pick_device
 from msflow_ext.metrics import RESULTS
 from msflow_ext.models.padim import Padim
 from msflow_ext.reports.results import write_results
 from msflow_ext.runs.checkpoint import CHECKPOINT, Saver, previous, restore, save_checkpoint
 from msflow_ext.runs.folder import METRICS
-from msflow_ext.training.background import Examiner
 from msflow_ext.training.features import features_of_parts
 from msflow_ext.training.recipe import Recipe
 from msflow_ext.training.resume import clear_run, initial_state, open_run_together, summary
@@ -58,9 +57,8 @@ def train(
     """Train ``model.head`` on ``dataset.train``, test it on ``dataset.test``, and write the folder ``run``.
 
     The result is that of the last epoch; the best epoch on the test set stands beside it, as such.
-    A checkpoint is written after the first epoch, before every test and at least once a minute, but for large models
-    (:class:`msflow_ext.runs.checkpoint.Saver`). Tests run beside the epochs that follow, on a copy of the head, where there
-    is a GPU, or a core that torch's threads leave free.
+    A checkpoint is written after the first epoch, after every test and at least once a minute, but for large models
+    (:class:`msflow_ext.runs.checkpoint.Saver`).
     Several processes take the steps that one would take, and the first of them writes all files.
 
     Args:
@@ -82,7 +80,7 @@ def train(
             image that cannot be decoded; processes that are not given the same.
         OSError: the folder cannot be written. ConnectionError: another process has ended.
         ProcessFailed: another process has one of these errors.
-        TrainingDiverged: a loss or a gradient is not finite; the last checkpoint is kept.
+        TrainingDiverged: a loss, a gradient or a score is not finite; the last checkpoint is kept.
     """
     import yaml
 
@@ -132,40 +130,26 @@ def train(
             if ranks.first:
                 settled = yaml.safe_dump(dict(settings or {}), sort_keys=False)
                 write_text(run / "config.yaml", settled)
-        # On two cores with two threads, training beside a test took 1.05 to 1.25 times as long as waiting for it.
-        room = device.type != "cpu" or torch.get_num_threads() < cores()
-        beside = room and ranks.size == 1  # several processes exchange one thing at a time
-        test = partial(_test, tested, truth, recipe.batch_size)
-        examiner = stack.enter_context(Examiner(model, test, beside=beside))
         model.eval()
         bar = stack.enter_context(_bar(recipe, state["epoch"], len(trained), progress))
-        saver = Saver(run / CHECKPOINT, state["epoch"] if tensors else None)
-        final = None
-        if recipe.is_tested(state["epoch"]):  # a checkpoint is older than its test
-            examiner.begin(state["epoch"])
+        saver = Saver(run / CHECKPOINT)
+        test = partial(_test, model, tested, truth, state, run)
+        # A training that was interrupted after its last epoch, or in the test of one, is tested now.
+        final = test() if recipe.is_tested(state["epoch"]) else None
         while state["epoch"] < recipe.epochs:
             model.train()
-            try:
-                loss = _epoch(model.head, adam, trained, recipe, state["epoch"], run, bar)
-            except TrainingDiverged:
-                _take(examiner, state, saver, ranks, wait=True)  # the epoch before may be to blame
-                raise
+            loss = _epoch(model.head, adam, trained, recipe, state["epoch"], run, bar)
             model.eval()
             state["losses"].append(loss)
             state["epoch"] += 1
             due = recipe.is_tested(state["epoch"])
-            save = saver.is_due(tested=due)
-            final = _take(examiner, state, saver, ranks, wait=due or save) or final
-            if due:
+            if due:  # before the checkpoint, which keeps no model whose scores are not finite
                 model.fit_latents(partial(trained.batches, recipe.batch_size), ranks.total)
+                final = test()
             with ranks.agreed():
-                if ranks.first and save:
+                if ranks.first and saver.is_due(tested=due):
                     state["seconds"] = time.monotonic() - began
                     saver.save(state, model, adam)
-            if due:
-                examiner.begin(state["epoch"])
-                final = _take(examiner, state, saver, ranks, wait=not beside) or final
-        final = _take(examiner, state, saver, ranks, wait=True) or final
         gaussian = _baseline(trained, tested, truth, recipe.batch_size) if baseline else None
         calibration = _calibration(model, held_out, recipe.batch_size) if held else None
 
@@ -258,29 +242,19 @@ def _epoch(
     return total / len(features) / sum(x[0].numel() for x in features[features.own[:1]])
 
 
-def _test(tested: Features, truth: Truth, batch_size: int, model: Any) -> Evaluation:
-    return evaluate(model.predict_features, tested, truth, batch_size)
-
-
-def _take(
-    examiner: Examiner, state: dict[str, Any], saver: Saver, ranks: Ranks, *, wait: bool
-) -> Evaluation | None:
-    """What a test found that is done, or is waited for; written down and said.
+def _test(
+    model: Any, tested: Features, truth: Truth, state: dict[str, Any], run: Path
+) -> Evaluation:
+    """Test the model as it is, and note what was found, once for an epoch.
 
     Raises:
-        TrainingDiverged, ProcessFailed: a score or a map is not finite. A checkpoint of that epoch is taken back.
+        TrainingDiverged, ProcessFailed: a score or a map is not finite.
     """
-    epoch = examiner.epoch
+    epoch = state["epoch"]
     try:
-        found = examiner.take(wait=wait)
-    except (FloatingPointError, ProcessFailed) as error:
-        if ranks.first:
-            saver.withdraw(epoch)
-        if isinstance(error, ProcessFailed):
-            raise
-        raise _stopped(saver.path, epoch, str(error)) from None
-    if found is None:
-        return None
+        found = evaluate(model.predict_features, tested, truth, state["recipe"]["batch_size"])
+    except FloatingPointError as error:
+        raise _stopped(run / CHECKPOINT, epoch, str(error)) from None
     if epoch not in (each["epoch"] for each in state["evaluations"]):
         state["evaluations"].append({"epoch": epoch, **found.metrics})
     if found.metrics:  # those of several processes are with the first

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from types import MethodType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SIZE = 64
 
 
-def build_model() -> MSFlow:
+def build_model(**options: Any) -> MSFlow:
     """The same tiny MSFlow each time, on a backbone with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -42,6 +43,7 @@ def build_model() -> MSFlow:
             blocks=(1, 1, 2),
             cond_channels=8,
             seed=1,
+            **options,
         )
 
 
@@ -469,6 +471,65 @@ def test_a_killed_run_resumes_to_the_bits_of_an_undisturbed_one(
     wanted = json.loads((tmp_path / "undisturbed" / "metrics.json").read_text())
     for name in ("losses", "evaluations", "best"):
         assert metrics[name] == wanted[name]
+
+
+def _results(run: Path) -> tuple[Any, ...]:
+    """All that a run leaves that does not depend on how long it took."""
+    header, tensors = read_checkpoint(run / "model.safetensors")
+    metrics = json.loads((run / "metrics.json").read_text())
+    del header["seconds"], metrics["seconds"]
+    bits = {name: t.numpy().tobytes() for name, t in tensors.items()}
+    return header, bits, metrics, (run / "scores.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "seen", "sentence"),
+    [
+        (Killed(), Killed, None),
+        (
+            FloatingPointError("score or map of image good/2 is not finite"),
+            TrainingDiverged,
+            r"stopped in epoch 2: score or map of image good/2 .*safetensors keeps the last good",
+        ),
+    ],
+    ids=["killed", "not-finite"],
+)
+def test_a_run_that_ends_in_a_test_keeps_the_state_before_it_and_resumes_to_the_same_results(
+    tmp_path, monkeypatch, squares, error, seen, sentence
+):
+    recipe, evaluate, calls = Recipe(epochs=3, batch_size=4, eval_every=1), training.evaluate, []
+    train(build_model(anomaly_map="clamped"), squares, tmp_path / "whole", recipe, device="cpu")
+
+    def fail_in_the_second_test(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return evaluate(*args)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", fail_in_the_second_test)
+        with pytest.raises(seen, match=sentence):
+            train(build_model(anomaly_map="clamped"), squares, run, recipe, device="cpu")
+    header = read_checkpoint(run / "model.safetensors")[0]
+    assert header["epoch"] == len(header["evaluations"]) == 1
+    model = build_model(anomaly_map="clamped")
+    train(model, squares, run, recipe, device="cpu", resume=True)
+    assert _results(run) == _results(tmp_path / "whole")
+
+
+def test_a_run_whose_first_test_is_not_finite_leaves_no_checkpoint(tmp_path, squares):
+    model = build_model()
+    model.predict_features = MethodType(  # type: ignore[method-assign]
+        lambda self, x: SimpleNamespace(
+            score=torch.full((len(x[0]),), math.inf), anomaly_map=torch.zeros(len(x[0]), SIZE, SIZE)
+        ),
+        model,
+    )
+    sentence = "stopped in epoch 1: score or map of image good/0 is not finite; nothing was saved"
+    with pytest.raises(TrainingDiverged, match=sentence):
+        train(model, squares, tmp_path / "run", Recipe(epochs=2, eval_every=1), device="cpu")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("last_file", ["scores.csv", "metrics.json"])
