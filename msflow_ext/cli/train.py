@@ -198,7 +198,7 @@ RECIPE = (
 
 MODEL = (  # arguments of a model; None: as the preset or the model has it
     *("out_indices", "blocks", "steps", "hidden_ratio", "conv3x3_only"),
-    *("standardize", "whiten", "score", "anomaly_map", "smoothing", "position_base"),
+    *("standardize", "whiten", "score", "anomaly_map", "smoothing"),
 )
 
 
@@ -275,11 +275,6 @@ def train_flags(part: ArgumentParser) -> None:
         ("--false-alarms", float | None, "share of normal images that may exceed the thresholds"),
     ):
         part.add_argument(name, type=kind, help=f"{text} (default: the preset's)")
-    part.add_argument(
-        "--position-base",
-        action="store_true",
-        help="fit a Gaussian at every position behind the flow: for parts that always lie alike",
-    )
     part.add_argument(
         "--seed", type=int, default=Recipe.seed, help="of initial weights and order of the images"
     )

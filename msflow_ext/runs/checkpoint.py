@@ -94,17 +94,33 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or is not a checkpoint of this package; it says whether the one
-            before it is there.
+            before it is there. Or its model has a part that this version no longer has.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        return _read(path)
+        header, tensors = _read(path)
     except ValueError as error:
         if not previous(path).is_file():
             raise
         offer = f"the one before it is {previous(path).name}: rename it to go on from there"
         raise ValueError(f"{error}; {offer}") from None
+    _update(path, header)
+    return header, tensors
+
+
+def _update(path: Path, header: dict[str, Any]) -> None:
+    """Change the header that an older version wrote into one of this version.
+
+    Raises:
+        ValueError: the model has a part that was removed since.
+    """
+    config = header.get("config")
+    if isinstance(config, dict) and config.pop("position_base", False):
+        raise ValueError(
+            f"{path} was trained with position_base, a Gaussian at every position behind the flow, which was "
+            "removed: train the model again without it"
+        )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -144,7 +144,7 @@ def train(
             state["epoch"] += 1
             due = recipe.is_tested(state["epoch"])
             if due:  # before the checkpoint, which keeps no model whose scores are not finite
-                model.fit_latents(partial(trained.batches, recipe.batch_size), ranks.total)
+                model.fit_map(trained.batches(recipe.batch_size), ranks.total)
                 final = test()
             with ranks.agreed():
                 if ranks.first and saver.is_due(tested=due):

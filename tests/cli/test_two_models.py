@@ -89,13 +89,13 @@ def test_the_options_reach_the_head_and_the_rest_is_the_papers(fastflow_run: Pat
 def test_the_preset_robust_takes_what_is_asked_for_and_its_own_for_the_rest(
     model: str, asked: dict[str, Any], data: Path, tmp_path: Path
 ) -> None:
-    flags = ["--preset", "robust", "--epochs", "1", "--position-base"]
+    flags = ["--preset", "robust", "--epochs", "1"]
     for name, value in asked.items():
         flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     assert cli.main(chosen(data, model, *SMALL, *flags, "--out", str(tmp_path / "run"))) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     robust = PRESETS["robust"][model]
-    wanted = {**robust.model, **asked, "position_base": True}
+    wanted = {**robust.model, **asked}
     assert metrics["model"].items() >= wanted.items()
     wanted = {"epochs": 1, "lr": robust.recipe.lr, "batch_size": 8, "schedule": "cosine", "clip": 2}
     assert metrics["recipe"].items() >= wanted.items()

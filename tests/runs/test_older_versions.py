@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from msflow_ext import MSFlow, cli, load
 from msflow_ext.data import open_dataset
+from msflow_ext.runs.checkpoint import CHECKPOINT, read_checkpoint, save_checkpoint
 from msflow_ext.runs.results import read_runs
 from msflow_ext.training import Recipe, train
 
@@ -71,3 +73,13 @@ def test_a_training_that_an_older_version_began_is_resumed_to_the_same_losses(tm
     assert metrics["decisions"]["threshold"] == pytest.approx(
         wanted["decisions"]["threshold"], **SAME
     )
+
+
+def test_a_run_with_what_was_removed_is_refused(tmp_path):
+    header, _ = read_checkpoint(OLD / "finished" / CHECKPOINT)
+    assert "position_base" not in header["config"]
+    header["config"]["position_base"] = True
+    save_checkpoint(tmp_path / CHECKPOINT, header, nn.Linear(1, 1))
+    sentence = "was trained with position_base, .* which was removed: train the model again"
+    with pytest.raises(ValueError, match=sentence):
+        load(tmp_path)
