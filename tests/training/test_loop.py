@@ -22,6 +22,8 @@ from msflow_ext.files import write_text
 from msflow_ext.flows import MEMORY
 from msflow_ext.hardware import free_memory
 from msflow_ext.runs.checkpoint import read_checkpoint
+from msflow_ext.training import features as training_features
+from msflow_ext.training import finish
 from msflow_ext.training import loop as training
 from msflow_ext.training.loop import Recipe, TrainingDiverged, make_optimizer, train, train_epoch
 from msflow_ext.training.recipe import PRESETS
@@ -497,7 +499,11 @@ def _results(run: Path) -> tuple[Any, ...]:
 def test_a_run_that_ends_in_a_test_keeps_the_state_before_it_and_resumes_to_the_same_results(
     tmp_path, monkeypatch, squares, error, seen, sentence
 ):
-    recipe, evaluate, calls = Recipe(epochs=3, batch_size=4, eval_every=1), training.evaluate, []
+    recipe, evaluate, calls = (
+        Recipe(epochs=3, batch_size=4, eval_every=1),
+        training_features.evaluate,
+        [],
+    )
     train(build_model(anomaly_map="clamped"), squares, tmp_path / "whole", recipe, device="cpu")
 
     def fail_in_the_second_test(*args: Any) -> Any:
@@ -508,7 +514,7 @@ def test_a_run_that_ends_in_a_test_keeps_the_state_before_it_and_resumes_to_the_
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", fail_in_the_second_test)
+        patch.setattr(training_features, "evaluate", fail_in_the_second_test)
         with pytest.raises(seen, match=sentence):
             train(build_model(anomaly_map="clamped"), squares, run, recipe, device="cpu")
     header = read_checkpoint(run / "model.safetensors")[0]
@@ -545,9 +551,9 @@ def test_a_run_killed_after_its_last_epoch_resumes_to_the_same_results(
     run, recipe = tmp_path / "run", Recipe(epochs=2, batch_size=4)
     with monkeypatch.context() as patch:
         if last_file == "scores.csv":
-            patch.setattr(training, "write_results", die)
+            patch.setattr(finish, "write_results", die)
         else:
-            patch.setattr(training, "write_text", die_at_metrics)
+            patch.setattr(finish, "write_text", die_at_metrics)
         with pytest.raises(Killed):
             train(build_model(), squares, run, recipe, device="cpu")
     assert (run / "scores.csv").exists() == (last_file == "metrics.json")
