@@ -39,7 +39,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 def versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in ("msflow-ext", "torch", "timm", "numpy", "lightning-fabric"):
+    for package in ("msflow-ext", "torch", "timm", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return versions

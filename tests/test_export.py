@@ -32,7 +32,7 @@ def small(kind: str, backbone: str = "test_efficientnet", **options: Any) -> Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(mx, kind)(backbone, **SMALL, **options).eval()
-        model.fit_latents(lambda: [model.features(torch.rand(4, 3, 64, 64))])
+        model.fit_map([model.features(torch.rand(4, 3, 64, 64))])
     return model
 
 
@@ -87,7 +87,7 @@ torch.save(tuple(found), result)
 def test_an_onnx_file_stands_alone_with_the_documented_inputs_and_outputs(tmp_path, images):
     onnxruntime = pytest.importorskip("onnxruntime")
     options = {"anomaly_map": "clamped", "smoothing": 4.0, "score": "map"}
-    model = small("MSFlow", position_base=True, **options)
+    model = small("MSFlow", **options)
     differences = export(model, "onnx", tmp_path / "m.onnx", images=images[:2])
     assert differences.keys() == {"score", "anomaly_map"}
     assert max(differences.values()) <= 1e-4
@@ -123,7 +123,7 @@ def test_an_openvino_file_has_its_weights_beside_it(tmp_path, images):
         ("MSFlow", {"score": "paper", "standardize": True, "whiten": True}),
         ("FastFlow", {"score": "log", "anomaly_map": "clamped", "smoothing": 2.0}),
         ("FastFlow", {"score": "nll", "padding_mode": "reflect", "backbone": "resnet18"}),
-        ("FastFlow", {"backbone": "test_vit", "position_base": True}),
+        ("FastFlow", {"backbone": "test_vit"}),
     ],
     ids=str,
 )

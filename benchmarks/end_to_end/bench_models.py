@@ -87,8 +87,8 @@ def step(pair: Pair) -> Case:
         name=f"{MODEL_STEP} {label(pair)}",
         inputs=inputs,
         providers={
-            "ours fp32": Provider(lambda: run("32-true"), FP32),
-            "ours bf16": Provider(lambda: run("bf16-mixed"), BF16, bf16=True),
+            "ours fp32": Provider(lambda: run("float32"), FP32),
+            "ours bf16": Provider(lambda: run("bfloat16"), BF16, bf16=True),
         },
         wanted="ours fp32",
         hot=True,

@@ -38,9 +38,6 @@ def compare(
         thread_count: of PyTorch and our kernels; as they are by default.
         seconds: how long each of the three may be timed.
         tiny: a toy size, to see that it works.
-
-    Raises:
-        ModuleNotFoundError: lightning-fabric, which training needs, is not installed.
     """
     from msflow_ext.bench import cases
 

@@ -95,7 +95,7 @@ def training_step(
         def make() -> Callable[..., Any]:
             new = _new_head(*head)
             new.memory = memory
-            return our_step(new, "bf16-mixed" if bf16 else "32-true")
+            return our_step(new, "bfloat16" if bf16 else "float32")
 
         return Provider(make, BF16 if bf16 else FP32, bf16=bf16)
 
@@ -123,22 +123,17 @@ def training_step(
 
 
 def our_step(
-    head: FlowHead, precision: Any, recipe: Recipe | None = None
+    head: FlowHead, precision: str, recipe: Recipe | None = None
 ) -> Callable[[Sequence[Tensor]], tuple[float, float]]:
     """A step as :func:`msflow_ext.training.train` takes it."""
-    from lightning_fabric import Fabric
+    from msflow_ext.training import make_optimizer, train_epoch
 
-    from msflow_ext.training.loop import make_optimizer, train_epoch
-
-    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     recipe = recipe or Recipe()
     adam = make_optimizer(head, recipe.weight_decay)
     adam.param_groups[0]["lr"] = recipe.lr
-    wrapped, optimizer = fabric.setup(head, adam)
-    wrapped.mark_forward_method("loss")
 
     def run(features: Sequence[Tensor]) -> tuple[float, float]:
-        (step,) = train_epoch(fabric, wrapped, optimizer, [list(features)], clip=recipe.clip)
+        (step,) = train_epoch(head, adam, [list(features)], clip=recipe.clip, precision=precision)
         return step
 
     return run

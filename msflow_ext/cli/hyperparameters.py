@@ -18,8 +18,8 @@ from msflow_ext.cli.parser import NONE, OneOf, OrNone, number, truth, whole
 
 RECIPE = ("training/recipe.py", "Recipe")
 MODELS = {"msflow": ("models/msflow.py", "MSFlow"), "fastflow": ("models/fastflow.py", "FastFlow")}
-#: Arguments of a model that are no flags of their own: ``--weights``, ``--seed``, and one that is going.
-OTHERWISE = ("pretrained", "seed", "position_base")
+#: Arguments of a model that are no flags of their own: ``--weights`` and ``--seed``.
+OTHERWISE = ("pretrained", "seed")
 
 UNITS = {
     **dict.fromkeys(("false_alarms", "hold_out", "top_k", "warmup"), "SHARE"),

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from msflow_ext import ops
 from msflow_ext.choices import ANOMALY_MAPS, CLAMP_FORMS, MEMORY, SCORES
 from msflow_ext.models.anomaly_map import ClampedMap
 from msflow_ext.models.backbone import Backbone
-from msflow_ext.models.gaussians import PositionBase, Total, Whitening, alone
+from msflow_ext.models.gaussians import Total, Whitening, alone
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -115,7 +115,6 @@ class AnomalyModel(nn.Module, ABC):
         standardize: whether features are standardised per channel by statistics of the training set, once
             :meth:`set_statistics` was called.
         whiten: whether standardised features are whitened at every position: see :class:`Whitening`.
-        position_base: whether :meth:`fit_latents` puts a :class:`PositionBase` behind the flow.
         score: of an image: ``paper``, ``log``, ``nll`` or ``map``.
         top_k: share of the pixels that make it.
         anomaly_map: ``paper`` or ``clamped``.
@@ -134,7 +133,6 @@ class AnomalyModel(nn.Module, ABC):
         image_size: int | None,
         standardize: bool,
         whiten: bool,
-        position_base: bool,
         score: str,
         top_k: float,
         anomaly_map: str,
@@ -155,9 +153,7 @@ class AnomalyModel(nn.Module, ABC):
         self.standardize = standardize
         self.backbone = backbone
         self.head: Any = head  # or its inference form
-        sizes = self._sizes() if whiten or position_base else []
-        self.whitening = Whitening(head.channels, sizes) if whiten else None
-        self.base = PositionBase(head.channels, sizes) if position_base else None
+        self.whitening = Whitening(head.channels, self._sizes()) if whiten else None
         if not 0 <= smoothing < self.image_size:
             raise ValueError(
                 f"smoothing must be in [0, image_size {self.image_size}) pixels, got {smoothing}"
@@ -178,7 +174,6 @@ class AnomalyModel(nn.Module, ABC):
             "padding_mode": backbone.padding_mode,
             "standardize": standardize,
             "whiten": whiten,
-            "position_base": position_base,
             "score": score,
             "top_k": top_k,
             "anomaly_map": anomaly_map,
@@ -224,12 +219,6 @@ class AnomalyModel(nn.Module, ABC):
         """Size of what :meth:`pool` makes of a map of this size."""
         return height, width
 
-    def log_likelihood(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Log-likelihood maps ``[(N, H_i, W_i)]`` of features, by the position base where there is one."""
-        if self.base is None:
-            return self.head.log_likelihood(features)
-        return [ops.log_likelihood_map(z) for z in self.base(self.head(features).z)]
-
     def localize(self, log_likelihood: Sequence[Tensor], paper: Tensor) -> Tensor:
         """The anomaly map: the clamped one where the model wants that, else the paper's."""
         return paper if self.clamped is None else self.clamped(log_likelihood, self.image_size)
@@ -240,19 +229,15 @@ class AnomalyModel(nn.Module, ABC):
         return anomaly_map.flatten(1).topk(count, sorted=False).values.mean(1)
 
     @torch.no_grad()
-    def fit_latents(
-        self, batches: Callable[[], Iterable[Sequence[Tensor]]], total: Total = alone
-    ) -> None:
-        """Fit what comes behind the trained head, where the model has it: position base, clamped map.
+    def fit_map(self, batches: Iterable[Sequence[Tensor]], total: Total = alone) -> None:
+        """Fit the clamped map, where the model has one, to what the trained head says of normal images.
 
         Args:
-            batches: gives the features of all normal images, from the first on at every call.
+            batches: the features of all normal images.
             total: of several processes with batches of their own, sums a tensor over all.
         """
-        if self.base is not None:
-            self.base.fit((self.head(features).z for features in batches()), total)
         if self.clamped is not None:
-            self.clamped.fit((self.log_likelihood(features) for features in batches()), total)
+            self.clamped.fit(map(self.head.log_likelihood, batches), total)
 
     @abstractmethod
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:

@@ -192,8 +192,6 @@ class FastFlow(AnomalyModel):
         smoothing: standard deviation in pixels of a Gaussian filter over the clamped map.
         whiten: for parts that always lie alike: standardised features are whitened at every position given the coarser
             scales there, by the training set's means and covariances: see :class:`~msflow_ext.models.gaussians.Whitening`.
-        position_base: likewise: Gaussians at every position of the latent maps, fitted to the training set after
-            training; see :class:`~msflow_ext.models.gaussians.PositionBase`.
 
     Raises:
         ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.
@@ -219,7 +217,6 @@ class FastFlow(AnomalyModel):
         top_k: float = 0.03,
         anomaly_map: str = "paper",
         smoothing: float = 0.0,
-        position_base: bool = False,
         seed: int | None = None,
     ) -> None:
         preset = PRESETS.get(backbone, {})
@@ -252,7 +249,6 @@ class FastFlow(AnomalyModel):
             image_size=size,
             standardize=bool(standardize),
             whiten=bool(whiten),
-            position_base=bool(position_base),
             steps=head.steps,
             hidden_ratio=head.hidden_ratio,
             conv3x3_only=head.conv3x3_only,
@@ -265,7 +261,7 @@ class FastFlow(AnomalyModel):
 
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
         """Score features as :meth:`features` gives them."""
-        log_likelihood = self.log_likelihood(features)
+        log_likelihood = self.head.log_likelihood(features)
         maps = ops.mean_aggregate(log_likelihood, self.image_size)
         anomaly_map = self.localize(log_likelihood, maps.anomaly_map)
         if self.score == "map":

@@ -1,4 +1,4 @@
-"""Gaussians at the positions of maps, estimated in one pass: before a flow, or behind it for what it left."""
+"""Gaussians at the positions of maps, estimated in one pass, and the whitening of features by them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 #: How many numbers the covariances of a scale have at most: 256 MiB of float64.
 LIMIT = 2**25
-
-#: Added to the variance of every latent channel, which is near 1: fewer images need more.
-RIDGE = 0.4
 
 #: Sums a tensor of this process over all that fit together; see :func:`alone`.
 Total = Callable[[Tensor], Tensor]
@@ -85,12 +82,29 @@ class Moments:
         return cells(maps, self._side)
 
 
-class Gaussians(nn.Module):
-    r"""A Gaussian at every position of maps, by which they are whitened: :math:`x'_p = W_p (y_p - \mu_p)`.
+class Whitening(nn.Module):
+    r"""Whiten features given the coarser scales, with one Gaussian per position.
 
-    A subclass says of what :math:`y_p` there is a Gaussian, the position's own channels first, and which :math:`W_p` its
-    covariance makes. Every position has a mean and a covariance of its own; but where those of a scale took more than
-    2^25 numbers, the positions of a cell, a square as small as can be, share a covariance about their means.
+    Standardised features :math:`x` of a scale are whitened given those of all coarser scales at the same place,
+    :math:`u` (bilinear, ``align_corners=False``): what they tell of :math:`x` is taken off, then what is left is whitened,
+
+    .. math:: x'_p = S_p^{-1/2} \left(x_p - \mu_p - B_p (u_p - \nu_p)\right), \qquad
+        B_p = \Sigma_p^{xu} (\Sigma_p^{uu})^{-1}, \quad S_p = \Sigma_p^{xx} - B_p \Sigma_p^{ux},
+
+    as the Gaussian of all scales together has it. :math:`\Sigma_p` is the covariance of K channels over :math:`n_p` vectors
+    (images times positions of the cell) and, to make few of them steady, over K further ones, whose covariance is the mean
+    of all cells plus :math:`0.1\, I`. The symmetric root leaves each channel as near to itself as can be: alike at all
+    positions, which share the flow's weights.
+
+    Images that a flow shall learn are whitened by the others, see :meth:`msflow_ext.features.Features.standardize`: by
+    themselves they come out far shorter than any new one, which the flow then never saw the like of.
+
+    Memory: a scale's channels times K numbers a cell, and twice :math:`K^2` of 8 bytes while fitting: 15 MB and 0.35 GB for
+    efficientnet_lite0 at 192 pixels, 0.15 and 1.1 GB for wide_resnet50_2 at 512, where 22 x 22, 11 x 11 and 4 x 4 positions
+    of its scales make a cell.
+
+    Every position has a mean and a covariance of its own; but where those of a scale took more than 2^25 numbers, the
+    positions of a cell, a square as small as can be, share a covariance about their means.
 
     Args:
         channels: of each scale.
@@ -110,14 +124,6 @@ class Gaussians(nn.Module):
                 f"whiten{i}", mean.new_zeros(len(cells(mean[None], side)), c, len(mean))
             )
         self.reset()
-
-    def width(self, scale: int) -> int:
-        """How many numbers a Gaussian of this scale is of."""
-        return self.scales[scale][0]
-
-    def joined(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What the Gaussians are of: ``[(N, width, H_i, W_i)]``."""
-        return maps
 
     def reset(self) -> None:
         """Change nothing until the next :meth:`fit`."""
@@ -163,7 +169,7 @@ class Gaussians(nn.Module):
             ValueError: they are of fewer than two images.
         """
         if not moments or moments[0].count < 2:
-            raise ValueError(f"{type(self).__name__}.fit: batches must hold at least two images")
+            raise ValueError("Whitening.fit: batches must hold at least two images")
         for i, each in enumerate(moments):
             mean, covariance = each.mean_and_covariance()
             self.get_buffer(f"mean{i}").copy_(mean)
@@ -172,14 +178,6 @@ class Gaussians(nn.Module):
             parts = zip(kept.split(64), covariance.split(64), strict=True)
             for whiten, part in parts:  # factors take several times their memory
                 whiten.copy_(self.factor(part, whiten.size(1)))
-
-    def regularize(self, covariance: Tensor, moments: Moments) -> None:
-        """Change covariances ``(cells, K, K)`` from these moments in place, such that they can be inverted."""
-        raise NotImplementedError
-
-    def factor(self, covariance: Tensor, channels: int) -> Tensor:
-        """The matrices ``(..., channels, K)`` that whiten the first channels of what has covariances ``(..., K, K)``."""
-        raise NotImplementedError
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps ``[(N, C_i, H_i, W_i)]`` by the Gaussians of their positions, in the module's dtype.
@@ -196,61 +194,19 @@ class Gaussians(nn.Module):
             whitened.append(_maps(self.get_buffer(f"whiten{i}") @ parts, side, maps[i].shape))
         return whitened
 
-
-class PositionBase(Gaussians):
-    r"""A Gaussian at every position instead of one standard normal distribution for all.
-
-    A flow shares its weights over positions, and its latent maps of a part that always lies alike keep some mean and
-    covariance of their own at each. With those of the training images, once the flow is trained,
-
-    .. math:: z'_p = \sqrt{1 + r}\, L_p^{-1} (z_p - \mu_p), \qquad L_p L_p^T = \Sigma_p + r I, \quad r = 0.4.
-
-    Memory: :math:`C^2` numbers a cell, and twice as many bytes each while fitting: 4 MB for efficientnet_lite0 at 192
-    pixels, 0.3 GB for wide_resnet50_2 at 512, where cells are 3 x 3 or 4 x 4.
-    """
-
-    def regularize(self, covariance: Tensor, moments: Moments) -> None:
-        covariance.diagonal(dim1=1, dim2=2).add_(RIDGE)
-        covariance.div_(1 + RIDGE)
-
-    def factor(self, covariance: Tensor, channels: int) -> Tensor:
-        lower = torch.linalg.cholesky(covariance)
-        identity = torch.eye(channels, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
-
-
-class Whitening(Gaussians):
-    r"""Features of which a Gaussian at every position has taken what it knows: the flow learns the rest.
-
-    Standardised features :math:`x` of a scale are whitened given those of all coarser scales at the same place,
-    :math:`u` (bilinear, ``align_corners=False``): what they tell of :math:`x` is taken off, then what is left is whitened,
-
-    .. math:: x'_p = S_p^{-1/2} \left(x_p - \mu_p - B_p (u_p - \nu_p)\right), \qquad
-        B_p = \Sigma_p^{xu} (\Sigma_p^{uu})^{-1}, \quad S_p = \Sigma_p^{xx} - B_p \Sigma_p^{ux},
-
-    as the Gaussian of all scales together has it. :math:`\Sigma_p` is the covariance of K channels over :math:`n_p` vectors
-    (images times positions of the cell) and, to make few of them steady, over K further ones, whose covariance is the mean
-    of all cells plus :math:`0.1\, I`. The symmetric root leaves each channel as near to itself as can be: alike at all
-    positions, which share the flow's weights.
-
-    Images that a flow shall learn are whitened by the others, see :meth:`msflow_ext.features.Features.standardize`: by
-    themselves they come out far shorter than any new one, which the flow then never saw the like of.
-
-    Memory: a scale's channels times K numbers a cell, and twice :math:`K^2` of 8 bytes while fitting: 15 MB and 0.35 GB for
-    efficientnet_lite0 at 192 pixels, 0.15 and 1.1 GB for wide_resnet50_2 at 512, where 22 x 22, 11 x 11 and 4 x 4 positions
-    of its scales make a cell.
-    """
-
     def width(self, scale: int) -> int:
+        """How many numbers a Gaussian of this scale is of: its channels, and those of all coarser scales."""
         return sum(c for c, *_ in self.scales[scale:])
 
     def joined(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the Gaussians are of, the scale's own channels first: ``[(N, width, H_i, W_i)]``."""
         return [
             torch.cat((x, *(resize(u, x.shape[2:]) for u in maps[i + 1 :])), 1)
             for i, x in enumerate(maps)
         ]
 
     def regularize(self, covariance: Tensor, moments: Moments) -> None:
+        """Change covariances ``(cells, K, K)`` from these moments in place, such that they can be inverted."""
         width, weights = covariance.size(1), moments.positions
         usual = torch.einsum("kij,k->ij", covariance, weights[:, 0, 0]) / weights.sum()
         usual.diagonal().add_(0.1)
@@ -258,6 +214,7 @@ class Whitening(Gaussians):
         covariance.mul_(share).addcmul_(1 - share, usual)
 
     def factor(self, covariance: Tensor, channels: int) -> Tensor:
+        """The matrices ``(..., channels, K)`` that whiten the first channels of what has covariances ``(..., K, K)``."""
         own, coarser = covariance[..., :channels, :channels], covariance[..., channels:, channels:]
         across = covariance[..., channels:, :channels]
         slope = torch.cholesky_solve(across, torch.linalg.cholesky(coarser)).mT

@@ -147,8 +147,6 @@ class MSFlow(AnomalyModel):
         smoothing: standard deviation in pixels of a Gaussian filter over the clamped map.
         whiten: for parts that always lie alike: standardised features are whitened at every position given the coarser
             scales there, by the training set's means and covariances: see :class:`~msflow_ext.models.gaussians.Whitening`.
-        position_base: likewise: Gaussians at every position of the latent maps, fitted to the training set after
-            training; see :class:`~msflow_ext.models.gaussians.PositionBase`.
 
     Raises:
         ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.
@@ -172,7 +170,6 @@ class MSFlow(AnomalyModel):
         top_k: float = 0.03,
         anomaly_map: str = "paper",
         smoothing: float = 0.0,
-        position_base: bool = False,
         seed: int | None = None,
     ) -> None:
         preset = PRESETS.get(backbone, OTHER)
@@ -198,7 +195,6 @@ class MSFlow(AnomalyModel):
             image_size=size,
             standardize=preset["standardize"] if standardize is None else bool(standardize),
             whiten=bool(whiten),
-            position_base=bool(position_base),
             blocks=list(head.blocks),
             cond_channels=list(head.cond_channels),
             score=score,
@@ -226,7 +222,7 @@ class MSFlow(AnomalyModel):
 
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
         """Score pooled features as :meth:`features` gives them."""
-        log_likelihood = self.log_likelihood(features)
+        log_likelihood = self.head.log_likelihood(features)
         maps = ops.aggregate(log_likelihood, self.image_size, top_k=self.top_k)
         anomaly_map = self.localize(log_likelihood, maps.anomaly_map)
         if self.score == "map":

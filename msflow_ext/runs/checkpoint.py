@@ -56,43 +56,31 @@ def save_checkpoint(
 
 
 class Saver:
-    """Writes the checkpoint of a training: before a test, and at least once a minute.
+    """Writes the checkpoint of a training: after every test, and at least once a minute.
 
     Where that takes longer than a second, it waits until the training has gone on for twenty times as long: flows of a
     gigabyte with their optimiser, tested after every epoch, would else be written half of the time.
-
-    Attributes:
-        path: of the checkpoint. epoch: after which the one there was written, None if this training wrote none.
     """
 
     SECONDS, SHORT, SHARE = 60.0, 1.0, 20
 
-    def __init__(self, path: Path, epoch: int | None = None) -> None:
-        self.path, self.epoch = path, epoch
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._ended, self._took = -math.inf, 0.0
 
     def is_due(self, *, tested: bool) -> bool:
-        """True if one is to be written now, ``tested`` if a test comes next."""
+        """Return whether one is to be written now; ``tested``: after a test."""
         since = time.monotonic() - self._ended
         if self._took > self.SHORT and since < self.SHARE * self._took:
             return False
         return tested or since > self.SECONDS
 
     def save(self, state: Mapping[str, Any], model: nn.Module, optimizer: Any) -> None:
-        """Write one with :func:`save_checkpoint`; ``state`` says its ``epoch``."""
+        """Write one with :func:`save_checkpoint`, of which ``state`` is the header."""
         began = time.monotonic()
         save_checkpoint(self.path, state, model, optimizer)
         self._ended = time.monotonic()
-        self._took, self.epoch = self._ended - began, state["epoch"]
-
-    def withdraw(self, epoch: int) -> None:
-        """Take a checkpoint of this epoch back: the one before it is there again, or none."""
-        if epoch != self.epoch:
-            return
-        if previous(self.path).exists():
-            os.replace(previous(self.path), self.path)
-        else:
-            self.path.unlink(missing_ok=True)
+        self._took = self._ended - began
 
 
 def previous(path: Path) -> Path:
@@ -106,17 +94,33 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or is not a checkpoint of this package; it says whether the one
-            before it is there.
+            before it is there. Or its model has a part that this version no longer has.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        return _read(path)
+        header, tensors = _read(path)
     except ValueError as error:
         if not previous(path).is_file():
             raise
         offer = f"the one before it is {previous(path).name}: rename it to go on from there"
         raise ValueError(f"{error}; {offer}") from None
+    _update(path, header)
+    return header, tensors
+
+
+def _update(path: Path, header: dict[str, Any]) -> None:
+    """Change the header that an older version wrote into one of this version.
+
+    Raises:
+        ValueError: the model has a part that was removed since.
+    """
+    config = header.get("config")
+    if isinstance(config, dict) and config.pop("position_base", False):
+        raise ValueError(
+            f"{path} was trained with position_base, a Gaussian at every position behind the flow, which was "
+            "removed: train the model again without it"
+        )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

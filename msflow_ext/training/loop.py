@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict
-from functools import partial
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from msflow_ext.data import DataSet, Images
+from msflow_ext.data import DataSet
 from msflow_ext.distributed import ranks as distributed
-from msflow_ext.distributed.ranks import ProcessFailed, Ranks
-from msflow_ext.evaluation.calibration import Calibration, judged
-from msflow_ext.evaluation.evaluator import Evaluation, Truth, evaluate
+from msflow_ext.distributed.ranks import Ranks
+from msflow_ext.evaluation.evaluator import Evaluation
 from msflow_ext.features import Features
 from msflow_ext.files import read_json, write_text
-from msflow_ext.hardware import cores, has_bfloat16, pick_device
+from msflow_ext.hardware import has_bfloat16, pick_device
 from msflow_ext.metrics import RESULTS
-from msflow_ext.models.padim import Padim
-from msflow_ext.reports.results import write_results
-from msflow_ext.runs.checkpoint import CHECKPOINT, Saver, previous, restore, save_checkpoint
+from msflow_ext.runs.checkpoint import CHECKPOINT, Saver, restore
 from msflow_ext.runs.folder import METRICS
-from msflow_ext.training.background import Examiner
-from msflow_ext.training.features import features_of_parts
+from msflow_ext.training.features import Parts, features_of_parts
+from msflow_ext.training.finish import Outcome, write_run
 from msflow_ext.training.recipe import Recipe
-from msflow_ext.training.resume import clear_run, initial_state, open_run_together, summary
+from msflow_ext.training.resume import clear_run, initial_state, open_run_together
 from msflow_ext.training.step import TrainingDiverged, make_optimizer, train_epoch
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
     from tqdm import tqdm
 
 log = logging.getLogger(__name__)
@@ -59,9 +53,8 @@ def train(
     """Train ``model.head`` on ``dataset.train``, test it on ``dataset.test``, and write the folder ``run``.
 
     The result is that of the last epoch; the best epoch on the test set stands beside it, as such.
-    A checkpoint is written after the first epoch, before every test and at least once a minute, but for large models
-    (:class:`msflow_ext.runs.checkpoint.Saver`). Tests run beside the epochs that follow, on a copy of the head, where there
-    is a GPU, or a core that torch's threads leave free.
+    A checkpoint is written after the first epoch, after every test and at least once a minute, but for large models
+    (:class:`msflow_ext.runs.checkpoint.Saver`).
     Several processes take the steps that one would take, and the first of them writes all files.
 
     Args:
@@ -83,244 +76,213 @@ def train(
             image that cannot be decoded; processes that are not given the same.
         OSError: the folder cannot be written. ConnectionError: another process has ended.
         ProcessFailed: another process has one of these errors.
-        TrainingDiverged: a loss or a gradient is not finite; the last checkpoint is kept.
-        ModuleNotFoundError: Lightning Fabric is not installed.
+        TrainingDiverged: a loss, a gradient or a score is not finite; the last checkpoint is kept.
     """
-    import yaml
-
-    run, recipe = Path(run), recipe or Recipe()
+    recipe = recipe or Recipe()
     ranks = distributed.join(device) if ranks is None else ranks
-    with ranks.agreed():
-        if resume and overwrite:
-            raise ValueError("resume and overwrite exclude each other")
-        if not dataset.train:
-            raise ValueError(f"{dataset.name} {dataset.category} has no images to train on")
-        kept, held = recipe.split(len(dataset.train))
-        if len(kept) < ranks.size:
-            raise ValueError(
-                f"{ranks.size} processes are more than the {len(kept)} training images"
+    progress = progress and ranks.first
+    session = Session.open(
+        model, dataset, Path(run), recipe, device, ranks, resume=resume, overwrite=overwrite
+    )
+    if session is not None:
+        with session.features(progress) as parts:
+            session.write_settings(settings or {}, overwrite=overwrite)
+            final = session.fit(parts, progress)
+            outcome = Outcome.of(final, model, parts, baseline=baseline)
+        session.finish(outcome)
+    return ranks.broadcast(read_json(Path(run) / METRICS) if ranks.first else {})
+
+
+@dataclass
+class Session:
+    """One training, from the state that it starts with to the files that it leaves.
+
+    Attributes:
+        state: the header of its checkpoints, see :func:`msflow_ext.training.resume.initial_state`; it is kept up to date.
+        began: when the training began by the monotonic clock, less the interruptions.
+    """
+
+    model: Any
+    dataset: DataSet
+    run: Path
+    recipe: Recipe
+    ranks: Ranks
+    state: dict[str, Any]
+    optimizer: torch.optim.Optimizer
+    saver: Saver
+    began: float
+
+    @classmethod
+    def open(
+        cls,
+        model: Any,
+        dataset: DataSet,
+        run: Path,
+        recipe: Recipe,
+        device: str | torch.device | None,
+        ranks: Ranks,
+        *,
+        resume: bool,
+        overwrite: bool,
+    ) -> Session | None:
+        """Check the arguments, and bring the model to its device and to the state that it starts from.
+
+        Returns:
+            None if the run is finished already.
+        """
+        with ranks.agreed():
+            if resume and overwrite:
+                raise ValueError("resume and overwrite exclude each other")
+            _check_images(dataset, recipe, ranks)
+            device = pick_device(distributed.own_device(device))
+        if recipe.precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
+            log.warning(
+                "this processor has no instructions for bfloat16: precision float32 is much faster here"
             )
-        fabric = _fabric(pick_device(distributed.own_device(device)), recipe)
-    first = initial_state(model, dataset, recipe)
-    state, tensors = open_run_together(ranks, run, first, resume=resume, overwrite=overwrite)
-    if not state:
-        if ranks.first:
-            log.info("%s is finished already", run)
-        return ranks.broadcast(read_json(run / METRICS) if ranks.first else {})
-    began = time.monotonic() - state["seconds"]
-
-    model.to(fabric.device)
-    model.head.memory = recipe.memory
-    adam = make_optimizer(model.head, recipe.weight_decay)
-    if tensors:
-        restore(run / CHECKPOINT, tensors, model, adam)
-    ranks.synchronize(model)
-    shown = Images(dataset.test, model.image_size)
-    with ranks.agreed():
-        truth = Truth.of(shown) if ranks.first else Truth(None, None)
-    with ExitStack() as stack:
-        items = {
-            "training": [dataset.train[i] for i in kept],
-            "held-out": [dataset.train[i] for i in held],
-            "test": dataset.test,
-        }
-        progress = progress and ranks.first
-        parts = features_of_parts(stack, model, items, run, recipe, progress, ranks)
-        trained, held_out, tested = parts
-        with ranks.agreed():
-            if overwrite and ranks.first:  # now that all images and masks are known to be sound
-                clear_run(run)
+        first = initial_state(model, dataset, recipe)
+        state, tensors = open_run_together(ranks, run, first, resume=resume, overwrite=overwrite)
+        if not state:
             if ranks.first:
-                settled = yaml.safe_dump(dict(settings or {}), sort_keys=False)
-                write_text(run / "config.yaml", settled)
-        # On two cores with two threads, training beside a test took 1.05 to 1.25 times as long as waiting for it.
-        room = fabric.device.type != "cpu" or torch.get_num_threads() < cores()
-        beside = room and ranks.size == 1  # several processes exchange one thing at a time
-        test = partial(_test, tested, truth, recipe.batch_size)
-        examiner = stack.enter_context(Examiner(model, test, beside=beside))
-        head, optimizer = fabric.setup(model.head, adam)
-        head.mark_forward_method("loss")
-        model.eval()
-        bar = stack.enter_context(_bar(recipe, state["epoch"], len(trained), progress))
-        saver = Saver(run / CHECKPOINT, state["epoch"] if tensors else None)
-        final = None
-        if recipe.is_tested(state["epoch"]):  # a checkpoint is older than its test
-            examiner.begin(state["epoch"])
-        while state["epoch"] < recipe.epochs:
-            model.train()
-            try:
-                loss = _epoch(fabric, head, optimizer, trained, recipe, state["epoch"], run, bar)
-            except TrainingDiverged:
-                _take(examiner, state, saver, ranks, wait=True)  # the epoch before may be to blame
-                raise
-            model.eval()
-            state["losses"].append(loss)
-            state["epoch"] += 1
-            due = recipe.is_tested(state["epoch"])
-            save = saver.is_due(tested=due)
-            final = _take(examiner, state, saver, ranks, wait=due or save) or final
-            if due:
-                model.fit_latents(partial(trained.batches, recipe.batch_size), ranks.total)
-            with ranks.agreed():
-                if ranks.first and save:
-                    state["seconds"] = time.monotonic() - began
-                    saver.save(state, model, adam)
-            if due:
-                examiner.begin(state["epoch"])
-                final = _take(examiner, state, saver, ranks, wait=not beside) or final
-        final = _take(examiner, state, saver, ranks, wait=True) or final
-        gaussian = _baseline(trained, tested, truth, recipe.batch_size) if baseline else None
-        calibration = _calibration(model, held_out, recipe.batch_size) if held else None
+                log.info("%s is finished already", run)
+            return None
+        began = time.monotonic() - state["seconds"]
+        model.to(device)
+        model.head.memory = recipe.memory
+        adam = make_optimizer(model.head, recipe.weight_decay)
+        if tensors:
+            restore(run / CHECKPOINT, tensors, model, adam)
+        ranks.synchronize(model)
+        return cls(model, dataset, run, recipe, ranks, state, adam, Saver(run / CHECKPOINT), began)
 
-    metrics: dict[str, Any] = {}
-    with ranks.agreed():
-        if ranks.first:
-            assert final is not None  # the last epoch is tested
-            metrics = summary(state, final.metrics)
-            metrics |= {"baseline": gaussian, "seconds": round(time.monotonic() - began, 3)}
-            _finish(run, model, shown, final, state, metrics, calibration)
-    return ranks.broadcast(metrics)
-
-
-def _finish(
-    run: Path,
-    model: Any,
-    shown: Images,
-    final: Evaluation,
-    state: Mapping[str, Any],
-    metrics: dict[str, Any],
-    calibration: Calibration | None,
-) -> None:
-    """Write what a finished run leaves, its metrics last."""
-    if calibration:
-        labels = [item.label for item in shown.items]
-        false_alarms = state["recipe"]["false_alarms"]
-        metrics["decisions"] = judged(calibration, false_alarms, labels, final.scores)
-    colours = write_results(run, shown, final, metrics)
-    last = {**state, "colours": colours, "calibration": calibration and asdict(calibration)}
-    save_checkpoint(run / CHECKPOINT, last, model)
-    previous(run / CHECKPOINT).unlink(missing_ok=True)
-    write_text(run / METRICS, json.dumps(metrics, indent=1, allow_nan=False))
-
-
-def _fabric(device: torch.device, recipe: Recipe) -> Fabric:
-    try:
-        from lightning_fabric import Fabric
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "training needs the package lightning-fabric: pip install 'msflow-ext[train]'"
-        ) from None
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its defaults
-    devices = 1 if device.index is None else [device.index]
-    mixed = recipe.precision == "bfloat16"
-    if mixed and device.type == "cpu" and not has_bfloat16():
-        log.warning(
-            "this processor has no instructions for bfloat16: precision float32 is much faster here"
+    def features(self, progress: bool) -> AbstractContextManager[Parts]:
+        """Return the features of all images, which are let go of at the end of the context."""
+        return features_of_parts(
+            self.model, self.dataset, self.run, self.recipe, self.ranks, progress
         )
-    fabric = Fabric(
-        accelerator=device.type, devices=devices, precision="bf16-mixed" if mixed else "32-true"
-    )
-    fabric.launch()
-    return fabric
 
+    def write_settings(self, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Write ``config.yaml``; ``overwrite``: instead of the run that is there, as all images are known to be sound."""
+        import yaml
 
-def _bar(recipe: Recipe, epoch: int, images: int, progress: bool) -> tqdm:
-    from tqdm import tqdm
+        with self.ranks.agreed():
+            if self.ranks.first:
+                if overwrite:
+                    clear_run(self.run)
+                text = yaml.safe_dump(dict(settings), sort_keys=False)
+                write_text(self.run / "config.yaml", text)
 
-    steps = math.ceil(images / recipe.batch_size)
-    return tqdm(
-        total=(recipe.epochs - epoch) * steps,
-        desc="training",
-        unit="step",
-        disable=None if progress else True,
-    )
+    def fit(self, parts: Parts, progress: bool) -> Evaluation:
+        """Train the epochs that are left, test and save in between; what the test after the last one found.
 
+        A test comes before the checkpoint of its epoch: no model is saved whose scores are not finite.
+        """
+        self.model.eval()
+        # A run that was interrupted after its last epoch, or by an older version before a test, is tested first.
+        found = self._test(parts) if self.recipe.is_tested(self.state["epoch"]) else None
+        with self._bar(parts, progress) as bar:
+            while self.state["epoch"] < self.recipe.epochs:
+                self._train_epoch(parts.training, bar)
+                tested = self.recipe.is_tested(self.state["epoch"])
+                if tested:
+                    normal = parts.training.batches(self.recipe.batch_size)
+                    self.model.fit_map(normal, self.ranks.total)
+                    found = self._test(parts)
+                self._save(tested)
+        assert found is not None  # the last epoch is tested
+        return found
 
-def _epoch(
-    fabric: Fabric,
-    head: Any,
-    optimizer: Any,
-    features: Features,
-    recipe: Recipe,
-    epoch: int,
-    run: Path,
-    bar: tqdm,
-) -> float:
-    """Train one epoch, and return its mean loss in nats per dimension of the latent space.
+    def finish(self, outcome: Outcome) -> None:
+        """Write what a finished run leaves."""
+        with self.ranks.agreed():
+            if self.ranks.first:
+                self.state["seconds"] = time.monotonic() - self.began
+                write_run(self.run, self.model, self.state, outcome)
 
-    The constant log(2 pi) / 2 = 0.9189 per dimension is left out, as in the loss itself.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.learning_rate(epoch)
-    ranks = features.ranks
-    chunks = recipe.order(epoch, len(features)).split(recipe.batch_size)
-    shares = ((features.share(chunk), len(chunk)) for chunk in chunks)
+    def _bar(self, parts: Parts, progress: bool) -> tqdm:
+        from tqdm import tqdm
 
-    def batches() -> Iterator[list[Tensor]]:
-        for chunk in chunks:
-            yield features.part(chunk)
-            bar.update()
+        left = self.recipe.epochs - self.state["epoch"]
+        steps = left * math.ceil(len(parts.training) / self.recipe.batch_size)
+        hidden = None if progress else True
+        return tqdm(total=steps, desc="training", unit="step", disable=hidden)
 
-    try:
+    def _train_epoch(self, features: Features, bar: tqdm) -> None:
+        """Train one epoch, and note its mean loss in nats per dimension of the latent space.
+
+        The constant log(2 pi) / 2 = 0.9189 per dimension is left out, as in the loss itself.
+        """
+        epoch, recipe = self.state["epoch"], self.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(epoch)
+        chunks = recipe.order(epoch, len(features)).split(recipe.batch_size)
+        shares = ((features.share(chunk), len(chunk)) for chunk in chunks)
+
+        def batches() -> Iterator[list[Tensor]]:
+            for chunk in chunks:
+                yield features.part(chunk)
+                bar.update()
+
         disturbed = recipe.disturbed(epoch, batches(), shares)
-        steps = train_epoch(fabric, head, optimizer, disturbed, clip=recipe.clip, ranks=ranks)
-    except TrainingDiverged as error:
-        items = features.images.items
-        names = ", ".join(items[i].name for i in chunks[error.step].tolist())
-        what = f"{error} in step {error.step + 1} (images {names})"
-        with ranks.agreed():
-            raise _stopped(run / CHECKPOINT, epoch + 1, what) from None
-    total = sum(loss * len(chunk) for (loss, _), chunk in zip(steps, chunks, strict=True))
-    return total / len(features) / sum(x[0].numel() for x in features[features.own[:1]])
+        self.model.train()
+        try:
+            steps = train_epoch(
+                self.model.head,
+                self.optimizer,
+                disturbed,
+                clip=recipe.clip,
+                precision=recipe.precision,
+                ranks=self.ranks,
+            )
+        except TrainingDiverged as error:
+            items = features.images.items
+            names = ", ".join(items[i].name for i in chunks[error.step].tolist())
+            what = f"{error} in step {error.step + 1} (images {names})"
+            with self.ranks.agreed():
+                raise self._stopped(epoch + 1, what) from None
+        self.model.eval()
+        total = sum(loss * len(chunk) for (loss, _), chunk in zip(steps, chunks, strict=True))
+        dimensions = sum(x[0].numel() for x in features[features.own[:1]])
+        self.state["losses"].append(total / len(features) / dimensions)
+        self.state["epoch"] += 1
+
+    def _test(self, parts: Parts) -> Evaluation:
+        """Test the model as it is, and note what was found, once for an epoch.
+
+        Raises:
+            TrainingDiverged, ProcessFailed: a score or a map is not finite.
+        """
+        epoch, evaluations = self.state["epoch"], self.state["evaluations"]
+        try:
+            found = parts.evaluate(self.model.predict_features)
+        except FloatingPointError as error:
+            raise self._stopped(epoch, str(error)) from None
+        if epoch not in (each["epoch"] for each in evaluations):
+            evaluations.append({"epoch": epoch, **found.metrics})
+        if found.metrics:  # those of several processes are with the first
+            loss = self.state["losses"][epoch - 1]
+            log.info("epoch %d: loss %.4f, %s", epoch, loss, _brief(found.metrics))
+        return found
+
+    def _save(self, tested: bool) -> None:
+        """Write a checkpoint if one is due."""
+        with self.ranks.agreed():
+            if self.ranks.first and self.saver.is_due(tested=tested):
+                self.state["seconds"] = time.monotonic() - self.began
+                self.saver.save(self.state, self.model, self.optimizer)
+
+    def _stopped(self, epoch: int, what: str) -> TrainingDiverged:
+        kept = self.saver.path
+        rest = f"{kept} keeps the last good state" if kept.exists() else "nothing was saved yet"
+        return TrainingDiverged(f"training stopped in epoch {epoch}: {what}; {rest}")
 
 
-def _test(tested: Features, truth: Truth, batch_size: int, model: Any) -> Evaluation:
-    return evaluate(model.predict_features, tested, truth, batch_size)
-
-
-def _take(
-    examiner: Examiner, state: dict[str, Any], saver: Saver, ranks: Ranks, *, wait: bool
-) -> Evaluation | None:
-    """What a test found that is done, or is waited for; written down and said.
-
-    Raises:
-        TrainingDiverged, ProcessFailed: a score or a map is not finite. A checkpoint of that epoch is taken back.
-    """
-    epoch = examiner.epoch
-    try:
-        found = examiner.take(wait=wait)
-    except (FloatingPointError, ProcessFailed) as error:
-        if ranks.first:
-            saver.withdraw(epoch)
-        if isinstance(error, ProcessFailed):
-            raise
-        raise _stopped(saver.path, epoch, str(error)) from None
-    if found is None:
-        return None
-    if epoch not in (each["epoch"] for each in state["evaluations"]):
-        state["evaluations"].append({"epoch": epoch, **found.metrics})
-    if found.metrics:  # those of several processes are with the first
-        log.info(
-            "epoch %d: loss %.4f, %s", epoch, state["losses"][epoch - 1], _brief(found.metrics)
-        )
-    return found
-
-
-def _stopped(kept: Path, epoch: int, what: str) -> TrainingDiverged:
-    rest = f"{kept} keeps the last good state" if kept.exists() else "nothing was saved yet"
-    return TrainingDiverged(f"training stopped in epoch {epoch}: {what}; {rest}")
-
-
-def _baseline(trained: Features, tested: Features, truth: Truth, batch_size: int) -> dict[str, Any]:
-    """The metrics of a Gaussian per position on the same features."""
-    padim = Padim().fit(trained.batches(batch_size), trained.ranks.total)
-    predict = partial(padim.predict, size=tested.images.size)
-    return {"name": "PaDiM-style Gaussian", **evaluate(predict, tested, truth, batch_size).metrics}
-
-
-def _calibration(model: Any, held_out: Features, batch_size: int) -> Calibration:
-    found = evaluate(model.predict_features, held_out, Truth(None, None), batch_size)
-    return Calibration.of(found.scores, found.maps)
+def _check_images(dataset: DataSet, recipe: Recipe, ranks: Ranks) -> None:
+    """ValueError if there are too few images to train on."""
+    if not dataset.train:
+        raise ValueError(f"{dataset.name} {dataset.category} has no images to train on")
+    kept, _ = recipe.split(len(dataset.train))
+    if len(kept) < ranks.size:
+        raise ValueError(f"{ranks.size} processes are more than the {len(kept)} training images")
 
 
 def _brief(metrics: Mapping[str, float | None]) -> str:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from msflow_ext.distributed.ranks import Ranks
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+from msflow_ext.models.base import PRECISIONS
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818  (it says what happened)
@@ -25,30 +23,39 @@ class TrainingDiverged(RuntimeError):  # noqa: N818  (it says what happened)
 
 
 def train_epoch(
-    fabric: Fabric,
     head: Any,
-    optimizer: Any,
+    optimizer: torch.optim.Optimizer,
     batches: Iterable[list[Tensor]],
     *,
     clip: float | None,
+    precision: str = "float32",
     ranks: Ranks | None = None,
 ) -> list[tuple[float, float]]:
-    """One optimiser step per batch of features; the loss and the gradient norm before clipping of each.
+    """Take one optimiser step per batch, and return the loss and the gradient norm before clipping of each.
 
-    ``head`` and ``optimizer`` come from ``fabric.setup``. With ``ranks`` each batch is this process's
-    share of one, perhaps none of its images, and the step is that of the whole.
+    Args:
+        head: has ``loss(features)``, see :class:`msflow_ext.models.base.FlowHead`.
+        optimizer: of the parameters of ``head``.
+        batches: features, each batch ``[(N, C_i, H_i, W_i)]``, where ``head`` is.
+        clip: largest norm of the whole gradient; None for no limit.
+        precision: ``float32`` computes as parameters and features are, ``bfloat16`` under autocast.
+        ranks: the processes that train together. Each batch is then this process's share of one, perhaps none of
+            its images, and the step is that of the whole.
 
     Raises:
+        ValueError: another ``precision``.
         TrainingDiverged: before the step that would spoil the parameters.
     """
-    ranks, steps = ranks or Ranks(), []
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    ranks, steps, mixed = ranks or Ranks(), [], precision == "bfloat16"
     for step, features in enumerate(batches):
         images, loss = len(features[0]), features[0].new_zeros(())
         with ranks.agreed():
             if images:
-                with fabric.autocast():
+                with torch.autocast(loss.device.type, torch.bfloat16, enabled=mixed):
                     loss = head.loss(features)
-                fabric.backward(loss)
+                loss.backward()
         loss = ranks.average(head.parameters(), loss, images)
         norm = clip_grad_norm_(head.parameters(), math.inf if clip is None else clip)
         steps.append((loss.item(), norm.item()))

@@ -261,7 +261,6 @@ def results(out: Path, category: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_trainings_on_ray_end_with_the_bits_of_those_one_by_one(ray, data, tmp_path, capsys):
-    pytest.importorskip("lightning_fabric")
 
     def train(engine: str, *more: str) -> list[str]:
         chosen = ["train", "--data", str(data), "--layout", "mvtec", "--category", "all"]

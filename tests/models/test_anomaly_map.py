@@ -31,17 +31,14 @@ def images(count: int, seed: int) -> torch.Tensor:
     return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("position_base", [False, True])
-def test_it_sums_deviations_from_the_normal_images_that_stay_below_eight(
-    position_base: bool,
-) -> None:
-    model = build(position_base=position_base)
+def test_it_sums_deviations_from_the_normal_images_that_stay_below_eight() -> None:
+    model = build()
     normal, odd = model.features(images(5, 0)), model.features(images(2, 1))
     odd[0][1, :, 3, 4] += 1000
-    model.fit_latents(lambda: zip(*(f.split(2) for f in normal), strict=True))
+    model.fit_map(zip(*(f.split(2) for f in normal), strict=True))
     got = model.predict_features(odd)
     wanted = torch.zeros(2, 64, 64)
-    usual, unusual = model.log_likelihood(normal), model.log_likelihood(odd)
+    usual, unusual = model.head.log_likelihood(normal), model.head.log_likelihood(odd)
     for a, b in zip(usual, unusual, strict=True):
         standard = (a.mean() - b) / a.std(correction=0)
         share = torch.where(standard < 0, standard, 8 * torch.sin(torch.atan(standard / 8)))
@@ -82,7 +79,7 @@ def test_the_score_of_that_name_is_the_mean_of_the_hottest_share_of_the_map(anom
     options = {"anomaly_map": anomaly_map, "score": "map", "top_k": 0.01}
     fast: Any = {"image_size": 64, "pretrained": False, "steps": 1, "seed": 0}
     for model in (build(**options), FastFlow("test_resnet", **fast, **options)):
-        model.fit_latents(lambda model=model: [model.features(images(3, 0))])
+        model.fit_map([model.features(images(3, 0))])
         got = model(images(2, 1))
         hottest = got.anomaly_map.flatten(1).sort(descending=True).values[:, : 64 * 64 // 100]
         torch.testing.assert_close(got.score, hottest.mean(1))
@@ -90,7 +87,7 @@ def test_the_score_of_that_name_is_the_mean_of_the_hottest_share_of_the_map(anom
 
 def test_its_statistics_are_kept_with_the_weights() -> None:
     model = build()
-    model.fit_latents(lambda: [model.features(images(3, 0))])
+    model.fit_map([model.features(images(3, 0))])
     again = MSFlow(**model.config, pretrained=False)
     again.load_state_dict(model.state_dict())
     one = images(1, 2)
@@ -105,7 +102,7 @@ def test_fastflow_takes_it_too() -> None:
     paper = FastFlow("test_resnet", **options)  # type: ignore[arg-type]
     paper.load_state_dict(model.state_dict(), strict=False)
     features = model.features(images(3, 0))
-    model.fit_latents(lambda: [features])
+    model.fit_map([features])
     got, plain = model.predict_features(features), paper.predict_features(features)
     assert torch.equal(got.score, plain.score)
     assert torch.equal(got.image_map, plain.anomaly_map)

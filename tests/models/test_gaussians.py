@@ -1,4 +1,4 @@
-"""The Gaussians before and behind a flow against their definitions in numpy, and in the models that take them."""
+"""Whitening by Gaussians equals its definition in numpy, alone and in the models that have it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msflow_ext import FastFlow, MSFlow, load, ops
+from msflow_ext import FastFlow, MSFlow, load
 from msflow_ext.data import DataSet, Images, Item
 from msflow_ext.features import Features
-from msflow_ext.models import gaussians as position_base
-from msflow_ext.models.gaussians import RIDGE, Gaussians, PositionBase, Whitening
+from msflow_ext.models import gaussians
+from msflow_ext.models.gaussians import Whitening
 from msflow_ext.training.loop import train
 from msflow_ext.training.recipe import Recipe
 
@@ -26,7 +26,7 @@ SIZES = [(13, 5), (1, 1)]
 SMALL = {"backbone": "test_resnet", "image_size": 64, "pretrained": False, "seed": 0}
 
 
-def latents(images: int, seed: int = 0, sizes: list[tuple[int, int]] = SIZES) -> list[Tensor]:
+def features(images: int, seed: int = 0, sizes: list[tuple[int, int]] = SIZES) -> list[Tensor]:
     """Correlated maps of two scales, each position about its own mean."""
     rng = torch.Generator().manual_seed(seed)
     where = torch.Generator().manual_seed(9)
@@ -52,37 +52,14 @@ def by_cells(maps: Tensor, side: int) -> Iterator[tuple[list[tuple[int, int]], n
         yield where, np.mean([np.cov(maps[:, :, i, j].numpy().T) for i, j in where], 0)
 
 
-#: How many numbers the covariances may have, and the side of the first scale's cells, of which it has 65, 21 or 1.
-LIMITS = [(2**25, 1), (21 * 4**2, 2), (0, 13)]
-
-
-@pytest.mark.parametrize(("limit", "side"), LIMITS)
-@pytest.mark.parametrize("batch", [1, 7, 20])
-def test_a_base_whitens_every_position_by_its_mean_and_its_cells_covariance(
-    batch: int, limit: int, side: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(position_base, "LIMIT", limit)
-    seen, unseen = latents(20), latents(3, seed=1)
-    base = PositionBase((4, 5), SIZES).double()
-    base.fit(zip(*(z.split(batch) for z in seen), strict=True))
-    for x, y, got in zip(seen, unseen, base(unseen), strict=True):
-        assert got.shape == y.shape
-        for where, covariance in by_cells(x, side):
-            lower = np.linalg.cholesky(covariance + RIDGE * np.eye(x.shape[1]))
-            for i, j in where:
-                deviation = (y[:, :, i, j] - x[:, :, i, j].mean(0)).numpy().T
-                wanted = (1 + RIDGE) ** 0.5 * np.linalg.solve(lower, deviation)
-                np.testing.assert_allclose(got[:, :, i, j].T, wanted, 1e-9, 1e-9)
-
-
 @pytest.mark.parametrize(("cells", "side"), [(2**20, 1), (21, 2), (0, 13)])
 @pytest.mark.parametrize("batch", [1, 7, 20])
 def test_whitening_takes_the_root_of_shrunk_covariances_given_the_coarser_scales(
     batch: int, cells: int, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [(13, 5), (3, 2)]
-    monkeypatch.setattr(position_base, "LIMIT", cells * 9**2)
-    seen, unseen = latents(20, sizes=sizes), latents(3, seed=1, sizes=sizes)
+    monkeypatch.setattr(gaussians, "LIMIT", cells * 9**2)
+    seen, unseen = features(20, sizes=sizes), features(3, seed=1, sizes=sizes)
     whitening = Whitening((4, 5), sizes).double()
     whitening.fit(zip(*(x.split(batch) for x in seen), strict=True))
     assert whitening.sides[0] == side
@@ -108,68 +85,32 @@ def test_whitening_takes_the_root_of_shrunk_covariances_given_the_coarser_scales
 
 
 @pytest.mark.parametrize(
-    ("kind", "backbone", "megabytes"),
-    [
-        (PositionBase, "efficientnet_lite0 at 192 px", 4),
-        (PositionBase, "wide_resnet50_2 at 512 px", 300),
-        (Whitening, "efficientnet_lite0 at 192 px", 15),
-        (Whitening, "wide_resnet50_2 at 512 px", 150),
-    ],
+    ("channels", "finest", "megabytes"),
+    [((24, 40, 112), 24, 15), ((256, 512, 1024), 64, 150)],
+    ids=["efficientnet_lite0 at 192 px", "wide_resnet50_2 at 512 px"],
 )
-def test_they_take_as_much_memory_as_documented(
-    kind: type[Gaussians], backbone: str, megabytes: int
+def test_it_takes_as_much_memory_as_documented(
+    channels: tuple[int, ...], finest: int, megabytes: int
 ) -> None:
-    channels, finest = {"e": ((24, 40, 112), 24), "w": ((256, 512, 1024), 64)}[backbone[0]]
-    gaussians = kind(channels, [(finest // k, finest // k) for k in (1, 2, 4)])
-    assert sum(b.nbytes for b in gaussians.buffers()) / 1e6 == pytest.approx(megabytes, rel=0.15)
+    whitening = Whitening(channels, [(finest // k, finest // k) for k in (1, 2, 4)])
+    assert sum(b.nbytes for b in whitening.buffers()) / 1e6 == pytest.approx(megabytes, rel=0.15)
 
 
-@pytest.mark.parametrize("kind", [PositionBase, Whitening])
-def test_unfitted_or_reset_it_changes_nothing_and_one_image_is_too_few(
-    kind: type[Gaussians],
-) -> None:
-    gaussians, z = kind((4, 5), SIZES).double(), latents(2)
+def test_unfitted_or_reset_it_changes_nothing_and_one_image_is_too_few() -> None:
+    whitening, x = Whitening((4, 5), SIZES).double(), features(2)
     for _ in range(2):
-        assert all(torch.equal(a, b) for a, b in zip(gaussians(z), z, strict=True))
-        for too_few in ([], [latents(1)]):
+        assert all(torch.equal(a, b) for a, b in zip(whitening(x), x, strict=True))
+        for too_few in ([], [features(1)]):
             with pytest.raises(ValueError, match="must hold at least two images"):
-                gaussians.fit(too_few)
-        gaussians.fit([z])
-        assert not any(torch.allclose(a, b) for a, b in zip(gaussians(z), z, strict=True))
-        gaussians.reset()
+                whitening.fit(too_few)
+        whitening.fit([x])
+        assert not any(torch.allclose(a, b) for a, b in zip(whitening(x), x, strict=True))
+        whitening.reset()
 
 
 def test_maps_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"maps must be \[\(4, 13, 5\), .* got \[\(4, 5, 13\), "):
-        PositionBase((4, 5), SIZES)([latents(2)[0].mT, latents(2)[1]])
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        (MSFlow, {"blocks": (1, 1), "cond_channels": 8, "score": "nll"}),
-        (MSFlow, {"backbone": "test_vit", "blocks": (1, 1), "cond_channels": 8}),
-        (FastFlow, {"steps": 1}),
-    ],
-    ids=["msflow", "msflow-transformer", "fastflow"],
-)
-def test_a_model_trains_tests_keeps_and_applies_it(
-    kind: type, options: dict, tmp_path: Path
-) -> None:
-    model = kind(**{**SMALL, **options}, position_base=True)
-    train(model, noise(), tmp_path, Recipe(epochs=1, batch_size=3), device="cpu")
-    images = torch.rand(2, 3, 64, 64)
-    features = model.features(images)
-    got, z = model(images), model.base(model.head(features).z)
-    wanted = [ops.log_likelihood_map(t) for t in z]
-    plain = model.head.log_likelihood(features)
-    for a, b, c in zip(got.log_likelihood, wanted, plain, strict=True):
-        assert torch.equal(a, b)
-        assert not torch.allclose(b, c, rtol=0.01)
-    again = load(tmp_path, "cpu").model
-    assert torch.equal(again(images).anomaly_map, got.anomaly_map)
-    form = model.optimize()
-    torch.testing.assert_close(form(images).score, got.score, rtol=1e-3, atol=1e-4)
+        Whitening((4, 5), SIZES)([features(2)[0].mT, features(2)[1]])
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def toy_data() -> DataSet:
 
 def train_here(run: Path) -> None:
     """Train to the end, or go on with what ``run`` holds."""
-    torch.set_num_threads(1)  # of several cores, so that tests run beside the epochs
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
     options = {"pretrained": False, "blocks": (1, 1, 2), "cond_channels": 8, "seed": 1}

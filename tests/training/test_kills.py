@@ -141,16 +141,3 @@ def test_a_checkpoint_that_takes_long_is_written_the_less_often(tmp_path, monkey
     assert not saver.is_due(tested=True) and not saver.is_due(tested=False)
     now += 2
     assert saver.is_due(tested=True) and saver.is_due(tested=False)
-
-
-def test_only_the_checkpoint_of_the_epoch_is_taken_back(tmp_path):
-    path, model = tmp_path / "model.safetensors", nn.Linear(1, 1)
-    saver = checkpoint.Saver(path)
-    for epoch in (1, 2):
-        saver.save({"epoch": epoch}, model, None)
-    saver.withdraw(3)
-    assert read_checkpoint(path)[0]["epoch"] == 2
-    saver.withdraw(2)
-    assert read_checkpoint(path)[0]["epoch"] == 1
-    checkpoint.Saver(path, 1).withdraw(1)
-    assert not path.exists()

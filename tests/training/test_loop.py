@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning_fabric import Fabric
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
 
@@ -24,6 +22,8 @@ from msflow_ext.features import Features
 from msflow_ext.files import write_text
 from msflow_ext.hardware import free_memory
 from msflow_ext.runs.checkpoint import read_checkpoint
+from msflow_ext.training import features as training_features
+from msflow_ext.training import finish
 from msflow_ext.training import loop as training
 from msflow_ext.training.loop import Recipe, TrainingDiverged, make_optimizer, train, train_epoch
 from msflow_ext.training.recipe import PRESETS
@@ -34,7 +34,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SIZE = 64
 
 
-def build_model() -> MSFlow:
+def build_model(**options: Any) -> MSFlow:
     """The same tiny MSFlow each time, on a backbone with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -45,6 +45,7 @@ def build_model() -> MSFlow:
             blocks=(1, 1, 2),
             cond_channels=8,
             seed=1,
+            **options,
         )
 
 
@@ -96,15 +97,12 @@ def test_the_loop_reproduces_the_authors_training_in_float64(memory):
         milestones=tuple(m / epochs for m in meta["milestones"]),
     )
     adam = make_optimizer(head)
-    fabric = Fabric(accelerator="cpu", devices=1, precision="64-true")
-    wrapped, optimizer = fabric.setup(head, adam)
-    wrapped.mark_forward_method("loss")
 
     rates, steps = [], []
     for epoch, order in enumerate(golden["order"]):
         adam.param_groups[0]["lr"] = recipe.learning_rate(epoch)
         batches = [[x[chunk] for x in maps] for chunk in order.split(recipe.batch_size)]
-        steps += train_epoch(fabric, wrapped, optimizer, batches, clip=recipe.clip)
+        steps += train_epoch(head, adam, batches, clip=recipe.clip)
         rates += [recipe.learning_rate(epoch)] * len(batches)
 
     def close(got, wanted):
@@ -168,13 +166,18 @@ def test_without_clip_the_gradient_is_taken_whole_and_weight_decay_is_adams():
         torch.nn.init.ones_(head.weight)
         head.loss = lambda x, head=head: head(x[0]).sum()  # type: ignore[assignment]
         sgd = torch.optim.SGD(head.parameters(), lr=1.0)
-        fabric: Any = SimpleNamespace(autocast=nullcontext, backward=torch.Tensor.backward)
-        ((_, norm),) = train_epoch(fabric, head, sgd, [[torch.tensor([3.0, 4.0])]], clip=clip)
+        ((_, norm),) = train_epoch(head, sgd, [[torch.tensor([3.0, 4.0])]], clip=clip)
         assert norm == pytest.approx(26**0.5)
         weights[clip] = head.weight.tolist()[0]
     assert weights[None] == [-2.0, -3.0]
     assert weights[1e-3] == pytest.approx([1.0, 1.0], abs=1e-3)
     assert make_optimizer(torch.nn.Linear(2, 1), 0.25).param_groups[0]["weight_decay"] == 0.25
+
+
+def test_an_epoch_names_the_precision_that_it_refuses():
+    head = torch.nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'half'"):
+        train_epoch(head, make_optimizer(head), [], clip=None, precision="half")
 
 
 def test_warm_up_and_decay_keep_their_proportions_in_a_short_training():
@@ -472,6 +475,69 @@ def test_a_killed_run_resumes_to_the_bits_of_an_undisturbed_one(
         assert metrics[name] == wanted[name]
 
 
+def _results(run: Path) -> tuple[Any, ...]:
+    """All that a run leaves that does not depend on how long it took."""
+    header, tensors = read_checkpoint(run / "model.safetensors")
+    metrics = json.loads((run / "metrics.json").read_text())
+    del header["seconds"], metrics["seconds"]
+    bits = {name: t.numpy().tobytes() for name, t in tensors.items()}
+    return header, bits, metrics, (run / "scores.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "seen", "sentence"),
+    [
+        (Killed(), Killed, None),
+        (
+            FloatingPointError("score or map of image good/2 is not finite"),
+            TrainingDiverged,
+            r"stopped in epoch 2: score or map of image good/2 .*safetensors keeps the last good",
+        ),
+    ],
+    ids=["killed", "not-finite"],
+)
+def test_a_run_that_ends_in_a_test_keeps_the_state_before_it_and_resumes_to_the_same_results(
+    tmp_path, monkeypatch, squares, error, seen, sentence
+):
+    recipe, evaluate, calls = (
+        Recipe(epochs=3, batch_size=4, eval_every=1),
+        training_features.evaluate,
+        [],
+    )
+    train(build_model(anomaly_map="clamped"), squares, tmp_path / "whole", recipe, device="cpu")
+
+    def fail_in_the_second_test(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return evaluate(*args)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training_features, "evaluate", fail_in_the_second_test)
+        with pytest.raises(seen, match=sentence):
+            train(build_model(anomaly_map="clamped"), squares, run, recipe, device="cpu")
+    header = read_checkpoint(run / "model.safetensors")[0]
+    assert header["epoch"] == len(header["evaluations"]) == 1
+    model = build_model(anomaly_map="clamped")
+    train(model, squares, run, recipe, device="cpu", resume=True)
+    assert _results(run) == _results(tmp_path / "whole")
+
+
+def test_a_run_whose_first_test_is_not_finite_leaves_no_checkpoint(tmp_path, squares):
+    model = build_model()
+    model.predict_features = MethodType(  # type: ignore[method-assign]
+        lambda self, x: SimpleNamespace(
+            score=torch.full((len(x[0]),), math.inf), anomaly_map=torch.zeros(len(x[0]), SIZE, SIZE)
+        ),
+        model,
+    )
+    sentence = "stopped in epoch 1: score or map of image good/0 is not finite; nothing was saved"
+    with pytest.raises(TrainingDiverged, match=sentence):
+        train(model, squares, tmp_path / "run", Recipe(epochs=2, eval_every=1), device="cpu")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("last_file", ["scores.csv", "metrics.json"])
 def test_a_run_killed_after_its_last_epoch_resumes_to_the_same_results(
     tmp_path, monkeypatch, squares, finished_run, last_file
@@ -485,9 +551,9 @@ def test_a_run_killed_after_its_last_epoch_resumes_to_the_same_results(
     run, recipe = tmp_path / "run", Recipe(epochs=2, batch_size=4)
     with monkeypatch.context() as patch:
         if last_file == "scores.csv":
-            patch.setattr(training, "write_results", die)
+            patch.setattr(finish, "write_results", die)
         else:
-            patch.setattr(training, "write_text", die_at_metrics)
+            patch.setattr(finish, "write_text", die_at_metrics)
         with pytest.raises(Killed):
             train(build_model(), squares, run, recipe, device="cpu")
     assert (run / "scores.csv").exists() == (last_file == "metrics.json")

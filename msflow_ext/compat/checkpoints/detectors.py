@@ -16,13 +16,11 @@ from msflow_ext.models.base import AnomalyModel
 from msflow_ext.models.fastflow import FastFlow
 from msflow_ext.models.msflow import MSFlow
 
-_PLAIN: dict[str, Any] = {"standardize": False, "position_base": False}
-
 #: By format, what its code does without a word of it in the file.
 PEERS: dict[str, dict[str, Any]] = {
-    "msflow": {**_PLAIN, "padding_mode": "reflect"},
-    "gathierry": {**_PLAIN, "padding_mode": "zeros", "clamp": 2.0},
-    "anomalib": {**_PLAIN, "padding_mode": "zeros", "clamp": 2.0, "clamp_form": "0.2"},
+    "msflow": {"standardize": False, "padding_mode": "reflect"},
+    "gathierry": {"standardize": False, "padding_mode": "zeros", "clamp": 2.0},
+    "anomalib": {"standardize": False, "padding_mode": "zeros", "clamp": 2.0, "clamp_form": "0.2"},
 }
 
 

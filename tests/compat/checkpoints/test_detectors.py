@@ -89,7 +89,6 @@ def test_a_transformer_leaves_its_backbone_out_and_takes_that_of_a_file(tmp_path
             "msflow",
             "means padding_mode 'reflect', this .* 'z",
         ),
-        (lambda: fastflow(position_base=True), "anomalib", "means position_base False"),
         (lambda: fastflow(clamp=1.5), "gathierry", "means clamp 2.0, this model has 1.5"),
         (lambda: fastflow(clamp_form="head"), "anomalib", "means clamp_form '0.2', this .* 'head'"),
     ],

@@ -1,0 +1,69 @@
+"""What a finished run leaves: its thresholds, its baseline, its results and its last checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from msflow_ext.data import Images
+from msflow_ext.evaluation.calibration import Calibration, judged
+from msflow_ext.evaluation.evaluator import Evaluation, Truth, evaluate
+from msflow_ext.files import write_text
+from msflow_ext.models.padim import Padim
+from msflow_ext.reports.results import write_results
+from msflow_ext.runs.checkpoint import CHECKPOINT, previous, save_checkpoint
+from msflow_ext.runs.folder import METRICS
+from msflow_ext.training.features import Parts
+from msflow_ext.training.resume import summary
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training came to.
+
+    Attributes:
+        shown: the test images as they are reported.
+        test: what the test after the last epoch found.
+        calibration: the scores of the held-out images; None without any.
+        baseline: the metrics of a Gaussian per position on the same features, and its name; None if not asked for.
+    """
+
+    shown: Images
+    test: Evaluation
+    calibration: Calibration | None
+    baseline: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, test: Evaluation, model: Any, parts: Parts, *, baseline: bool) -> Outcome:
+        """Score the held-out images with the trained model, and fit the baseline."""
+        calibration, gaussian = None, None
+        if baseline:
+            normal = parts.training
+            padim = Padim().fit(normal.batches(parts.batch_size), normal.ranks.total)
+            found = parts.evaluate(partial(padim.predict, size=parts.shown.size))
+            gaussian = {"name": "PaDiM-style Gaussian", **found.metrics}
+        if len(parts.held_out):
+            nothing = Truth(None, None)
+            found = evaluate(model.predict_features, parts.held_out, nothing, parts.batch_size)
+            calibration = Calibration.of(found.scores, found.maps)
+        return cls(parts.shown, test, calibration, gaussian)
+
+
+def write_run(run: Path, model: Any, state: Mapping[str, Any], outcome: Outcome) -> None:
+    """Write results, report and last checkpoint, and at the end the metrics, with which a run is finished."""
+    test, calibration = outcome.test, outcome.calibration
+    metrics = summary(state, test.metrics)
+    metrics |= {"baseline": outcome.baseline, "seconds": round(state["seconds"], 3)}
+    if calibration:
+        labels = [item.label for item in outcome.shown.items]
+        rate = state["recipe"]["false_alarms"]
+        metrics["decisions"] = judged(calibration, rate, labels, test.scores)
+    colours = write_results(run, outcome.shown, test, metrics)
+    last = {**state, "colours": colours, "calibration": calibration and asdict(calibration)}
+    save_checkpoint(run / CHECKPOINT, last, model)
+    previous(run / CHECKPOINT).unlink(missing_ok=True)
+    write_text(run / METRICS, json.dumps(metrics, indent=1, allow_nan=False))
