@@ -14,7 +14,7 @@ from benchmarks import report, results
 from msflow_ext import cli
 from msflow_ext.bench import machine
 from msflow_ext.metrics import RESULTS
-from msflow_ext.runs.table import BEST, MEAN, Line, percent
+from msflow_ext.runs.table import BEST, MEAN, Line
 
 #: A series of trainings for each data set.
 SERIES = (
@@ -78,7 +78,7 @@ def markdown(document: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"| percent | | {' | '.join(RESULTS.values())} |"
     yield "|---|---|" + "---:|" * len(RESULTS)
-    cells = {(each.data, each.category, each.source, each.metric): percent(each) for each in lines}
+    cells = {(each.data, each.category, each.source, each.metric): each.percent for each in lines}
     places = list(dict.fromkeys((each.data, each.category) for each in lines))
     rows = dict.fromkeys((each.data, each.category, each.source) for each in lines)
     for data, category, source in sorted(rows, key=lambda row: places.index(row[:2])):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from msflow_ext.choices import PRECISIONS
 from msflow_ext.distributed.ranks import Ranks
-from msflow_ext.models.base import PRECISIONS
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818  (it says what happened)
