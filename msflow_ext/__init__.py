@@ -13,7 +13,7 @@ _HOME = {
     "FastFlowHead": "msflow_ext.models.fastflow",
     "FlowOutput": "msflow_ext.flows",
     "MSFlow": "msflow_ext.models.msflow",
-    "MSFlowHead": "msflow_ext.models.msflow",
+    "MSFlowHead": "msflow_ext.models.msflow_head",
     "Prediction": "msflow_ext.models.base",
     "accelerate": "msflow_ext.compat.accelerate",
     "graphed": "msflow_ext.inference.cuda_graphs",
@@ -53,7 +53,8 @@ if TYPE_CHECKING:
     from msflow_ext.inference.cuda_graphs import graphed
     from msflow_ext.models.base import Prediction
     from msflow_ext.models.fastflow import FastFlow, FastFlowHead
-    from msflow_ext.models.msflow import MSFlow, MSFlowHead
+    from msflow_ext.models.msflow import MSFlow
+    from msflow_ext.models.msflow_head import MSFlowHead
     from msflow_ext.testing import info
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msflow_ext import FastFlow, MSFlow
-from msflow_ext.models.msflow_layers import FusionFlow
+from msflow_ext.models.msflow_head import FusionFlow
 from msflow_ext.training.recipe import PRESETS, Recipe
 
 PAPER, FASTFLOW = PRESETS["paper"]["msflow"].recipe, PRESETS["paper"]["fastflow"].recipe

@@ -16,7 +16,8 @@ from msflow_ext.bench.harness import Case, Provider
 from msflow_ext.bench.modes import autocast, compiled, freezing
 from msflow_ext.bench.official import OfficialMSFlow, predict
 from msflow_ext.models.base import FlowHead
-from msflow_ext.models.msflow import MSFlow, MSFlowHead
+from msflow_ext.models.msflow import MSFlow
+from msflow_ext.models.msflow_head import MSFlowHead
 from msflow_ext.training.recipe import Recipe
 
 #: Provider that is the reference implementation: on FrEIA's blocks, or the same in plain PyTorch without FrEIA.

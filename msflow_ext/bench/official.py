@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from msflow_ext.compat.checkpoints.msflow import to_official_state_dict
 from msflow_ext.models.msflow import Prediction
-from msflow_ext.models.msflow_layers import positional_encoding
+from msflow_ext.models.positional_encoding import positional_encoding
 
 if TYPE_CHECKING:
-    from msflow_ext.models.msflow import MSFlowHead
+    from msflow_ext.models.msflow_head import MSFlowHead
 
 
 class OfficialMSFlow(nn.Module):

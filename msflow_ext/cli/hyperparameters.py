@@ -16,8 +16,12 @@ from typing import Any
 from msflow_ext.choices import CHOICES
 from msflow_ext.cli.parser import NONE, OneOf, OrNone, number, truth, whole
 
-RECIPE = ("training/recipe.py", "Recipe")
-MODELS = {"msflow": ("models/msflow.py", "MSFlow"), "fastflow": ("models/fastflow.py", "FastFlow")}
+#: A class, the file that declares it, and files of classes that its docstring refers to.
+RECIPE = ("Recipe", "training/recipe.py")
+MODELS = {
+    "msflow": ("MSFlow", "models/msflow.py", "models/msflow_head.py"),
+    "fastflow": ("FastFlow", "models/fastflow.py"),
+}
 #: Arguments of a model that are no flags of their own: ``--weights`` and ``--seed``.
 OTHERWISE = ("pretrained", "seed")
 
@@ -75,13 +79,14 @@ class Parameter:
 
 
 @cache
-def parameters(file: str, owner: str) -> Mapping[str, Parameter]:
+def parameters(owner: str, *sources: str) -> Mapping[str, Parameter]:
     """Read the arguments of a class of the package, in their order."""
-    tree = ast.parse((files("msflow_ext") / file).read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    texts = {name: _documented(ast.get_docstring(node) or "") for name, node in classes.items()}
+    texts = [(files("msflow_ext") / file).read_text(encoding="utf-8") for file in sources]
+    nodes = [node for text in texts for node in ast.parse(text).body]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    documented = {name: _documented(ast.get_docstring(c) or "") for name, c in classes.items()}
     return {
-        name: Parameter(name, annotation, default, _phrase(texts, owner, name))
+        name: Parameter(name, annotation, default, _phrase(documented, owner, name))
         for name, annotation, default in _declared(classes[owner])
     }
 

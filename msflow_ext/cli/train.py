@@ -255,7 +255,7 @@ def _model_flags(group: Any) -> None:
     group.add_argument("--weights", metavar="FILE", help=text)
     for name, each in all_model_parameters().items():
         having = [model for model in MODELS if name in model_parameters(model)]
-        note = f"{MODELS[having[0]][1]} only." if len(having) == 1 else ""
+        note = f"{MODELS[having[0]][0]} only." if len(having) == 1 else ""
         each.add_to(group, note, each.default)
 
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from msflow_ext import ops
-from msflow_ext.flows import FlowOutput
 from msflow_ext.models.backbone import Backbone
-from msflow_ext.models.base import AnomalyModel, FlowHead, Prediction, refuse_non_finite, seeded
-from msflow_ext.models.msflow_layers import ConditionalFlow, FusionFlow
+from msflow_ext.models.base import AnomalyModel, Prediction
+from msflow_ext.models.msflow_head import MSFlowHead
 
 if TYPE_CHECKING:
-    from msflow_ext.models.optimized.msflow import OptimizedHead
+    pass
 
 __all__ = ["MSFlow", "MSFlowHead", "Prediction"]
 
@@ -29,95 +27,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "efficientnet_lite0": {"image_size": 192, "padding_mode": "zeros", "standardize": True},
 }
 OTHER: dict[str, Any] = {"image_size": None, "padding_mode": "zeros", "standardize": True}
-
-
-class MSFlowHead(FlowHead):
-    """The trainable part of MSFlow: parallel flows and fusion flow over pooled feature maps.
-
-    Args:
-        channels: channels of each scale, two scales or more, even numbers.
-        blocks: flow steps of each scale; the paper's 2, 5, 8 grow with depth.
-        cond_channels: channels of the positional condition, a multiple of 4, one number or one per scale.
-        clamp: alpha of the soft clamp.
-        clamp_form: form of the soft clamp, ``"0.2"`` (the authors' code, FrEIA 0.2) or ``"head"`` (FrEIA master); the
-            fusion flow has its own.
-        seed: of permutations and initial weights; None draws from torch's global generator.
-
-    Raises:
-        ValueError: an argument does not fit; it is named.
-    """
-
-    def __init__(
-        self,
-        channels: Sequence[int] = (256, 512, 1024),
-        *,
-        blocks: Sequence[int] = (2, 5, 8),
-        cond_channels: int | Sequence[int] = 64,
-        clamp: float = 1.9,
-        clamp_form: str = "0.2",
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(channels, clamp=clamp, clamp_form=clamp_form)
-        self.blocks = tuple(int(b) for b in blocks)
-        conds = [cond_channels] if isinstance(cond_channels, int) else list(cond_channels)
-        conds = conds * len(channels) if len(conds) == 1 else conds
-        self.cond_channels = tuple(int(c) for c in conds)
-        self._check_arguments()
-        with seeded(seed):
-            self.flows = nn.ModuleList(
-                ConditionalFlow(c, n, d, clamp=self.clamp, clamp_form=clamp_form)
-                for c, n, d in zip(self.channels, self.blocks, self.cond_channels, strict=True)
-            )
-            self.fusion = FusionFlow(self.channels, clamp=self.clamp)
-
-    def forward(self, features: Sequence[Tensor]) -> FlowOutput:
-        """Map pooled features ``[(N, C_i, H_i, W_i)]`` to the latent space."""
-        self._check_features(features)
-        halves, total = [], []
-        for x, flow, perm in zip(features, self.flows, self.fusion.perms(), strict=True):
-            x1, x2, log_det = flow(x, then=perm, split=x.size(1) // 2)
-            halves.append((x1, x2))
-            total.append(log_det)
-        z, log_det = self.fusion.couple(halves)
-        total = sum(total, log_det)
-        refuse_non_finite(total, features)
-        return FlowOutput(z, total)
-
-    def inverse(self, z: Sequence[Tensor]) -> FlowOutput:
-        """Map latent tensors back to pooled features; ``log_det`` is the inverse's."""
-        self._check_features(z, "z")
-        x, total = self.fusion.inverse(z)
-        features = []
-        for u, flow in zip(x, self.flows, strict=True):
-            y, log_det = flow.inverse(u)  # type: ignore[operator]
-            features.append(y)
-            total = total + log_det
-        return FlowOutput(features, total)
-
-    def optimize(self, dtype: torch.dtype | None = None) -> OptimizedHead:
-        """The inference form: a snapshot, channels_last, with prepacked weights in ``dtype`` (None: as they are)."""
-        from msflow_ext.models.optimized.msflow import OptimizedHead
-
-        return OptimizedHead(self, dtype)
-
-    def _check_arguments(self) -> None:
-        if len(self.channels) < 2:
-            raise ValueError(f"channels must name two scales or more, got {self.channels}")
-        for name in ("blocks", "cond_channels"):
-            if len(getattr(self, name)) != len(self.channels):
-                raise ValueError(
-                    f"{name} must be one per scale ({len(self.channels)}), got {getattr(self, name)}"
-                )
-        if any(c < 2 or c % 2 for c in self.channels):
-            raise ValueError(
-                f"channels must be even, because the fusion flow halves them, got {self.channels}"
-            )
-        if sum(self.channels) // 2 < 4:
-            raise ValueError(f"channels must sum to 8 or more, got {self.channels}")
-        if any(b < 1 for b in self.blocks):
-            raise ValueError(f"blocks must be at least 1 on every scale, got {self.blocks}")
-        if any(c < 4 or c % 4 for c in self.cond_channels):
-            raise ValueError(f"cond_channels must be multiples of 4, got {self.cond_channels}")
 
 
 class MSFlow(AnomalyModel):

@@ -82,9 +82,9 @@ def test_every_argument_of_a_model_has_a_flag_and_a_key(
         assert model_arguments(options) == {name: value}
 
 
-@pytest.mark.parametrize("owner", [RECIPE, *MODELS.values()], ids=lambda o: o[1])
-def test_what_is_read_from_the_source_is_what_python_sees(owner: tuple[str, str]) -> None:
-    kind = {"Recipe": Recipe, "MSFlow": MSFlow, "FastFlow": FastFlow}[owner[1]]
+@pytest.mark.parametrize("owner", [RECIPE, *MODELS.values()], ids=lambda o: o[0])
+def test_what_is_read_from_the_source_is_what_python_sees(owner: tuple[str, ...]) -> None:
+    kind = {"Recipe": Recipe, "MSFlow": MSFlow, "FastFlow": FastFlow}[owner[0]]
     found = parameters(*owner)
     seen = signature(kind).parameters
     assert list(found) == list(seen)

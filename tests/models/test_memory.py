@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from msflow_ext import FastFlowHead, MSFlowHead, ops
 from msflow_ext.bench import memory
 from msflow_ext.flows import recomputed
-from msflow_ext.models.msflow_layers import LIMIT, ConditionedSubnet, CrossScaleSubnet
+from msflow_ext.models.msflow_head import ConditionedSubnet, CrossScaleSubnet
 from msflow_ext.testing import relative_error
 
 Normal = Callable[..., Tensor]
@@ -146,7 +146,7 @@ def test_reversible_refuses_half_precision(normal: Normal, name: str) -> None:
 def test_reversible_refuses_latent_values_that_were_cut_off(normal: Normal) -> None:
     head = make("msflow")
     head.memory = "reversible"
-    loss = head.loss([LIMIT * 10 * t.detach() for t in draw(normal)])
+    loss = head.loss([head.fusion.limit * 10 * t.detach() for t in draw(normal)])
     with pytest.raises(RuntimeError, match="beyond 1e\\+06 are cut off and cannot be inverted"):
         loss.backward()
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from msflow_ext import MSFlowHead, ops
 from msflow_ext.compat.checkpoints.msflow import head_from_state_dict, to_official_names
 from msflow_ext.models.msflow import MSFlow
-from msflow_ext.models.msflow_layers import ConditionalFlow, positional_encoding
+from msflow_ext.models.msflow_head import ConditionalFlow
+from msflow_ext.models.positional_encoding import positional_encoding
 
 Layout = Callable[[Tensor], Tensor]
 Golden = Callable[[str], tuple[dict[str, Tensor], dict[str, Any]]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msflow_ext.compat.checkpoints.torch_file import read_torch_file
-from msflow_ext.models.msflow import MSFlowHead
+from msflow_ext.models.msflow_head import MSFlowHead
 
 _FUSION = "fusion_flow.module_list"
 

@@ -12,14 +12,8 @@ from torch import Tensor
 
 from msflow_ext import ops
 from msflow_ext.models.conv.packed import PackedConv2d
-from msflow_ext.models.msflow_layers import (
-    LIMIT,
-    ConditionalFlow,
-    ConditionedSubnet,
-    CrossScaleSubnet,
-    positional_encoding,
-)
 from msflow_ext.models.optimized.head import Coupling, FrozenFlow, FrozenHead, each_scale, total
+from msflow_ext.models.positional_encoding import positional_encoding
 from msflow_ext.ops import accumulation_dtype
 
 
@@ -44,7 +38,7 @@ class OptimizedHead(FrozenHead):
         ]
         self._subnet_1 = _FrozenCrossScale(head.fusion.subnet_1, self.dtype)
         self._subnet_2 = _FrozenCrossScale(head.fusion.subnet_2, self.dtype)
-        self._clamp = head.clamp
+        self._clamp, self._limit = head.clamp, head.fusion.limit
 
     def run(
         self, features: Sequence[Tensor], couple: Coupling, end: Coupling
@@ -60,20 +54,19 @@ class OptimizedHead(FrozenHead):
             y1.append(y)
             log_dets.append(log_det)
         for y, (_, x2), a in zip(y1, halves, self._subnet_1(y1), strict=True):
-            result, log_det = end(y, x2, a, limit=LIMIT, **options)
+            result, log_det = end(y, x2, a, limit=self._limit, **options)
             found.append(result)
             log_dets.append(log_det)
         return found, total(log_dets)
 
 
-def _freeze(flow: ConditionalFlow, perm: Tensor, dtype: torch.dtype) -> FrozenFlow:
-    steps: Any = flow.steps
-    subnets = [_FrozenSubnet(step.subnet, flow.cond_channels, dtype) for step in steps]
+def _freeze(flow: Any, perm: Tensor, dtype: torch.dtype) -> FrozenFlow:
+    subnets = [_FrozenSubnet(step.subnet, flow.cond_channels, dtype) for step in flow.steps]
     return FrozenFlow(flow, subnets, dtype, then=perm)
 
 
 class _FrozenSubnet:
-    def __init__(self, subnet: ConditionedSubnet, cond_channels: int, dtype: torch.dtype) -> None:
+    def __init__(self, subnet: Any, cond_channels: int, dtype: torch.dtype) -> None:
         self.cond_channels = cond_channels
         self.conv_cond = copy.deepcopy(subnet.conv_cond)
         self.maps: dict[tuple[int, int], Tensor] = {}
@@ -97,15 +90,14 @@ class _FrozenSubnet:
 
 
 class _FrozenCrossScale:
-    def __init__(self, subnet: CrossScaleSubnet, dtype: torch.dtype) -> None:
+    def __init__(self, subnet: Any, dtype: torch.dtype) -> None:
         self.channels = subnet.channels
         self.conv1, self.conv2 = (
             PackedConv2d(subnet.conv1, dtype),
             PackedConv2d(subnet.conv2, dtype, activation="relu"),
         )
         self.norm = _vectors(subnet.norm, dtype)
-        convs: Any = subnet.conv_out
-        self.conv_out = [PackedConv2d(conv, dtype) for conv in convs]
+        self.conv_out = [PackedConv2d(conv, dtype) for conv in subnet.conv_out]
 
     def __call__(self, x: Sequence[Tensor]) -> list[Tensor]:
         size = min(((t.size(2), t.size(3)) for t in x), key=math.prod)

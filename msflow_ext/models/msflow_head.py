@@ -1,23 +1,114 @@
-"""The invertible parts of MSFlow: the conditional flow of one scale and the fusion flow across scales."""
+"""MSFlow's head: a conditional flow on each scale, and the fusion flow across scales."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msflow_ext import ops
-from msflow_ext.flows import AffineCoupling, Flow, in_turn, recomputed, reversible
+from msflow_ext.flows import AffineCoupling, Flow, FlowOutput, in_turn, recomputed, reversible
+from msflow_ext.models.base import FlowHead, refuse_non_finite, seeded
 from msflow_ext.models.conv.training import TrainedConv2d, laid_out
+from msflow_ext.models.positional_encoding import positional_encoding
 from msflow_ext.ops import accumulation_dtype
 
-#: Beyond this the fusion flow's results are cut off.
-LIMIT = 1e6
+if TYPE_CHECKING:
+    from msflow_ext.models.optimized.msflow import OptimizedHead
+
+
+class MSFlowHead(FlowHead):
+    """The trainable part of MSFlow: parallel flows and fusion flow over pooled feature maps.
+
+    Args:
+        channels: channels of each scale, two scales or more, even numbers.
+        blocks: flow steps of each scale; the paper's 2, 5, 8 grow with depth.
+        cond_channels: channels of the positional condition, a multiple of 4, one number or one per scale.
+        clamp: alpha of the soft clamp.
+        clamp_form: form of the soft clamp, ``"0.2"`` (the authors' code, FrEIA 0.2) or ``"head"`` (FrEIA master); the
+            fusion flow has its own.
+        seed: of permutations and initial weights; None draws from torch's global generator.
+
+    Raises:
+        ValueError: an argument does not fit; it is named.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (256, 512, 1024),
+        *,
+        blocks: Sequence[int] = (2, 5, 8),
+        cond_channels: int | Sequence[int] = 64,
+        clamp: float = 1.9,
+        clamp_form: str = "0.2",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(channels, clamp=clamp, clamp_form=clamp_form)
+        self.blocks = tuple(int(b) for b in blocks)
+        conds = [cond_channels] if isinstance(cond_channels, int) else list(cond_channels)
+        conds = conds * len(channels) if len(conds) == 1 else conds
+        self.cond_channels = tuple(int(c) for c in conds)
+        self._check_arguments()
+        with seeded(seed):
+            self.flows = nn.ModuleList(
+                ConditionalFlow(c, n, d, clamp=self.clamp, clamp_form=clamp_form)
+                for c, n, d in zip(self.channels, self.blocks, self.cond_channels, strict=True)
+            )
+            self.fusion = FusionFlow(self.channels, clamp=self.clamp)
+
+    def forward(self, features: Sequence[Tensor]) -> FlowOutput:
+        """Map pooled features ``[(N, C_i, H_i, W_i)]`` to the latent space."""
+        self._check_features(features)
+        halves, total = [], []
+        for x, flow, perm in zip(features, self.flows, self.fusion.perms(), strict=True):
+            x1, x2, log_det = flow(x, then=perm, split=x.size(1) // 2)
+            halves.append((x1, x2))
+            total.append(log_det)
+        z, log_det = self.fusion.couple(halves)
+        total = sum(total, log_det)
+        refuse_non_finite(total, features)
+        return FlowOutput(z, total)
+
+    def inverse(self, z: Sequence[Tensor]) -> FlowOutput:
+        """Map latent tensors back to pooled features; ``log_det`` is the inverse's."""
+        self._check_features(z, "z")
+        x, total = self.fusion.inverse(z)
+        features = []
+        for u, flow in zip(x, self.flows, strict=True):
+            y, log_det = flow.inverse(u)  # type: ignore[operator]
+            features.append(y)
+            total = total + log_det
+        return FlowOutput(features, total)
+
+    def optimize(self, dtype: torch.dtype | None = None) -> OptimizedHead:
+        """The inference form: a snapshot, channels_last, with prepacked weights in ``dtype`` (None: as they are)."""
+        from msflow_ext.models.optimized.msflow import OptimizedHead
+
+        return OptimizedHead(self, dtype)
+
+    def _check_arguments(self) -> None:
+        if len(self.channels) < 2:
+            raise ValueError(f"channels must name two scales or more, got {self.channels}")
+        for name in ("blocks", "cond_channels"):
+            if len(getattr(self, name)) != len(self.channels):
+                raise ValueError(
+                    f"{name} must be one per scale ({len(self.channels)}), got {getattr(self, name)}"
+                )
+        if any(c < 2 or c % 2 for c in self.channels):
+            raise ValueError(
+                f"channels must be even, because the fusion flow halves them, got {self.channels}"
+            )
+        if sum(self.channels) // 2 < 4:
+            raise ValueError(f"channels must sum to 8 or more, got {self.channels}")
+        if any(b < 1 for b in self.blocks):
+            raise ValueError(f"blocks must be at least 1 on every scale, got {self.blocks}")
+        if any(c < 4 or c % 4 for c in self.cond_channels):
+            raise ValueError(f"cond_channels must be multiples of 4, got {self.cond_channels}")
 
 
 class ConditionalFlow(Flow):
@@ -122,9 +213,11 @@ class FusionFlow(nn.Module):
 
     Attributes:
         memory: as in :class:`~msflow_ext.flows.Flow`.
+        limit: latent values beyond it are cut off.
     """
 
     memory = "lean"
+    limit = 1e6
 
     def __init__(self, channels: Sequence[int], *, clamp: float) -> None:
         super().__init__()
@@ -215,9 +308,9 @@ class _CoupleSecond:
         return self._couple(state, self.fusion.subnet_1(state[::2]))
 
     def retrace(self, *results: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        if any(bool((z.abs() >= LIMIT).any()) for z in results):
+        if any(bool((z.abs() >= self.fusion.limit).any()) for z in results):
             raise RuntimeError(
-                f"memory='reversible': latent values beyond {LIMIT:.0e} are cut off and cannot be inverted; "
+                f"memory='reversible': latent values beyond {self.fusion.limit:.0e} are cut off and cannot be inverted; "
                 "use memory='lean'"
             )
         halves = [z.tensor_split(2, 1) for z in results]
@@ -236,7 +329,9 @@ class _CoupleSecond:
         z, total = [], []
         for left, right, a in zip(state[::2], state[1::2], asked, strict=True):
             split = 2 * left.size(1)
-            whole, _, log_det = self.fusion._couple(left, right, a, split=split, limit=LIMIT)
+            whole, _, log_det = self.fusion._couple(
+                left, right, a, split=split, limit=self.fusion.limit
+            )
             z.append(whole)
             total.append(log_det)
         return *z, sum(total[1:], total[0])
@@ -262,23 +357,3 @@ class CrossScaleSubnet(nn.Module):
             recomputed(conv, partial(ops.upsample_and_add, t, m))
             for t, m, conv in zip(x, mixed.split(self.channels, 1), self.conv_out, strict=True)
         ]
-
-
-def positional_encoding(channels: int, height: int, width: int) -> Tensor:
-    r"""Sines and cosines of column, then row index, ``(1, channels, height, width)`` float32.
-
-    With :math:`d = \mathrm{channels} / 2` and :math:`\omega_k = 10^{-4k/d}` for even k: channels k and k + 1 hold
-    :math:`\sin(w\,\omega_k)` and :math:`\cos(w\,\omega_k)`, channels d + k and d + k + 1 the same of the row h.
-    """
-    d = channels // 2
-    omega = torch.exp(
-        torch.arange(0, d, 2, dtype=torch.float32) * -(torch.log(torch.tensor(1e4)) / d)
-    )
-
-    def waves(length: int) -> Tensor:
-        angle = omega[:, None] * torch.arange(length, dtype=torch.float32)
-        return torch.stack((torch.sin(angle), torch.cos(angle)), 1).flatten(0, 1)
-
-    columns = waves(width)[:, None, :].expand(d, height, width)
-    rows = waves(height)[:, :, None].expand(d, height, width)
-    return torch.cat((columns, rows))[None]
