@@ -21,6 +21,7 @@ import msflow_ext as mx
 from msflow_ext import cli
 from msflow_ext.distributed.executors import TaskLost
 from msflow_ext.inference.archive import job as bulk
+from msflow_ext.inference.archive import manifest
 from msflow_ext.inference.archive.parquet import Store, schema
 from msflow_ext.inference.detector import Result
 from msflow_ext.inference.settings import Scoring
@@ -142,6 +143,23 @@ def test_maps_are_kept_as_numbers_or_as_pictures(run, photos, whole, tmp_path):
     assert result.mask is not None and 0 < result.mask.mean() < 1
     for kind, names in ((arrays, ("map", "map_height", "map_width")), (pictures, ("map_png",))):
         assert [{k: v for k, v in row.items() if k not in names} for row in kind] == plain
+
+
+def test_an_archive_of_an_earlier_version_is_continued(run, photos, tmp_path):
+    """The digest and the owner of a shard are compared with those in its file."""
+    described = {"images": "a", "model": "b", "settings": {"tile": False, "batch_size": 2}}
+    reordered = {"settings": {"batch_size": 2, "tile": False}, "model": "b", "images": "a"}
+    recorded = "b0b7dda2c8cb7d9e93bdcdad20118e284bc630eece625fa537e022a19936408d"
+    assert manifest.digest(described) == manifest.digest(reordered) == recorded
+    out = tmp_path / "new/folders"
+    prepared(run, photos / "000.png", out).score()
+    kept = json.loads((out / "_manifest.json").read_text())
+    names = ("images", "model", "settings")
+    digest = manifest.digest({name: kept[name] for name in names})
+    assert Store(str(out)).owner_of("part-00000.parquet") == ({"manifest": digest, "shard": 0}, 1)
+    (listed,) = parquet.read_table(out / "_images.parquet").to_pylist()
+    size = (photos / "000.png").stat().st_size
+    assert listed == {"path": str(photos / "000.png"), "bytes": size}
 
 
 def test_finished_shards_are_left_alone_and_missing_ones_made_again(run, photos, whole, tmp_path):
