@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,8 +153,10 @@ def test_an_archive_of_an_earlier_version_is_continued(run, photos, tmp_path):
     recorded = "b0b7dda2c8cb7d9e93bdcdad20118e284bc630eece625fa537e022a19936408d"
     assert manifest.digest(described) == manifest.digest(reordered) == recorded
     out = tmp_path / "new/folders"
-    prepared(run, photos / "000.png", out).score()
+    one_by_one = Scoring(batch_size=1)
+    bulk.prepare(run, photos / "000.png", out, one_by_one, shard_size=1, device="cpu").score()
     kept = json.loads((out / "_manifest.json").read_text())
+    assert kept["settings"] == {**asdict(one_by_one), "maps": None, "shard_size": 1}
     names = ("images", "model", "settings")
     digest = manifest.digest({name: kept[name] for name in names})
     assert Store(str(out)).owner_of("part-00000.parquet") == ({"manifest": digest, "shard": 0}, 1)
@@ -172,6 +175,7 @@ def test_finished_shards_are_left_alone_and_missing_ones_made_again(run, photos,
     (tmp_path / "part-00003.parquet").unlink()
     for name in (".part-00003.parquet.0123", "._manifest.json.0123"):
         (tmp_path / name).write_bytes(b"cut off")
+        assert name not in Store(str(tmp_path)).names()
     archive = prepared(run, photos, tmp_path)
     assert {shard.number for shard in archive.shards} - archive.finished == {3}
     archive.score()

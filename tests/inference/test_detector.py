@@ -6,6 +6,7 @@ import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -354,6 +355,24 @@ def test_the_score_of_tiles_is_the_largest_and_their_maps_stand_side_by_side(det
     assert found.score == pytest.approx(max(part.score for part in parts), rel=1e-6)
     wanted = np.hstack([part.map for part in parts])
     np.testing.assert_allclose(found.map, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_many_images_are_cut_into_tiles_one_after_the_other(detector):
+    images = [_noise(64, 64 + 16 * i, 3) for i in range(5)]
+    found = detector.predict(images, tile=True, batch_size=2)
+    assert [result.name for result in found] == [f"image {i}" for i in range(5)]
+    for image, result in zip(images, found, strict=True):
+        assert np.array_equal(result.image, image)
+        (alone,) = detector.predict(image, tile=True, batch_size=2)
+        assert result.score == alone.score
+
+
+@pytest.mark.parametrize("option", ["batch_size", "workers"])
+@pytest.mark.parametrize("tile", [False, True])
+def test_no_images_in_a_batch_and_no_workers_are_refused(detector, option, tile):
+    options: dict[str, Any] = {option: 0}
+    with pytest.raises(ValueError, match="batch_size and workers must be 1 or more, got"):
+        detector.predict(_noise(64, 64), tile=tile, **options)
 
 
 def test_a_tensor_of_any_size_is_cut_like_the_array_that_it_is_of(detector):

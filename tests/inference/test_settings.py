@@ -25,6 +25,13 @@ def test_the_rate_of_false_alarms_sets_both_thresholds(run):
     assert (strict.threshold, strict.pixel_threshold) == (4.0, 8.0)
 
 
+def test_a_run_without_held_out_images_knows_no_rate(untrained_run):
+    run = untrained_run()
+    assert Scoring().load(str(run), "cpu").threshold is None
+    with pytest.raises(ValueError, match="knows no rate of false alarms"):
+        Scoring(false_alarms=0.2).load(str(run), "cpu")
+
+
 def test_a_threshold_of_ones_own_replaces_that_of_the_images_alone(run):
     detector = Scoring(threshold=2.5).load(str(run), "cpu")
     assert (detector.threshold, detector.pixel_threshold) == (2.5, 7.0)
