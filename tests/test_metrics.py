@@ -43,11 +43,17 @@ def tied_maps(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return masks, (rng.integers(-4, 5, masks.shape) / 2 + masks).astype(np.float32)
 
 
-def swept_aupro(masks: np.ndarray, maps: np.ndarray, max_fpr: float) -> float:
+def regions_of(masks: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """The defects, each with the number of its image."""
     regions = []
     for i, mask in enumerate(masks):
         numbered = ndimage.label(mask, np.ones((3, 3)))[0]  # pyright: ignore[reportIndexIssue]
         regions += [(i, numbered == k) for k in range(1, numbered.max() + 1)]
+    return regions
+
+
+def swept_aupro(masks: np.ndarray, maps: np.ndarray, max_fpr: float) -> float:
+    regions = regions_of(masks)
     x, y = [0.0], [0.0]
     for threshold in np.unique(maps)[::-1]:
         found = maps >= threshold
@@ -62,6 +68,19 @@ def swept_aupro(masks: np.ndarray, maps: np.ndarray, max_fpr: float) -> float:
         if x1 == max_fpr:
             break
     return area / max_fpr
+
+
+def swept_pro_800(masks: np.ndarray, maps: np.ndarray) -> float:
+    low, high = maps.min(), maps.max()
+    x, y = [], []
+    for threshold in np.arange(low, high, (high - low) / maps.dtype.type(800), dtype=maps.dtype):
+        found = maps > threshold
+        x.append(found[~masks].mean())
+        y.append(np.mean([found[i][region].mean() for i, region in regions_of(masks)]))
+    kept = [(a, b) for a, b in zip(x, y, strict=True) if a < 0.3]
+    x, y = (np.array(each) for each in zip(*kept[::-1], strict=True))
+    x = (x - x.min()) / (x.max() - x.min())
+    return float(np.diff(x) @ (y[1:] + y[:-1]) / 2)
 
 
 def swept_aupimo(masks: np.ndarray, maps: np.ndarray, bounds: tuple[float, float]) -> list[float]:
@@ -226,6 +245,12 @@ def test_every_dtype_of_array_or_tensor_gives_one_value(metric, dtype):
     assert metric(masks.astype(np.float32), with_gradient) == pytest.approx(expected, abs=1e-12)
 
 
+def test_scores_in_float64_are_compared_in_float64():
+    scores = 1 + 1e-12 * torch.arange(4, dtype=torch.float64)
+    for held in (scores, scores.numpy(), scores.tolist()):
+        assert metrics.auroc([0, 1, 0, 1], held) == 0.75
+
+
 def test_constant_scores_are_chance():
     labels = np.arange(10) < 3
     assert metrics.auroc(labels, np.zeros(10)) == 0.5
@@ -323,6 +348,21 @@ def test_aupimo_needs_an_image_without_a_defect():
     masks[3, 0, 0] = True
     with pytest.raises(ValueError, match="aupimo is undefined: masks hold no image without a def"):
         metrics.aupimo(masks, maps)
+
+
+@pytest.mark.parametrize("top", ["defective", "normal"])
+@pytest.mark.parametrize("normal", [10, 101])
+def test_pro_800_equals_a_sweep_over_its_thresholds(normal, top):
+    """Of ten normal pixels three reach the limit of 0.3 exactly, which is left out."""
+    rng = np.random.default_rng(normal)
+    masks = np.zeros((1, 4, normal // 2 + 3), bool)
+    masks.ravel()[rng.permutation(masks.size)[: masks.size - normal]] = True
+    maps = (rng.random(masks.shape) + 0.3 * masks).astype(np.float32)
+    maps[masks if top == "normal" else ~masks] *= 0.9
+    extreme = maps[~masks].argmax() if top == "normal" else maps[masks].argmax()
+    side = ~masks if top == "normal" else masks
+    maps[tuple(axis[extreme] for axis in np.nonzero(side))] = maps.max() + 0.2
+    assert metrics.pro_800(masks, maps) == pytest.approx(swept_pro_800(masks, maps), abs=1e-6)
 
 
 def test_pro_800_refuses_maps_without_uniform_thresholds():

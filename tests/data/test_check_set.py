@@ -1,6 +1,7 @@
 """`check_dataset` looks at the pixels of any set, whoever made it."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from msflow_ext.data import DataSet, Item, check_dataset
@@ -46,8 +47,17 @@ def test_the_same_pixels_are_found_in_files_of_other_formats_and_modes(tmp_path)
     assert len(found) == 2
 
 
-def test_long_lists_are_cut(tmp_path):
+@pytest.mark.parametrize(("count", "more"), [(5, ""), (6, " and 1 more"), (8, " and 3 more")])
+def test_long_lists_are_cut(count, more):
     image = np.full((4, 4), 9, np.uint8)
-    train = tuple(Item(f"{i}", 0, "good", image) for i in range(8))
+    train = tuple(Item(f"{i}", 0, "good", image) for i in range(count))
     (warning,) = check_dataset(DataSet("set", "part", train, ())).warnings[1:]
-    assert warning == "8 images of the same pixels in train: 0, 1, 2, 3, 4 and 3 more"
+    assert warning == f"{count} images of the same pixels in train: 0, 1, 2, 3, 4{more}"
+
+
+def test_a_sound_mask_of_a_broken_image_is_no_second_fault(tmp_path):
+    (tmp_path / "broken.png").write_text("no picture")
+    test = Item("scar/0", 1, "scar", tmp_path / "broken.png", np.ones((4, 4), bool))
+    train = Item("train/good/0", 0, "good", np.full((4, 4), 9, np.uint8))
+    (fault,) = check_dataset(DataSet("set", "part", (train,), (test,))).faults
+    assert "broken.png is not an image" in fault

@@ -1,5 +1,7 @@
 """A CSV lists images of any folders; its paths stay in the folder of the data."""
 
+from typing import Any
+
 import pytest
 
 from msflow_ext.data import Images, open_dataset
@@ -34,6 +36,7 @@ def test_paths_labels_masks_and_splits_are_read(root):
         root,
         *SPLIT,
         "line/good 2.png,0,,test",
+        "line/good 3.png,OK,,test",
         "line/bad0.bmp,scratch,marks/bad0.png,test",
         "line/bad1.bmp,1,marks/bad1.png,test",
     )
@@ -42,12 +45,13 @@ def test_paths_labels_masks_and_splits_are_read(root):
     found = [(item.name, item.label, item.defect) for item in data.test]
     assert found == [
         ("line/good 2", 0, "good"),
+        ("line/good 3", 0, "good"),
         ("line/bad0", 1, "scratch"),
         ("line/bad1", 1, "defective"),
     ]
     images = Images(data.test, 4)
-    masks = [images.mask(i) for i in range(3)]
-    assert [mask is not None and bool(mask.all()) for mask in masks] == [False, True, True]
+    masks = [images.mask(i) for i in range(4)]
+    assert [mask is not None and bool(mask.all()) for mask in masks] == [False, False, True, True]
 
 
 def test_without_splits_a_seeded_fifth_of_the_good_images_is_tested_with_the_defects(root):
@@ -73,6 +77,14 @@ def test_quotes_empty_lines_and_a_byte_order_mark_do_no_harm(root, save):
     assert [item.name for item in data.train] == ["a, b", "line/good 0"]
 
 
+def test_cells_that_a_line_lacks_are_empty(root):
+    data = opened(root, "path,label,mask", "line/good 0.png,good", "line/good 1.png,good,")
+    assert [(item.name, item.mask) for item in data.train] == [
+        ("line/good 0", None),
+        ("line/good 1", None),
+    ]
+
+
 def test_defects_alone_and_an_empty_list_are_refused(root):
     with pytest.raises(ValueError, match="lists no good images, on which alone a model trains"):
         opened(root, "path,label", "line/bad0.bmp,scratch")
@@ -86,7 +98,9 @@ def test_a_csv_needs_a_data_folder_and_no_others(root):
     write(root, "path,label", *GOOD)
     with pytest.raises(ValueError, match="csv needs data, the folder that its paths are in"):
         open_dataset(None, "folder", csv=root / "index.csv")
-    with pytest.raises(ValueError, match=r"csv needs data, .* and no other folder"):
-        open_dataset(root, "folder", csv="index.csv", masks="marks")
+    others: list[dict[str, Any]] = [{"normal": "a"}, {"abnormal": "a"}, {"masks": "a"}]
+    for other in others:
+        with pytest.raises(ValueError, match=r"csv needs data, .* and no other folder"):
+            open_dataset(root, "folder", csv="index.csv", **other)
     with pytest.raises(ValueError, match="csv can only be given with layout 'folder'"):
         open_dataset(root, "mvtec", csv="index.csv")

@@ -1,10 +1,13 @@
 """Images of every usual encoding decode to the RGB that models see."""
 
+from io import BytesIO
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from msflow_ext.data import load_image, load_mask
+from msflow_ext.data.decoding import load_bytes
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (6, 9), dtype=np.uint8)
@@ -96,6 +99,24 @@ def test_32_bits_a_pixel_are_refused_because_white_is_unknown(tmp_path, dtype):
     Image.fromarray(GRAY.astype(dtype)).save(tmp_path / "deep.tif")
     with pytest.raises(ValueError, match=r"deep\.tif has 32 bits a pixel"):
         load_image(tmp_path / "deep.tif")
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    content = BytesIO()
+    image.save(content, kind)
+    return content.getvalue()
+
+
+def test_bytes_decode_as_a_file_does_up_to_the_limit_of_pixels():
+    content = encoded(Image.fromarray(RGB), "PNG")
+    np.testing.assert_array_equal(np.asarray(load_bytes(content, 54)), RGB)
+    with pytest.raises(ValueError, match="9x6 pixels are more than 53"):
+        load_bytes(content, 53)
+
+
+def test_bytes_of_a_kind_that_is_not_listed_are_not_decoded():
+    with pytest.raises(ValueError, match="is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP"):
+        load_bytes(encoded(Image.fromarray(GRAY), "PPM"), 100)
 
 
 def test_a_missing_file_is_not_found(tmp_path):

@@ -59,6 +59,11 @@ def test_good_items_have_empty_masks_and_unmarked_ones_have_none():
     assert marked.all()
 
 
+def test_one_pixel_is_the_smallest_size():
+    assert Images([Item("a", 0, "good", RGB)], 1)[0].shape == (3, 1, 1)
+    assert load_mask(MASK, 1).shape == (1, 1)
+
+
 @pytest.mark.parametrize("size", [0, -3, 2.5, True, "8"])
 def test_a_size_that_is_no_positive_whole_number_is_refused(size):
     sentence = f"size must be a positive whole number of pixels, got {re.escape(repr(size))}"

@@ -38,6 +38,22 @@ def test_a_mask_of_this_encoding_marks_the_same_pixels(tmp_path, name):
     np.testing.assert_array_equal(mask, MASK)
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Image.fromarray(MASK.astype(np.float32) / 4),
+        Image.fromarray(MASK.astype(np.int32) << 20),
+        Image.merge(
+            "CMYK", [Image.new("L", (8, 8))] * 3 + [Image.fromarray(~MASK * np.uint8(255))]
+        ),
+    ],
+    ids=["F", "I", "CMYK"],
+)
+def test_a_mask_of_a_mode_that_only_tiff_has_marks_the_same_pixels(tmp_path, mask):
+    mask.save(tmp_path / "m.tif")
+    np.testing.assert_array_equal(load_mask(tmp_path / "m.tif", 8), MASK)
+
+
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64])
 def test_a_mask_array_is_resized_to_the_nearest_pixel(dtype):
     doubled = MASK.repeat(2, axis=0).repeat(2, axis=1)
@@ -52,6 +68,9 @@ def test_a_mask_array_that_is_none_is_refused():
         load_mask(MASK.astype(float), 8)
     with pytest.raises(ValueError, match=r"\(H, W\), got \(8, 8, 1\)"):
         load_mask(MASK[..., None], 8)
+    with pytest.raises(ValueError, match=r"\(H, W\), got \(0, 8\)"):
+        load_mask(MASK[:0], 8)
+    assert load_mask(np.ones((1, 1), bool), 2).all()
 
 
 def test_a_mask_of_another_size_than_its_image_is_refused_naming_both(tmp_path):

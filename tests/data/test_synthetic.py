@@ -57,6 +57,27 @@ def test_the_seed_decides_the_defect(defect):
     assert (first != other).any()
 
 
+RECORDED = {  # pixels, their mean row and column, their mean level, over the seeds 0 to 4
+    "scar": (367, 48.46, 63.62, 113.09),
+    "patch": (816, 38.04, 60.49, 131.63),
+    "blur": (1733, 48.66, 52.69, 129.97),
+    "blob": (1051, 47.37, 65.27, 106.03),
+    "perlin": (1275, 43.34, 58.34, 127.35),
+}
+
+
+@pytest.mark.parametrize("kind", DEFECTS)
+def test_a_seed_draws_the_recorded_defect(kind):
+    """So that metrics on these images can be compared between versions; three pixels may differ."""
+    drawn = [DEFECTS[kind](PHOTO, np.random.default_rng(seed)) for seed in range(5)]
+    changed, masks = (np.stack(each) for each in zip(*drawn, strict=True))
+    pixels, row, column, level = RECORDED[kind]
+    _, rows, columns = np.nonzero(masks)
+    assert rows.size == pytest.approx(pixels, abs=3)
+    assert (rows.mean(), columns.mean()) == pytest.approx((row, column), abs=0.2)
+    assert changed[masks].mean() == pytest.approx(level, abs=0.3)
+
+
 def test_faint_draws_are_drawn_again():
     sizes = iter([5, 6, 20])
 
@@ -75,6 +96,37 @@ def test_an_image_with_nothing_to_blur_is_refused():
     flat = np.full((64, 64), 90, np.uint8)
     with pytest.raises(ValueError, match=r"no visible defect: the image \(64, 64\) is too small"):
         synthetic.draw(synthetic.blur, flat, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "change", "drawn"), [(29, 50, 3), (30, 50, 1), (40, 7, 3), (40, 8, 1)]
+)
+def test_thirty_pixels_that_change_by_eight_levels_can_be_seen(pixels, change, drawn):
+    calls = []
+
+    def defect(image, rng):
+        calls.append(1)
+        mask = np.zeros(image.size, bool)
+        mask[: pixels if len(calls) < 3 else 100] = True
+        mask = mask.reshape(image.shape)
+        return np.where(mask, image + np.uint8(change if len(calls) < 3 else 50), image), mask
+
+    synthetic.draw(defect, PHOTO, np.random.default_rng(0))
+    assert len(calls) == drawn
+
+
+def test_a_blur_on_flat_ground_is_not_marked():
+    half = PHOTO.copy()
+    half[:, :60] = 100
+    masks = [synthetic.blur(half, np.random.default_rng(seed))[1] for seed in range(20)]
+    assert np.any(masks, 0)[:, 64:].any()
+    assert not np.any(masks, 0)[:, :56].any()
+
+
+def test_a_pixel_that_keeps_its_level_moves_by_one():
+    image = np.array([[0, 127, 128, 255]], np.uint8)
+    changed, _ = synthetic._change(image, np.ones((1, 4), bool), image)
+    assert changed.tolist() == [[1, 128, 127, 254]]
 
 
 def test_only_gray_uint8_images_are_drawn_on():

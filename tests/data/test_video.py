@@ -32,11 +32,32 @@ def test_a_video_gives_the_items_that_a_folder_of_its_frames_gives(tmp_path, vid
     assert all(torch.equal(seen[i], wanted[i]) for i in range(3))
 
 
-def test_frames_of_a_compressed_video_come_in_any_order_and_from_many_threads(videos):
+@pytest.fixture
+def fresh_imageio(monkeypatch):
+    """Imports imageio and its plugins anew."""
+    for module in list(sys.modules):
+        if module.split(".")[0] == "imageio":
+            monkeypatch.delitem(sys.modules, module)
+
+
+@pytest.mark.parametrize("name", ["01_001.gif", "01_001.GIF"])
+@pytest.mark.usefixtures("fresh_imageio")
+def test_a_gif_needs_no_video_library(videos, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "av", None)
+    pytest.importorskip("imageio.v3")
+    frames = [Image.new("L", (8, 6), 16 * i) for i in range(6)]
+    frames[0].save(videos / name, save_all=True, append_images=frames[1:], duration=40)
+    (first, last) = open_dataset(videos.parents[1], "mstc", "01").train
+    assert [np.asarray(load_image(item.image)).max() for item in (first, last)] == [0, 80]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_frames_of_a_compressed_video_come_in_any_order_and_from_many_threads(videos, suffix):
+    """An mkv file does not say how many frames it has."""
     pytest.importorskip("av")
     imageio = pytest.importorskip("imageio.v3")
     grays = np.arange(20, 220, 5, dtype=np.uint8)
-    path = videos / "01_001.mp4"
+    path = videos / f"01_001.{suffix}"
     film = np.broadcast_to(grays[:, None, None, None], (40, 32, 48, 3)).copy()
     imageio.imwrite(path, film, plugin="pyav", codec="mpeg4", fps=25)
     frames = open_dataset(videos.parents[1], "mstc", "01").train
@@ -61,13 +82,11 @@ def test_a_video_that_cannot_be_decoded_is_named(tmp_path, videos):
 
 
 @pytest.mark.parametrize(("name", "missing"), [("03_001.gif", "imageio"), ("03_001.avi", "av")])
+@pytest.mark.usefixtures("fresh_imageio")
 def test_a_missing_package_is_named_with_the_command_that_installs_it(
     tmp_path, videos, monkeypatch, name, missing
 ):
     (videos / name).write_bytes(b"RIFF")
-    for module in list(sys.modules):
-        if module.split(".")[0] == "imageio":
-            monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ModuleNotFoundError, match=rf"{name} needs .* pip install imageio av"):
         open_dataset(tmp_path, "mstc", "03")

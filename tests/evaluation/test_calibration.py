@@ -52,9 +52,13 @@ def test_the_share_of_each_class_over_a_threshold_is_none_without_that_class():
     assert rates([0, 0, 1, None], scores, 1.0) == {"false_alarms": 0.5, "detected": 1.0}
     assert rates([0, 0, None, None], scores, 1.5) == {"false_alarms": 0.5, "detected": None}
     found = judged(calibration(np.arange(3.0)), 0.25, [0, 0, 1, 1], scores)
-    assert found["threshold"] == 2.0
-    assert found["held_out"] == 3
-    assert found["on_test"] == {"false_alarms": 0.0, "detected": 1.0}
+    assert found == {
+        "false_alarms": 0.25,
+        "held_out": 3,
+        "threshold": 2.0,
+        "pixel_threshold": 12.0,
+        "on_test": {"false_alarms": 0.0, "detected": 1.0},
+    }
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -70,3 +74,10 @@ def test_the_tuned_threshold_gives_the_largest_f1_and_says_that_it_is_tuned(dtyp
         over = scores > found["threshold"]
         assert 2 * (over & labels).sum() / (over.sum() + labels.sum()) == pytest.approx(f1.max())
         assert "test-tuned" in found["chosen"]
+
+
+def test_the_tuned_threshold_may_lie_below_every_score():
+    labels, scores = np.array([True, False, True]), np.array([3.0, 2.0, 1.0])
+    found = tuned(labels, scores)
+    assert found["f1"] == pytest.approx(0.8)
+    assert found["threshold"] == np.nextafter(1.0, 0)

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -20,8 +22,11 @@ import msflow_ext as mx
 from msflow_ext import cli
 from msflow_ext.distributed.executors import TaskLost
 from msflow_ext.inference.archive import job as bulk
+from msflow_ext.inference.archive import manifest
 from msflow_ext.inference.archive.parquet import Store, schema
+from msflow_ext.inference.detector import Result
 from msflow_ext.inference.settings import Scoring
+from msflow_ext.reports.heat_maps import heat_map
 
 pyarrow = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -100,6 +105,32 @@ def test_a_damaged_image_has_a_row_that_says_so_and_its_batch_is_scored(whole):
     assert sum(row["score"] is not None for row in rows(whole)) == COUNT - 1
 
 
+def test_damaged_images_anywhere_in_a_shard_cost_no_other_image_its_row(run, photos, tmp_path):
+    names = [str(photos / f"{i:03}.png") for i in range(7)]
+    for place in (0, 3, 6):
+        names[place] = str(tmp_path / f"broken {place}.png")
+        Path(names[place]).write_bytes(b"\x89PNG\r\n\x1a\n")
+    scoring = Scoring(batch_size=2)
+    bulk.prepare(run, names, tmp_path / "out", scoring, shard_size=7, device="cpu").score()
+    found = rows(tmp_path / "out")
+    assert [row["path"] for row in found] == names
+    assert [row["score"] is None for row in found] == [i in (0, 3, 6) for i in range(7)]
+
+
+def test_a_row_says_how_much_of_the_map_is_above_the_threshold_and_where_its_maximum_is():
+    values = np.array([[0.0, 1.0], [2.0, 3.0], [2.0, 0.0]], np.float32)
+    result = Result("a.png", 5.0, None, None, values, None, np.zeros((3, 2, 3), np.uint8))
+    job: Any = SimpleNamespace(maps=None)
+    areas = []
+    for threshold in (1.0, None):
+        detector: Any = SimpleNamespace(pixel_threshold=threshold)
+        row = bulk._row("a.png", result, job, detector)
+        areas.append(row["map_area"])
+        assert (row["map_max"], row["map_mean"]) == (3.0, pytest.approx(8 / 6))
+        assert (row["map_max_x"], row["map_max_y"]) == (0.75, 0.5)
+    assert areas == [0.5, None]
+
+
 def test_maps_are_kept_as_numbers_or_as_pictures(run, photos, whole, tmp_path):
     prepared(run, photos, tmp_path / "a", maps="array").score()
     prepared(run, photos, tmp_path / "b", maps="png").score()
@@ -108,9 +139,30 @@ def test_maps_are_kept_as_numbers_or_as_pictures(run, photos, whole, tmp_path):
     shape = arrays[0]["map_height"], arrays[0]["map_width"]
     assert np.array_equal(np.float32(arrays[0]["map"]).reshape(shape), result.map)
     with Image.open(io.BytesIO(pictures[0]["map_png"])) as picture:
-        assert picture.size == (64, 64)
+        shown = heat_map(result.image, result.map, low=0.0, high=0.1, mask=result.mask)
+        assert np.array_equal(np.asarray(picture), np.asarray(shown))
+    assert result.mask is not None and 0 < result.mask.mean() < 1
     for kind, names in ((arrays, ("map", "map_height", "map_width")), (pictures, ("map_png",))):
         assert [{k: v for k, v in row.items() if k not in names} for row in kind] == plain
+
+
+def test_an_archive_of_an_earlier_version_is_continued(run, photos, tmp_path):
+    """The digest and the owner of a shard are compared with those in its file."""
+    described = {"images": "a", "model": "b", "settings": {"tile": False, "batch_size": 2}}
+    reordered = {"settings": {"batch_size": 2, "tile": False}, "model": "b", "images": "a"}
+    recorded = "b0b7dda2c8cb7d9e93bdcdad20118e284bc630eece625fa537e022a19936408d"
+    assert manifest.digest(described) == manifest.digest(reordered) == recorded
+    out = tmp_path / "new/folders"
+    one_by_one = Scoring(batch_size=1)
+    bulk.prepare(run, photos / "000.png", out, one_by_one, shard_size=1, device="cpu").score()
+    kept = json.loads((out / "_manifest.json").read_text())
+    assert kept["settings"] == {**asdict(one_by_one), "maps": None, "shard_size": 1}
+    names = ("images", "model", "settings")
+    digest = manifest.digest({name: kept[name] for name in names})
+    assert Store(str(out)).owner_of("part-00000.parquet") == ({"manifest": digest, "shard": 0}, 1)
+    (listed,) = parquet.read_table(out / "_images.parquet").to_pylist()
+    size = (photos / "000.png").stat().st_size
+    assert listed == {"path": str(photos / "000.png"), "bytes": size}
 
 
 def test_finished_shards_are_left_alone_and_missing_ones_made_again(run, photos, whole, tmp_path):
@@ -121,7 +173,9 @@ def test_finished_shards_are_left_alone_and_missing_ones_made_again(run, photos,
     assert len(archive.finished) == 6
     assert [path for path, _ in archive.score()] == [str(photos / DAMAGED)]
     (tmp_path / "part-00003.parquet").unlink()
-    (tmp_path / ".part-00003.parquet.0123").write_bytes(b"cut off")
+    for name in (".part-00003.parquet.0123", "._manifest.json.0123"):
+        (tmp_path / name).write_bytes(b"cut off")
+        assert name not in Store(str(tmp_path)).names()
     archive = prepared(run, photos, tmp_path)
     assert {shard.number for shard in archive.shards} - archive.finished == {3}
     archive.score()
@@ -183,6 +237,9 @@ def test_a_damaged_shard_is_named(run, photos, whole, tmp_path, content):
     with pytest.raises(ValueError, match=r"part-00002\.parquet cannot be read: .*remove it"):
         prepared(run, photos, tmp_path)
     (tmp_path / "part-00002.parquet").write_bytes((whole / "part-00001.parquet").read_bytes())
+    with pytest.raises(ValueError, match=r"part-00002\.parquet is not what _manifest\.json says"):
+        prepared(run, photos, tmp_path)
+    parquet.write_table(pyarrow.table({"path": ["a"]}), tmp_path / "part-00002.parquet")
     with pytest.raises(ValueError, match=r"part-00002\.parquet is not what _manifest\.json says"):
         prepared(run, photos, tmp_path)
 

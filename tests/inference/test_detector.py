@@ -6,6 +6,7 @@ import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,6 +185,8 @@ def test_a_palette_16_bit_and_rotated_image_look_alike_from_file_and_from_pillow
         (torch.zeros(3, 32, 32), ValueError, r"image 0: a tensor must be \(3, 64, 64\)"),
         (torch.zeros(3, 64, 64, dtype=torch.uint8), ValueError, "of torch.uint8"),
         (np.zeros((4, 4)), TypeError, "must be bool, uint8 or uint16, got float64"),
+        (Image.new("I", (4, 4)), TypeError, "must be bool, uint8 or uint16, got int32"),
+        (Image.new("F", (4, 4)), TypeError, "must be bool, uint8 or uint16, got float32"),
         (torch.full((3, 64, 64), float("nan")), ValueError, "image 0: a tensor must be finite"),
         (7, TypeError, "source must be a path, .* got int"),
         (b"\x89PNG", TypeError, "source must be a path, .* got bytes"),
@@ -352,6 +355,24 @@ def test_the_score_of_tiles_is_the_largest_and_their_maps_stand_side_by_side(det
     assert found.score == pytest.approx(max(part.score for part in parts), rel=1e-6)
     wanted = np.hstack([part.map for part in parts])
     np.testing.assert_allclose(found.map, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_many_images_are_cut_into_tiles_one_after_the_other(detector):
+    images = [_noise(64, 64 + 16 * i, 3) for i in range(5)]
+    found = detector.predict(images, tile=True, batch_size=2)
+    assert [result.name for result in found] == [f"image {i}" for i in range(5)]
+    for image, result in zip(images, found, strict=True):
+        assert np.array_equal(result.image, image)
+        (alone,) = detector.predict(image, tile=True, batch_size=2)
+        assert result.score == alone.score
+
+
+@pytest.mark.parametrize("option", ["batch_size", "workers"])
+@pytest.mark.parametrize("tile", [False, True])
+def test_no_images_in_a_batch_and_no_workers_are_refused(detector, option, tile):
+    options: dict[str, Any] = {option: 0}
+    with pytest.raises(ValueError, match="batch_size and workers must be 1 or more, got"):
+        detector.predict(_noise(64, 64), tile=tile, **options)
 
 
 def test_a_tensor_of_any_size_is_cut_like_the_array_that_it_is_of(detector):

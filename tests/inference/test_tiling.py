@@ -77,7 +77,10 @@ def test_an_image_smaller_than_a_tile_lies_in_the_middle_of_black():
     assert whole.shape == (3, 16, 30)
     assert torch.equal(whole[:, box[0], box[1]], image)
     assert whole.sum() == image.sum()
-    assert box[0] == slice(5, 10)
+    assert box == (slice(5, 10), slice(0, 30))
+    narrow, box = tiling.padded(image.mT, 16)
+    assert torch.equal(narrow, whole.mT)
+    assert box == (slice(0, 30), slice(5, 10))
     large = torch.ones(3, 16, 17)
     assert torch.equal(tiling.padded(large, 16)[0], large)
 
@@ -95,6 +98,11 @@ def test_a_tile_is_float_in_0_to_1():
 def test_an_overlap_that_no_tile_can_have_is_refused(overlap):
     with pytest.raises(ValueError, match=f"overlap must be .* below 16 pixels, got {overlap}"):
         tiling.grid(32, 32, 16, overlap)
+
+
+def test_an_overlap_in_pixels_is_a_share_of_the_side_rounded_down():
+    shares = [(0.0, 64), (0.25, 64), (0.1, 64), (0.99, 16)]
+    assert [tiling.pixels_of(*share) for share in shares] == [0, 16, 6, 15]
 
 
 @pytest.mark.parametrize("overlap", [-0.1, 1.0, 2, float("nan")])

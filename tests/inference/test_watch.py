@@ -77,11 +77,19 @@ def test_an_image_moved_in_is_taken_and_one_that_is_gone_is_not(tmp_path):
 
 
 def test_what_is_hidden_known_or_no_image_is_passed_over(tmp_path):
-    for name in (".a.png", "b.txt", "c.png.part", "known.png", "d.PNG", ".git/e.png"):
+    for name in (".a.png", "a.png", "b.txt", "c.png.part", "known.png", "d.PNG", ".git/e.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"1")
     (tmp_path / "link.png").symlink_to("nowhere.png")
-    assert names(tmp_path, idle, idle, known={"known.png"}) == ["d.PNG"]
+    assert names(tmp_path, idle, idle, known={"a.png", "known.png"}) == ["d.PNG"]
+
+
+def test_links_to_nowhere_do_not_hide_the_images_beside_them(tmp_path):
+    wanted = [f"{i:02}.png" for i in range(20)]
+    for name in wanted:
+        (tmp_path / f"link {name}").symlink_to("nowhere.png")
+        (tmp_path / name).write_bytes(b"1")
+    assert names(tmp_path, idle, idle) == wanted
 
 
 def test_an_image_that_was_damaged_comes_again_when_it_changes(tmp_path):
@@ -99,12 +107,14 @@ def test_a_folder_that_goes_away_is_named(tmp_path):
 
 def test_a_log_reads_like_a_table_written_at_once_and_goes_on_where_it_was(tmp_path):
     rows = [("a,b.png", "", 1, 0.1), ("c.png", "", None, -2.5), ('"d"\n.png', "", 0, 1e-9)]
+    rows.append(("name in no UTF-8 \udcff.png", "", 1, 2.0))
+    path = tmp_path / "out/new/log.csv"
     for name, _, label, score in rows:
-        log = ScoreLog(tmp_path / "log.csv", "p_value")
+        log = ScoreLog(path, "p_value")
         log.append(name, label, score, 0.5)
-    write_scores(tmp_path / "whole.csv", rows, p_value=[0.5] * 3)
-    assert (tmp_path / "log.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
-    assert list(ScoreLog(tmp_path / "log.csv", "p_value").names) == [row[0] for row in rows]
+    write_scores(tmp_path / "whole.csv", rows, p_value=[0.5] * 4)
+    assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert list(ScoreLog(path, "p_value").names) == [row[0] for row in rows]
 
 
 def test_a_last_row_that_was_cut_off_is_removed(tmp_path):

@@ -25,6 +25,8 @@ def test_seed_0_gives_the_recorded_split(category):
     assert [item.name for item in data.train] == names("train/good", category, "train")
     assert good == names("good", category, "test_functional")
     assert defective == names("defective", category, "defective_1.0")
+    assert {(item.label, item.defect) for item in data.train} == {(0, "good")}
+    assert {(item.label, item.defect) for item in data.test} == {(0, "good"), (1, "defective")}
     assert (data.name, data.category) == ("elpv", category)
 
 

@@ -39,6 +39,7 @@ def test_subfolders_are_found_by_their_names(root):
         masks=root / "masks",
     )
     assert by_name == by_option
+    assert (by_name.name, by_name.category) == ("folder", root.name)
     assert (by_name.train, by_name.test) == (by_path.train, by_path.test)
 
 
@@ -48,8 +49,10 @@ def test_a_fifth_of_the_normal_images_is_held_out(root):
     assert (len(data.train), len(good)) == (8, 2)
     assert len({str(item.image) for item in (*data.train, *good)}) == 10
     assert len({item.name for item in (*data.train, *data.test)}) == 13
-    assert [item.name for item in data.test if item.label == 1] == [
-        f"abnormal/0{i}" for i in range(3)
+    assert {(item.label, item.defect) for item in data.train} == {(0, "good")}
+    assert {item.defect for item in good} == {"good"}
+    assert [(item.name, item.defect) for item in data.test if item.label == 1] == [
+        (f"abnormal/0{i}", "abnormal") for i in range(3)
     ]
 
 

@@ -32,7 +32,9 @@ def test_every_fifth_frame_of_each_video_of_the_scene_is_taken(root):
     assert (data.name, data.category) == ("mstc", "01")
     numbers = [f"{i:04}" for i in (0, 5, 10)]
     names = [f"train/{video}/{i}" for video in ("01_001", "01_002") for i in numbers]
-    assert [item.name for item in data.train] == names
+    assert [(item.name, item.label, item.defect) for item in data.train] == [
+        (name, 0, "good") for name in names
+    ]
     found = [(item.name, item.label, item.defect) for item in data.test]
     assert found == [
         ("01_0014/0000", 0, "good"),
@@ -49,6 +51,15 @@ def test_a_frame_has_the_mask_of_its_number_and_the_masks_stay_on_disk(root):
     masks = [np.asarray(images.mask(i)) for i in range(3)]
     assert [mask.any() for mask in masks] == [False, True, True]
     assert masks[1].mean() == pytest.approx(6 / 48)
+
+
+def test_all_tested_videos_of_the_scene_are_read(root, save):
+    for i in range(FRAMES):
+        save(root / f"testing/frames/01_0015/{i:03}.jpg", 100 + i, (8, 6))
+    for folder, array in (("test_frame_mask", LABELS), ("test_pixel_mask", PIXELS)):
+        np.save(root / "testing" / folder / "01_0015.npy", array)
+    names = [item.name for item in open_dataset(root, "mstc", "01").test]
+    assert names == [f"01_00{video}/{i:04}" for video in (14, 15) for i in (0, 5, 10)]
 
 
 def test_frame_1000_comes_after_frame_999(tmp_path, save):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from msflow_ext.data import Images, list_categories, open_dataset
+from msflow_ext.data import DataSet, Images, Item, list_categories, open_dataset
 from msflow_ext.data import dataset as items
 from msflow_ext.data.datasets import mtd
 
@@ -32,6 +32,8 @@ def test_four_fifths_of_the_free_tiles_train_and_the_others_are_tested_with_all_
     assert names == {f"good/exp1_num_{i}" for i in range(10)}
     kinds = [item.defect for item in data.test if item.label == 1]
     assert kinds == [kind.lower() for kind in mtd.KINDS for _ in range(2)]
+    assert {(item.label, item.defect) for item in data.train} == {(0, "good")}
+    assert {item.defect for item in data.test if item.label == 0} == {"good"}
     assert all(str(item.image).endswith(".jpg") for item in data.train + data.test)
 
 
@@ -48,6 +50,11 @@ def test_the_seed_decides_the_split_and_the_split_is_named_by_a_hash(root):
     assert splits[0] == splits[1]
     assert splits[0].split == splits[1].split != splits[2].split
     assert len(splits[0].split) == 12
+
+
+def test_the_hash_of_a_split_is_the_same_in_every_version():
+    train, test = (Item(name, 0, "good", np.zeros((1, 1), np.uint8)) for name in ("a", "b"))
+    assert DataSet("set", "part", (train,), (test,)).split == "8e44fa025598"
 
 
 def test_the_recorded_splits_are_those_of_the_seeds_0_to_4():

@@ -139,5 +139,14 @@ def test_masks_of_good_images_are_passed_over(root):
 def test_the_categories_are_the_folders_with_images_to_train_on_or_to_test(root):
     (root / "licences").mkdir()
     shutil.rmtree(root / "cable/train")
+    shutil.rmtree(root / "bottle/test")
     assert list_categories(root, "mvtec") == ["bottle", "cable"]
     assert list_categories(root / "bottle", "mvtec") == []
+
+
+def test_hidden_folders_are_passed_over(root):
+    before = open_dataset(root, "mvtec", "bottle")
+    for name in (".cup/train/good", "bottle/test/.crack", "bottle/ground_truth/crack/.003"):
+        save(root / name / "000.png")
+    assert list_categories(root, "mvtec") == ["bottle", "cable"]
+    assert open_dataset(root, "mvtec", "bottle") == before

@@ -34,3 +34,5 @@ def test_the_public_test_of_mvtec_ad_2_holds_its_ground_truth(tmp_path, save):
         ("bad/004_shift_1", mask),
         ("good/003_regular", None),
     ]
+    save(tmp_path / "can/test/good/005.png")
+    assert [item.name for item in open_dataset(tmp_path, "mvtec", "can").test] == ["good/005"]

@@ -29,6 +29,9 @@ def test_a_set_has_the_documented_parts():
     }
     assert len({item.name for item in items}) == 196
     assert {"train/good/003", "good/012", "scar/006"} < {item.name for item in items}
+    assert {(item.label, item.defect) for item in brick.train} == {(0, "good")}
+    assert {item.label for item in brick.test if item.defect == "good"} == {0}
+    assert (brick.name, brick.category) == ("textures", "brick")
 
 
 @pytest.mark.parametrize("category", textures.CATEGORIES)
@@ -45,6 +48,24 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not():
     first, again, other = (textures.read("grass", s, train=3, good=2, defects=2) for s in (5, 5, 6))
     assert content(first) == content(again)
     assert not set(content(first)) & set(content(other))
+
+
+@pytest.mark.parametrize(
+    ("category", "levels"),
+    [
+        ("brick", [104.37, 114.10, 116.91, 113.92, 111.66, 104.28, 113.19, 108.50, 107.57, 113.89]),
+        ("grass", [124.90, 118.43, 112.10, 121.86, 113.65, 123.71, 125.96, 127.51, 115.01, 123.87]),
+        (
+            "gravel",
+            [129.67, 120.32, 125.10, 121.97, 127.20, 129.65, 126.90, 129.36, 126.84, 126.50],
+        ),
+    ],
+)
+def test_a_seed_gives_crops_of_the_recorded_mean_levels(category, levels):
+    """So that metrics on these images can be compared between versions."""
+    dataset = textures.read(category, 0, train=3, good=2, defects=1)
+    found = [np.asarray(item.image).mean() for item in dataset.train + dataset.test]
+    assert found == pytest.approx(levels, abs=0.05)
 
 
 def test_training_and_test_crops_share_no_row(monkeypatch):
@@ -73,6 +94,11 @@ def test_crops_are_mildly_lit_and_mirrored(monkeypatch):
 def test_an_unknown_category_lists_those_that_exist(category):
     with pytest.raises(ValueError, match=rf"one of brick, grass, gravel, got {category!r}"):
         open_dataset("textures", category=category)
+
+
+def test_a_crop_of_one_pixel_is_the_smallest():
+    (item,) = textures.read("brick", size=1, train=1, good=0, defects=0).train
+    assert np.asarray(item.image).shape == (1, 1)
 
 
 @pytest.mark.parametrize("size", [0, 193])

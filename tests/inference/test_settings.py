@@ -1,0 +1,54 @@
+"""The settings of `msflow predict` reach the detector that they load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import msflow_ext as mx
+from msflow_ext.inference.settings import Scoring
+
+
+@pytest.fixture(scope="module")
+def run(untrained_run) -> Path:
+    """The checkpoint of an untrained model with thresholds."""
+    return untrained_run(
+        recipe={"false_alarms": 0.4},
+        calibration={"scores": [1.0, 2.0, 3.0, 4.0], "peaks": [5.0, 6.0, 7.0, 8.0]},
+    )
+
+
+def test_the_rate_of_false_alarms_sets_both_thresholds(run):
+    plain, strict = (Scoring(false_alarms=rate).load(str(run), "cpu") for rate in (None, 0.2))
+    assert (plain.threshold, plain.pixel_threshold) == (3.0, 7.0)
+    assert (strict.threshold, strict.pixel_threshold) == (4.0, 8.0)
+
+
+def test_a_run_without_held_out_images_knows_no_rate(untrained_run):
+    run = untrained_run()
+    assert Scoring().load(str(run), "cpu").threshold is None
+    with pytest.raises(ValueError, match="knows no rate of false alarms"):
+        Scoring(false_alarms=0.2).load(str(run), "cpu")
+
+
+def test_a_threshold_of_ones_own_replaces_that_of_the_images_alone(run):
+    detector = Scoring(threshold=2.5).load(str(run), "cpu")
+    assert (detector.threshold, detector.pixel_threshold) == (2.5, 7.0)
+    assert Scoring(threshold=0.0).load(str(run), "cpu").threshold == 0.0
+
+
+def test_the_precision_is_that_of_the_optimized_model(run):
+    found = Scoring(precision="bfloat16").load(str(run), "cpu")
+    wanted = mx.load(run, "cpu", precision="bfloat16")
+    assert type(found.model.head) is type(wanted.model.head)
+    assert type(found.model.head) is not type(Scoring().load(str(run), "cpu").model.head)
+
+
+def test_tiles_have_the_threshold_that_is_given_and_no_other(run):
+    for threshold in (None, 2.5):
+        detector = Scoring(tile=True, threshold=threshold).load(str(run), "cpu")
+        assert detector.threshold == threshold
+        assert (detector.pixel_threshold, detector.calibration) == (None, None)
+    with pytest.raises(ValueError, match="--false-alarms is of whole images"):
+        Scoring(tile=True, false_alarms=0.1)
