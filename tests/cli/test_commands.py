@@ -412,9 +412,11 @@ def test_chosen_categories_are_named_with_commas(data, tmp_path, capsys):
     assert (tmp_path / "out/table.md").exists()
 
 
-def test_several_splits_of_a_set_that_has_one_are_refused(data, tmp_path, capsys):
-    sentence = _fails(capsys, *_train(data, tmp_path / "out", "--split-seeds", "0", "1"))
-    assert "--split-seeds: layout mvtec says itself what is tested" in sentence
+@pytest.mark.parametrize("layout", ["mvtec", "visa", "btad", "mstc"])
+def test_several_splits_of_a_set_that_has_one_are_refused(layout, data, tmp_path, capsys):
+    several = ["--layout", layout, "--split-seeds", "0", "1"]
+    sentence = _fails(capsys, *_train(data, tmp_path / "out", *several))
+    assert f"--split-seeds: layout {layout} says itself what is tested" in sentence
     assert not (tmp_path / "out").exists()
 
 
