@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msflow_ext.files import check_writable, replacing
-from msflow_ext.inference import detector as inference
+from msflow_ext.inference import detector
 from msflow_ext.models.base import AnomalyModel
-from msflow_ext.models.optimized.head import FrozenHead
+from msflow_ext.models.optimized.head import OptimizedHead
 
 #: How far a graph may be from the run; relative, as :func:`export` measures it.
 TOLERANCE = 1e-4
@@ -30,7 +30,7 @@ OUTPUTS: tuple[str, ...] = ("score", "anomaly_map")
 
 
 def export(
-    source: str | Path | inference.Detector | AnomalyModel,
+    source: str | Path | detector.Detector | AnomalyModel,
     format: str,
     out: str | Path,
     *,
@@ -130,12 +130,12 @@ def _compiler() -> str:
     return next(iter(shlex.split(os.environ.get("CXX", ""))), default)
 
 
-def _model_of(source: str | Path | inference.Detector | AnomalyModel) -> AnomalyModel:
+def _model_of(source: str | Path | detector.Detector | AnomalyModel) -> AnomalyModel:
     """A copy of the model on the CPU, of which nothing is trained."""
     if isinstance(source, (str, Path)):
-        source = inference.load(source, "cpu")
-    model = source.model if isinstance(source, inference.Detector) else source
-    if not isinstance(model, AnomalyModel) or isinstance(model.head, FrozenHead):
+        source = detector.load(source, "cpu")
+    model = source.model if isinstance(source, detector.Detector) else source
+    if not isinstance(model, AnomalyModel) or isinstance(model.head, OptimizedHead):
         raise TypeError(
             "source must be a run, or an MSFlow or FastFlow as training leaves it, not its inference form, "
             f"got {type(model).__name__}"

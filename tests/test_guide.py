@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from msflow_ext import cli
-from msflow_ext.evaluation import calibration as decisions
-from msflow_ext.inference import detector as inference
+from msflow_ext.evaluation import calibration
+from msflow_ext.inference import detector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_the_examples_of_the_docstrings_give_what_they_say(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    for module in (inference, decisions):
+    for module in (detector, calibration):
         runner = doctest.DocTestRunner()
         for example in doctest.DocTestFinder().find(module):
             runner.run(example)

@@ -17,8 +17,8 @@ from benchmarks import results
 from benchmarks.campaigns.serving import image, toy
 from benchmarks.report import machine_line
 from msflow_ext.bench import machine
-from msflow_ext.distributed import executors as engines
-from msflow_ext.inference.archive import job as bulk
+from msflow_ext.distributed import executors
+from msflow_ext.inference.archive import Archive, prepare
 from msflow_ext.inference.archive.parquet import Store
 
 Row = dict[str, Any]
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows: list[Row] = []
         for workers in (0, *options.workers):
             out = Path(scratch) / f"out-{workers}"
-            rows.append(measure(bulk.prepare(run, photos, out, **shared), workers))
+            rows.append(measure(prepare(run, photos, out, **shared), workers))
             if content(out) != content(Path(scratch) / "out-0"):
                 raise SystemExit(f"{workers} workers wrote other bytes than one process")
             print(line(rows[-1], rows[0]), flush=True)
@@ -81,7 +81,7 @@ def archive(folder: Path, count: int, side: int) -> Path:
     return folder
 
 
-def measure(job: bulk.Archive, workers: int) -> Row:
+def measure(job: Archive, workers: int) -> Row:
     """Seconds until the first shards are done, which load the model, and images per second after them.
 
     No workers: this process alone. The start of Ray is not in either.
@@ -89,7 +89,7 @@ def measure(job: bulk.Archive, workers: int) -> Row:
     ends: list[float] = []
 
     def watched(work: Any, tasks: Any) -> Any:
-        engine = engines.on_ray(at_once=workers) if workers else engines.one_by_one
+        engine = executors.on_ray(at_once=workers) if workers else executors.one_by_one
         for outcome in engine(work, tasks):
             ends.append(time.perf_counter())
             yield outcome
@@ -113,7 +113,7 @@ def measure(job: bulk.Archive, workers: int) -> Row:
 @contextmanager
 def started(workers: int) -> Iterator[None]:
     """A Ray, if there are to be workers."""
-    with engines.session() if workers else nullcontext():
+    with executors.session() if workers else nullcontext():
         yield
 
 

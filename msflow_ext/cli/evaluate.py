@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from msflow_ext.data import DataSet, Images
     from msflow_ext.evaluation.evaluator import Evaluation, Truth
     from msflow_ext.inference.detector import Detector
-    from msflow_ext.training import sweep as series
+    from msflow_ext.training import sweep
 
 
 def evaluate(options: Any) -> int:
@@ -29,23 +29,23 @@ def evaluate(options: Any) -> int:
     if options.category != "all":
         print_table(rows_of(_test(options, out)))
         return 0
-    from msflow_ext.training import sweep as series
+    from msflow_ext.training import sweep
 
     parent = Path(options.run)
     if not out or out.resolve() == parent.resolve():
         raise ValueError("--category all wants --out, another folder than that of the runs")
 
-    def one(trial: series.Trial) -> Mapping[str, Any]:
+    def one(trial: sweep.Trial) -> Mapping[str, Any]:
         chosen = copy(options)
         chosen.run = str(trial.folder)
         chosen.category, chosen.split_seed = trial.category, trial.split_seed
         return _test(chosen, checked_out(out / trial.folder.relative_to(parent)))
 
-    conclude(series.do_all(_trials(parent), out, one, FAILURES), out)
+    conclude(sweep.do_all(_trials(parent), out, one, FAILURES), out)
     return 0
 
 
-def _trials(parent: Path) -> list[series.Trial]:
+def _trials(parent: Path) -> list[sweep.Trial]:
     """The finished trainings below a folder.
 
     Raises:
@@ -77,7 +77,8 @@ def _trials(parent: Path) -> list[series.Trial]:
 def _test(options: Any, out: Path | None) -> dict[str, Any]:
     """Test one run, and write what is found into ``out``; the metrics, and of what they are."""
     from msflow_ext.data import Images
-    from msflow_ext.evaluation import evaluator as evaluation
+    from msflow_ext.evaluation.evaluator import Truth
+    from msflow_ext.evaluation.evaluator import evaluate as tested
     from msflow_ext.features import Features
     from msflow_ext.inference.detector import load
     from msflow_ext.runs.results import write_scores
@@ -89,10 +90,10 @@ def _test(options: Any, out: Path | None) -> dict[str, Any]:
     dataset = open_data(run_settings(Path(options.run)) if own else vars(options))
     _check_classes(dataset)
     images = Images(dataset.test, model.image_size)
-    truth = evaluation.Truth.of(images)
+    truth = Truth.of(images)
     seen = Images(dataset.test, model.image_size, detector.fit)
     features = Features(model, seen, progress="features")
-    found = evaluation.evaluate(model.predict_features, features, truth)
+    found = tested(model.predict_features, features, truth)
     written = {**found.metrics, **_decisions(detector, truth, images, found, options)}
     if out:
         items = zip(images.items, found.scores.tolist(), strict=True)
@@ -112,12 +113,12 @@ def _decisions(
     detector: Detector, truth: Truth, images: Images, found: Evaluation, options: Any
 ) -> dict[str, Any]:
     """What the run's thresholds do on these images and, if asked for, those tuned on them; printed too."""
-    from msflow_ext.evaluation import calibration as decisions
+    from msflow_ext.evaluation import calibration
 
     written: dict[str, Any] = {}
     if detector.calibration and detector.threshold is not None:
         labels = [item.label for item in images.items]
-        written["decisions"] = decisions.rates(labels, found.scores, detector.threshold)
+        written["decisions"] = calibration.rates(labels, found.scores, detector.threshold)
         shares = (
             f"{'-' if share is None else f'{share:.1%}'} of the {kind} images"
             for share, kind in zip(
@@ -127,7 +128,7 @@ def _decisions(
         print(f"over the threshold {detector.threshold:.6g}: {', '.join(shares)}")
     if options.tune_thresholds:
         written["test_tuned"] = {
-            level: decisions.tuned(known, values)
+            level: calibration.tuned(known, values)
             for level, known, values in (
                 ("image", truth.labels, found.scores),
                 ("pixel", truth.masks, found.maps),

@@ -81,13 +81,13 @@ def predict(options: Any) -> int:
 
 def _archive(options: Any) -> int:
     """Score images into Parquet; those that cannot be scored have a row that says why, and status 2."""
-    from msflow_ext.inference.archive import job as bulk
+    from msflow_ext.inference.archive import job
 
     if not options.engine or options.watch or options.score_only:
         raise ValueError("Parquet takes --engine, and neither --watch nor --score-only")
     engine, device = chosen_engine(options), device_of(options)
     chosen = {name: getattr(options, name) for name in ("maps", "shard_size", "threads")}
-    archive = bulk.prepare(
+    archive = job.prepare(
         options.run, options.paths, options.out, _scoring(options), device=device, **chosen
     )
     wrong = archive.score(engine, progress=True)

@@ -37,7 +37,7 @@ from msflow_ext.training.recipe import PRESETS, Recipe
 
 if TYPE_CHECKING:
     from msflow_ext.data import DataSet
-    from msflow_ext.training import sweep as series
+    from msflow_ext.training import sweep
 
 DEMO = (
     ("--data", "elpv", "--category", "mono", "--epochs", "24"),
@@ -65,20 +65,20 @@ def demo(options: Any) -> int:
 def train(options: Any) -> int:
     """Train a model on good images, test it, and write a run folder, or one for each category and seed."""
     from msflow_ext.cli.console import conclude, print_table, rows_of
-    from msflow_ext.distributed import ranks as distributed
-    from msflow_ext.training import sweep as series
+    from msflow_ext.distributed.ranks import join
+    from msflow_ext.training import sweep
 
     if options.print_config:
         print(_yaml(_settings(options)), end="")
         return 0
-    ranks = distributed.join(options.device)
+    ranks = join(options.device)
     if not ranks.first:
         logging.getLogger("msflow_ext").setLevel(logging.CRITICAL)
     out, engine, chosen = Path(options.out), chosen_engine(options), copy(options)
     with ranks.agreed():
         trials = _trials(options)
         if not (options.resume or options.overwrite):
-            series.refuse_old(trials)
+            sweep.refuse_old(trials)
         if not trials and options.engine != "local":
             several = "--category all or a,b, --seeds or --split-seeds"
             raise ValueError(f"--engine {options.engine} is for several trainings: {several}")
@@ -90,7 +90,7 @@ def train(options: Any) -> int:
     if options.engine != "local":  # a training whose worker dies goes on from its checkpoint
         chosen.resume, chosen.device = not options.overwrite, device_of(options)
     work = partial(_train_trial, chosen)
-    runs = series.do_all(trials, out, work, FAILURES, engine, write=ranks.first)
+    runs = sweep.do_all(trials, out, work, FAILURES, engine, write=ranks.first)
     with ranks.agreed():
         conclude(runs, out, show=ranks.first)
     return 0
@@ -103,10 +103,10 @@ def _parsed(arguments: list[str]) -> Any:
     return part.parse(arguments)
 
 
-def _trials(options: Any) -> list[series.Trial]:
+def _trials(options: Any) -> list[sweep.Trial]:
     """The trainings that the options ask for; none if it is one, of which no table is made."""
     from msflow_ext.data import FIXED
-    from msflow_ext.training import sweep as series
+    from msflow_ext.training import sweep
 
     chosen = categories(vars(options))
     if chosen == [options.category] and not (options.seeds or options.split_seeds):
@@ -115,10 +115,10 @@ def _trials(options: Any) -> list[series.Trial]:
     if len(split_seeds) > 1 and options.layout in FIXED:
         raise ValueError(f"--split-seeds: layout {options.layout} says itself what is tested")
     seeds = options.seeds or [recipe_of(options).seed]
-    return series.plan(Path(options.out), chosen, split_seeds, seeds)
+    return sweep.plan(Path(options.out), chosen, split_seeds, seeds)
 
 
-def _train_trial(options: Any, trial: series.Trial) -> dict[str, Any]:
+def _train_trial(options: Any, trial: sweep.Trial) -> dict[str, Any]:
     """One training of a series."""
     chosen = copy(options)
     for name in ("category", "split_seed", "seed"):
@@ -131,17 +131,17 @@ def _train(options: Any) -> dict[str, Any]:
     """Train as the options say; what ``metrics.json`` holds."""
     import torch
 
-    from msflow_ext.distributed import ranks as distributed
-    from msflow_ext.training import loop as training
+    from msflow_ext.distributed.ranks import join
+    from msflow_ext.training import loop
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    ranks = distributed.join(options.device)
+    ranks = join(options.device)
     with ranks.agreed():
         recipe = recipe_of(options)
         dataset = open_data(vars(options))
         model = _build(options, dataset, recipe.seed)
-    metrics = training.train(
+    metrics = loop.train(
         model,
         dataset,
         options.out,

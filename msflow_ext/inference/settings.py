@@ -5,12 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from msflow_ext.inference import detector as inference
-
-if TYPE_CHECKING:
-    from msflow_ext.inference.detector import Detector, Result
+from msflow_ext.inference.detector import Detector, Result, load
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +38,7 @@ class Scoring:
 
     def load(self, run: str, device: str | None = None) -> Detector:
         """The detector of a run; for tiles without the thresholds of the run, which are of whole images."""
-        detector = inference.load(
-            run, device, false_alarms=self.false_alarms, precision=self.precision
-        )
+        detector = load(run, device, false_alarms=self.false_alarms, precision=self.precision)
         if self.tile and detector.calibration:
             log.info(
                 "the run's thresholds are of whole images: tiles get no label, p-value or mask"

@@ -152,7 +152,7 @@ class AnomalyModel(nn.Module, ABC):
         self.image_size = side(image_size, backbone)
         self.standardize = standardize
         self.backbone = backbone
-        self.head: Any = head  # or its inference form
+        self.head: Any = head  # or an optimized one
         self.whitening = Whitening(head.channels, self._sizes()) if whiten else None
         if not 0 <= smoothing < self.image_size:
             raise ValueError(
@@ -264,7 +264,7 @@ class AnomalyModel(nn.Module, ABC):
         return self.head.loss(self.features(images))
 
     def optimize(self, dtype: torch.dtype | None = None) -> Self:
-        """The inference form of the whole pipeline; this model stays as it is.
+        """Return an optimized copy of the whole pipeline for inference; this model stays as it is.
 
         Batch norms of the backbone are folded, all convolutions prepacked, everything runs channels_last in ``dtype``:
         float32 (None) or bfloat16; a backbone that bfloat16 spoils stays in float32, see :meth:`Backbone.optimize`.

@@ -114,7 +114,7 @@ class FastFlowHead(FlowHead):
         return FlowOutput([x for x, _ in pairs], sum(d for _, d in pairs))  # type: ignore[arg-type]
 
     def optimize(self, dtype: torch.dtype | None = None) -> OptimizedFastFlowHead:
-        """The inference form: a snapshot, channels_last, with prepacked weights in ``dtype`` (None: as they are)."""
+        """Return an optimized copy for inference: channels_last, with packed weights in ``dtype`` (None: as they are)."""
         from msflow_ext.models.optimized.fastflow import OptimizedFastFlowHead
 
         return OptimizedFastFlowHead(self, dtype)

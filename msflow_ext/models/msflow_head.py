@@ -19,7 +19,7 @@ from msflow_ext.models.positional_encoding import positional_encoding
 from msflow_ext.ops import accumulation_dtype
 
 if TYPE_CHECKING:
-    from msflow_ext.models.optimized.msflow import OptimizedHead
+    from msflow_ext.models.optimized.msflow import OptimizedMSFlowHead
 
 
 class MSFlowHead(FlowHead):
@@ -85,11 +85,11 @@ class MSFlowHead(FlowHead):
             total = total + log_det
         return FlowOutput(features, total)
 
-    def optimize(self, dtype: torch.dtype | None = None) -> OptimizedHead:
-        """The inference form: a snapshot, channels_last, with prepacked weights in ``dtype`` (None: as they are)."""
-        from msflow_ext.models.optimized.msflow import OptimizedHead
+    def optimize(self, dtype: torch.dtype | None = None) -> OptimizedMSFlowHead:
+        """Return an optimized copy for inference: channels_last, with packed weights in ``dtype`` (None: as they are)."""
+        from msflow_ext.models.optimized.msflow import OptimizedMSFlowHead
 
-        return OptimizedHead(self, dtype)
+        return OptimizedMSFlowHead(self, dtype)
 
     def _check_arguments(self) -> None:
         if len(self.channels) < 2:

@@ -19,7 +19,7 @@ def write_results(
     folder: Path, images: Images, found: Evaluation, metrics: Mapping[str, Any]
 ) -> tuple[float, float] | None:
     """Write scores, curves, ``maps/*.png`` and ``report.html``; return the colour range of the maps."""
-    from msflow_ext.reports import run_report as report
+    from msflow_ext.reports import run_report
 
     items = images.items
     names = [item.name for item in items]
@@ -28,14 +28,14 @@ def write_results(
     rows = zip(names, defects, labels, scores, strict=True)
     write_scores(folder / "scores.csv", rows, aupimo=found.aupimo)
     write_curves(folder, found.curves)
-    colours = report.colour_range(found.maps) if items else None
+    colours = run_report.colour_range(found.maps) if items else None
     if colours:
         pictures = (to_pixels(images[i]) for i in range(len(items)))
         masks = (images.mask(i) for i in range(len(items)))
         low, high = colours
-        report.save_maps(folder, names, pictures, found.maps, masks, low=low, high=high)
+        run_report.save_maps(folder, names, pictures, found.maps, masks, low=low, high=high)
     baseline = metrics.get("baseline")
-    run = report.ReportedRun(
+    run = run_report.ReportedRun(
         title=f"{metrics['data']['name']} {metrics['data']['category']}",
         metrics={name: metrics[name] for name in found.metrics},
         best={name: metrics["best"][name] for name in found.metrics},
@@ -55,7 +55,7 @@ def write_results(
         colours=colours or (0.0, 1.0),
         facts={part: metrics[part] for part in ("recipe", "model", "data", "versions")},
     )
-    report.write_report(folder / "report.html", run)
+    run_report.write_report(folder / "report.html", run)
     return colours
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from msflow_ext.metrics import auroc, roc_curve
-from msflow_ext.reports import charts as _charts
+from msflow_ext.reports import charts
 from msflow_ext.reports.gallery import MOST, Picture, draw_layers, worst_first
 from msflow_ext.reports.heat_maps import colour_range, heat_map, mask_contour, outline, save_maps
 from msflow_ext.reports.html import score_format, write_page
@@ -83,10 +83,10 @@ def write_report(path: str | Path, run: ReportedRun) -> None:
             "unlabelled": len(run.names) - len(good) - len(defective),
         },
         charts=[
-            _charts.histogram(good, defective, run.scores, threshold),
-            _charts.roc(_rocs(run, good, defective)),
-            _charts.pro([("", "line", run.curves["pro"])] if "pro" in run.curves else []),
-            _charts.loss(run.losses),
+            charts.histogram(good, defective, run.scores, threshold),
+            charts.roc(_rocs(run, good, defective)),
+            charts.pro([("", "line", run.curves["pro"])] if "pro" in run.curves else []),
+            charts.loss(run.losses),
         ],
         kinds=kinds,
         gallery=_gallery(run, [kind["name"] for kind in kinds]) if len(run.pictures) else [],
@@ -107,7 +107,7 @@ def _check_run(run: ReportedRun) -> None:
             raise ValueError(f"run: the label of {name!r} is {label!r}, 0, 1 or None is wanted")
 
 
-def _rocs(run: ReportedRun, good: np.ndarray, defective: np.ndarray) -> list[_charts.Line]:
+def _rocs(run: ReportedRun, good: np.ndarray, defective: np.ndarray) -> list[charts.Line]:
     """The curve of the images and that of the pixels, where they are known."""
     lines = []
     if len(good) and len(defective):
@@ -142,7 +142,7 @@ def _kinds(run: ReportedRun, good: np.ndarray) -> list[dict[str, Any]]:
                 "mean": float(np.mean(scores)),
                 "auroc": found,
                 "aupimo": float(np.mean(known)) if known else None,
-                "strip": _charts.strip(scores, run.scores),
+                "strip": charts.strip(scores, run.scores),
             }
         )
     return sorted(rows, key=lambda r: (r["label"], r["auroc"] or 0.0, r["name"]))

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from msflow_ext.data import DataSet
-from msflow_ext.distributed import ranks as distributed
-from msflow_ext.distributed.ranks import Ranks
+from msflow_ext.distributed.ranks import Ranks, join, own_device
 from msflow_ext.evaluation.evaluator import Evaluation
 from msflow_ext.features import Features
 from msflow_ext.files import read_json, write_text
@@ -79,7 +78,7 @@ def train(
         TrainingDiverged: a loss, a gradient or a score is not finite; the last checkpoint is kept.
     """
     recipe = recipe or Recipe()
-    ranks = distributed.join(device) if ranks is None else ranks
+    ranks = join(device) if ranks is None else ranks
     progress = progress and ranks.first
     session = Session.open(
         model, dataset, Path(run), recipe, device, ranks, resume=resume, overwrite=overwrite
@@ -134,7 +133,7 @@ class Session:
             if resume and overwrite:
                 raise ValueError("resume and overwrite exclude each other")
             _check_images(dataset, recipe, ranks)
-            device = pick_device(distributed.own_device(device))
+            device = pick_device(own_device(device))
         if recipe.precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
             log.warning(
                 "this processor has no instructions for bfloat16: precision float32 is much faster here"

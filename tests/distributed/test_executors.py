@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from msflow_ext.cli.flags import chosen_engine as chosen
-from msflow_ext.cli.flags import device_of
-from msflow_ext.distributed import executors as engines
+from msflow_ext.cli.flags import chosen_engine, device_of
+from msflow_ext.distributed import executors
 from msflow_ext.distributed.executors import on_ray, one_by_one
 
 
@@ -42,11 +41,11 @@ def test_an_interrupt_is_no_outcome_of_a_task() -> None:
 
 
 def test_flags_of_ray_want_ray() -> None:
-    assert chosen(Options()) is one_by_one
+    assert chosen_engine(Options()) is one_by_one
     with pytest.raises(ValueError, match="--address is for --engine ray"):
-        chosen(Options(address="auto"))
+        chosen_engine(Options(address="auto"))
     with pytest.raises(ValueError, match="--tasks-at-once is for --engine ray"):
-        chosen(Options(tasks_at_once=2))
+        chosen_engine(Options(tasks_at_once=2))
 
 
 def test_a_task_on_ray_computes_on_what_it_keeps_for_itself() -> None:
@@ -64,6 +63,6 @@ def test_numbers_too_small_are_named(wrong: dict[str, Any]) -> None:
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    monkeypatch.setattr(executors, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'msflow-ext\[ray\]'"):
-        chosen(Options(engine="ray"))
+        chosen_engine(Options(engine="ray"))

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 from msflow_ext import cli
-from msflow_ext.distributed import launch as launching
+from msflow_ext.distributed import launch
 from msflow_ext.distributed.ranks import Ranks, even_shares
 from msflow_ext.runs.checkpoint import read_checkpoint
 from msflow_ext.training.recipe import Recipe
@@ -336,11 +336,11 @@ def test_flags_that_contradict_each_other_are_named(plates, tmp_path, capsys, fl
 
 def test_more_devices_than_the_machine_has_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert launching.processes_to_start(2, None, None, None) == 2
+    assert launch.processes_to_start(2, None, None, None) == 2
     with pytest.raises(ValueError, match="--devices is 3, this machine has 2 GPUs"):
-        launching.processes_to_start(3, None, None, "cuda")
-    assert launching.processes_to_start(3, None, None, "cpu") == 3
-    assert launching.processes_to_start(None, None, None, None) == 0
+        launch.processes_to_start(3, None, None, "cuda")
+    assert launch.processes_to_start(3, None, None, "cpu") == 3
+    assert launch.processes_to_start(None, None, None, None) == 0
 
 
 def test_flags_that_torchrun_contradicts_are_named(monkeypatch):
@@ -348,10 +348,10 @@ def test_flags_that_torchrun_contradicts_are_named(monkeypatch):
     numbers = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
     for name, value in (addresses | numbers).items():
         monkeypatch.setenv(name, value)
-    assert launching.processes_to_start(2, 2, None, "cpu") == 0
+    assert launch.processes_to_start(2, 2, None, "cpu") == 0
     with pytest.raises(
         ValueError, match="--devices is 3, but torchrun started 2 processes on each"
     ):
-        launching.processes_to_start(3, None, None, "cpu")
+        launch.processes_to_start(3, None, None, "cpu")
     with pytest.raises(ValueError, match="--num-nodes is 3, but torchrun started 2 machines"):
-        launching.processes_to_start(None, 3, None, "cpu")
+        launch.processes_to_start(None, 3, None, "cpu")

@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 
 from msflow_ext import cli
-from msflow_ext.distributed import executors as engines
-from msflow_ext.inference.archive import job as bulk
+from msflow_ext.distributed import executors
+from msflow_ext.inference.archive import job
 from msflow_ext.inference.archive.parquet import Store
 from msflow_ext.runs.checkpoint import read_checkpoint
 
@@ -41,7 +41,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         # Workers import from where Ray begins: not beside the sources, which would hide the installed package.
         patch.chdir(tmp_path_factory.mktemp("elsewhere"))
-        with engines.session() as module:
+        with executors.session() as module:
             yield module
 
 
@@ -80,7 +80,7 @@ def working() -> list[int]:
 
 
 def outcomes(work: Callable[[Any], Any], count: int, **options: Any) -> dict[int, Any]:
-    found = engines.on_ray(**options)(work, range(count))
+    found = executors.on_ray(**options)(work, range(count))
     return {task: (result, error) for task, result, error in found}
 
 
@@ -102,7 +102,7 @@ def test_results_errors_and_folder_are_those_of_the_task(ray, tmp_path, monkeypa
 
 
 def test_a_task_whose_worker_dies_is_done_again_and_given_up_at_last(ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(engines, "RETRIES", 2)
+    monkeypatch.setattr(executors, "RETRIES", 2)
     monkeypatch.chdir(tmp_path)
 
     def work(task: int) -> int:
@@ -114,7 +114,7 @@ def test_a_task_whose_worker_dies_is_done_again_and_given_up_at_last(ray, tmp_pa
 
     found = outcomes(work, 3)
     assert [found[task] for task in (1, 2)] == [(1, None), (2, None)]
-    assert isinstance(found[0][1], engines.TaskLost)
+    assert isinstance(found[0][1], executors.TaskLost)
     assert str(found[0][1]) == "its worker died 3 times"
 
 
@@ -124,7 +124,7 @@ def test_a_task_larger_than_the_machine_is_refused(ray):
 
 
 def test_an_address_where_no_cluster_answers_is_refused_in_time(ray, monkeypatch):
-    monkeypatch.setattr(engines, "CONNECT_SECONDS", 3.0)
+    monkeypatch.setattr(executors, "CONNECT_SECONDS", 3.0)
     began = time.monotonic()
     with pytest.raises(
         ConnectionError, match=r"--address 127\.0\.0\.1:1: no Ray answered within 3 s"
@@ -191,11 +191,11 @@ def test_a_worker_may_die_before_it_names_a_shard_and_before_it_says_so(ray, run
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
-        return engines.on_ray()(once, tasks)
+        return executors.on_ray()(once, tasks)
 
     options: dict[str, Any] = {"shard_size": 12, "device": "cpu", "threads": 1}
-    for name, engine in (("here", engines.one_by_one), ("there", dying)):
-        wrong = bulk.prepare(run, photos, tmp_path / name, **options).score(engine)
+    for name, engine in (("here", executors.one_by_one), ("there", dying)):
+        wrong = job.prepare(run, photos, tmp_path / name, **options).score(engine)
         assert [Path(path).name for path, _ in wrong] == ["010.png"]
     assert len(written(tmp_path / "there")) == 2 + 60 / 12
     assert written(tmp_path / "there") == written(tmp_path / "here")

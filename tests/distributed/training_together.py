@@ -24,7 +24,7 @@ from torch import Tensor
 from msflow_ext import MSFlow
 from msflow_ext.data import DataSet, Item
 from msflow_ext.distributed.ranks import Ranks, join
-from msflow_ext.training import loop as training
+from msflow_ext.training import loop
 from msflow_ext.training.loop import train
 from msflow_ext.training.recipe import Recipe
 
@@ -104,7 +104,7 @@ def run_all(folder: Path, ranks: Ranks) -> None:
 @contextmanager
 def interrupted_after(epochs: int) -> Iterator[None]:
     """Trainings inside end after so many epochs as if they were killed."""
-    real, calls = training.train_epoch, []
+    real, calls = loop.train_epoch, []
 
     def counted(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -112,13 +112,13 @@ def interrupted_after(epochs: int) -> Iterator[None]:
             raise Interrupted
         return real(*args, **options)
 
-    training.train_epoch = counted
+    loop.train_epoch = counted
     try:
         yield
     except Interrupted:
         pass
     finally:
-        training.train_epoch = real
+        loop.train_epoch = real
 
 
 def infinite_loss(folder: Path, ranks: Ranks) -> None:

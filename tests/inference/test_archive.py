@@ -21,8 +21,8 @@ from PIL import Image
 import msflow_ext as mx
 from msflow_ext import cli
 from msflow_ext.distributed.executors import TaskLost
-from msflow_ext.inference.archive import job as bulk
-from msflow_ext.inference.archive import manifest
+from msflow_ext.inference.archive import Archive, manifest, prepare
+from msflow_ext.inference.archive.job import _row
 from msflow_ext.inference.archive.parquet import Store, schema
 from msflow_ext.inference.detector import Result
 from msflow_ext.inference.settings import Scoring
@@ -56,9 +56,9 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-def prepared(run: Path, photos: Any, out: Path | str, **options: Any) -> bulk.Archive:
+def prepared(run: Path, photos: Any, out: Path | str, **options: Any) -> Archive:
     scoring = Scoring(batch_size=2)
-    return bulk.prepare(run, photos, out, scoring, shard_size=4, device="cpu", **options)
+    return prepare(run, photos, out, scoring, shard_size=4, device="cpu", **options)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_damaged_images_anywhere_in_a_shard_cost_no_other_image_its_row(run, pho
         names[place] = str(tmp_path / f"broken {place}.png")
         Path(names[place]).write_bytes(b"\x89PNG\r\n\x1a\n")
     scoring = Scoring(batch_size=2)
-    bulk.prepare(run, names, tmp_path / "out", scoring, shard_size=7, device="cpu").score()
+    prepare(run, names, tmp_path / "out", scoring, shard_size=7, device="cpu").score()
     found = rows(tmp_path / "out")
     assert [row["path"] for row in found] == names
     assert [row["score"] is None for row in found] == [i in (0, 3, 6) for i in range(7)]
@@ -124,7 +124,7 @@ def test_a_row_says_how_much_of_the_map_is_above_the_threshold_and_where_its_max
     areas = []
     for threshold in (1.0, None):
         detector: Any = SimpleNamespace(pixel_threshold=threshold)
-        row = bulk._row("a.png", result, job, detector)
+        row = _row("a.png", result, job, detector)
         areas.append(row["map_area"])
         assert (row["map_max"], row["map_mean"]) == (3.0, pytest.approx(8 / 6))
         assert (row["map_max_x"], row["map_max_y"]) == (0.75, 0.5)
@@ -154,7 +154,7 @@ def test_an_archive_of_an_earlier_version_is_continued(run, photos, tmp_path):
     assert manifest.digest(described) == manifest.digest(reordered) == recorded
     out = tmp_path / "new/folders"
     one_by_one = Scoring(batch_size=1)
-    bulk.prepare(run, photos / "000.png", out, one_by_one, shard_size=1, device="cpu").score()
+    prepare(run, photos / "000.png", out, one_by_one, shard_size=1, device="cpu").score()
     kept = json.loads((out / "_manifest.json").read_text())
     assert kept["settings"] == {**asdict(one_by_one), "maps": None, "shard_size": 1}
     names = ("images", "model", "settings")
@@ -203,7 +203,7 @@ def test_another_list_model_or_setting_is_refused_by_name(run, photos, whole, tm
     other = tmp_path / "photos"
     other.mkdir()
     with pytest.raises(ValueError, match=r"_manifest\.json has --batch-size 2, this one 3: choose"):
-        bulk.prepare(run, photos, whole, Scoring(batch_size=3), shard_size=4)
+        prepare(run, photos, whole, Scoring(batch_size=3), shard_size=4)
     with pytest.raises(ValueError, match=r"has --maps None, this one array"):
         prepared(run, photos, whole, maps="array")
     for path in photos.iterdir():

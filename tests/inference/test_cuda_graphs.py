@@ -19,7 +19,7 @@ import torch
 import msflow_ext as mx
 from msflow_ext.inference.cuda_graphs import Replayed
 from msflow_ext.inference.detector import Detector
-from msflow_ext.models.optimized import head as frozen
+from msflow_ext.models.optimized import head as optimized_head
 from msflow_ext.testing import relative_error, tolerance
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -218,10 +218,10 @@ def test_streams_of_a_recording_are_not_those_of_other_threads(
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
     monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
-    with frozen.side_by_side(torch.device("cuda")), ThreadPoolExecutor(1) as pool:
-        assert pool.submit(frozen.each_scale, lambda x: x + 1, [1, 2]).result() == [2, 3]
+    with optimized_head.side_by_side(torch.device("cuda")), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(optimized_head.each_scale, lambda x: x + 1, [1, 2]).result() == [2, 3]
         with pytest.raises(RuntimeError, match="on a stream"):
-            frozen.each_scale(lambda x: x + 1, [1, 2])
+            optimized_head.each_scale(lambda x: x + 1, [1, 2])
 
 
 @needs_gpu

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from msflow_ext import metrics
-from msflow_ext.reports import run_report as report
+from msflow_ext.reports import run_report
 
 HEAT = "getComputedStyle(document.querySelectorAll('.card')[{}].querySelector('.heat')).opacity"
 LINE = "getComputedStyle(document.querySelector('.card .line')).opacity"
@@ -44,7 +44,7 @@ def write(path: Path, count: int, size: int = 64) -> Path:
     """A report on ``count`` images, half of them defective; some are mistakes."""
     labels = [int(i >= count // 2) for i in range(count)]
     scores = [(i * 37 % count) / count + 0.6 * label for i, label in enumerate(labels)]
-    run = report.ReportedRun(
+    run = run_report.ReportedRun(
         title="plates",
         metrics={"image_auroc": 0.9, "pixel_auroc": 0.95, "aupro": None},
         best={"image_auroc": 0.92},
@@ -65,7 +65,7 @@ def write(path: Path, count: int, size: int = 64) -> Path:
         colours=(0.0, 2.0),
         facts={"recipe": {"epochs": 2}, "versions": {"torch": "2.15"}},
     )
-    report.write_report(path, run)
+    run_report.write_report(path, run)
     return path
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msflow_ext.metrics import aupro, auroc, pro_curve, roc_curve
-from msflow_ext.reports import charts as _charts
+from msflow_ext.reports import charts
 
 RNG = np.random.default_rng(0)
 GOOD, DEFECTIVE = RNG.integers(0, 8, 40) / 4, RNG.integers(3, 12, 25) / 4  # many ties
@@ -19,7 +19,7 @@ def area(curve) -> float:
 
 def test_the_area_under_the_roc_curve_is_the_auroc():
     labels, scores = [0] * 40 + [1] * 25, [*GOOD, *DEFECTIVE]
-    images, chance = _charts.roc([("images", "line", roc_curve(labels, scores))]).curves
+    images, chance = charts.roc([("images", "line", roc_curve(labels, scores))]).curves
     wanted = auroc(labels, scores)
     assert area(images) == pytest.approx(1e4 * wanted, rel=1e-12)
     assert area(chance) == pytest.approx(5e3)
@@ -30,7 +30,7 @@ def test_a_curve_of_very_many_points_is_thinned_and_keeps_its_ends_and_area():
     scores[labels] **= 0.2
     many = roc_curve(labels, scores)
     assert len(many[0]) > 20_000
-    pixels, _ = _charts.roc([("pixels", "second", many)]).curves
+    pixels, _ = charts.roc([("pixels", "second", many)]).curves
     *_, alarms, found = pixels
     assert len(alarms) <= 501
     assert (alarms[0], found[0], alarms[-1], found[-1]) == (0.0, 0.0, 100.0, 100.0)
@@ -41,13 +41,13 @@ def test_the_area_under_the_pro_curve_is_the_aupro():
     masks = np.zeros((3, 20, 20), bool)
     masks[1:, 4:9, 5:12] = True
     maps = np.round(4 * RNG.standard_normal(masks.shape)) + 4 * masks
-    (curve,) = _charts.pro([("", "line", pro_curve(masks, maps))]).curves
+    (curve,) = charts.pro([("", "line", pro_curve(masks, maps))]).curves
     assert curve[2][-1] == 30.0
     assert area(curve) == pytest.approx(100 * 30 * aupro(masks, maps), rel=1e-9)
 
 
 def test_dots_lie_at_the_percentile_of_their_score_ties_in_the_middle():
-    chart = _charts.ranks(
+    chart = charts.ranks(
         [0, 1, None, 1], ("a", np.array([1, 2, 3, 4])), ("b", np.array([5, 0, 5, 5]))
     )
     assert [(kind, xs.tolist(), ys.tolist()) for _, kind, xs, ys in chart.dots] == [
@@ -58,7 +58,7 @@ def test_dots_lie_at_the_percentile_of_their_score_ties_in_the_middle():
 
 
 def test_the_bins_of_each_class_add_up_to_all_its_images():
-    chart = _charts.histogram(GOOD, DEFECTIVE, [*GOOD, *DEFECTIVE])
+    chart = charts.histogram(GOOD, DEFECTIVE, [*GOOD, *DEFECTIVE])
     assert [legend for legend, *_ in chart.curves] == ["good (40)", "defective (25)"]
     for *_, edges, shares in chart.curves:
         assert shares[1:-1:2].sum() == pytest.approx(100.0)
@@ -67,7 +67,7 @@ def test_the_bins_of_each_class_add_up_to_all_its_images():
 
 
 def test_a_threshold_outside_all_scores_widens_the_histogram():
-    chart = _charts.histogram(GOOD, DEFECTIVE, [*GOOD, *DEFECTIVE], 9.0)
+    chart = charts.histogram(GOOD, DEFECTIVE, [*GOOD, *DEFECTIVE], 9.0)
     *_, xs, ys = chart.curves[-1]
     assert xs.tolist() == [9.0, 9.0]
     assert ys.tolist() == list(chart.y)
@@ -75,7 +75,7 @@ def test_a_threshold_outside_all_scores_widens_the_histogram():
 
 
 def test_the_loss_curve_skips_what_is_not_finite_and_keeps_the_epoch_numbers():
-    (curve,) = _charts.loss([3.0, float("nan"), 1.0, float("inf")]).curves
+    (curve,) = charts.loss([3.0, float("nan"), 1.0, float("inf")]).curves
     assert curve[2].tolist() == [1.0, 3.0]
     assert curve[3].tolist() == [3.0, 1.0]
 
@@ -83,10 +83,10 @@ def test_the_loss_curve_skips_what_is_not_finite_and_keeps_the_epoch_numbers():
 @pytest.mark.parametrize(
     ("chart", "note"),
     [
-        (_charts.roc([]), "needs good and defective test images"),
-        (_charts.pro([]), "needs masks of good and defective test images"),
-        (_charts.histogram(GOOD[:0], GOOD[:0], [1.0]), "no test image has a label"),
-        (_charts.loss([1.0]), "needs two epochs or more"),
+        (charts.roc([]), "needs good and defective test images"),
+        (charts.pro([]), "needs masks of good and defective test images"),
+        (charts.histogram(GOOD[:0], GOOD[:0], [1.0]), "no test image has a label"),
+        (charts.loss([1.0]), "needs two epochs or more"),
     ],
     ids=["one-class", "no-masks", "unlabelled", "one-epoch"],
 )
@@ -95,7 +95,7 @@ def test_a_chart_that_cannot_be_drawn_says_why(chart, note):
 
 
 def test_points_span_the_plot_area_with_large_values_on_top():
-    chart = _charts.Chart("", "", "", x=(-1.0, 3.0), y=(0.0, 10.0))
+    chart = charts.Chart("", "", "", x=(-1.0, 3.0), y=(0.0, 10.0))
     drawn = chart.points(np.array([-1.0, 1.0, 3.0]), np.array([0.0, 5.0, 10.0]))
     assert drawn == "36.0,200.0 183.0,112.0 330.0,24.0"
 
@@ -112,17 +112,17 @@ def test_points_span_the_plot_area_with_large_values_on_top():
     ids=str,
 )
 def test_ticks_are_round_numbers_with_the_digits_they_need(low, high, labels):
-    ticks = _charts.Chart("", "", "", x=(low, high)).x_ticks()
+    ticks = charts.Chart("", "", "", x=(low, high)).x_ticks()
     assert [text for _, text in ticks] == labels
     assert all(36.0 - 1e-6 <= place <= 330.0 + 1e-6 for place, _ in ticks)
 
 
 def test_epochs_are_counted_in_whole_numbers():
-    assert [text for _, text in _charts.loss([3.0, 2.0, 1.0]).x_ticks()] == ["1", "2", "3"]
-    assert [text for _, text in _charts.loss([1.0] * 40).x_ticks()] == ["10", "20", "30", "40"]
+    assert [text for _, text in charts.loss([3.0, 2.0, 1.0]).x_ticks()] == ["1", "2", "3"]
+    assert [text for _, text in charts.loss([1.0] * 40).x_ticks()] == ["10", "20", "30", "40"]
 
 
 def test_a_strip_has_one_tick_per_distinct_place_on_the_axis_of_all_scores():
-    path = _charts.strip([0.0, 0.0, 5.0], scores=[0.0, 5.0, 10.0])
+    path = charts.strip([0.0, 0.0, 5.0], scores=[0.0, 5.0, 10.0])
     places = [float(tick.split()[0]) for tick in path.split("M")[1:]]
     assert places == pytest.approx([100 * 0.2 / 10.4, 50.0], abs=0.2)

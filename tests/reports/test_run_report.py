@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from msflow_ext.metrics import auroc
-from msflow_ext.reports import run_report as report
+from msflow_ext.reports import run_report
 from msflow_ext.runs.results import write_scores
 
 GRAY = np.full((24, 24, 3), 120, np.uint8)
@@ -61,10 +61,10 @@ class Page(HTMLParser):
         return [text for t, text in self.texts if t == tag]
 
 
-def a_run(**changes: Any) -> report.ReportedRun:
+def a_run(**changes: Any) -> run_report.ReportedRun:
     """Three good and three defective images of two kinds, with one mistake each way."""
     picture = (GRAY, np.linspace(0.0, 2.0, 24 * 24).reshape(24, 24), None)
-    run = report.ReportedRun(
+    run = run_report.ReportedRun(
         title="brick",
         metrics={"image_auroc": 0.98765, "pixel_auroc": 0.5, "aupro": None},
         best={"image_auroc": 0.99, "pixel_auroc": 0.6, "aupro": None},
@@ -85,13 +85,13 @@ def a_run(**changes: Any) -> report.ReportedRun:
     return dataclasses.replace(run, **changes)
 
 
-def first(run: report.ReportedRun, count: int) -> report.ReportedRun:
+def first(run: run_report.ReportedRun, count: int) -> run_report.ReportedRun:
     parts = ("names", "defects", "labels", "scores", "pictures")
     return dataclasses.replace(run, **{name: getattr(run, name)[:count] for name in parts})
 
 
-def page_of(run: report.ReportedRun, folder: Path) -> tuple[Page, str]:
-    report.write_report(folder / "report.html", run)
+def page_of(run: run_report.ReportedRun, folder: Path) -> tuple[Page, str]:
+    run_report.write_report(folder / "report.html", run)
     html = (folder / "report.html").read_text("utf-8")
     return Page(html), html
 
@@ -152,9 +152,9 @@ def test_a_disk_that_fails_while_writing_leaves_the_old_file_and_nothing_else(
 ):
     def write(value: float) -> None:
         write_scores(tmp_path / "scores.csv", [("a", "good", 0, value)])
-        report.write_report(tmp_path / "report.html", a_run(seconds=value))
+        run_report.write_report(tmp_path / "report.html", a_run(seconds=value))
         flat = np.full((24, 24), value)
-        report.save_maps(tmp_path, ["a"], [GRAY], [flat], [None], low=0, high=99)
+        run_report.save_maps(tmp_path, ["a"], [GRAY], [flat], [None], low=0, high=99)
 
     def fail(source: Any, target: Any) -> None:
         if Path(target) == tmp_path / what:
@@ -191,10 +191,10 @@ def test_its_pictures_are_the_image_the_heat_map_and_the_outline(tmp_path):
     page, _ = page_of(a_run(pictures=[(image, values, mask)] * 6), tmp_path)
     shown, line, heat = (decoded(a["src"]) for a in page.all("img")[:3])
     assert np.abs(pixels(shown) - image).max() < 4
-    wanted = pixels(report.heat_map(image, values, low=0.1, high=2.0))
+    wanted = pixels(run_report.heat_map(image, values, low=0.1, high=2.0))
     assert np.abs(pixels(heat) - wanted).mean() < 8
     drawn = np.asarray(line.convert("RGBA"))
-    assert (drawn[..., 3] == 255 * report.outline(mask)).all()
+    assert (drawn[..., 3] == 255 * run_report.outline(mask)).all()
     assert (drawn[6, 8, :3] == (0, 229, 255)).all()
 
 
@@ -333,7 +333,7 @@ def large_report(tmp_path_factory) -> tuple[Path, list[int]]:
         pictures=OnDemand(),
     )
     path = tmp_path_factory.mktemp("large") / "report.html"
-    report.write_report(path, run)
+    run_report.write_report(path, run)
     return path, asked
 
 
@@ -427,7 +427,7 @@ def test_the_recipe_is_written_in_plain_words(tmp_path):
 )
 def test_a_run_that_does_not_fit_together_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        report.write_report(tmp_path / "report.html", a_run(**changes))
+        run_report.write_report(tmp_path / "report.html", a_run(**changes))
     assert not list(tmp_path.iterdir())
 
 

@@ -23,8 +23,7 @@ from msflow_ext.files import write_text
 from msflow_ext.hardware import free_memory
 from msflow_ext.runs.checkpoint import read_checkpoint
 from msflow_ext.training import features as training_features
-from msflow_ext.training import finish
-from msflow_ext.training import loop as training
+from msflow_ext.training import finish, loop
 from msflow_ext.training.loop import Recipe, TrainingDiverged, make_optimizer, train, train_epoch
 from msflow_ext.training.recipe import PRESETS
 from msflow_ext.training.resume import summary
@@ -303,7 +302,7 @@ def test_features_that_memory_does_not_hold_go_to_the_disk(
 
     images = Features(build_model(), Images(squares.train, SIZE)).nbytes  # test images need as much
     caplog.set_level("INFO", logger="msflow_ext")
-    monkeypatch.setattr(training, "train_epoch", look)
+    monkeypatch.setattr(loop, "train_epoch", look)
     for free, place in ((2 * images, "memory"), (2 * images - 2, "disk")):
         monkeypatch.setattr(features, "free_memory", lambda free=free: free)
         train(build_model(), squares, run, recipe, device="cpu", overwrite=True)
@@ -342,7 +341,7 @@ def test_features_computed_anew_every_epoch_give_the_same_training(tmp_path, squ
 def test_bfloat16_trains_and_halves_the_cache_and_says_where_it_is_slow(
     tmp_path, monkeypatch, caplog, squares, finished_run, fast
 ):
-    monkeypatch.setattr(training, "has_bfloat16", lambda: fast)
+    monkeypatch.setattr(loop, "has_bfloat16", lambda: fast)
     recipe = Recipe(epochs=2, batch_size=4, precision="bfloat16")
     metrics = train(build_model(), squares, tmp_path / "run", recipe, device="cpu")
     assert ("no instructions for bfloat16: precision float32" in caplog.text) != fast
@@ -462,7 +461,7 @@ def test_a_killed_run_resumes_to_the_bits_of_an_undisturbed_one(
 
     run = tmp_path / "killed"
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train_epoch", die_in_the_fourth_epoch)
+        patch.setattr(loop, "train_epoch", die_in_the_fourth_epoch)
         with pytest.raises(Killed):
             train(build_model(), squares, run, recipe, device="cpu")
     with pytest.raises(ValueError, match="holds a run: --resume continues it"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from msflow_ext.training import sweep as series
+from msflow_ext.training import sweep
 from msflow_ext.training.sweep import Trial, do_all, plan, refuse_old
 
 
@@ -59,7 +59,7 @@ def test_an_error_of_another_kind_ends_the_series_and_keeps_the_table_so_far(tmp
     assert kept["category"] == "a"
 
 
-@pytest.mark.parametrize("file", [series.METRICS, series.CHECKPOINT])
+@pytest.mark.parametrize("file", [sweep.METRICS, sweep.CHECKPOINT])
 def test_folders_that_hold_runs_are_refused_before_anything_begins(tmp_path, file):
     trials = plan(tmp_path, ["a", "b"], [0], [0])
     refuse_old(trials)

@@ -17,8 +17,7 @@ from msflow_ext.choices import MAPS
 from msflow_ext.distributed.executors import Engine, TaskLost, one_by_one
 from msflow_ext.errors import sentence
 from msflow_ext.inference.archive import manifest
-from msflow_ext.inference.archive import parquet as shards
-from msflow_ext.inference.archive.parquet import Store
+from msflow_ext.inference.archive.parquet import Store, schema
 from msflow_ext.inference.settings import Scoring
 from msflow_ext.runs.checkpoint import CHECKPOINT
 
@@ -190,7 +189,7 @@ def score_shard(job: Job, shard: Shard) -> None:
             shard.paths, _results(job.scoring, detector, shard.paths), strict=True
         )
     ]
-    table = pyarrow.Table.from_pylist(rows, shards.schema(job.maps))
+    table = pyarrow.Table.from_pylist(rows, schema(job.maps))
     Store(job.out).write_table(shard.name, table, _owner(job.manifest, shard))
 
 

@@ -1,4 +1,4 @@
-"""A convolution in its inference form: weight prepacked, channels_last, with what follows it in the same pass."""
+"""A convolution for inference: packed weight, channels_last, with what follows it in the same pass."""
 
 from __future__ import annotations
 

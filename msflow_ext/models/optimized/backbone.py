@@ -1,4 +1,4 @@
-"""The inference form of a frozen network: what follows a convolution becomes part of it."""
+"""An optimized backbone: what follows a convolution becomes part of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inference form of FastFlow's head: see :mod:`msflow_ext.models.optimized.head`."""
+"""The optimized head of FastFlow: see :mod:`msflow_ext.models.optimized.head`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 
 from msflow_ext.models.conv.packed import PackedConv2d
-from msflow_ext.models.optimized.head import Coupling, FrozenFlow, FrozenHead, each_scale, total
+from msflow_ext.models.optimized.head import (
+    Coupling,
+    OptimizedFlow,
+    OptimizedHead,
+    each_scale,
+    total,
+)
 
 
-class OptimizedFastFlowHead(FrozenHead):
+class OptimizedFastFlowHead(OptimizedHead):
     """A snapshot of a :class:`~msflow_ext.FastFlowHead` for inference: it takes and returns what the original does.
 
     Args:
@@ -27,7 +33,9 @@ class OptimizedFastFlowHead(FrozenHead):
         super().__init__(head, dtype)
         self.norms = copy.deepcopy(head.norms)
         self._flows = [
-            FrozenFlow(flow, [_freeze(step.subnet, self.dtype) for step in flow.steps], self.dtype)
+            OptimizedFlow(
+                flow, [_optimized(step.subnet, self.dtype) for step in flow.steps], self.dtype
+            )
             for flow in head.flows
         ]
 
@@ -42,7 +50,7 @@ class OptimizedFastFlowHead(FrozenHead):
         return [result for result, _ in results], total(log_det for _, log_det in results)
 
 
-def _freeze(subnet: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _optimized(subnet: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Conv - ReLU - Conv in two calls."""
     first, _, second = subnet
     hidden, out = PackedConv2d(first, dtype, activation="relu"), PackedConv2d(second, dtype)

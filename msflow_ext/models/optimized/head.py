@@ -1,4 +1,4 @@
-"""Inference forms of flows: channels_last, prepacked convolutions, constants folded, optionally bfloat16."""
+"""Optimized heads for inference: channels_last, packed convolutions, constants folded, optionally bfloat16."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from msflow_ext.ops._backend import is_channels_last
 Coupling = Callable[..., tuple[Any, ...]]
 
 
-class FrozenHead(nn.Module, ABC):
+class OptimizedHead(nn.Module, ABC):
     """A snapshot of a head for inference: it takes and returns what the original does.
 
     Args:
@@ -74,7 +74,7 @@ def total(log_dets: Iterable[Tensor | None]) -> Tensor | None:
     return sum(found[1:], found[0]) if found else None
 
 
-class FrozenFlow:
+class OptimizedFlow:
     """The steps of one scale with all that an image does not change.
 
     Args:

@@ -1,4 +1,4 @@
-"""The inference form of MSFlow's head: see :mod:`msflow_ext.models.optimized.head`."""
+"""The optimized head of MSFlow: see :mod:`msflow_ext.models.optimized.head`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from torch import Tensor
 
 from msflow_ext import ops
 from msflow_ext.models.conv.packed import PackedConv2d
-from msflow_ext.models.optimized.head import Coupling, FrozenFlow, FrozenHead, each_scale, total
+from msflow_ext.models.optimized.head import (
+    Coupling,
+    OptimizedFlow,
+    OptimizedHead,
+    each_scale,
+    total,
+)
 from msflow_ext.models.positional_encoding import positional_encoding
 from msflow_ext.ops import accumulation_dtype
 
 
-class OptimizedHead(FrozenHead):
+class OptimizedMSFlowHead(OptimizedHead):
     """A snapshot of an :class:`~msflow_ext.MSFlowHead` for inference: it takes and returns what the original does.
 
     Everything that does not depend on the image is computed once: the condition's share of each first convolution, the
@@ -34,10 +40,10 @@ class OptimizedHead(FrozenHead):
         super().__init__(head, dtype)
         perms = head.fusion.perms()
         self._flows = [
-            _freeze(flow, perm, self.dtype) for flow, perm in zip(head.flows, perms, strict=True)
+            _optimized(flow, perm, self.dtype) for flow, perm in zip(head.flows, perms, strict=True)
         ]
-        self._subnet_1 = _FrozenCrossScale(head.fusion.subnet_1, self.dtype)
-        self._subnet_2 = _FrozenCrossScale(head.fusion.subnet_2, self.dtype)
+        self._subnet_1 = _OptimizedCrossScale(head.fusion.subnet_1, self.dtype)
+        self._subnet_2 = _OptimizedCrossScale(head.fusion.subnet_2, self.dtype)
         self._clamp, self._limit = head.clamp, head.fusion.limit
 
     def run(
@@ -60,12 +66,12 @@ class OptimizedHead(FrozenHead):
         return found, total(log_dets)
 
 
-def _freeze(flow: Any, perm: Tensor, dtype: torch.dtype) -> FrozenFlow:
-    subnets = [_FrozenSubnet(step.subnet, flow.cond_channels, dtype) for step in flow.steps]
-    return FrozenFlow(flow, subnets, dtype, then=perm)
+def _optimized(flow: Any, perm: Tensor, dtype: torch.dtype) -> OptimizedFlow:
+    subnets = [_OptimizedSubnet(step.subnet, flow.cond_channels, dtype) for step in flow.steps]
+    return OptimizedFlow(flow, subnets, dtype, then=perm)
 
 
-class _FrozenSubnet:
+class _OptimizedSubnet:
     def __init__(self, subnet: Any, cond_channels: int, dtype: torch.dtype) -> None:
         self.cond_channels = cond_channels
         self.conv_cond = copy.deepcopy(subnet.conv_cond)
@@ -89,7 +95,7 @@ class _FrozenSubnet:
         return self.maps[height, width]
 
 
-class _FrozenCrossScale:
+class _OptimizedCrossScale:
     def __init__(self, subnet: Any, dtype: torch.dtype) -> None:
         self.channels = subnet.channels
         self.conv1, self.conv2 = (

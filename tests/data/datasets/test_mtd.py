@@ -6,8 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from msflow_ext.data import DataSet, Images, Item, list_categories, open_dataset
-from msflow_ext.data import dataset as items
+from msflow_ext.data import DataSet, Images, Item, dataset, list_categories, open_dataset
 from msflow_ext.data.datasets import mtd
 
 
@@ -65,9 +64,9 @@ def test_the_recorded_splits_are_those_of_the_seeds_0_to_4():
     assert digest == "1eca43b29d19aab2bf983d2608bc959904cd5cbf75bbcbd859cd7695ce398d15"
     for seed in range(5):
         train, tested = mtd.split(952, seed)
-        assert (train, tested) == items.hold_out(952, np.random.default_rng(seed))
+        assert (train, tested) == dataset.hold_out(952, np.random.default_rng(seed))
         assert (len(train), len(tested)) == (761, 191)
-    assert mtd.split(952, 5) == items.hold_out(952, np.random.default_rng(5))
+    assert mtd.split(952, 5) == dataset.hold_out(952, np.random.default_rng(5))
 
 
 def test_the_recorded_splits_need_no_random_numbers(monkeypatch):
