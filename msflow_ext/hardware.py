@@ -38,6 +38,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
     versions = {"python": platform.python_version()}
     for package in ("msflow-ext", "torch", "timm", "numpy"):
         with contextlib.suppress(PackageNotFoundError):

@@ -6,13 +6,13 @@ import math
 import platform
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from msflow_ext import ops
+from msflow_ext.hardware import versions
 from msflow_ext.ops import _backend
 from msflow_ext.ops.coupling import CLAMP_FORMS
 
@@ -22,12 +22,12 @@ OPS = (*CUDA, "winograd")
 
 def info() -> dict[str, Any]:
     """Versions, what is compiled, and the backend of each op per device with the reason for it."""
-    cpu = "native" if _backend.C is not None else "reference"
+    cpu, installed = "native" if _backend.C is not None else "reference", versions()
     return {
-        "msflow_ext": _version("msflow-ext"),
+        "msflow_ext": installed.get("msflow-ext"),
         "torch": torch.__version__,
-        "timm": _version("timm"),
-        "python": platform.python_version(),
+        "timm": installed.get("timm"),
+        "python": installed["python"],
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "kernels": _backend.STATUS,
@@ -282,10 +282,3 @@ def _gradients(function: Any) -> Any:
         return list(torch.autograd.grad(total, wanted))  # type: ignore[arg-type]
 
     return run
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "text_table": set(),
     "flows": {"ops"},
     "metrics": {"ops"},
-    "testing": {"ops"},
+    "testing": {"hardware", "ops"},
     "features": {"choices", "data", "distributed", "hardware"},
     "models": {"choices", "flows", "hardware", "ops"},
     "evaluation": {"data", "features", "metrics"},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import platform
 import re
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 import msflow_ext
-from msflow_ext import testing
+from msflow_ext import hardware, testing
 from msflow_ext.ops import _backend, coupling
 
 
@@ -93,6 +95,12 @@ def test_info_says_what_is_built_and_what_each_op_runs_on() -> None:
         assert info["backends"]["coupling"]["cuda"] == "reference: no CUDA kernel is built"
 
 
-def test_packages_that_are_missing_have_no_version() -> None:
-    assert testing._version("a-package-that-nobody-has") is None
-    assert testing._version("torch") is not None
+def test_packages_that_are_missing_have_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "torch":
+            return "2.0"
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(hardware, "version", version)
+    assert hardware.versions() == {"python": platform.python_version(), "torch": "2.0"}
+    assert testing.info()["timm"] is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from msflow_ext.choices import ENGINES, PRECISIONS
-from msflow_ext.cli.parser import OneOf, number, whole
+from msflow_ext.cli.parser import OneOf, count, number, whole
 from msflow_ext.data import LAYOUTS, PACKAGED
 from msflow_ext.training.recipe import PRESETS
 
@@ -90,7 +90,7 @@ def add_precision(part: Any) -> None:
 def add_threads(part: Any) -> None:
     part.add_argument(
         "--threads",
-        type=whole,
+        type=count,
         metavar="THREADS",
         help="CPU threads of torch; by default torch decides.",
     )
@@ -110,13 +110,13 @@ def add_engine(part: Any, *, default: str | None, text: str) -> None:
     )
     part.add_argument(
         "--tasks-at-once",
-        type=whole,
+        type=count,
         metavar="N",
         help="Largest number of tasks on Ray at once; by default as many as fit.",
     )
     part.add_argument(
         "--cpus-per-task",
-        type=whole,
+        type=count,
         default=1,
         metavar="N",
         help="Processors, and threads, of each task on Ray.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -79,7 +80,13 @@ class Parser(argparse.ArgumentParser):
         for i, word in enumerate(words):
             if word == "--":
                 return
-            flag = word.partition("=")[0]
+            flag, equals, value = word.partition("=")
+            if not word or (
+                flag.startswith("--") and equals and not value
+            ):  # as from a shell variable that is not set
+                named = flag or words[max(i - 1, 0)]
+                shown = named if named.startswith("--") else "an argument"
+                raise UsageError(f"{shown} must not be empty")
             if word.startswith("--") and flag not in self._option_string_actions:
                 raise UsageError(
                     f"unknown flag {flag}{suggestion(flag, self._option_string_actions)}"
@@ -114,15 +121,32 @@ def whole(text: str) -> int:
     return _read(int, text, "a whole number")
 
 
+def count(text: str) -> int:
+    """Read a whole number of 1 or more."""
+    return _read(_at_least_one, text, "a whole number of 1 or more")
+
+
 def number(text: str) -> float:
-    """Read a number."""
-    return _read(float, text, "a number")
+    """Read a finite number."""
+    return _read(_finite, text, "a finite number")
 
 
 def truth(text: str) -> bool:
     """Read true or false."""
     words = {"true": True, "yes": True, "false": False, "no": False}
     return _read(lambda word: words[word.lower()], text, "true or false")
+
+
+def _at_least_one(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
 
 
 def _read(kind: Any, text: str, expectation: str) -> Any:

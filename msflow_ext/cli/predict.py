@@ -23,7 +23,7 @@ from msflow_ext.cli.flags import (
     chosen_engine,
     device_of,
 )
-from msflow_ext.cli.parser import number, whole
+from msflow_ext.cli.parser import count, number
 from msflow_ext.files import replacing
 
 if TYPE_CHECKING:
@@ -218,12 +218,12 @@ def predict_flags(part: Any) -> None:
     text = "Keep the anomaly maps in Parquet, as numbers or as PNG heat maps."
     add_choice(archive, "--maps", MAPS, text)
     archive.add_argument(
-        "--shard-size", type=whole, default=256, metavar="IMAGES", help="Images per Parquet file."
+        "--shard-size", type=count, default=256, metavar="IMAGES", help="Images per Parquet file."
     )
     hardware = part.add_argument_group("hardware")
     hardware.add_argument(
         "--batch-size",
-        type=whole,
+        type=count,
         default=8,
         metavar="IMAGES",
         help="Images, or tiles, that are scored at a time.",

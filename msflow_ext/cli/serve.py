@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from msflow_ext.cli.flags import add_device, add_false_alarms, add_precision, add_run
-from msflow_ext.cli.parser import number, whole
+from msflow_ext.cli.parser import count, number, whole
 
 
 def serve(options: Any) -> int:
@@ -58,7 +58,7 @@ def serve_flags(part: Any) -> None:
         ("--max-pixels", "PIXELS", 64_000_000, "Largest number of pixels of an image."),
         ("--concurrency", "IMAGES", 16, "Images at once, those that wait included."),
     ):
-        limits.add_argument(flag, type=whole, default=default, metavar=unit, help=text)
+        limits.add_argument(flag, type=count, default=default, metavar=unit, help=text)
     limits.add_argument(
         "--timeout", type=number, default=30.0, metavar="SECONDS", help="Seconds for an image."
     )

@@ -31,7 +31,7 @@ from msflow_ext.cli.hyperparameters import (
     model_parameters,
     parameters,
 )
-from msflow_ext.cli.parser import Parser, whole
+from msflow_ext.cli.parser import Parser, count, whole
 from msflow_ext.errors import FAILURES
 from msflow_ext.training.recipe import PRESETS, Recipe
 
@@ -87,7 +87,7 @@ def train(options: Any) -> int:
         if ranks.first:
             print_table(rows)
         return 0
-    if options.engine != "local":  # a training whose worker dies goes on from its checkpoint
+    if options.engine != "local":  # a training whose worker dies continues from its checkpoint
         chosen.resume, chosen.device = not options.overwrite, device_of(options)
     work = partial(_train_trial, chosen)
     runs = sweep.do_all(trials, out, work, FAILURES, engine, write=ranks.first)
@@ -264,11 +264,11 @@ def _hardware_flags(group: Any) -> None:
     for flag, kind, unit, text in (
         (
             "--devices",
-            whole,
+            count,
             "N",
             "Processes on this machine, one per GPU, or on the CPU; by default 1.",
         ),
-        ("--num-nodes", whole, "N", "Machines that run this command; by default 1."),
+        ("--num-nodes", count, "N", "Machines that run this command; by default 1."),
         ("--rendezvous", str, "HOST:PORT", "Address on one of several machines, where they meet."),
     ):
         group.add_argument(flag, type=kind, metavar=unit, help=text)

@@ -102,7 +102,7 @@ def _check_run(run: ReportedRun) -> None:
             )
     for name, score, label in zip(run.names, run.scores, run.labels, strict=True):
         if not math.isfinite(score):
-            raise ValueError(f"run: the score of {name!r} is {score}, a finite number is wanted")
+            raise ValueError(f"run: the score of {name!r} must be finite, got {score}")
         if label not in (0, 1, None):
             raise ValueError(f"run: the label of {name!r} is {label!r}, 0, 1 or None is wanted")
 

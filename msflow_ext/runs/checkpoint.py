@@ -1,4 +1,4 @@
-"""Files that are complete or absent: atomic writes, and checkpoints of models and optimisers."""
+"""Checkpoints: a model, the optimiser's state and plain values in one safetensors file."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def save_checkpoint(
 class Saver:
     """Writes the checkpoint of a training: after every test, and at least once a minute.
 
-    Where that takes longer than a second, it waits until the training has gone on for twenty times as long: flows of a
+    Where that takes longer than a second, it waits until the training has continued for twenty times as long: flows of a
     gigabyte with their optimiser, tested after every epoch, would else be written half of the time.
     """
 
@@ -103,7 +103,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except ValueError as error:
         if not previous(path).is_file():
             raise
-        offer = f"the one before it is {previous(path).name}: rename it to go on from there"
+        offer = f"the one before it is {previous(path).name}: rename it to continue from there"
         raise ValueError(f"{error}; {offer}") from None
     _update(path, header)
     return header, tensors

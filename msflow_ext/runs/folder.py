@@ -1,4 +1,4 @@
-"""The folder of a run: what it must not lose, how a run goes on, and what a finished one leaves."""
+"""Names of the files in a run folder, and the check that no run is overwritten."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def write_scores(
     table.writerow(("name", "defect", "label", "score", *given))
     for number, (name, defect, label, score) in enumerate(rows):
         if not math.isfinite(score):
-            raise ValueError(f"rows: the score of {name!r} is {score}, a finite number is wanted")
+            raise ValueError(f"rows: the score of {name!r} must be finite, got {score}")
         more = (values[number] for values in given.values())
         cells = ("" if v is None or math.isnan(v) else float(v) for v in more)
         table.writerow((name, defect, "" if label is None else int(label), float(score), *cells))

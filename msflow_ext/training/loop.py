@@ -52,8 +52,8 @@ def train(
     """Train ``model.head`` on ``dataset.train``, test it on ``dataset.test``, and write the folder ``run``.
 
     The result is that of the last epoch; the best epoch on the test set stands beside it, as such.
-    A checkpoint is written after the first epoch, after every test and at least once a minute, but for large models
-    (:class:`msflow_ext.runs.checkpoint.Saver`).
+    A checkpoint is written after the first epoch, after every test and at least once a minute; less often for large
+    models (:class:`msflow_ext.runs.checkpoint.Saver`).
     Several processes take the steps that one would take, and the first of them writes all files.
 
     Args:

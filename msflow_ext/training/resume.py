@@ -1,4 +1,4 @@
-"""How a run begins, goes on after an interruption, and is summed up."""
+"""Start a run or continue one that was interrupted, and sum up its metrics."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _first_difference(there: Any, here: Any) -> tuple[str, str]:
 
 
 def summary(state: Mapping[str, Any], result: Mapping[str, float | None]) -> dict[str, Any]:
-    """What ``metrics.json`` says of a finished run, but for its duration and its baseline."""
+    """What ``metrics.json`` says of a finished run, without its duration and its baseline."""
     evaluations = state["evaluations"]
     best: dict[str, Any] = {"chosen": BEST}
     epochs = {}

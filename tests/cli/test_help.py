@@ -14,7 +14,7 @@ import pytest
 import msflow_ext
 from msflow_ext import cli
 from msflow_ext.choices import CHOICES
-from msflow_ext.cli.parser import Formatter, suggestion
+from msflow_ext.cli.parser import Formatter, OrNone, count, number, suggestion, whole
 
 SECONDS = 0.3  # of processor time, Python's own start included
 HEAVY = {"torch", "numpy", "scipy", "sklearn", "timm", "PIL"}
@@ -129,7 +129,7 @@ def test_the_flags_of_train_stand_in_groups() -> None:
             "--fit must be one of resize, pad, got 'pat', did",
         ),
         (["train", "--epochs", "1.5", "--out", "x"], "--epochs must be a whole number, got '1.5'"),
-        (["train", "--lr", "fast", "--out", "x"], "--lr must be a number, got 'fast'"),
+        (["train", "--lr", "fast", "--out", "x"], "--lr must be a finite number, got 'fast'"),
         (["train", "--whiten", "1", "--out", "x"], "--whiten must be true or false, got '1'"),
         (["train", "--blocks", "--out", "x"], "--blocks must be given one value or more"),
         (["train", "--out"], "--out must be given a value"),
@@ -145,6 +145,58 @@ def test_a_typo_is_answered_by_what_was_meant(
     printed = capsys.readouterr()
     assert sentence in printed.err
     assert printed.err.count("\n") == 1 and not printed.out
+
+
+FLAGS = [
+    (name, action)
+    for name, part in cli.parser().commands.items()
+    for action in part._actions
+    if action.option_strings
+]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", ""])
+def test_no_number_is_infinite_undefined_or_empty(
+    value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numeric = [(name, each.option_strings[0]) for name, each in FLAGS if _takes_numbers(each)]
+    assert len(numeric) > 30
+    for name, flag in numeric:
+        assert cli.main([name, f"{flag}={value}"]) == 2
+        assert f"{flag} must " in capsys.readouterr().err, (name, flag)
+
+
+def _takes_numbers(action: Any) -> bool:
+    kind = action.type.kind if isinstance(action.type, OrNone) else action.type
+    return kind in (count, number, whole)
+
+
+@pytest.mark.parametrize("name", ["train", "predict"])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_nothing_is_computed_by_less_than_one_thread(
+    name: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([name, f"--threads={value}"]) == 2
+    assert (
+        f"--threads must be a whole number of 1 or more, got '{value}'" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["predict", "--run", "r", "", "--out", "o"], "an argument must not be empty"),
+        (["predict", "", "--run", "r", "--out", "o"], "an argument must not be empty"),
+        (["predict", "--run", "", "a.png"], "--run must not be empty"),
+        (["predict", "--run=", "a.png"], "--run must not be empty"),
+        (["data", "check", ""], "an argument must not be empty"),
+    ],
+)
+def test_an_unset_shell_variable_is_not_the_working_folder(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_only_a_close_word_is_suggested() -> None:

@@ -288,7 +288,10 @@ def test_what_cannot_be_done_is_one_sentence(run, photos, tmp_path, capsys):
         (command(run, photos, tmp_path / "foreign"), "a.parquet is there without _manifest.json"),
         (command(run, photos, run), "model.safetensors is there without _manifest.json"),
         (command(run, photos, new, "--watch"), "neither --watch nor --score-only"),
-        (command(run, photos, new, "--shard-size", "0"), "must be 1 or more, got 0, 2"),
+        (
+            command(run, photos, new, "--shard-size", "0"),
+            "--shard-size must be a whole number of 1 or more",
+        ),
         (command(run, photos, new, "--address", "x:1"), "--address is for --engine ray"),
         (["predict", "--run", str(run), "a", "--out", "b", "--maps", "png"], "takes --engine"),
         (
@@ -298,6 +301,8 @@ def test_what_cannot_be_done_is_one_sentence(run, photos, tmp_path, capsys):
     ):
         assert cli.main(arguments) == 2
         assert sentence in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(ValueError, match="must be 1 or more, got 0, 8"):
+        prepare(run, photos, new, Scoring(), shard_size=0)
     assert not new.exists()
 
 

@@ -141,7 +141,7 @@ def test_the_aupimo_of_each_image_is_a_fifth_column(tmp_path):
 def test_a_score_that_is_not_finite_is_refused_and_the_old_file_stays(tmp_path):
     write_scores(tmp_path / "scores.csv", ROWS)
     before = (tmp_path / "scores.csv").read_bytes()
-    with pytest.raises(ValueError, match="the score of 'b' is nan"):
+    with pytest.raises(ValueError, match="the score of 'b' must be finite, got nan"):
         write_scores(tmp_path / "scores.csv", [("b", "good", 0, float("nan"))])
     assert (tmp_path / "scores.csv").read_bytes() == before
 
@@ -420,7 +420,7 @@ def test_the_recipe_is_written_in_plain_words(tmp_path):
         ({"labels": [0]}, "run: labels has 1 entries for 6 names"),
         ({"pictures": [()]}, "run: pictures has 1 entries for 6 names"),
         ({"aupimo": [0.5]}, "run: aupimo has 1 entries for 6 names"),
-        ({"scores": [float("nan")] * 6}, "run: the score of 'good/0' is nan"),
+        ({"scores": [float("nan")] * 6}, "run: the score of 'good/0' must be finite, got nan"),
         ({"labels": [2] * 6}, "run: the label of 'good/0' is 2, 0, 1 or None is wanted"),
     ],
     ids=["labels", "pictures", "aupimo", "nan", "class"],

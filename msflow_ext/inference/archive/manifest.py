@@ -6,14 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from functools import partial
-from importlib import metadata
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from msflow_ext.data.sources import images_of
+from msflow_ext.hardware import versions
 from msflow_ext.inference.archive.parquet import Store
 from msflow_ext.runs.checkpoint import CHECKPOINT
 
@@ -64,8 +62,7 @@ def write(store: Store, manifest: dict[str, Any], images: Images) -> None:
     paths, sizes = zip(*images, strict=True)
     table = pyarrow.table({"path": paths, "bytes": sizes})
     store.write_table(IMAGES, table, {"images": manifest["images"]})
-    versions = {"msflow-ext": metadata.version("msflow-ext"), "torch": torch.__version__}
-    facts = {"count": len(images), "versions": versions}
+    facts = {"count": len(images), "versions": versions()}
     store.write(MANIFEST, json.dumps({**manifest, **facts}, indent=1).encode())
 
 
