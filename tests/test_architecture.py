@@ -136,7 +136,10 @@ def test_a_file_begins_with_a_sentence_that_says_what_it_is(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [*SOURCES, *BENCHMARK_SOURCES, *(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix != ".md")],
+    [
+        *(*SOURCES, *BENCHMARK_SOURCES, *(ROOT / "tests").rglob("*.py")),
+        *(path for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".md"),
+    ],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_a_file_has_at_most_400_lines(path: Path) -> None:

@@ -63,10 +63,10 @@ def _trials(parent: Path) -> list[sweep.Trial]:
         settings = run_settings(folder)
         split_seed, seed = (int(settings.get(name, 0)) for name in ("split_seed", "seed"))
         trial = Trial(settings.get("category"), split_seed, seed, folder)
-        twin = found.setdefault((trial.category, split_seed, seed), trial)
-        if twin is not trial:
+        first = found.setdefault((trial.category, split_seed, seed), trial)
+        if first is not trial:
             raise ValueError(
-                f"{twin.folder} and {folder} are of one category and seeds: a table has one run "
+                f"{first.folder} and {folder} are of one category and seeds: a table has one run "
                 "of each"
             )
     if not found:
@@ -77,8 +77,7 @@ def _trials(parent: Path) -> list[sweep.Trial]:
 def _test(options: Any, out: Path | None) -> dict[str, Any]:
     """Test one run, and write what is found into ``out``; the metrics, and of what they are."""
     from msflow_ext.data import Images
-    from msflow_ext.evaluation.evaluator import Truth
-    from msflow_ext.evaluation.evaluator import evaluate as tested
+    from msflow_ext.evaluation import evaluator
     from msflow_ext.features import Features
     from msflow_ext.inference.detector import load
     from msflow_ext.runs.results import write_scores
@@ -90,10 +89,10 @@ def _test(options: Any, out: Path | None) -> dict[str, Any]:
     dataset = open_data(run_settings(Path(options.run)) if own else vars(options))
     _check_classes(dataset)
     images = Images(dataset.test, model.image_size)
-    truth = Truth.of(images)
+    truth = evaluator.Truth.of(images)
     seen = Images(dataset.test, model.image_size, detector.fit)
     features = Features(model, seen, progress="features")
-    found = tested(model.predict_features, features, truth)
+    found = evaluator.evaluate(model.predict_features, features, truth)
     written = {**found.metrics, **_decisions(detector, truth, images, found, options)}
     if out:
         items = zip(images.items, found.scores.tolist(), strict=True)

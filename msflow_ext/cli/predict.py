@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from msflow_ext.inference.detector import Result
     from msflow_ext.inference.settings import Scoring
 
-
 log = logging.getLogger(__name__)
 
 
@@ -93,8 +92,8 @@ def _archive(options: Any) -> int:
     wrong = archive.score(engine, progress=True)
     print(f"{archive.images} images: {options.out}")
     if wrong:
-        count = f"{len(wrong)} of {archive.images} images have no score, see column error"
-        raise RuntimeError(f"{count}; the first: {wrong[0][1]}")
+        lost = f"{len(wrong)} of {archive.images} images have no score, see column error"
+        raise RuntimeError(f"{lost}; the first: {wrong[0][1]}")
     return 0
 
 
@@ -109,7 +108,7 @@ def _watch(options: Any, out: Path) -> int:
     """Score what arrives in a folder: first the pictures of an image are written, then its row."""
     from msflow_ext.errors import sentence
     from msflow_ext.inference.watch import ScoreLog, arrivals, stopped_by_signals
-    from msflow_ext.reports.run_report import colour_range
+    from msflow_ext.reports.heat_maps import colour_range
     from msflow_ext.runs.folder import file_name
 
     folder = _watched(options.paths, out)
@@ -153,7 +152,7 @@ def _watched(paths: Sequence[str], out: Path) -> Path:
 
 def write_pictures(out: Path, results: Iterator[Result], colours: Sequence[float] | None) -> None:
     """Write a heat map, and a mask if it has one, per result; one result is in memory at a time."""
-    from msflow_ext.reports.run_report import colour_range, save_maps
+    from msflow_ext.reports.heat_maps import colour_range, save_maps
 
     first = next(results)
     low, high = colours or colour_range([first.map])

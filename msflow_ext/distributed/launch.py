@@ -21,9 +21,6 @@ def processes_to_start(
     """
     import torch
 
-    for flag, value in (("--devices", devices), ("--num-nodes", num_nodes)):
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} must be 1 or more, got {value}")
     if started():
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         machines = int(os.environ.get("WORLD_SIZE", here)) // here

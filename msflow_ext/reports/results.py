@@ -19,7 +19,7 @@ def write_results(
     folder: Path, images: Images, found: Evaluation, metrics: Mapping[str, Any]
 ) -> tuple[float, float] | None:
     """Write scores, curves, ``maps/*.png`` and ``report.html``; return the colour range of the maps."""
-    from msflow_ext.reports import run_report
+    from msflow_ext.reports import heat_maps, run_report
 
     items = images.items
     names = [item.name for item in items]
@@ -28,12 +28,12 @@ def write_results(
     rows = zip(names, defects, labels, scores, strict=True)
     write_scores(folder / "scores.csv", rows, aupimo=found.aupimo)
     write_curves(folder, found.curves)
-    colours = run_report.colour_range(found.maps) if items else None
+    colours = heat_maps.colour_range(found.maps) if items else None
     if colours:
         pictures = (to_pixels(images[i]) for i in range(len(items)))
         masks = (images.mask(i) for i in range(len(items)))
         low, high = colours
-        run_report.save_maps(folder, names, pictures, found.maps, masks, low=low, high=high)
+        heat_maps.save_maps(folder, names, pictures, found.maps, masks, low=low, high=high)
     baseline = metrics.get("baseline")
     run = run_report.ReportedRun(
         title=f"{metrics['data']['name']} {metrics['data']['category']}",

@@ -1,4 +1,4 @@
-"""Heat maps, score tables and the one-file HTML report of a run."""
+"""The report of a run: one HTML file."""
 
 from __future__ import annotations
 
@@ -13,18 +13,7 @@ import numpy as np
 from msflow_ext.metrics import auroc, roc_curve
 from msflow_ext.reports import charts
 from msflow_ext.reports.gallery import MOST, Picture, draw_layers, worst_first
-from msflow_ext.reports.heat_maps import colour_range, heat_map, mask_contour, outline, save_maps
 from msflow_ext.reports.html import score_format, write_page
-
-__all__ = [
-    "ReportedRun",
-    "colour_range",
-    "heat_map",
-    "mask_contour",
-    "outline",
-    "save_maps",
-    "write_report",
-]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -318,8 +318,8 @@ def rank_of(process: int) -> str | None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--devices", "0"], "--devices must be 1 or more, got 0"),
-        (["--num-nodes", "-1"], "--num-nodes must be 1 or more, got -1"),
+        (["--devices", "0"], "--devices must be a whole number of 1 or more, got '0'"),
+        (["--num-nodes", "-1"], "--num-nodes must be a whole number of 1 or more, got '-1'"),
         (["--num-nodes", "2"], "--num-nodes 2 needs --rendezvous HOST:PORT"),
         (["--rendezvous", "here:1"], "--rendezvous is where several machines meet"),
         (

@@ -14,58 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import msflow_ext as mx
 from msflow_ext.data import Images, Item
-from msflow_ext.evaluation.calibration import Calibration
 from msflow_ext.evaluation.evaluator import Truth, evaluate, measure
 from msflow_ext.features import Features
 from msflow_ext.inference.detector import Detector, load
-from msflow_ext.runs.checkpoint import read_checkpoint, save_checkpoint
-
-
-def _model() -> mx.MSFlow:
-    options = {"image_size": 64, "pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return mx.MSFlow("test_efficientnet", seed=1, **options)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A folder with the checkpoint of an untrained model; tests must not write to it."""
-    folder = tmp_path_factory.mktemp("run")
-    model = _model()
-    header = {"model": "MSFlow", "config": model.config, "colours": [0.5, 2.0]}
-    save_checkpoint(folder / "model.safetensors", header, model)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def detector(run) -> Detector:
-    return load(run, device="cpu")
-
-
-@pytest.fixture
-def items() -> list[Item]:
-    """Three good images of noise and three with a white square."""
-    rng = np.random.default_rng(0)
-    found = []
-    for label, kind in enumerate(("good", "square")):
-        for i in range(3):
-            image, mask = rng.integers(90, 110, (64, 64), dtype=np.uint8), np.zeros((64, 64), bool)
-            mask[16:40, 8:32] = label == 1
-            image[mask] = 255
-            found.append(Item(f"{kind}/{i}", label, kind, image, mask))
-    return found
-
-
-@pytest.fixture
-def folder(tmp_path, items) -> Path:
-    for item in items:
-        path = tmp_path / "images" / f"{item.name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(item.image).save(path)
-    return tmp_path / "images"
+from msflow_ext.runs.checkpoint import read_checkpoint
 
 
 def test_every_kind_of_source_gives_the_same_result(detector, folder):
@@ -327,80 +280,12 @@ def _noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
 
 
-def test_an_image_of_exactly_one_tile_is_scored_as_it_is_whole(detector):
-    image = _noise(64, 64, 3)
-    (whole,), (tiled,) = detector.predict(image), detector.predict(image, tile=True)
-    assert tiled.score == whole.score
-    assert np.array_equal(tiled.map, whole.map)
-    assert np.array_equal(tiled.image, whole.image)
-
-
-@pytest.mark.parametrize("shape", [(64, 65), (100, 150), (128, 128), (30, 40), (20, 130), (1, 1)])
-@pytest.mark.parametrize("overlap", [0.0, 1 / 64, 0.25])
-def test_tiles_give_map_mask_and_image_the_size_of_the_file(detector, tmp_path, shape, overlap):
-    Image.fromarray(_noise(*shape)).save(tmp_path / "image.png")
-    judging = Detector(detector.model, threshold=0.0, pixel_threshold=0.0)
-    (found,) = judging.predict(tmp_path / "image.png", tile=True, overlap=overlap, batch_size=3)
-    assert found.mask is not None
-    assert found.map.shape == found.mask.shape == shape
-    assert found.map.dtype == np.float32
-    assert np.array_equal(found.image, np.dstack([_noise(*shape)] * 3))
-    assert found.label == int(found.score > 0.0)
-
-
-def test_the_score_of_tiles_is_the_largest_and_their_maps_stand_side_by_side(detector):
-    image = _noise(64, 192, 3)
-    parts = detector.predict([image[:, i : i + 64] for i in (0, 64, 128)])
-    (found,) = detector.predict(image, tile=True, overlap=0)
-    assert found.score == pytest.approx(max(part.score for part in parts), rel=1e-6)
-    wanted = np.hstack([part.map for part in parts])
-    np.testing.assert_allclose(found.map, wanted, rtol=1e-5, atol=1e-6)
-
-
-def test_many_images_are_cut_into_tiles_one_after_the_other(detector):
-    images = [_noise(64, 64 + 16 * i, 3) for i in range(5)]
-    found = detector.predict(images, tile=True, batch_size=2)
-    assert [result.name for result in found] == [f"image {i}" for i in range(5)]
-    for image, result in zip(images, found, strict=True):
-        assert np.array_equal(result.image, image)
-        (alone,) = detector.predict(image, tile=True, batch_size=2)
-        assert result.score == alone.score
-
-
 @pytest.mark.parametrize("option", ["batch_size", "workers"])
 @pytest.mark.parametrize("tile", [False, True])
 def test_no_images_in_a_batch_and_no_workers_are_refused(detector, option, tile):
     options: dict[str, Any] = {option: 0}
     with pytest.raises(ValueError, match="batch_size and workers must be 1 or more, got"):
         detector.predict(_noise(64, 64), tile=tile, **options)
-
-
-def test_a_tensor_of_any_size_is_cut_like_the_array_that_it_is_of(detector):
-    image = _noise(70, 90, 3)
-    tensor = torch.from_numpy(image).permute(2, 0, 1).float() / 255
-    (from_array,), (from_tensor,) = (detector.predict(x, tile=True) for x in (image, tensor))
-    assert from_tensor.score == from_array.score
-    assert np.array_equal(from_tensor.map, from_array.map)
-    assert np.array_equal(from_tensor.image, from_array.image)
-    for wrong in (torch.zeros(1, 70, 90), torch.zeros(3, 0, 9), torch.zeros(3, 9, 9).byte()):
-        with pytest.raises(ValueError, match=r"image 0: a tensor must be \(3, H, W\)"):
-            detector.predict(wrong, tile=True)
-
-
-def test_what_was_calibrated_on_whole_images_does_not_judge_tiles(detector):
-    scores = [0.0, 1.0]
-    options = {"threshold": 0.5, "pixel_threshold": 0.5, "calibration": Calibration(scores, scores)}
-    judging = Detector(detector.model, **options)
-    (whole,), (tiled,) = (judging.predict(_noise(64, 64), tile=tile) for tile in (False, True))
-    assert None not in (whole.label, whole.p_value)
-    assert whole.mask is not None
-    assert (tiled.label, tiled.p_value, tiled.mask) == (None, None, None)
-
-
-@pytest.mark.parametrize("overlap", [-0.1, 1, float("nan")])
-def test_an_overlap_out_of_range_is_named(detector, overlap):
-    with pytest.raises(ValueError, match="overlap must be at least 0 and below 1"):
-        detector.predict(_noise(64, 64), tile=True, overlap=overlap)
 
 
 @pytest.mark.parametrize("precision", [None, "float32", "bfloat16"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msflow_ext.reports import comparison, run_report
+from msflow_ext.reports import comparison, heat_maps
 from msflow_ext.runs.results import read_runs, write_scores
 
 
@@ -29,7 +29,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         content = json.dumps({**value, "best": value, **facts})
         (root / name / "metrics.json").write_text(content)
         image, maps = np.full((32, 32, 3), 90, np.uint8), rng.random((60, 32, 32))
-        run_report.save_maps(root / name, names, [image] * 60, maps, [None] * 60, low=0, high=1)
+        heat_maps.save_maps(root / name, names, [image] * 60, maps, [None] * 60, low=0, high=1)
     runs = read_runs(sorted(path for path in root.iterdir()))
     comparison.write_comparison(root / "page.html", runs)
     return root / "page.html"

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from msflow_ext import cli
-from msflow_ext.reports import comparison, run_report
+from msflow_ext.reports import comparison, heat_maps
 from msflow_ext.reports.heat_maps import read_panels
 from msflow_ext.runs.curves import write_curves
 from msflow_ext.runs.results import read_runs, write_scores
@@ -60,7 +60,7 @@ def write_run(tmp_path: Path) -> WriteRun:
         image, mask = np.full((16, 16, 3), 90, np.uint8), np.eye(16, dtype=bool)
         maps = [np.full((16, 16), score) for score in scores]
         masks = [mask if label else None for label in labels]
-        run_report.save_maps(folder, names, [image] * 5, maps, masks, low=0, high=1)
+        heat_maps.save_maps(folder, names, [image] * 5, maps, masks, low=0, high=1)
         return folder
 
     return write
@@ -279,12 +279,12 @@ def test_panels_read_back_as_they_were_saved(tmp_path):
     rng = np.random.default_rng(0)
     image, mask = rng.integers(0, 256, (130, 130, 3), np.uint8), np.eye(130, dtype=bool)
     values = rng.random((130, 130))
-    (path,) = run_report.save_maps(tmp_path, ["a"], [image], [values], [mask], low=0, high=1)
+    (path,) = heat_maps.save_maps(tmp_path, ["a"], [image], [values], [mask], low=0, high=1)
     panels = read_panels(path)
     wanted = (
         image,
-        run_report.heat_map(image, values, low=0, high=1),
-        run_report.mask_contour(image, mask),
+        heat_maps.heat_map(image, values, low=0, high=1),
+        heat_maps.mask_contour(image, mask),
     )
     for panel, want in zip(panels, wanted, strict=True):
         assert np.array_equal(np.asarray(panel), np.asarray(want))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msflow_ext.reports import run_report
+from msflow_ext.reports import heat_maps
 
 GRAY = np.full((24, 24, 3), 120, np.uint8)
 
@@ -20,12 +20,12 @@ def pixels(picture: Image.Image) -> np.ndarray:
 def save(folder: Path, *names: str, mask: np.ndarray | None = None) -> list[Path]:
     n = len(names)
     maps = [np.zeros((24, 24))] * n
-    return run_report.save_maps(folder, names, [GRAY] * n, maps, [mask] * n, low=0, high=1)
+    return heat_maps.save_maps(folder, names, [GRAY] * n, maps, [mask] * n, low=0, high=1)
 
 
 def test_lightness_rises_with_the_value_from_one_end_of_the_ramp_to_the_other():
     values = np.linspace(-1.0, 2.0, 300)[None].repeat(2, 0)
-    picture = run_report.heat_map(
+    picture = heat_maps.heat_map(
         np.zeros((2, 300, 3), np.uint8), values, low=0.0, high=1.0, alpha=1.0
     )
     row = pixels(picture)[0]
@@ -40,7 +40,7 @@ def test_alpha_zero_is_the_image_and_a_half_is_half_way_to_the_colour():
     image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     values = np.arange(16.0).reshape(4, 4)
     none, half, full = (
-        pixels(run_report.heat_map(image, values, low=0, high=15, alpha=a)) for a in (0, 0.5, 1)
+        pixels(heat_maps.heat_map(image, values, low=0, high=15, alpha=a)) for a in (0, 0.5, 1)
     )
     assert (none == image).all()
     assert np.abs(half - (image + full) / 2).max() <= 1
@@ -49,7 +49,7 @@ def test_alpha_zero_is_the_image_and_a_half_is_half_way_to_the_colour():
 def test_the_outline_is_the_edge_of_the_mask_and_nothing_else():
     mask = np.zeros((24, 24), bool)
     mask[5:10, 6:12] = True
-    changed = (pixels(run_report.mask_contour(GRAY, mask)) != GRAY).any(-1)
+    changed = (pixels(heat_maps.mask_contour(GRAY, mask)) != GRAY).any(-1)
     edge = mask.copy()
     edge[6:9, 7:11] = False
     assert (changed == edge).all()
@@ -57,13 +57,13 @@ def test_the_outline_is_the_edge_of_the_mask_and_nothing_else():
 
 def test_a_mask_given_to_the_heat_map_is_outlined_on_top_of_the_colours():
     mask = np.eye(24, dtype=bool)
-    plain = pixels(run_report.heat_map(GRAY, np.zeros((24, 24)), low=0, high=1))
-    marked = pixels(run_report.heat_map(GRAY, np.zeros((24, 24)), low=0, high=1, mask=mask))
+    plain = pixels(heat_maps.heat_map(GRAY, np.zeros((24, 24)), low=0, high=1))
+    marked = pixels(heat_maps.heat_map(GRAY, np.zeros((24, 24)), low=0, high=1, mask=mask))
     assert ((marked != plain).any(-1) == mask).all()
 
 
 def test_a_mask_that_covers_the_whole_image_still_shows_an_outline():
-    drawn = pixels(run_report.mask_contour(GRAY, np.ones((24, 24), bool)))
+    drawn = pixels(heat_maps.mask_contour(GRAY, np.ones((24, 24), bool)))
     assert (drawn[0] != GRAY[0]).any()
 
 
@@ -84,13 +84,13 @@ def test_a_mask_that_covers_the_whole_image_still_shows_an_outline():
 def test_bad_input_is_refused_by_name(change, error, message):
     good = {"image": GRAY, "anomaly_map": np.zeros((24, 24)), "low": 0.0, "high": 1.0}
     with pytest.raises(error, match=message):
-        run_report.heat_map(**{**good, **change})
+        heat_maps.heat_map(**{**good, **change})
 
 
 def test_a_few_hot_pixels_do_not_stretch_the_scale():
     maps = np.random.default_rng(0).random((4, 100, 100))
     maps[0, 0, :3] = 1e6
-    low, high = run_report.colour_range(maps)
+    low, high = heat_maps.colour_range(maps)
     assert 0.4 < low < 0.6
     assert 0.9 < high <= 1.0
 
@@ -98,23 +98,23 @@ def test_a_few_hot_pixels_do_not_stretch_the_scale():
 @pytest.mark.parametrize("value", [0.0, -3.0, 1e-30, 1e20], ids=str)
 def test_constant_maps_lie_at_the_bottom_of_a_valid_scale(value):
     maps = np.full((2, 24, 24), value, np.float32)
-    low, high = run_report.colour_range(maps)
+    low, high = heat_maps.colour_range(maps)
     assert low == maps[0, 0, 0]
     assert high > low
-    picture = run_report.heat_map(GRAY, maps[0], low=low, high=high, alpha=1.0)
+    picture = heat_maps.heat_map(GRAY, maps[0], low=low, high=high, alpha=1.0)
     assert set(np.unique(np.asarray(picture))) == {8, 32}
 
 
 def test_a_map_that_is_constant_but_for_one_pixel_shows_that_pixel():
     maps = np.zeros((1, 64, 64))
     maps[0, 3, 3] = 5.0
-    assert run_report.colour_range(maps) == (0.0, 5.0)
+    assert heat_maps.colour_range(maps) == (0.0, 5.0)
 
 
 def test_maps_of_any_magnitude_keep_their_own_scale():
     maps = np.random.default_rng(0).random((2, 32, 32))
-    low, high = run_report.colour_range(maps)
-    assert run_report.colour_range(1e-30 * maps) == pytest.approx((1e-30 * low, 1e-30 * high))
+    low, high = heat_maps.colour_range(maps)
+    assert heat_maps.colour_range(1e-30 * maps) == pytest.approx((1e-30 * low, 1e-30 * high))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
@@ -122,12 +122,12 @@ def test_values_that_are_not_finite_are_refused(bad):
     maps = np.zeros((3, 200, 200))
     maps[1, 1, 1] = bad
     with pytest.raises(ValueError, match="maps: map 1 holds NaN or infinity"):
-        run_report.colour_range(maps)
+        heat_maps.colour_range(maps)
 
 
 def test_no_maps_are_refused():
     with pytest.raises(ValueError, match="got no pixels"):
-        run_report.colour_range([])
+        heat_maps.colour_range([])
 
 
 def test_names_with_folders_become_flat_files(tmp_path):
@@ -145,10 +145,10 @@ def test_the_panels_are_image_heat_map_and_where_there_is_a_mask_its_outline(tmp
     with_mask, without = (pixels(Image.open(save(tmp_path, "a", mask=m)[0])) for m in (mask, None))
     assert with_mask.shape == (24, 3 * 24 + 2 * 2, 3)
     assert without.shape == (24, 2 * 24 + 2, 3)
-    heat = run_report.heat_map(GRAY, np.zeros((24, 24)), low=0, high=1)
+    heat = heat_maps.heat_map(GRAY, np.zeros((24, 24)), low=0, high=1)
     assert (with_mask[:, :24] == GRAY).all()
     assert (with_mask[:, 26:50] == pixels(heat)).all()
-    assert (with_mask[:, 52:] == pixels(run_report.mask_contour(GRAY, mask))).all()
+    assert (with_mask[:, 52:] == pixels(heat_maps.mask_contour(GRAY, mask))).all()
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,6 @@ def test_names_that_flatten_to_one_file_name_get_files_of_their_own(tmp_path):
 
 def test_lists_of_different_lengths_are_refused(tmp_path):
     with pytest.raises(ValueError, match="shorter"):
-        run_report.save_maps(
+        heat_maps.save_maps(
             tmp_path, ["a", "b"], [GRAY, GRAY], [np.zeros((24, 24))], [None] * 2, low=0, high=1
         )

@@ -1,9 +1,8 @@
-"""A report is one whole, well-formed file that needs no network and runs no text; score tables read back."""
+"""A report is one whole, well-formed file that needs no network and runs no text."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import dataclasses
 import io
 import os
@@ -18,7 +17,7 @@ import pytest
 from PIL import Image
 
 from msflow_ext.metrics import auroc
-from msflow_ext.reports import run_report
+from msflow_ext.reports import heat_maps, run_report
 from msflow_ext.runs.results import write_scores
 
 GRAY = np.full((24, 24, 3), 120, np.uint8)
@@ -100,52 +99,6 @@ def pixels(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture).astype(int)
 
 
-ROWS = (("scar/0", "scar", 1, 0.1), ('a,"b"\n', "good", 0, 1e-30), ("new", "", None, -2.5))
-
-
-def test_what_is_written_reads_back_unchanged(tmp_path):
-    write_scores(tmp_path / "scores.csv", ROWS)
-    with open(tmp_path / "scores.csv", newline="", encoding="utf-8") as file:
-        read = list(csv.DictReader(file))
-    assert [
-        (r["name"], r["defect"], int(r["label"]) if r["label"] else None, float(r["score"]))
-        for r in read
-    ] == list(ROWS)
-
-
-def test_further_columns_of_scores_are_empty_where_nothing_is_known(tmp_path):
-    rows = [("a", "good", 0, 1.0), ("b", "scar", 1, 2.0), ("c", "scar", 1, 3.0)]
-    write_scores(tmp_path / "s.csv", rows, p_value=[0.5, None, float("nan")], aupimo=None)
-    assert (tmp_path / "s.csv").read_text().splitlines() == [
-        "name,defect,label,score,p_value",
-        "a,good,0,1.0,0.5",
-        "b,scar,1,2.0,",
-        "c,scar,1,3.0,",
-    ]
-
-
-def test_a_file_name_that_is_not_unicode_keeps_its_bytes(tmp_path):
-    write_scores(tmp_path / "scores.csv", [(os.fsdecode(b"\xff.png"), "good", 0, 1.0)])
-    assert b"\n\xff.png,good,0,1.0\n" in (tmp_path / "scores.csv").read_bytes()
-
-
-def test_the_aupimo_of_each_image_is_a_fifth_column(tmp_path):
-    columns = {"aupimo": [0.5, float("nan"), 0.0], "p_value": None}
-    write_scores(tmp_path / "scores.csv", ROWS, **columns)
-    with open(tmp_path / "scores.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert rows[0].keys() == {"name", "defect", "label", "score", "aupimo"}
-    assert [row["aupimo"] for row in rows] == ["0.5", "", "0.0"]
-
-
-def test_a_score_that_is_not_finite_is_refused_and_the_old_file_stays(tmp_path):
-    write_scores(tmp_path / "scores.csv", ROWS)
-    before = (tmp_path / "scores.csv").read_bytes()
-    with pytest.raises(ValueError, match="the score of 'b' must be finite, got nan"):
-        write_scores(tmp_path / "scores.csv", [("b", "good", 0, float("nan"))])
-    assert (tmp_path / "scores.csv").read_bytes() == before
-
-
 @pytest.mark.parametrize("what", ["scores.csv", "report.html", "maps/a.png"])
 def test_a_disk_that_fails_while_writing_leaves_the_old_file_and_nothing_else(
     tmp_path, monkeypatch, what
@@ -154,7 +107,7 @@ def test_a_disk_that_fails_while_writing_leaves_the_old_file_and_nothing_else(
         write_scores(tmp_path / "scores.csv", [("a", "good", 0, value)])
         run_report.write_report(tmp_path / "report.html", a_run(seconds=value))
         flat = np.full((24, 24), value)
-        run_report.save_maps(tmp_path, ["a"], [GRAY], [flat], [None], low=0, high=99)
+        heat_maps.save_maps(tmp_path, ["a"], [GRAY], [flat], [None], low=0, high=99)
 
     def fail(source: Any, target: Any) -> None:
         if Path(target) == tmp_path / what:
@@ -191,10 +144,10 @@ def test_its_pictures_are_the_image_the_heat_map_and_the_outline(tmp_path):
     page, _ = page_of(a_run(pictures=[(image, values, mask)] * 6), tmp_path)
     shown, line, heat = (decoded(a["src"]) for a in page.all("img")[:3])
     assert np.abs(pixels(shown) - image).max() < 4
-    wanted = pixels(run_report.heat_map(image, values, low=0.1, high=2.0))
+    wanted = pixels(heat_maps.heat_map(image, values, low=0.1, high=2.0))
     assert np.abs(pixels(heat) - wanted).mean() < 8
     drawn = np.asarray(line.convert("RGBA"))
-    assert (drawn[..., 3] == 255 * run_report.outline(mask)).all()
+    assert (drawn[..., 3] == 255 * heat_maps.outline(mask)).all()
     assert (drawn[6, 8, :3] == (0, 229, 255)).all()
 
 

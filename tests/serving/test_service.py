@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-import re
-import shutil
-import signal
 import socket
-import ssl
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,22 +19,10 @@ from PIL import Image
 
 import msflow_ext as mx
 from msflow_ext import cli, serving
-from msflow_ext.evaluation.calibration import Calibration
 from msflow_ext.inference.detector import Detector, Result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Start = Callable[[FastAPI], str]
-
-
-@pytest.fixture(scope="module")
-def run(untrained_run) -> Path:
-    """The checkpoint of an untrained model with thresholds."""
-    values = np.linspace(-1e3, 0, 20)
-    return untrained_run(
-        colours=[0.5, 2.0],
-        recipe={"false_alarms": 0.1},
-        calibration=vars(Calibration.of(values, values[:, None, None])),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -324,81 +305,3 @@ def test_a_missing_package_is_named_with_what_installs_it(run, capsys, monkeypat
     monkeypatch.delattr(mx, "serving")
     assert cli.main(["serve", "--run", str(run)]) == 2
     assert "prometheus_client: pip install 'msflow-ext[serve]'" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory) -> tuple[Path, Path]:
-    """PEM files of a certificate for 127.0.0.1 that nobody has signed, and of its key."""
-    openssl = shutil.which("openssl") or pytest.skip("no openssl")
-    folder = tmp_path_factory.mktemp("certificate")
-    pair = folder / "certificate.pem", folder / "key.pem"
-    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command += ["-out", str(pair[0]), "-keyout", str(pair[1])]
-    subprocess.run(command, check=True, capture_output=True)
-    return pair
-
-
-def test_a_wrong_certificate_or_key_is_a_sentence(run, certificate, tmp_path, capsys):
-    good, key = map(str, certificate)
-    (tmp_path / "text.pem").write_text("hello")
-    for flags, sentence in (
-        (["--ssl-keyfile", key], "ssl_keyfile is of no use without ssl_certfile"),
-        (["--ssl-certfile", "absent.pem"], "absent.pem: no such certificate or key"),
-        (["--ssl-certfile", good], "certificate.pem: not a PEM certificate with its key"),
-        (["--ssl-certfile", good, "--ssl-keyfile", str(tmp_path / "text.pem")], "text.pem: not a"),
-    ):
-        assert cli.main(["serve", "--run", str(run), "--port", "0", *flags]) == 2
-        assert sentence in capsys.readouterr().err
-
-
-def test_the_command_serves_https_with_a_certificate(run, certificate):
-    pem, key = certificate
-    command = [sys.executable, "-W", "error", "-m", "msflow_ext", "serve", "--run", str(run)]
-    command += ["--port", "0", "--device", "cpu", "--ssl-certfile", str(pem)]
-    command += ["--ssl-keyfile", str(key)]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": ""}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=alone, cwd=run
-    ) as service:
-        assert service.stderr
-        line = service.stderr.readline()
-        found = re.search(r"https://127\.0\.0\.1:\d+/", line)
-        try:
-            assert found, line + service.stderr.read()
-            trusted = ssl.create_default_context(cafile=pem)
-            answer = httpx.post(f"{found[0]}predict", content=png(), verify=trusted, timeout=30)
-            assert answer.json()["label"] == 1
-            with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-                httpx.get(f"{found[0]}health")
-            with pytest.raises(httpx.HTTPError):
-                httpx.get(f"{found[0].replace('https', 'http')}health")
-        finally:
-            service.send_signal(signal.SIGTERM)
-        assert service.wait(30) == 0
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
-def test_the_command_serves_until_it_is_told_to_stop(run, number):
-    command = [sys.executable, "-W", "error", "-m", "msflow_ext", "serve", "--run", str(run)]
-    command += ["--port", "0", "--device", "cpu", "--max-bytes", "9000", "--precision", "bfloat16"]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": "geheim"}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=alone, cwd=run
-    ) as service:  # not beside the sources, which would hide the installed package
-        assert service.stderr
-        line = service.stderr.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+/", line)
-        try:
-            assert found, line + service.stderr.read()
-            for content, token, status in (
-                (png(), "geheim", 200),
-                (png(), "other", 401),
-                (bytes(9001), "geheim", 413),
-            ):
-                answer = httpx.post(f"{found[0]}predict", content=content, headers=bearer(token))
-                assert answer.status_code == status
-        finally:
-            service.send_signal(number)
-        assert service.wait(30) == 0
-        assert service.stderr.read() == ""

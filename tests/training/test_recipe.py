@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
 
-from msflow_ext.training.recipe import Recipe
+from msflow_ext.training.recipe import PRESETS, Recipe
 
 
 def with_tests(epochs: int, eval_every: int | None = None) -> list[int]:
@@ -71,3 +72,79 @@ def test_the_noise_of_a_part_of_a_batch_is_that_of_its_places_in_the_whole():
     ):
         for found, wanted in zip(part, batch, strict=True):
             torch.testing.assert_close(found, wanted[where], rtol=0, atol=0)
+
+
+def test_the_rate_is_that_of_torchs_warm_up_and_multi_step_schedulers():
+    recipe = Recipe()
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
+    schedulers = [LinearLR(adam, 0.1, total_iters=12), MultiStepLR(adam, [70, 90], 0.33)]
+    for epoch in range(recipe.epochs):
+        assert recipe.learning_rate(epoch) == pytest.approx(adam.param_groups[0]["lr"], rel=1e-12)
+        adam.step()
+        for scheduler in schedulers:
+            scheduler.step()
+
+
+def test_a_cosine_is_that_of_torchs_scheduler_and_the_rate_of_fastflow_is_constant():
+    cosine = Recipe(epochs=7, schedule="cosine", warmup=0.0)
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=cosine.lr)
+    scheduler = CosineAnnealingLR(adam, 7)
+    for epoch in range(7):
+        assert cosine.learning_rate(epoch) == pytest.approx(adam.param_groups[0]["lr"], rel=1e-12)
+        adam.step()
+        scheduler.step()
+    assert {PRESETS["paper"]["fastflow"].recipe.learning_rate(epoch) for epoch in range(500)} == {
+        1e-3
+    }
+
+
+def test_noise_is_added_anew_in_every_epoch_and_depends_on_the_seed():
+    def seen(seed: int, epoch: int, noise: float = 0.5) -> torch.Tensor:
+        batches = iter([[torch.zeros(50, 8, 4, 4)], [torch.ones(50, 8, 4, 4)]])
+        return torch.stack([b for (b,) in Recipe(seed=seed, noise=noise).disturbed(epoch, batches)])
+
+    first = seen(1, 0)
+    assert torch.equal(first, seen(1, 0))
+    for mean, batch in enumerate(first):
+        assert batch.mean().item() == pytest.approx(mean, abs=0.02)
+        assert batch.std().item() == pytest.approx(0.5, rel=0.02)
+    for other in (seen(1, 1), seen(2, 0), torch.stack([first[1] - 1, first[0] + 1])):
+        assert (first - other).std().item() == pytest.approx(0.5**0.5, rel=0.02)
+    assert torch.equal(seen(1, 0, noise=0.0)[0], torch.zeros(50, 8, 4, 4))
+
+
+def test_warm_up_and_decay_keep_their_proportions_in_a_short_training():
+    rates = [Recipe(epochs=24, lr=1.0).learning_rate(epoch) for epoch in range(24)]
+    assert rates[:4] == pytest.approx([0.1, 0.4, 0.7, 1.0])
+    assert [epoch for epoch in range(1, 24) if rates[epoch] < rates[epoch - 1]] == [17, 22]
+
+
+def test_the_order_is_a_new_permutation_each_epoch_and_depends_on_the_seed():
+    recipe = Recipe(seed=3)
+    assert sorted(recipe.order(0, 9).tolist()) == list(range(9))
+    assert recipe.order(5, 9).equal(Recipe(seed=3).order(5, 9))
+    assert not recipe.order(0, 9).equal(recipe.order(1, 9))
+    assert not recipe.order(0, 9).equal(Recipe(seed=4).order(0, 9))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"epochs": 0}, "epochs must be 1 or more, got 0"),
+        ({"lr": float("nan")}, "lr must be above 0, got nan"),
+        ({"clip": 0.0}, "clip must be above 0, got 0.0"),
+        ({"weight_decay": -1e-5}, "weight_decay must be 0 or more, got -1e-05"),
+        ({"noise": float("nan")}, "noise must be 0 or more, got nan"),
+        ({"schedule": "steep"}, "schedule must be one of steps, cosine, got 'steep'"),
+        ({"milestones": (0.5, 1.5)}, r"milestones must be shares from 0 to 1, got \(0.5, 1.5\)"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"precision": "float8"}, "precision must be one of float32, bfloat16, got 'float8'"),
+        ({"cache": "tape"}, "cache must be one of memory, disk, off, got 'tape'"),
+        ({"hold_out": 1.0}, "hold_out must be a share from 0 to below 1, got 1.0"),
+        ({"false_alarms": 0.0}, "false_alarms must be above 0 and below 1, got 0.0"),
+        ({"fit": "crop"}, "fit must be one of resize, pad, got 'crop'"),
+    ],
+)
+def test_a_recipe_names_the_value_that_it_refuses(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Recipe(**wrong)

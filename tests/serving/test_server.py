@@ -1,0 +1,110 @@
+"""The command serves over HTTP and HTTPS until it is told to stop."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from msflow_ext import cli
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def png(width: int = 40, height: int = 30, kind: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(written := io.BytesIO(), kind)
+    return written.getvalue()
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory) -> tuple[Path, Path]:
+    """PEM files of a certificate for 127.0.0.1 that nobody has signed, and of its key."""
+    openssl = shutil.which("openssl") or pytest.skip("no openssl")
+    folder = tmp_path_factory.mktemp("certificate")
+    pair = folder / "certificate.pem", folder / "key.pem"
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command += ["-out", str(pair[0]), "-keyout", str(pair[1])]
+    subprocess.run(command, check=True, capture_output=True)
+    return pair
+
+
+def test_a_wrong_certificate_or_key_is_a_sentence(run, certificate, tmp_path, capsys):
+    good, key = map(str, certificate)
+    (tmp_path / "text.pem").write_text("hello")
+    for flags, sentence in (
+        (["--ssl-keyfile", key], "ssl_keyfile is of no use without ssl_certfile"),
+        (["--ssl-certfile", "absent.pem"], "absent.pem: no such certificate or key"),
+        (["--ssl-certfile", good], "certificate.pem: not a PEM certificate with its key"),
+        (["--ssl-certfile", good, "--ssl-keyfile", str(tmp_path / "text.pem")], "text.pem: not a"),
+    ):
+        assert cli.main(["serve", "--run", str(run), "--port", "0", *flags]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_the_command_serves_https_with_a_certificate(run, certificate):
+    pem, key = certificate
+    command = [sys.executable, "-W", "error", "-m", "msflow_ext", "serve", "--run", str(run)]
+    command += ["--port", "0", "--device", "cpu", "--ssl-certfile", str(pem)]
+    command += ["--ssl-keyfile", str(key)]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": ""}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=alone, cwd=run
+    ) as service:
+        assert service.stderr
+        line = service.stderr.readline()
+        found = re.search(r"https://127\.0\.0\.1:\d+/", line)
+        try:
+            assert found, line + service.stderr.read()
+            trusted = ssl.create_default_context(cafile=pem)
+            answer = httpx.post(f"{found[0]}predict", content=png(), verify=trusted, timeout=30)
+            assert answer.json()["label"] == 1
+            with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+                httpx.get(f"{found[0]}health")
+            with pytest.raises(httpx.HTTPError):
+                httpx.get(f"{found[0].replace('https', 'http')}health")
+        finally:
+            service.send_signal(signal.SIGTERM)
+        assert service.wait(30) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
+def test_the_command_serves_until_it_is_told_to_stop(run, number):
+    command = [sys.executable, "-W", "error", "-m", "msflow_ext", "serve", "--run", str(run)]
+    command += ["--port", "0", "--device", "cpu", "--max-bytes", "9000", "--precision", "bfloat16"]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": "geheim"}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=alone, cwd=run
+    ) as service:  # not beside the sources, which would hide the installed package
+        assert service.stderr
+        line = service.stderr.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+/", line)
+        try:
+            assert found, line + service.stderr.read()
+            for content, token, status in (
+                (png(), "geheim", 200),
+                (png(), "other", 401),
+                (bytes(9001), "geheim", 413),
+            ):
+                answer = httpx.post(f"{found[0]}predict", content=content, headers=bearer(token))
+                assert answer.status_code == status
+        finally:
+            service.send_signal(number)
+        assert service.wait(30) == 0
+        assert service.stderr.read() == ""
