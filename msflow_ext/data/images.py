@@ -63,6 +63,15 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
             return None
         return load_mask(item.mask, self.size, item.image, self.fit)
 
+    def shown(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Image ``(h, w, 3)``, uint8, and mask ``(h, w)``, bool, or None, for people.
+
+        They keep the image's own aspect, whatever the fit: the longer side is ``size``.
+        """
+        whole = Images(self.items, self.size, "pad")
+        box, mask = whole.box(index), whole.mask(index)
+        return to_pixels(whole[index])[box], None if mask is None else mask[box]
+
     def box(self, index: int) -> Box:
         """The rows and columns of the square that show the image; the others are padding."""
         whole = slice(0, self.size), slice(0, self.size)
@@ -128,6 +137,26 @@ def _checked_fit(fit: str) -> str:
     if fit not in FITS:
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
     return fit
+
+
+def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """An image ``(H, W, 3)``, uint8, an anomaly map ``(H, W)``, float, or a mask ``(H, W)``, bool, of another size."""
+    from PIL import Image
+
+    if values.dtype == np.bool_:
+        mask = Image.fromarray(values.astype(np.uint8))
+        return np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)) > 0
+    if values.dtype == np.uint8:
+        image = Image.fromarray(values).resize((width, height), Image.Resampling.LANCZOS)
+        return np.asarray(image)
+    number = Image.fromarray(np.asarray(values, np.float32))
+    return np.asarray(number.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def in_aspect(height: int, width: int, longer: int) -> tuple[int, int]:
+    """Height and width of the same aspect whose longer side is ``longer``."""
+    rows, columns = _padded(width, height, longer)
+    return rows.stop - rows.start, columns.stop - columns.start
 
 
 def to_pixels(image: Tensor) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from msflow_ext.choices import PRECISIONS
-from msflow_ext.data import Images, Item
-from msflow_ext.data.images import Box, to_pixels
+from msflow_ext.data import Images, Item, load_image
+from msflow_ext.data.images import Box, in_aspect, resized, to_pixels
 from msflow_ext.data.prefetch import decoded
 from msflow_ext.data.sources import images_of, own_size
 from msflow_ext.evaluation.calibration import Calibration
@@ -44,6 +44,7 @@ class Result:
             ``"pad"`` is cut off, here and below.
         mask: ``(S, S)`` bool, where the map exceeds the pixel threshold; None without one.
         image: ``(S, S, 3)`` uint8, RGB: what the model saw.
+        size: of the image itself, ``(H, W)`` in pixels.
 
     Of an image in tiles, map, mask and image have the image's own size ``(H, W)``.
     """
@@ -55,6 +56,19 @@ class Result:
     map: np.ndarray
     mask: np.ndarray | None
     image: np.ndarray
+    size: tuple[int, int]
+
+    def shown(self) -> Result:
+        """The same with map, mask and image in the aspect that the image itself has, for people.
+
+        The longer side is as long as that of the map.
+        """
+        height, width = in_aspect(*self.size, max(self.map.shape))
+        if self.map.shape == (height, width):
+            return self
+        mask = None if self.mask is None else resized(self.mask, height, width)
+        each, image = (resized(values, height, width) for values in (self.map, self.image))
+        return replace(self, map=each, mask=mask, image=image)
 
 
 def load(
@@ -220,10 +234,10 @@ class Detector:
                 yield self._tiled(names.popleft(), image, shared, batch_size)
             return
         for chunk in decoded(self._decode, chunks(batch_size), workers):
-            scores, maps = self._score([pixels for pixels, _ in chunk])
-            for (pixels, box), score, each in zip(chunk, scores, maps, strict=True):
+            scores, maps = self._score([pixels for pixels, _, _ in chunk])
+            for (pixels, box, size), score, each in zip(chunk, scores, maps, strict=True):
                 image = to_pixels(pixels)
-                yield self._result(names.popleft(), score, each[box], image[box])
+                yield self._result(names.popleft(), score, each[box], image[box], size)
 
     def _score(self, images: list[Tensor]) -> tuple[list[float], np.ndarray]:
         """Scores and maps ``(N, S, S)`` of images ``(3, S, S)``."""
@@ -250,15 +264,17 @@ class Detector:
 
         joined = tiling.stitch(tiles(), height, width)[inside]
         judged = self.calibration is None
-        return self._result(name, float(np.max(scores)), joined, to_pixels(image), judged)
+        size = image.shape[1], image.shape[2]
+        return self._result(name, float(np.max(scores)), joined, to_pixels(image), size, judged)
 
-    def _decode(self, named: tuple[str, Any]) -> tuple[Tensor, Box]:
-        """The square that the model sees, and where in it the image is."""
+    def _decode(self, named: tuple[str, Any]) -> tuple[Tensor, Box, tuple[int, int]]:
+        """The square that the model sees, where in it the image is, and the image's own size."""
         name, image = named
         size = self.model.image_size
         if not isinstance(image, Tensor):
-            images = Images((Item(name, None, "", image),), size, self.fit)
-            return images[0], images.box(0)
+            pixels = np.array(load_image(image))
+            images = Images((Item(name, None, "", pixels),), size, self.fit)
+            return images[0], images.box(0), pixels.shape[:2]
         if image.shape != (3, size, size) or not image.is_floating_point():
             raise ValueError(
                 f"{name}: a tensor must be (3, {size}, {size}) of floating point, "
@@ -266,16 +282,22 @@ class Detector:
             )
         if not image.isfinite().all():
             raise ValueError(f"{name}: a tensor must be finite, it holds NaN or infinite values")
-        return image.float(), (slice(0, size), slice(0, size))
+        return image.float(), (slice(0, size), slice(0, size)), (size, size)
 
     def _result(
-        self, name: str, score: float, each: np.ndarray, image: np.ndarray, judged: bool = True
+        self,
+        name: str,
+        score: float,
+        each: np.ndarray,
+        image: np.ndarray,
+        size: tuple[int, int],
+        judged: bool = True,
     ) -> Result:
         if not np.isfinite(each.sum() + score):
             raise FloatingPointError(f"score or map of image {name} is not finite")
         if not judged:
-            return Result(name, score, None, None, each, None, image)
+            return Result(name, score, None, None, each, None, image, size)
         label = None if self.threshold is None else int(score > self.threshold)
         mask = None if self.pixel_threshold is None else each > self.pixel_threshold
         p_value = None if self.calibration is None else self.calibration.p_value(score)
-        return Result(name, score, label, p_value, each, mask, image)
+        return Result(name, score, label, p_value, each, mask, image, size)

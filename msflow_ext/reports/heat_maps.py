@@ -15,9 +15,10 @@ from msflow_ext.runs.folder import map_paths
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Lightness rises evenly from night blue to pale yellow, so the order survives a gray printer.
-RAMP = ((8, 8, 32), (70, 17, 104), (152, 36, 104), (219, 76, 61), (249, 152, 36), (252, 250, 172))
+# Lightness rises evenly from night blue to yellow, so the order survives a gray printer.
+RAMP = ((8, 8, 32), (70, 17, 104), (152, 36, 104), (219, 76, 61), (249, 152, 36), (252, 236, 64))
 CONTOUR = (0, 229, 255)  # cyan, which the ramp never comes near
+WIDTH = "panel width"  # text in a PNG; files without it have square panels
 
 
 def colour_range(
@@ -61,8 +62,9 @@ def heat_map(
 ) -> Image:
     """Lay ``anomaly_map`` over ``image`` as colour, and draw the outline of ``mask`` on top.
 
-    ``low`` and below is the dark end of the ramp, ``high`` and above the pale one;
-    ``alpha`` 0 is the image alone, 1 the colours alone.
+    ``low`` and below is the dark end of the ramp, ``high`` and above the yellow one. ``alpha`` 0 is
+    the image alone, 1 the colours alone; between them the hotter a pixel is, the more its colour
+    covers the image, so that the hottest place is yellow whatever lies under it.
 
     Shapes:
         image: ``(H, W, 3)``, uint8, RGB.
@@ -85,7 +87,10 @@ def heat_map(
     level = np.clip((values - low) / (high - low), 0.0, 1.0)
     anchors = np.linspace(0.0, 1.0, len(RAMP))
     colours = np.stack([np.interp(level, anchors, channel) for channel in np.transpose(RAMP)], -1)
-    blend = np.rint((1.0 - alpha) * image + alpha * colours).astype(np.uint8)
+    cover = alpha ** (
+        1.5 - 1.45 * level[..., None]
+    )  # at one half: 0.35 of the coldest, 0.97 of the hottest
+    blend = np.rint((1.0 - cover) * image + cover * colours).astype(np.uint8)
     return mask_contour(blend, np.zeros(values.shape, bool) if mask is None else mask)
 
 
@@ -138,6 +143,7 @@ def save_maps(
         ValueError: as ``heat_map``, or the four have different lengths.
     """
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     written = []
     for path, image, anomaly_map, mask in zip(
@@ -152,28 +158,30 @@ def save_maps(
         strip = Image.new("RGB", (len(panels) * (width + gap) - gap, height), "white")
         for number, panel in enumerate(panels):
             strip.paste(panel, (number * (width + gap), 0))
+        about = PngInfo()
+        about.add_text(WIDTH, str(width))
         with replacing(path) as temporary:
-            strip.save(temporary, "PNG")
+            strip.save(temporary, "PNG", pnginfo=about)
         written.append(path)
     return written
 
 
 def read_panels(path: Path) -> list[Image]:
-    """The square panels of a file that :func:`save_maps` wrote: image, heat map, and perhaps mask outline.
+    """The panels of a file that :func:`save_maps` wrote: image, heat map, and perhaps mask outline.
 
     Raises:
         ValueError: another picture. OSError: none.
     """
     from PIL import Image
 
-    with Image.open(path) as file:
-        strip = file.convert("RGB")
-    side = strip.height
-    step = side + _gap(side)
-    count, rest = divmod(strip.width + step - side, step)
+    with Image.open(path, formats=["PNG"]) as file:
+        strip, known = file.convert("RGB"), str(file.info.get(WIDTH, file.height))
+    width = int(known) if known.isdecimal() and int(known) else strip.width
+    step = width + _gap(width)
+    count, rest = divmod(strip.width + step - width, step)
     if rest or count < 2:
-        raise ValueError(f"{path}: two or three square panels are wanted, got {strip.size}")
-    return [strip.crop((k * step, 0, k * step + side, side)) for k in range(count)]
+        raise ValueError(f"{path}: two or three panels are wanted, got {strip.size}")
+    return [strip.crop((k * step, 0, k * step + width, strip.height)) for k in range(count)]
 
 
 def _gap(width: int) -> int:

@@ -36,7 +36,7 @@ def render_page(template: str, **values: Any) -> str:
     pages.filters |= {
         "percent": percent,
         "plain": plain,
-        "duration": _duration,
+        "duration": duration,
         "name": metric_name,
         "points": points,
     }
@@ -87,7 +87,8 @@ def plain(value: Any) -> str:
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from msflow_ext.data import Images
-from msflow_ext.data.images import to_pixels
+from msflow_ext.data.images import resized
 from msflow_ext.evaluation.evaluator import Evaluation
 from msflow_ext.runs.curves import write_curves
 from msflow_ext.runs.results import write_scores
@@ -30,13 +32,15 @@ def write_results(
     write_curves(folder, found.curves)
     colours = heat_maps.colour_range(found.maps) if items else None
     if colours:
-        pictures = (to_pixels(images[i]) for i in range(len(items)))
-        masks = (images.mask(i) for i in range(len(items)))
         low, high = colours
-        heat_maps.save_maps(folder, names, pictures, found.maps, masks, low=low, high=high)
+        shown, maps, masks = tee(_Pictures(images, found.maps), 3)
+        columns = (p for p, *_ in shown), (m for _, m, _ in maps), (m for *_, m in masks)
+        heat_maps.save_maps(folder, names, *columns, low=low, high=high)
     baseline = metrics.get("baseline")
     run = run_report.ReportedRun(
         title=f"{metrics['data']['name']} {metrics['data']['category']}",
+        name=folder.resolve().name,
+        date=datetime.now().astimezone().isoformat(" ", "minutes"),
         metrics={name: metrics[name] for name in found.metrics},
         best={name: metrics["best"][name] for name in found.metrics},
         baseline=baseline and {name: baseline[name] for name in found.metrics},
@@ -60,7 +64,7 @@ def write_results(
 
 
 class _Pictures(Sequence["tuple[np.ndarray, np.ndarray, np.ndarray | None]"]):
-    """Image, anomaly map and mask of each test image; read when asked for."""
+    """Image, anomaly map and mask of each test image in its own aspect; read when asked for."""
 
     def __init__(self, images: Images, maps: np.ndarray) -> None:
         self._images, self._maps = images, maps
@@ -69,4 +73,5 @@ class _Pictures(Sequence["tuple[np.ndarray, np.ndarray, np.ndarray | None]"]):
         return len(self._images)
 
     def __getitem__(self, i: Any) -> Any:
-        return to_pixels(self._images[i]), self._maps[i], self._images.mask(i)
+        picture, mask = self._images.shown(i)
+        return picture, resized(self._maps[i], *picture.shape[:2]), mask

@@ -13,7 +13,7 @@ import numpy as np
 from msflow_ext.metrics import auroc, roc_curve
 from msflow_ext.reports import charts
 from msflow_ext.reports.gallery import MOST, Picture, draw_layers, worst_first
-from msflow_ext.reports.html import score_format, write_page
+from msflow_ext.reports.html import duration, score_format, write_page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class ReportedRun:
     empty, ``aupimo`` (NaN: none) and ``pictures`` have one entry per test image. A picture is
     (image ``(H, W, 3)`` uint8, anomaly map ``(H, W)``, mask ``(H, W)`` bool or None); any sequence
     will do, each entry is asked for once and only if it is shown. ``decisions`` is what
-    :func:`msflow_ext.evaluation.calibration.judged` says.
+    :func:`msflow_ext.evaluation.calibration.judged` says. ``name`` is that of the run, ``date`` when
+    it was tested.
     """
 
     title: str
@@ -45,6 +46,8 @@ class ReportedRun:
     pictures: Sequence[Picture] = ()
     colours: tuple[float, float] = (0.0, 1.0)  # the (low, high) of the heat maps
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # recipe, versions, ...
+    name: str = ""
+    date: str = ""
 
 
 def write_report(path: str | Path, run: ReportedRun) -> None:
@@ -61,16 +64,19 @@ def write_report(path: str | Path, run: ReportedRun) -> None:
     good, defective = scores[labels == 0], scores[labels == 1]
     kinds = _kinds(run, good)
     threshold = run.decisions["threshold"] if run.decisions else None
+    counts = {
+        "good": len(good),
+        "defective": len(defective),
+        "unlabelled": len(run.names) - len(good) - len(defective),
+    }
     write_page(
         Path(path),
         "report.html",
         run=run,
         score=score_format(run.scores),
-        counts={
-            "good": len(good),
-            "defective": len(defective),
-            "unlabelled": len(run.names) - len(good) - len(defective),
-        },
+        counts=counts,
+        head=_head(run, counts),
+        confusion=_confusion(run),
         charts=[
             charts.histogram(good, defective, run.scores, threshold),
             charts.roc(_rocs(run, good, defective)),
@@ -105,6 +111,36 @@ def _rocs(run: ReportedRun, good: np.ndarray, defective: np.ndarray) -> list[cha
     if "pixel_roc" in run.curves:
         lines.append(("pixels", "second", run.curves["pixel_roc"]))
     return lines
+
+
+def _head(run: ReportedRun, counts: Mapping[str, int]) -> list[str]:
+    """What stands below the title: the model, the run, its data and its time."""
+    model = run.facts.get("model", {})
+    known = [str(model[key]) for key in ("name", "backbone") if model.get(key)]
+    images = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    parts = [
+        " with ".join(known),
+        run.name and f"run {run.name}",
+        f"{len(run.names)} test images: {images}" if images else "no test images",
+        f"{run.epochs} epoch{'' if run.epochs == 1 else 's'} in {duration(run.seconds)}",
+        run.date,
+    ]
+    return [part for part in parts if part]
+
+
+def _flagged(run: ReportedRun, i: int) -> bool | None:
+    """Whether an image is over the threshold of the run; None without one."""
+    return None if run.decisions is None else run.scores[i] > run.decisions["threshold"]
+
+
+def _confusion(run: ReportedRun) -> list[tuple[str, list[tuple[int, int]]]]:
+    """For good and for defective images: how many of how many are passed, and how many are flagged."""
+    rows = []
+    for wanted, kind in enumerate(("good", "defective")):
+        verdicts = [_flagged(run, i) for i, label in enumerate(run.labels) if label == wanted]
+        cells = [(verdicts.count(verdict), len(verdicts)) for verdict in (False, True)]
+        rows.append((kind, cells))
+    return rows if run.decisions else []
 
 
 def _kinds(run: ReportedRun, good: np.ndarray) -> list[dict[str, Any]]:
@@ -165,6 +201,7 @@ def _gallery(run: ReportedRun, kinds: Sequence[str]) -> list[dict[str, Any]]:
             "label": label,
             "score": float(run.scores[i]),
             "mistake": bool(confused[i]),
+            "flagged": _flagged(run, i),
             "verdict": verdict(i),
             "aupimo": None if not len(run.aupimo) or math.isnan(run.aupimo[i]) else run.aupimo[i],
             "layers": picture,

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from msflow_ext.data import Images, Item, load_mask
+from msflow_ext.data.images import resized
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -113,3 +114,35 @@ def test_the_box_of_a_padded_image_holds_the_image_and_nothing_else(shape, box):
     assert seen[images.box(0)].all()
     assert seen.sum() == (bottom - top) * (right - left)
     assert Images(images.items, 8).box(0) == (slice(0, 8), slice(0, 8))
+
+
+@pytest.mark.family("pages")
+@pytest.mark.parametrize("fit", ["resize", "pad"])
+@pytest.mark.parametrize(("height", "width"), [(30, 60), (60, 30), (1, 90), (20, 20)])
+def test_people_are_shown_an_image_and_its_mask_in_its_own_aspect(height, width, fit):
+    image = np.zeros((height, width, 3), np.uint8)
+    image[:, : width // 2] = 200
+    marked = image[..., 0] > 0
+    images = Images([Item("a", 1, "scar", image, marked), Item("b", 0, "good", image)], 20, fit)
+    picture, mask = images.shown(0)
+    assert max(picture.shape[:2]) == 20
+    assert picture.shape[0] / picture.shape[1] == pytest.approx(height / width, abs=0.05)
+    assert mask is not None
+    assert mask.shape == picture.shape[:2]
+    assert mask[:, 0].all() and not mask[:, -1].any()
+    assert np.abs(picture[mask][:, 0].astype(int) - 200).max() < 40
+    (_, empty) = images.shown(1)
+    assert empty is not None and not empty.any()
+
+
+def test_values_of_any_kind_are_resized_to_the_height_and_width_asked_for():
+    rng = np.random.default_rng(0)
+    for values in (
+        rng.integers(0, 256, (6, 9, 3), np.uint8),
+        rng.random((6, 9)).astype(np.float32),
+        rng.random((6, 9)) > 0.5,
+    ):
+        found = resized(values, 4, 12)
+        assert found.dtype == values.dtype
+        assert found.shape == (4, 12, *values.shape[2:])
+        assert np.array_equal(resized(values, 6, 9), values)

@@ -119,7 +119,7 @@ def test_damaged_images_anywhere_in_a_shard_cost_no_other_image_its_row(run, pho
 
 def test_a_row_says_how_much_of_the_map_is_above_the_threshold_and_where_its_maximum_is():
     values = np.array([[0.0, 1.0], [2.0, 3.0], [2.0, 0.0]], np.float32)
-    result = Result("a.png", 5.0, None, None, values, None, np.zeros((3, 2, 3), np.uint8))
+    result = Result("a.png", 5.0, None, None, values, None, np.zeros((3, 2, 3), np.uint8), (3, 2))
     job: Any = SimpleNamespace(maps=None)
     areas = []
     for threshold in (1.0, None):

@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from msflow_ext import cli
 from msflow_ext.data import Images, Item
 from msflow_ext.evaluation.evaluator import Truth, evaluate, measure
 from msflow_ext.features import Features
 from msflow_ext.inference.detector import Detector, load
+from msflow_ext.reports.heat_maps import read_panels
 from msflow_ext.runs.checkpoint import read_checkpoint
 
 
@@ -314,3 +316,29 @@ def test_the_prepacked_form_says_nearly_the_same(run, detector, folder, precisio
 def test_another_precision_is_refused(run):
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'int8'"):
         load(run, precision="int8")
+
+
+@pytest.mark.family("pages")
+@pytest.mark.parametrize("fit", ["resize", "pad"])
+def test_a_result_is_shown_in_the_aspect_of_its_image(detector, fit):
+    image = np.zeros((30, 90, 3), np.uint8)
+    image[:, :45] = 255
+    other = Detector(detector.model, pixel_threshold=0.0, fit=fit)
+    (result,) = other.predict(image)
+    assert result.size == (30, 90)
+    shown = result.shown()
+    assert shown.map.shape == shown.image.shape[:2] == (21, 64)
+    assert shown.mask is not None
+    assert shown.mask.shape == (21, 64)
+    assert shown.image[:, :28].min() > 200 > 50 > shown.image[:, 36:].max()
+    assert (shown.name, shown.score) == (result.name, result.score)
+    assert result.map.shape == ((64, 64) if fit == "resize" else (21, 64))
+
+
+@pytest.mark.family("pages")
+def test_the_heat_maps_of_a_prediction_have_the_aspect_of_their_images(run, tmp_path):
+    Image.new("RGB", (90, 30)).save(tmp_path / "wide.png")
+    given = ["--run", str(run), str(tmp_path / "wide.png"), "--out", str(tmp_path / "out")]
+    assert cli.main(["predict", *given]) == 0
+    (picture,) = (tmp_path / "out" / "maps").iterdir()
+    assert [panel.size for panel in read_panels(picture)] == [(64, 21)] * 2

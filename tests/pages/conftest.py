@@ -87,7 +87,7 @@ class Browser:
 
     def press(self, key: str) -> None:
         """Press and release a key, such as Tab or ArrowRight."""
-        codes = {"Tab": 9, "ArrowRight": 39, "ArrowLeft": 37, "End": 35, "Home": 36}
+        codes = {"Enter": 13, "Tab": 9, "ArrowRight": 39, "ArrowLeft": 37, "End": 35, "Home": 36}
         for kind in ("rawKeyDown", "keyUp"):
             self.ask(
                 "Input.dispatchKeyEvent",

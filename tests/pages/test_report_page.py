@@ -1,4 +1,4 @@
-"""In a browser a report opens without an error, obeys sliders and keys, and prints."""
+"""In a browser a report opens without an error, obeys buttons and keys, and prints."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CHOOSE = "(() => {{ const s = document.getElementById('{}'); s.value = '{}'; s.d
 class Pictures(Sequence):
     """Noise; every image has a mask with the same square, empty for the first half."""
 
-    def __init__(self, count: int, size: int) -> None:
+    def __init__(self, count: int, size: tuple[int, int]) -> None:
         rng = np.random.default_rng(0)
         self.total = count
-        self.noise = rng.integers(90, 160, (size, size, 3), np.uint8)
-        self.map = rng.random((size, size)).astype(np.float32)
-        self.masks = np.zeros((2, size, size), bool)
-        self.masks[1, size // 4 : size // 2, size // 4 : size // 2] = True
+        self.noise = rng.integers(90, 160, (*size, 3), np.uint8)
+        self.map = rng.random(size).astype(np.float32)
+        self.masks = np.zeros((2, *size), bool)
+        self.masks[1, size[0] // 4 : size[0] // 2, size[1] // 4 : size[1] // 2] = True
 
     def __len__(self) -> int:
         return self.total
@@ -40,7 +40,7 @@ class Pictures(Sequence):
         return self.noise, self.map + mask, mask
 
 
-def write(path: Path, count: int, size: int = 64) -> Path:
+def write(path: Path, count: int, size: tuple[int, int] = (64, 64)) -> Path:
     """A report on ``count`` images, half of them defective; some are mistakes."""
     labels = [int(i >= count // 2) for i in range(count)]
     scores = [(i * 37 % count) / count + 0.6 * label for i, label in enumerate(labels)]
@@ -97,53 +97,54 @@ def test_every_picture_in_view_is_decoded(browser, page):
     assert {tuple(size) for size in browser.run(f"Promise.all({sizes})")} == {(64, 64)}
 
 
-def test_the_slider_of_a_card_fades_from_image_to_heat_map_to_outline(browser, page):
+@pytest.mark.family("pages")
+def test_a_button_shows_the_image_the_heat_map_or_the_outline_in_all_cards(browser, page):
     browser.open(page)
-    browser.run(
-        "document.querySelector('.card .line').closest('.card').querySelector('input').focus()"
-    )
-    card = browser.run(
-        "[...document.querySelectorAll('.card')].findIndex(c => c.querySelector('.line'))"
-    )
-    heat, other = HEAT.format(card), HEAT.format(card + 1)
-    seen = []
-    for key in (
-        "Home",
-        "ArrowRight",
-        "ArrowRight",
-        "ArrowRight",
-        "ArrowRight",
-        "ArrowRight",
-        "End",
-    ):
-        browser.press(key)
-        value = "document.activeElement.getAttribute('aria-valuetext')"
-        seen.append((float(browser.run(heat)), float(browser.run(LINE)), browser.run(value)))
-    assert seen == [
-        (0.0, 0.0, "image"),
-        (0.25, 0.0, "image"),
-        (0.5, 0.0, "heat map"),
-        (0.75, 0.0, "heat map"),
-        (1.0, 0.0, "heat map"),
-        (0.75, 0.25, "heat map"),
-        (0.0, 1.0, "true outline"),
-    ]
-    assert browser.run(other) == "1"
-
-
-def test_the_slider_of_all_cards_moves_every_one(browser, page):
-    browser.open(page)
-    browser.run("document.querySelector('.card input').focus()")
-    browser.press("Home")
-    assert (browser.run(HEAT.format(0)), browser.run(HEAT.format(1))) == ("0", "1")
-    browser.run("document.getElementById('layer').focus()")
+    kinds = "['image', 'heat', 'line'].filter(k => getComputedStyle(document.querySelector(`.layers:has(.line) .${k}`)).visibility === 'visible')"
+    assert browser.run(kinds) == ["heat"]
+    browser.run("document.querySelector('#layer input:checked').focus()")
+    browser.press("ArrowRight")
+    assert browser.run(kinds) == ["image", "line"]
     browser.press("ArrowLeft")
-    opacities = browser.run(
-        "[...document.querySelectorAll('.heat')].map(h => getComputedStyle(h).opacity)"
+    browser.press("ArrowLeft")
+    assert browser.run(kinds) == ["image"]
+
+
+@pytest.mark.family("pages")
+def test_a_click_or_a_key_enlarges_a_picture_beside_its_heat_map(browser, page):
+    browser.open(page)
+    for start in ("click()", "focus()"):
+        browser.run(f"document.querySelector('.layers:has(.line)').{start}")
+        if start == "focus()":
+            browser.press("Enter")
+        assert browser.run("document.getElementById('large').open")
+        panels = browser.run("document.querySelectorAll('#large span > img:first-child').length")
+        assert panels == 3  # image, heat map, outline
+        name = "document.querySelector('.layers:has(.line)').closest('figure').querySelector('b').textContent"
+        assert browser.run("document.querySelector('#large b').textContent") == browser.run(name)
+        browser.run("document.querySelector('#large button').click()")
+        assert not browser.run("document.getElementById('large').open")
+
+
+@pytest.mark.family("pages")
+def test_pictures_have_their_own_aspect(browser, tmp_path):
+    browser.open(write(tmp_path / "report.html", 4, size=(32, 80)))
+    shapes = "[...document.querySelectorAll('.card img')].map(i => i.getBoundingClientRect()).map(r => r.height / r.width)"
+    assert browser.run(shapes) == pytest.approx([0.4] * len(browser.run(shapes)), abs=0.02)
+
+
+@pytest.mark.family("pages")
+def test_on_a_narrow_screen_captions_wrap_and_a_wide_table_scrolls_in_its_own_box(browser, page):
+    browser.open(page, width=360)
+    over = "[...document.querySelectorAll('p, figcaption')].filter(e => e.getBoundingClientRect().right > 360).map(e => e.textContent)"
+    assert browser.run(over) == []
+    boxes = browser.run(
+        "[...document.querySelectorAll('.wide')].map(e => [e.scrollWidth, e.clientWidth])"
     )
-    assert set(opacities) == {"0.75"}
-    values = browser.run("[...document.querySelectorAll('.card input')].map(i => i.value)")
-    assert set(values) == {"0.75"}
+    assert any(inner > outer for inner, outer in boxes)
+    assert "linear-gradient" in browser.run(
+        "getComputedStyle(document.querySelector('.wide')).backgroundImage"
+    )
 
 
 def test_the_cards_can_be_sorted_and_filtered(browser, page):
@@ -172,14 +173,14 @@ def test_every_control_is_reached_by_tab_and_shows_its_focus(browser, page):
     reached = []
     for _ in range(8):
         browser.press("Tab")
-        script = "[document.activeElement.getAttribute('aria-label') || document.activeElement.id, getComputedStyle(document.activeElement).outlineStyle]"
+        script = "(e => [e.getAttribute('aria-label') || e.id || e.name, getComputedStyle(e.type === 'radio' ? e.nextElementSibling : e).outlineStyle])(document.activeElement)"
         name, line = browser.run(script)
         reached.append(name)
         assert line in ("solid", "auto"), name
     assert reached[:7] == [
         *("Summary", "Kinds of defect"),
-        *("Layer of all pictures", "order", "show", "size"),
-        f"Layer of {browser.run(NAMES)[0]}",
+        *("layer", "order", "show", "size"),
+        f"Enlarge {browser.run(NAMES)[0]}",
     ]
 
 
@@ -213,14 +214,14 @@ def test_without_scripts_all_layers_are_in_view_and_no_dead_control(browser, pag
 
 def test_two_thousand_images_stay_usable(browser, tmp_path):
     began = time.monotonic()
-    path = write(tmp_path / "report.html", 2000, size=128)
+    path = write(tmp_path / "report.html", 2000, size=(128, 128))
     written = time.monotonic()
     browser.open(path)
     opened = time.monotonic()
     assert browser.errors == []
     moved = browser.run(
-        "(() => { const start = performance.now(), all = document.getElementById('layer'); all.value = 0;"
-        " all.dispatchEvent(new Event('input')); document.body.offsetHeight; return performance.now() - start; })()"
+        "(() => { const start = performance.now(); document.querySelector('#layer input').click();"
+        " document.body.offsetHeight; return performance.now() - start; })()"
     )
     sorting = browser.run(
         f"(() => {{ const start = performance.now(); {CHOOSE.format('order', 'rising', 'change')};"
@@ -228,7 +229,7 @@ def test_two_thousand_images_stay_usable(browser, tmp_path):
     )
     megabytes = path.stat().st_size / 1e6
     print(
-        f"{written - began:.1f} s to write, {megabytes:.1f} MB, {opened - written:.1f} s to open, {moved:.0f} ms for the slider, {sorting:.0f} ms to sort"
+        f"{written - began:.1f} s to write, {megabytes:.1f} MB, {opened - written:.1f} s to open, {moved:.0f} ms to change the layer, {sorting:.0f} ms to sort"
     )
     assert len(browser.run(NAMES)) == 2000
     assert megabytes < 30

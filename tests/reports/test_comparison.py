@@ -275,10 +275,12 @@ def test_damaged_files_are_named(write_run, file, text, message):
         read_runs([a, b])
 
 
-def test_panels_read_back_as_they_were_saved(tmp_path):
+@pytest.mark.family("pages")
+@pytest.mark.parametrize("shape", [(130, 130), (130, 66), (40, 300), (1, 9)], ids=str)
+def test_panels_read_back_as_they_were_saved(tmp_path, shape):
     rng = np.random.default_rng(0)
-    image, mask = rng.integers(0, 256, (130, 130, 3), np.uint8), np.eye(130, dtype=bool)
-    values = rng.random((130, 130))
+    image, mask = rng.integers(0, 256, (*shape, 3), np.uint8), np.eye(*shape, dtype=bool)
+    values = rng.random(shape)
     (path,) = heat_maps.save_maps(tmp_path, ["a"], [image], [values], [mask], low=0, high=1)
     panels = read_panels(path)
     wanted = (
@@ -288,6 +290,11 @@ def test_panels_read_back_as_they_were_saved(tmp_path):
     )
     for panel, want in zip(panels, wanted, strict=True):
         assert np.array_equal(np.asarray(panel), np.asarray(want))
+
+
+def test_panels_of_files_without_a_width_are_square_and_other_pictures_are_refused(tmp_path):
+    Image.new("RGB", (130 + 2 + 130, 130)).save(tmp_path / "older.png")
+    assert [panel.size for panel in read_panels(tmp_path / "older.png")] == [(130, 130)] * 2
     Image.new("RGB", (50, 20)).save(tmp_path / "other.png")
-    with pytest.raises(ValueError, match="two or three square panels are wanted"):
+    with pytest.raises(ValueError, match="two or three panels are wanted"):
         read_panels(tmp_path / "other.png")

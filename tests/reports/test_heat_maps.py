@@ -36,14 +36,27 @@ def test_lightness_rises_with_the_value_from_one_end_of_the_ramp_to_the_other():
     assert (row[200:] == row[-1]).all()
 
 
-def test_alpha_zero_is_the_image_and_a_half_is_half_way_to_the_colour():
-    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    values = np.arange(16.0).reshape(4, 4)
+def test_alpha_zero_is_the_image_and_the_hotter_a_pixel_the_more_colour_it_has():
+    image = np.zeros((1, 50, 3), np.uint8)
+    values = np.linspace(0.0, 1.0, 50)[None]
     none, half, full = (
-        pixels(heat_maps.heat_map(image, values, low=0, high=15, alpha=a)) for a in (0, 0.5, 1)
+        pixels(heat_maps.heat_map(image, values, low=0, high=1, alpha=a)) for a in (0, 0.5, 1)
     )
     assert (none == image).all()
-    assert np.abs(half - (image + full) / 2).max() <= 1
+    cover = half[0].max(-1) / full[0].max(-1)
+    assert (np.diff(cover) > -0.03).all()  # of rounded colours
+    assert cover[0] < 0.4 < 0.95 < cover[-1]
+
+
+@pytest.mark.family("pages")
+def test_the_hottest_pixel_is_warmer_than_the_coolest_whatever_lies_under_them():
+    corners = np.stack(np.meshgrid(*[[0, 255]] * 3), -1).reshape(1, -1, 3).astype(np.uint8)
+
+    def warmth(value: float) -> np.ndarray:
+        shown = pixels(heat_maps.heat_map(corners, np.full((1, 8), value), low=0, high=1))
+        return shown[..., 0] - shown[..., 2]
+
+    assert warmth(1.0).min() > warmth(0.0).max()
 
 
 def test_the_outline_is_the_edge_of_the_mask_and_nothing_else():
