@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from msflow_ext.evaluation.calibration import counted, explained
 from msflow_ext.metrics import auroc, roc_curve
 from msflow_ext.reports import charts
 from msflow_ext.reports.gallery import MOST, Picture, draw_layers, worst_first
@@ -65,6 +66,7 @@ def write_report(path: str | Path, run: ReportedRun) -> None:
         Path(path),
         "report.html",
         run=run,
+        decided=run.decisions and (counted(run.decisions["on_test"]), explained(run.decisions)),
         score=score_format(run.scores),
         counts={
             "good": len(good),
