@@ -137,8 +137,8 @@ def _watch(options: Any, out: Path) -> int:
                 _skipped(name, result.error)
             elif not options.score_only:
                 colours = colours or colour_range([result.map])
-                stem = file_name(name, taken).removesuffix(".png")
-                write_pictures(out, [replace(result, name=stem)], colours)
+                picture = replace(result, name=file_name(name, taken))
+                write_pictures(out, [picture], colours)
             scores.append(row_of(result))
     return _concluded(len(new), new.keys() & scores.failed.keys(), scores.path)
 

@@ -311,14 +311,16 @@ def test_a_folder_is_watched_until_a_signal_and_again_after_it(run, tmp_path, ca
 @pytest.mark.family("score tables")
 def test_a_watched_folder_with_odd_names_is_watched_again(run, tmp_path, capsys):
     folder, out = tmp_path / "in", tmp_path / "out"
-    for number, name in enumerate(ODD):
+    names = [*ODD, "a.png", "a.png.png"]
+    for number, name in enumerate(names):
         picture(folder / name, number)
     for _ in range(2):
-        watcher = Thread(target=lambda: (wait_for(lambda: len(rows(out)) == 6), interrupt()))
+        watcher = Thread(target=lambda: (wait_for(lambda: len(rows(out)) == 8), interrupt()))
         watcher.start()
-        assert cli.main(command(run, folder, out, "--score-only")) == 0
+        assert cli.main(command(run, folder, out)) == 0
         watcher.join()
-        assert sorted(rows(out)) == sorted(ODD)
+        assert sorted(rows(out)) == sorted(names)
+        assert len(list((out / "maps").iterdir())) == len(names)
     assert capsys.readouterr().out.splitlines()[1] == f"0 images: {out / 'scores.csv'}"
 
 

@@ -126,6 +126,17 @@ def test_thresholds_tell_what_they_flag(write_run):
     assert comparison.decisions(runs[1:]) == []
 
 
+@pytest.mark.family("score tables")
+def test_names_in_no_unicode_are_compared_and_printed(write_run, tmp_path, capsys):
+    odd = (*NAMES[:2], "good/\udcff\r.png", "=scar.png", NAMES[4])
+    runs = [write_run("a", names=odd), write_run("b", (0.1, 0.2, 9.0, 0.0, 0.15), names=odd)]
+    page = tmp_path / "page.html"
+    assert cli.main(["compare", *map(str, runs), "--out", str(page)]) == 0
+    assert "good/\\udcff" in capsys.readouterr().out
+    assert "=scar.png" in page.read_text(encoding="utf-8", errors="surrogateescape")
+    assert read_runs(runs)[0].images[2][0] == "good/\udcff\r.png"
+
+
 def test_without_another_class_the_order_of_the_scores_is_compared(write_run):
     good = (0,) * 5
     a = write_run("a", (1, 2, 3, 4, 5), labels=good, aupimo=None)
