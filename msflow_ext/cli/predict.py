@@ -37,7 +37,8 @@ def predict(options: Any) -> int:
     from tqdm import tqdm
 
     from msflow_ext.data.sources import listed
-    from msflow_ext.inference.output import TABLE, remove_earlier, row_of, write_pictures
+    from msflow_ext.inference import output
+    from msflow_ext.inference.output import TABLE
     from msflow_ext.runs.folder import checked_out
     from msflow_ext.runs.score_table import Row, write_scores
 
@@ -51,7 +52,9 @@ def predict(options: Any) -> int:
     scoring = _scoring(options)
     detector = scoring.load(options.run, options.device)
     images = listed(options.paths)
-    remove_earlier(out, images.values())
+    output.remove_earlier(out, images.values())
+    # Of a process that is killed, this table tells which pictures may be its own.
+    write_scores(out / TABLE, [Row(name, error=output.NOT_SCORED) for name in images])
     rows: list[Row] = []
 
     def scored() -> Iterator[Result]:
@@ -59,7 +62,7 @@ def predict(options: Any) -> int:
         shown = tqdm(found, total=len(images), unit="image", disable=None)
         for name, result in zip(images, shown, strict=True):
             named = replace(result, name=name)
-            rows.append(row_of(named))
+            rows.append(output.row_of(named))
             if named.error:
                 _skipped(name, named.error)
             else:
@@ -69,10 +72,12 @@ def predict(options: Any) -> int:
         if options.score_only:
             deque(scored(), maxlen=0)
         else:
-            write_pictures(out, scored(), detector.colours)
+            output.write_pictures(out, scored(), detector.colours)
     finally:
         if rows:
             write_scores(out / TABLE, rows)
+        else:
+            (out / TABLE).unlink()
     return _concluded(len(rows), [row.name for row in rows if row.error], out / TABLE)
 
 

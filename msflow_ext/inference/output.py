@@ -14,6 +14,7 @@ from msflow_ext.runs.folder import file_name, map_paths
 from msflow_ext.runs.score_table import Row, read_scores
 
 TABLE = "scores.csv"
+NOT_SCORED = "the prediction ended before this image was scored"
 
 
 def row_of(result: Result) -> Row:
@@ -39,7 +40,8 @@ def remove_earlier(out: Path, images: Iterable[Path] = ()) -> None:
     """
     table = out / TABLE
     rows = read_scores(table) if table.is_file() else []
-    known = {path.name for path in map_paths(out, (row.name for row in rows if not row.error))}
+    every, scored = ((r.name for r in kept) for kept in (rows, [r for r in rows if not r.error]))
+    known = {path.name for names in (every, scored) for path in map_paths(out, names)}
     kept = {path.resolve() for path in images}
     pictures = [path for kind in ("maps", "masks") for path in sorted((out / kind).glob("[!.]*"))]
     for path in pictures:

@@ -10,14 +10,14 @@ from collections.abc import Iterable
 Cell = str | int | float | None
 
 # A spreadsheet runs a cell that begins so as a formula (OWASP, "CSV injection").
-_FORMULA = re.compile("'*[=+\\-@\t\r\n＝＋－＠]")
+_FORMULA = re.compile("'*(\\s*[=+\\-@＝＋－＠]|[\t\r\n])")
 _PLAIN = re.compile(r"[\w./ -]*")  # what every reader takes as it is
 
 
 def csv_line(cells: Iterable[Cell]) -> str:
     r"""Return one line of CSV; :func:`csv_rows` gives the same cells back as text.
 
-    Text that begins with ``=``, ``+``, ``-``, ``@``, a tab or a line break is written with an
+    Text that begins with ``=``, ``+``, ``-`` or ``@`` (also after spaces), a tab or a line break is written with an
     apostrophe before it. Text of more than letters, digits, spaces and ``._/-`` stands in quotes.
 
     >>> csv_line(["=1+1.png", 'a"b', -0.5, None])

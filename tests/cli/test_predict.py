@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from msflow_ext import cli
+from msflow_ext.inference import output
+from msflow_ext.runs import score_table
 from msflow_ext.runs.score_table import HEADER, Row, read_scores, write_scores
 from msflow_ext.training import Recipe
 
@@ -170,6 +172,33 @@ def test_a_second_prediction_replaces_table_and_pictures_of_the_first(predict, p
     assert not (out / "evaluation.json").exists()
     assert predict(out, photos / "a.png", "--score-only") == 0
     assert [path.name for path in out.iterdir()] == ["scores.csv"]
+
+
+@pytest.mark.family("score tables")
+def test_what_a_killed_prediction_left_is_named_in_its_table_and_replaced(
+    predict, photos, tmp_path, monkeypatch
+):
+    out, seen = tmp_path / "out", []
+
+    class Killed(BaseException):
+        """What no handler in the package knows."""
+
+    def killed(path: Path, rows: list[Row]) -> None:
+        seen.append(rows)
+        write_scores(path, rows)
+        if len(seen) == 2:  # at the end; the process would not come so far
+            write_scores(path, seen[0])
+            raise Killed
+
+    monkeypatch.setattr(score_table, "write_scores", killed)
+    with pytest.raises(Killed):
+        predict(out, photos / "a.png", photos / "c.png")
+    monkeypatch.undo()
+    assert {row.error for row in read_scores(out / "scores.csv")} == {output.NOT_SCORED}
+    assert len(pictures(out)) == 4
+    picture(tmp_path / "new.png")
+    assert predict(out, tmp_path / "new.png") == 0
+    assert len(pictures(out)) == 2
 
 
 @pytest.mark.family("score tables")
