@@ -21,7 +21,7 @@ def margin(threshold: float) -> float:
     It is 128 units in the last place of float32, 0.000015 of the threshold, and a little more for
     thresholds near 0: one image scores a little differently in another batch or with other kernels.
     """
-    return ROUNDING * (abs(threshold) + 0.125)
+    return ROUNDING * (abs(threshold) + 0.125) if math.isfinite(threshold) else 0.0
 
 
 def exceeds(values: Any, threshold: float) -> Any:

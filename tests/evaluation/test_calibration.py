@@ -66,6 +66,7 @@ def test_a_score_is_above_a_threshold_by_more_than_rounding(threshold):
     assert not exceeds(threshold, threshold)
     assert not exceeds(threshold + 120 * unit + 1e-6, threshold)
     assert exceeds(threshold + 130 * unit + 2e-6, threshold)
+    assert exceeds(threshold, -math.inf) and not exceeds(threshold, math.inf)
     pixels = np.array([threshold - 1, threshold, threshold + 130 * unit + 2e-6])
     assert exceeds(pixels, threshold).tolist() == [False, False, True]
 

@@ -8,7 +8,7 @@ import io
 import os
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from msflow_ext.runs import csv_cells
@@ -19,6 +19,7 @@ TEXT = st.text(st.characters() | st.sampled_from("'=+-@\t\r\n\",; \x85\u2028\udc
 DANGEROUS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", " =1")
 
 
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.lists(TEXT, min_size=2, max_size=2), max_size=4))
 @example([["'=1", "''=1"], ["a\r", "\r\n"], ["it's", " '=1"], ['"', '""']])
 def test_any_text_comes_back_unchanged(rows):
@@ -45,6 +46,7 @@ def test_a_cell_with_a_separator_of_another_program_stands_in_quotes(text):
     assert csv_line([text]) == f'"{text}"\n'
 
 
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(st.lists(TEXT, min_size=1, max_size=4))
 @example(["a\nb", "c"])
 def test_a_last_line_that_was_cut_off_anywhere_is_left_out(names):
