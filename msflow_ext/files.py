@@ -52,9 +52,9 @@ def check_writable(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Write UTF-8 text atomically; names of files in it need not be valid Unicode."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -35,11 +35,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "features": {"choices", "data", "distributed", "hardware"},
     "models": {"choices", "flows", "hardware", "ops"},
     "evaluation": {"data", "features", "metrics"},
-    "runs": {"files", "metrics", "text_table"},
+    "runs": {"data", "files", "metrics", "text_table"},
     "reports": {"data", "evaluation", "files", "metrics", "runs", "text_table"},
     "training": CONTENTS
     | {"choices", "distributed", "errors", "evaluation", "features", "reports"},
-    "inference": (CONTENTS - {"files", "metrics"})
+    "inference": (CONTENTS - {"metrics"})
     | {"choices", "distributed", "errors", "evaluation", "reports"},
     "serving": {"data", "inference", "reports"},
     "export": {"files", "inference", "models"},

@@ -35,6 +35,16 @@ def print_lines(lines: Sequence[table.Line]) -> None:
     )
 
 
+def print_decisions(metrics: Mapping[str, Any]) -> None:
+    """Print what the threshold of a finished run does on the test images, if it has one."""
+    from msflow_ext.evaluation.calibration import counted, explained
+
+    found = metrics.get("decisions")
+    if found and "counts" in found["on_test"]:  # which an older version did not write
+        print(f"over the threshold {found['threshold']:.6g}: {counted(found['on_test'])}")
+        print(explained(found))
+
+
 def print_table(rows: Sequence[Row]) -> None:
     """Print the results of each title and method."""
     _print_percent(

@@ -80,7 +80,9 @@ def _test(options: Any, out: Path | None) -> dict[str, Any]:
     from msflow_ext.evaluation import evaluator
     from msflow_ext.features import Features
     from msflow_ext.inference.detector import load
-    from msflow_ext.runs.results import write_scores
+    from msflow_ext.inference.output import remove_earlier
+    from msflow_ext.reports.results import score_rows
+    from msflow_ext.runs.score_table import write_scores
 
     how = {"false_alarms": options.false_alarms, "precision": options.precision}
     detector = load(options.run, options.device, **how)
@@ -95,9 +97,9 @@ def _test(options: Any, out: Path | None) -> dict[str, Any]:
     found = evaluator.evaluate(model.predict_features, features, truth)
     written = {**found.metrics, **_decisions(detector, truth, images, found, options)}
     if out:
-        items = zip(images.items, found.scores.tolist(), strict=True)
-        rows = ((i.name, i.defect, i.label, s) for i, s in items)
-        write_scores(out / "scores.csv", rows, aupimo=found.aupimo)
+        remove_earlier(out)
+        rows = score_rows(images.items, found, detector.threshold, detector.calibration)
+        write_scores(out / "scores.csv", rows)
         write_text(out / "evaluation.json", json.dumps(written, indent=1))
     return {
         **written,
@@ -118,13 +120,8 @@ def _decisions(
     if detector.calibration and detector.threshold is not None:
         labels = [item.label for item in images.items]
         written["decisions"] = calibration.rates(labels, found.scores, detector.threshold)
-        shares = (
-            f"{'-' if share is None else f'{share:.1%}'} of the {kind} images"
-            for share, kind in zip(
-                written["decisions"].values(), ("good", "defective"), strict=True
-            )
-        )
-        print(f"over the threshold {detector.threshold:.6g}: {', '.join(shares)}")
+        counted = calibration.counted(written["decisions"])
+        print(f"over the threshold {detector.threshold:.6g}: {counted}")
     if options.tune_thresholds:
         written["test_tuned"] = {
             level: calibration.tuned(known, values)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.choices import MAPS
+from msflow_ext.choices import MAPS, ON_ERROR
 from msflow_ext.cli.flags import (
     add_choice,
     add_device,
@@ -24,7 +23,6 @@ from msflow_ext.cli.flags import (
     device_of,
 )
 from msflow_ext.cli.parser import count, number
-from msflow_ext.files import replacing
 
 if TYPE_CHECKING:
     from msflow_ext.inference.detector import Result
@@ -38,8 +36,11 @@ def predict(options: Any) -> int:
     import torch
     from tqdm import tqdm
 
+    from msflow_ext.data.sources import listed
+    from msflow_ext.inference import output
+    from msflow_ext.inference.output import TABLE
     from msflow_ext.runs.folder import checked_out
-    from msflow_ext.runs.results import write_scores
+    from msflow_ext.runs.score_table import Row, write_scores
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -50,51 +51,65 @@ def predict(options: Any) -> int:
         return _watch(options, out)
     scoring = _scoring(options)
     detector = scoring.load(options.run, options.device)
-    rows: list[tuple[str, str, int | None, float]] = []
-    p_values: list[float | None] = []
+    images = listed(options.paths)
+    output.remove_earlier(out, images.values())
+    # Of a process that is killed, this table tells which pictures may be its own.
+    write_scores(out / TABLE, [Row(name, error=output.NOT_SCORED) for name in images])
+    rows: list[Row] = []
 
-    named: set[str] = set()
-
-    def noted() -> Iterator[Result]:
-        found = scoring.stream(detector, options.paths)
-        for result in tqdm(found, unit="image", disable=None):
-            if result.name in named:
-                raise ValueError(f"two images are called {result.name}: predict them apart")
-            named.add(result.name)
-            rows.append((result.name, "", result.label, result.score))
-            p_values.append(result.p_value)
-            yield result
+    def scored() -> Iterator[Result]:
+        found = scoring.stream(detector, images.values(), on_error=options.on_error)
+        shown = tqdm(found, total=len(images), unit="image", disable=None)
+        for name, result in zip(images, shown, strict=True):
+            named = replace(result, name=name)
+            rows.append(output.row_of(named))
+            if named.error:
+                _skipped(name, named.error)
+            else:
+                yield named
 
     try:
         if options.score_only:
-            deque(noted(), maxlen=0)
+            deque(scored(), maxlen=0)
         else:
-            write_pictures(out, noted(), detector.colours)
+            output.write_pictures(out, scored(), detector.colours)
     finally:
         if rows:
-            known = p_values if detector.calibration else None
-            write_scores(out / "scores.csv", rows, p_value=known)
-    print(f"{len(rows)} images: {out / 'scores.csv'}")
-    return 0
+            write_scores(out / TABLE, rows)
+        else:
+            (out / TABLE).unlink()
+    return _concluded(len(rows), [row.name for row in rows if row.error], out / TABLE)
 
 
 def _archive(options: Any) -> int:
-    """Score images into Parquet; those that cannot be scored have a row that says why, and status 2."""
+    """Score images into Parquet; one that cannot be scored has a row that says why."""
     from msflow_ext.inference.archive import job
 
     if not options.engine or options.watch or options.score_only:
         raise ValueError("Parquet takes --engine, and neither --watch nor --score-only")
     engine, device = chosen_engine(options), device_of(options)
-    chosen = {name: getattr(options, name) for name in ("maps", "shard_size", "threads")}
+    chosen = {
+        name: getattr(options, name) for name in ("maps", "shard_size", "threads", "on_error")
+    }
     archive = job.prepare(
         options.run, options.paths, options.out, _scoring(options), device=device, **chosen
     )
     wrong = archive.score(engine, progress=True)
-    print(f"{archive.images} images: {options.out}")
+    for path, error in wrong:
+        _skipped(path, error)
+    return _concluded(archive.images, [path for path, _ in wrong], options.out)
+
+
+def _skipped(name: str, error: str) -> None:
+    log.warning("%s is skipped: %s", name, error)
+
+
+def _concluded(images: int, wrong: Collection[str], written: Path | str) -> int:
+    """Say how many images were scored, and return the exit status: 1 if one has no score."""
+    print(f"{images} {'image' if images == 1 else 'images'}: {written}")
     if wrong:
-        lost = f"{len(wrong)} of {archive.images} images have no score, see column error"
-        raise RuntimeError(f"{lost}; the first: {wrong[0][1]}")
-    return 0
+        log.warning("%d of %d have no score, see column error", len(wrong), images)
+    return int(bool(wrong))
 
 
 def _scoring(options: Any) -> Scoring:
@@ -106,7 +121,7 @@ def _scoring(options: Any) -> Scoring:
 
 def _watch(options: Any, out: Path) -> int:
     """Score what arrives in a folder: first the pictures of an image are written, then its row."""
-    from msflow_ext.errors import sentence
+    from msflow_ext.inference.output import TABLE, row_of, write_pictures
     from msflow_ext.inference.watch import ScoreLog, arrivals, stopped_by_signals
     from msflow_ext.reports.heat_maps import colour_range
     from msflow_ext.runs.folder import file_name
@@ -115,25 +130,22 @@ def _watch(options: Any, out: Path) -> int:
     with stopped_by_signals() as stop:
         scoring = _scoring(options)
         detector = scoring.load(options.run, options.device)
-        scores = ScoreLog(out / "scores.csv", *(["p_value"] if detector.calibration else []))
-        before, colours, taken = len(scores.names), detector.colours, set()
+        scores = ScoreLog(out / TABLE)
+        colours, taken, new = detector.colours, set(), dict[str, None]()
         for name in scores.names:  # so that pictures are called as if there was no interruption
             file_name(name, taken)
-        log.info("watching %s, %d images scored before", folder, before)
+        log.info("watching %s, %d images scored before", folder, len(scores.names))
         for name, path in arrivals(folder, scores.names, stop):
-            try:
-                (result,) = scoring.stream(detector, path, workers=1)
-            except (OSError, ValueError, ArithmeticError) as error:
-                log.warning("%s is passed over: %s", name, sentence(error))
-                continue
-            if not options.score_only:
+            (result,) = scoring.stream(detector, path, workers=1, on_error=options.on_error)
+            result, new[name] = replace(result, name=name), None
+            if result.error:
+                _skipped(name, result.error)
+            elif not options.score_only:
                 colours = colours or colour_range([result.map])
-                stem = file_name(name, taken).removesuffix(".png")
-                write_pictures(out, iter([replace(result, name=stem)]), colours)
-            more = [] if result.p_value is None else [result.p_value]
-            scores.append(name, result.label, result.score, *more)
-    print(f"{len(scores.names) - before} images: {scores.path}")
-    return 0
+                picture = replace(result, name=file_name(name, taken))
+                write_pictures(out, [picture], colours)
+            scores.append(row_of(result))
+    return _concluded(len(new), new.keys() & scores.failed.keys(), scores.path)
 
 
 def _watched(paths: Sequence[str], out: Path) -> Path:
@@ -150,33 +162,6 @@ def _watched(paths: Sequence[str], out: Path) -> Path:
     return folder
 
 
-def write_pictures(out: Path, results: Iterator[Result], colours: Sequence[float] | None) -> None:
-    """Write a heat map, and a mask if it has one, per result; one result is in memory at a time."""
-    from msflow_ext.reports.heat_maps import colour_range, save_maps
-
-    first = next(results)
-    low, high = colours or colour_range([first.map])
-    shown = (result.shown() for result in chain([first], results))
-    a, b, c, d = tee(_with_masks(out, shown), 4)
-    columns = (r.name for r in a), (r.image for r in b), (r.map for r in c), (r.mask for r in d)
-    save_maps(out, *columns, low=low, high=high)
-
-
-def _with_masks(out: Path, results: Iterable[Result]) -> Iterator[Result]:
-    """Pass results on and write their masks, white where the map exceeds the threshold."""
-    from PIL import Image
-
-    from msflow_ext.runs.folder import file_name
-
-    taken: set[str] = set()
-    for result in results:
-        name = file_name(result.name, taken)
-        if result.mask is not None:
-            with replacing(out / "masks" / name) as temporary:
-                Image.fromarray(result.mask).save(temporary, "PNG")
-        yield result
-
-
 def predict_flags(part: Any) -> None:
     add_run(part)
     part.add_argument(
@@ -190,6 +175,8 @@ def predict_flags(part: Any) -> None:
         action="store_true",
         help="Score images as they arrive in the one folder given, until interrupted.",
     )
+    text = "Skip an image that cannot be scored (a line, a row with its error, and status 1 at the end), or stop at it."
+    add_choice(part, "--on-error", ON_ERROR, text, default="skip")
     labels = part.add_argument_group("labels")
     add_false_alarms(labels)
     labels.add_argument(

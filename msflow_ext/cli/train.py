@@ -64,7 +64,7 @@ def demo(options: Any) -> int:
 
 def train(options: Any) -> int:
     """Train a model on good images, test it, and write a run folder, or one for each category and seed."""
-    from msflow_ext.cli.console import conclude, print_table, rows_of
+    from msflow_ext.cli.console import conclude, print_decisions, print_table, rows_of
     from msflow_ext.distributed.ranks import join
     from msflow_ext.training import sweep
 
@@ -83,9 +83,10 @@ def train(options: Any) -> int:
             several = "--category all or a,b, --seeds or --split-seeds"
             raise ValueError(f"--engine {options.engine} is for several trainings: {several}")
     if not trials:
-        rows = rows_of(_train(options))
+        metrics = _train(options)
         if ranks.first:
-            print_table(rows)
+            print_table(rows_of(metrics))
+            print_decisions(metrics)
         return 0
     if options.engine != "local":  # a training whose worker dies continues from its checkpoint
         chosen.resume, chosen.device = not options.overwrite, device_of(options)

@@ -44,6 +44,11 @@ class Item:
     image: Path | Frame | np.ndarray
     mask: Path | np.ndarray | None = None
 
+    @property
+    def listed_name(self) -> str:
+        """The name with the suffix of its file, as tables of scores have it: ``scar/006.png``."""
+        return self.name + (self.image.suffix if isinstance(self.image, Path) else "")
+
 
 @dataclass(frozen=True)
 class DataSet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,30 @@ from msflow_ext.data.dataset import SUFFIXES
 _NO_SOURCES = (bytes, bytearray, memoryview, io.IOBase, Mapping)
 
 
-def images_of(source: Any, numbers: Iterator[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """Every image in ``source`` with its name: a path, an array or a tensor."""
+def listed(paths: Sequence[str | Path]) -> dict[str, Path]:
+    """Every image of files and folders by its name, before one of them is read.
+
+    Raises:
+        FileNotFoundError: a file is not there. ValueError: a folder without images, one image twice.
+    """
+    found: dict[str, Path] = {}
+    for name, path in images_of(paths[0] if len(paths) == 1 else paths):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file")
+        if name in found:
+            raise ValueError(f"{name} is given twice")
+        found[name] = path
+    return found
+
+
+def images_of(
+    source: Any, numbers: Iterator[int] | None = None, *, one: bool = True
+) -> Iterator[tuple[str, Any]]:
+    """Every image in ``source`` with its name: a path, an array or a tensor.
+
+    The name of an image in a folder is its path from there on, or with that of the folder if this
+    is not the ``one`` source: images of the same name in two folders are told apart.
+    """
     from PIL import Image
 
     numbers = count() if numbers is None else numbers
@@ -29,7 +51,8 @@ def images_of(source: Any, numbers: Iterator[int] | None = None) -> Iterator[tup
         found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not found:
             raise ValueError(f"{folder} holds no images ({', '.join(s[1:] for s in SUFFIXES)})")
-        yield from ((path.relative_to(folder).as_posix(), path) for path in found)
+        names = (path.relative_to(folder) if one else path for path in found)
+        yield from zip(map(Path.as_posix, names), found, strict=True)
     elif isinstance(source, (str, Path)):
         yield str(source), Path(source)
     elif isinstance(source, Image.Image):
@@ -37,8 +60,8 @@ def images_of(source: Any, numbers: Iterator[int] | None = None) -> Iterator[tup
     elif isinstance(source, (np.ndarray, Tensor)) and source.ndim != 4:
         yield f"image {next(numbers)}", source
     elif isinstance(source, Iterable) and not isinstance(source, _NO_SOURCES):
-        for one in source:
-            yield from images_of(one, numbers)
+        for each in source:
+            yield from images_of(each, numbers, one=False)
     else:
         raise TypeError(
             "source must be a path, a PIL image, an array, a tensor or an iterable of these, "

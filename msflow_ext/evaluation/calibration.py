@@ -4,13 +4,38 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 TEST_TUNED = "test-tuned: the threshold was chosen on the images that it is judged by"
+KINDS = {"false_alarms": "good", "detected": "defective"}  # of images, by what exceeding means
+ROUNDING = 128 * float(np.finfo(np.float32).eps)  # batches and kernels differ by less
+
+
+def margin(threshold: float) -> float:
+    """Return by how much a score must be above a threshold, so that rounding alone does not suffice.
+
+    It is 128 units in the last place of float32, 0.000015 of the threshold, and a little more for
+    thresholds near 0: one image scores a little differently in another batch or with other kernels.
+    """
+    return ROUNDING * (abs(threshold) + 0.125) if math.isfinite(threshold) else 0.0
+
+
+def exceeds(values: Any, threshold: float) -> Any:
+    """Return whether scores or values of a map are above a threshold, by more than :func:`margin`.
+
+    All verdicts and masks are decided here.
+
+    >>> exceeds(2.0, 2.0), exceeds(2.000001, 2.0), exceeds(2.001, 2.0)
+    (False, False, True)
+
+    Args:
+        values: a number, or an array of any shape.
+    """
+    return values > threshold + margin(threshold)
 
 
 @dataclass(frozen=True)
@@ -47,14 +72,17 @@ class Calibration:
         return cls(np.sort(scores).tolist(), np.sort(maps.max((1, 2))).tolist())
 
     def p_value(self, score: float) -> float:
-        """How rare it is among normal images to score so high, in (0, 1].
+        """How rare it is among normal images to score so high, at most: in (0, 1].
 
-        ``(1 + images that score at least as high) / (1 + all images)``.
+        ``(1 + images that score at least as high) / (1 + all images)``, where rounding makes no
+        score higher. Above all ``n`` images it is ``1 / (n + 1)``, however large the score: more
+        images would be needed to tell it from rarer ones.
         """
-        return (1 + len(self.scores) - bisect_left(self.scores, score)) / (1 + len(self.scores))
+        below = bisect_left(self.scores, score, key=lambda known: known + margin(known))
+        return (1 + len(self.scores) - below) / (1 + len(self.scores))
 
     def threshold(self, false_alarms: float) -> float:
-        """The score above which the p-value is at most ``false_alarms``.
+        """The score above which (:func:`exceeds`) the p-value is at most ``false_alarms``.
 
         Raises:
             ValueError: ``false_alarms`` is not in 0..1, or so small a rate needs more images.
@@ -86,14 +114,33 @@ def images_needed(false_alarms: float) -> int:
     return next(n for n in range(first, first + 3) if _rank(false_alarms, n) >= 1)
 
 
-def rates(
-    labels: Sequence[int | None], scores: np.ndarray, threshold: float
-) -> dict[str, float | None]:
-    """What a threshold does on labelled images: the shares of the good and the defective that exceed it."""
+def rates(labels: Sequence[int | None], scores: np.ndarray, threshold: float) -> dict[str, Any]:
+    """What a threshold does on labelled images.
+
+    Returns:
+        ``false_alarms`` and ``detected``, the shares of the good and of the defective images above
+        it, None without such images; ``counts``, for each the images above it and all of them;
+        ``intervals``, for each the exact 95% confidence interval of the share.
+    """
     known = np.array([-1 if label is None else label for label in labels])
-    over = [scores[known == label] > threshold for label in (0, 1)]
-    shares = (float(each.mean()) if each.size else None for each in over)
-    return dict(zip(("false_alarms", "detected"), shares, strict=True))
+    over = {name: exceeds(scores[known == label], threshold) for label, name in enumerate(KINDS)}
+    counts = {name: [int(each.sum()), each.size] for name, each in over.items()}
+    shares = {name: above / total if total else None for name, (above, total) in counts.items()}
+    intervals = {name: interval(*pair) for name, pair in counts.items() if pair[1]}
+    return {**shares, "counts": counts, "intervals": intervals}
+
+
+def interval(above: int, total: int) -> list[float]:
+    """The exact 95% confidence interval of a share that was counted, by Clopper and Pearson (1934).
+
+    >>> [round(bound, 3) for bound in interval(4, 8)]
+    [0.157, 0.843]
+    """
+    from scipy.special import betaincinv
+
+    low = betaincinv(above, total - above + 1, 0.025) if above else 0.0
+    high = betaincinv(above + 1, total - above, 0.975) if above < total else 1.0
+    return [float(low), float(high)]
 
 
 def tuned(labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
@@ -109,8 +156,9 @@ def tuned(labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
     last = np.flatnonzero(np.diff(falling, append=-np.inf))  # equal scores are taken together
     f1 = 2 * found[last] / (last + 1 + found[-1])
     best = int(np.argmax(f1))
-    below = np.nextafter(falling[last[best]], -np.inf, dtype=falling.dtype)
-    return {"threshold": float(below), "f1": float(f1[best]), "chosen": TEST_TUNED}
+    lowest = float(falling[last[best]])  # of those that are to be above the threshold
+    below = lowest - 1.5 * margin(lowest)
+    return {"threshold": below, "f1": float(f1[best]), "chosen": TEST_TUNED}
 
 
 def judged(
@@ -119,15 +167,53 @@ def judged(
     labels: Sequence[int | None],
     scores: np.ndarray,
 ) -> dict[str, Any]:
-    """Both thresholds at a rate of false alarms, and what the first does on test images."""
-    threshold = calibration.threshold(false_alarms)
+    """Both thresholds at a rate of false alarms, and what the first does on test images.
+
+    ``rate_interval`` says where the rate of false alarms of this very threshold lies with a
+    probability of 95%, over the draw of the held-out images: it follows a beta distribution
+    (Vovk, "Conditional validity of inductive conformal predictors", 2012).
+    """
+    from scipy.special import betaincinv
+
+    threshold, images = calibration.threshold(false_alarms), len(calibration.scores)
+    rank = _rank(false_alarms, images)
+    bounds = (betaincinv(rank, images + 1 - rank, level) for level in (0.025, 0.975))
     return {
         "false_alarms": false_alarms,
-        "held_out": len(calibration.scores),
+        "held_out": images,
+        "rate_interval": list(map(float, bounds)),
         "threshold": threshold,
         "pixel_threshold": calibration.pixel_threshold(false_alarms),
         "on_test": rates(labels, scores, threshold),
     }
+
+
+def counted(found: Mapping[str, Any]) -> str:
+    """Say what :func:`rates` found, counts first.
+
+    >>> counted(rates([0, 0, 1], np.array([1.0, 3.0, 4.0]), 2.0))
+    '1 of 2 good images (50.0%, 95% interval 1.3% to 98.7%) and 1 of 1 defective images (100.0%, 95% interval 2.5% to 100.0%)'
+    """
+    return " and ".join(_counted(found, name, kind) for name, kind in KINDS.items())
+
+
+def explained(decisions: Mapping[str, Any]) -> str:
+    """Say where the thresholds of :func:`judged` come from, and how much they can promise."""
+    images, (low, high) = decisions["held_out"], decisions["rate_interval"]
+    return (
+        f"The threshold is set for {decisions['false_alarms']:.1%} false alarms by {images} good images "
+        f"that were neither trained on nor tested; its own rate lies between {low:.1%} and {high:.1%} "
+        f"(95%). No p-value is below 1/{images + 1}, which means at most {1 / (images + 1):.2g}."
+    )
+
+
+def _counted(found: Mapping[str, Any], name: str, kind: str) -> str:
+    above, total = found["counts"][name]
+    if not total:
+        return f"none of 0 {kind} images"
+    low, high = found["intervals"][name]
+    percent = f"{above / total:.1%}, 95% interval {low:.1%} to {high:.1%}"
+    return f"{above} of {total} {kind} images ({percent})"
 
 
 def _rank(false_alarms: float, images: int) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msflow_ext.choices import PRECISIONS
+from msflow_ext.choices import ON_ERROR, PRECISIONS
 from msflow_ext.data import Images, Item, load_image
 from msflow_ext.data.images import Box, in_aspect, resized, to_pixels
 from msflow_ext.data.prefetch import decoded
 from msflow_ext.data.sources import images_of, own_size
-from msflow_ext.evaluation.calibration import Calibration
+from msflow_ext.errors import sentence
+from msflow_ext.evaluation.calibration import Calibration, exceeds
 from msflow_ext.hardware import pick_device
 from msflow_ext.inference import tiling
 from msflow_ext.inference.cuda_graphs import Replayed
@@ -29,22 +33,29 @@ from msflow_ext.runs.checkpoint import CHECKPOINT, read_checkpoint, restore
 #: The models that checkpoints name.
 MODELS: dict[str, type[MSFlow] | type[FastFlow]] = {"MSFlow": MSFlow, "FastFlow": FastFlow}
 
+#: What a single image may cause: damaged, vanished, too large, of another type, a score of NaN.
+OF_ONE_IMAGE = (ArithmeticError, MemoryError, OSError, TypeError, ValueError)
+
 
 @dataclass(frozen=True)
 class Result:
     """What a detector says of one image.
 
     Attributes:
-        name: path of the image, in a folder relative to it; ``image 0``, ``image 1``, ... if it has none.
+        name: path of the image; relative to the folder if the source is one folder; ``image 0``,
+            ``image 1``, ... if it has none.
         score: the larger the more anomalous.
-        label: 1 if the score exceeds the detector's threshold, else 0; None without a threshold.
-        p_value: how rare such a score is among normal images, in (0, 1], see
+        label: the verdict, 1 if the score exceeds the detector's threshold
+            (:func:`msflow_ext.evaluation.calibration.exceeds`), else 0; None without a threshold.
+        p_value: how rare such a score is among normal images at most, in (0, 1], see
             :class:`msflow_ext.evaluation.calibration.Calibration`; None if training held none out.
         map: ``(S, S)`` float32, the larger the more anomalous; the padding of a detector with fit
             ``"pad"`` is cut off, here and below.
         mask: ``(S, S)`` bool, where the map exceeds the pixel threshold; None without one.
         image: ``(S, S, 3)`` uint8, RGB: what the model saw.
         size: of the image itself, ``(H, W)`` in pixels.
+        error: why the image could not be scored; None if it was. With an error the score is NaN,
+            map and image are empty, and the rest is None.
 
     Of an image in tiles, map, mask and image have the image's own size ``(H, W)``.
     """
@@ -57,6 +68,7 @@ class Result:
     mask: np.ndarray | None
     image: np.ndarray
     size: tuple[int, int]
+    error: str | None = None
 
     def shown(self) -> Result:
         """The same with map, mask and image in the aspect that the image itself has, for people.
@@ -69,6 +81,13 @@ class Result:
         mask = None if self.mask is None else resized(self.mask, height, width)
         each, image = (resized(values, height, width) for values in (self.map, self.image))
         return replace(self, map=each, mask=mask, image=image)
+
+    @classmethod
+    def failed(cls, name: str, error: Exception) -> Result:
+        """The result of an image that could not be scored."""
+        nothing = np.empty((0, 0), np.float32)
+        image = np.empty((0, 0, 3), np.uint8)
+        return cls(name, math.nan, None, None, nothing, None, image, (0, 0), sentence(error))
 
 
 def load(
@@ -171,6 +190,7 @@ class Detector:
         workers: int = 2,
         tile: bool = False,
         overlap: float = 0.25,
+        on_error: str = "stop",
     ) -> list[Result]:
         """Score one image or many.
 
@@ -195,16 +215,17 @@ class Detector:
             workers: threads that decode images.
             tile: whether to cut images into tiles.
             overlap: of neighbouring tiles, as a share of their side, at least; 0 <= overlap < 1.
+            on_error: ``"stop"`` to raise the error of the first image that cannot be scored, or
+                ``"skip"`` to give it a result with this ``error`` and to go on.
 
         Raises:
             FileNotFoundError: no such file or folder.
             ValueError: a file that is no image, a folder without images, a wrong shape or overlap.
-            TypeError: a source of another type.
+            TypeError: a source, ``batch_size`` or ``workers`` of another type.
             FloatingPointError: a score or a map is not finite; its image is named.
         """
-        return list(
-            self.stream(source, batch_size=batch_size, workers=workers, tile=tile, overlap=overlap)
-        )
+        options = {"batch_size": batch_size, "workers": workers, "tile": tile, "overlap": overlap}
+        return list(self.stream(source, **options, on_error=on_error))
 
     def stream(
         self,
@@ -214,12 +235,13 @@ class Detector:
         workers: int = 2,
         tile: bool = False,
         overlap: float = 0.25,
+        on_error: str = "stop",
     ) -> Iterator[Result]:
         """As :meth:`predict`, one result after the other: of a large folder, little is in memory."""
-        if batch_size < 1 or workers < 1:
-            raise ValueError(
-                f"batch_size and workers must be 1 or more, got {batch_size}, {workers}"
-            )
+        _check_count("batch_size", batch_size)
+        _check_count("workers", workers)
+        if on_error not in ON_ERROR:
+            raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}")
         shared = tiling.pixels_of(overlap, self.model.image_size)
         names: deque[str] = deque()
 
@@ -229,15 +251,30 @@ class Detector:
                 names.extend(name for name, _ in chunk)
                 yield chunk
 
-        if tile:
-            for (image,) in decoded(own_size, chunks(1), workers):
-                yield self._tiled(names.popleft(), image, shared, batch_size)
-            return
-        for chunk in decoded(self._decode, chunks(batch_size), workers):
-            scores, maps = self._score([pixels for pixels, _, _ in chunk])
-            for (pixels, box, size), score, each in zip(chunk, scores, maps, strict=True):
-                image = to_pixels(pixels)
-                yield self._result(names.popleft(), score, each[box], image[box], size)
+        decode = partial(_caught, own_size if tile else self._decode)
+        for chunk in decoded(decode, chunks(1 if tile else batch_size), workers):
+            batch = [(names.popleft(), image) for image in chunk]
+            tiled = ((name, _caught(self._tiled, name, x, shared, batch_size)) for name, x in batch)
+            for name, found in tiled if tile else self._whole(batch):
+                if not isinstance(found, Exception):
+                    yield found
+                elif on_error == "stop":
+                    raise found
+                else:
+                    yield Result.failed(name, found)
+
+    def _whole(self, batch: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """The result of each decoded image, or its error; the images are scored together."""
+        images = [image for _, image in batch if not isinstance(image, Exception)]
+        scores, maps = self._score([pixels for pixels, *_ in images]) if images else ((), ())
+        scored = iter(zip(scores, maps, strict=True))
+        for name, image in batch:
+            if isinstance(image, Exception):
+                yield name, image
+                continue
+            (pixels, box, size), (score, each) = image, next(scored)
+            seen = to_pixels(pixels)[box]
+            yield name, _caught(self._result, name, score, each[box], seen, size)
 
     def _score(self, images: list[Tensor]) -> tuple[list[float], np.ndarray]:
         """Scores and maps ``(N, S, S)`` of images ``(3, S, S)``."""
@@ -247,8 +284,10 @@ class Detector:
         scores, maps = self._replayed(torch.stack(images), device)
         return scores.tolist(), maps.float().numpy()
 
-    def _tiled(self, name: str, image: Tensor, overlap: int, batch_size: int) -> Result:
+    def _tiled(self, name: str, image: Any, overlap: int, batch_size: int) -> Result:
         """The result of an image ``(3, H, W)``, from tiles that overlap by so many pixels."""
+        if isinstance(image, Exception):
+            raise image
         side = self.model.image_size
         whole, inside = tiling.padded(image, side)
         height, width = whole.shape[1:]
@@ -297,7 +336,24 @@ class Detector:
             raise FloatingPointError(f"score or map of image {name} is not finite")
         if not judged:
             return Result(name, score, None, None, each, None, image, size)
-        label = None if self.threshold is None else int(score > self.threshold)
-        mask = None if self.pixel_threshold is None else each > self.pixel_threshold
+        label = None if self.threshold is None else int(exceeds(score, self.threshold))
+        mask = None if self.pixel_threshold is None else exceeds(each, self.pixel_threshold)
         p_value = None if self.calibration is None else self.calibration.p_value(score)
         return Result(name, score, label, p_value, each, mask, image, size)
+
+
+def _caught(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What the work gives, or the error that its image causes."""
+    try:
+        return work(*arguments)
+    except OF_ONE_IMAGE as error:
+        return error
+
+
+def _check_count(name: str, value: Any) -> None:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+    if count < 1:
+        raise ValueError(f"{name} must be 1 or more, got {value}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import signal
 from collections.abc import Container, Iterator
@@ -13,6 +11,10 @@ from threading import Event
 from typing import Any
 
 from msflow_ext.data.dataset import SUFFIXES
+from msflow_ext.runs.csv_cells import csv_line, whole_lines
+from msflow_ext.runs.score_table import HEADER, Row, read_scores, row_line
+
+LONGEST = 2**15  # bytes of a row that was cut off; more is no such row
 
 
 @contextmanager
@@ -87,51 +89,64 @@ def _images(folder: Path) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 class ScoreLog:
-    """A table of scores as :func:`msflow_ext.runs.results.write_scores` makes, to which rows are appended.
+    """A table of scores as :func:`msflow_ext.runs.score_table.write_scores` makes, to which rows are appended.
 
     A row is on the disk when :meth:`append` returns. A last row that was cut off, as by a loss of
-    power, is removed on opening.
+    power, is removed on opening. An image that could not be scored has a row that says why, and
+    another one when it is scored later: the last row of a name counts.
 
     Args:
         path: of the table; made with its first row if it is not there.
-        columns: of further numbers.
 
     Attributes:
-        names: of all rows, in their order.
+        names: of the images with a score, in the order of their rows.
+        failed: names of the others, each with its error.
 
     Raises:
-        ValueError: the file is another kind of table.
+        ValueError: the file is another kind of table, or damaged.
     """
 
-    def __init__(self, path: Path, *columns: str) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._header = ["name", "defect", "label", "score", *columns]
         self.names: dict[str, None] = {}
+        self.failed: dict[str, str] = {}
         text = path.read_bytes() if path.is_file() else b""
-        whole = text[: text.rfind(b"\n") + 1]
-        rows = list(csv.reader(io.StringIO(whole.decode("utf-8", "surrogateescape"), newline="")))
-        if rows and rows[0] != self._header:
-            wanted = ",".join(self._header)
-            raise ValueError(f"{path} begins with {','.join(rows[0])}, {wanted} is wanted")
-        if any(len(row) != len(self._header) for row in rows):
-            raise ValueError(f"{path} is damaged: a row has not {len(self._header)} cells")
-        self.names.update((row[0], None) for row in rows[1:])
-        if len(whole) < len(text):
-            os.truncate(path, len(whole))
-        self._empty = not whole
+        size = whole_lines(text)
+        self._empty = not size
+        if not self._empty:
+            begin = text[: text.find(b"\n") + 1].decode("utf-8", "replace")
+            if begin != csv_line(HEADER):
+                raise ValueError(
+                    f"{path} begins with {begin.strip()}, as an older version or another program "
+                    f"writes it, {','.join(HEADER)} is wanted: choose another --out"
+                )
+            for row in read_scores(path, size):
+                self._note(row)
+        if len(text) - size > LONGEST:
+            raise ValueError(f"{path} is damaged: a quotation mark is missing after {size} bytes")
+        if size < len(text):
+            os.truncate(path, size)
 
-    def append(self, name: str, label: int | None, score: float, *more: float) -> None:
-        """Write one image's row; OSError if the disk does not take all of it, and then none of it."""
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        if self._empty:
-            table.writerow(self._header)
-        table.writerow((name, "", "" if label is None else label, score, *more))
+    def append(self, row: Row) -> None:
+        """Write one image's row; OSError if the disk does not take all of it, and then none of it.
+
+        An image that fails again for the same reason gets no second row.
+        """
+        if row.error and self.failed.get(row.name) == row.error:
+            return
+        text = (csv_line(HEADER) if self._empty else "") + row_line(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab", buffering=0) as file:
-            _write_all(file.fileno(), text.getvalue().encode("utf-8", "surrogateescape"), self.path)
+            _write_all(file.fileno(), text.encode("utf-8", "surrogateescape"), self.path)
         self._empty = False
-        self.names[name] = None
+        self._note(row)
+
+    def _note(self, row: Row) -> None:
+        if row.error:
+            self.failed[row.name] = row.error
+        else:
+            self.failed.pop(row.name, None)
+            self.names[row.name] = None
 
 
 def _write_all(file: int, content: bytes, path: Path) -> None:

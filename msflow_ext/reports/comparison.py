@@ -74,7 +74,7 @@ def decisions(runs: Sequence[TestedRun]) -> list[tuple[str, list[float | None]]]
                 None if over is None or not members.any() else float(over[members].mean())
             )
         if any(share is not None for share in shares):
-            rows.append((f"{kind} images flagged", shares))
+            rows.append((f"{kind} images flagged, of {members.sum()}", shares))
     return rows
 
 

@@ -11,24 +11,53 @@ from typing import Any
 import numpy as np
 
 from msflow_ext.data import Images
+from msflow_ext.data.dataset import Item
 from msflow_ext.data.images import resized
+from msflow_ext.evaluation.calibration import Calibration, exceeds
 from msflow_ext.evaluation.evaluator import Evaluation
 from msflow_ext.runs.curves import write_curves
-from msflow_ext.runs.results import write_scores
+from msflow_ext.runs.score_table import Row, write_scores
+
+
+def score_rows(
+    items: Sequence[Item],
+    found: Evaluation,
+    threshold: float | None,
+    calibration: Calibration | None,
+) -> list[Row]:
+    """The rows of ``scores.csv`` of a test set; without verdicts and p-values where these are None."""
+    aupimo = [None] * len(items) if found.aupimo is None else found.aupimo.tolist()
+    return [
+        Row(
+            item.listed_name,
+            item.defect,
+            item.label,
+            score,
+            None if threshold is None else int(exceeds(score, threshold)),
+            None if calibration is None else calibration.p_value(score),
+            each,
+        )
+        for item, score, each in zip(items, found.scores.tolist(), aupimo, strict=True)
+    ]
 
 
 def write_results(
-    folder: Path, images: Images, found: Evaluation, metrics: Mapping[str, Any]
+    folder: Path,
+    images: Images,
+    found: Evaluation,
+    metrics: Mapping[str, Any],
+    calibration: Calibration | None = None,
 ) -> tuple[float, float] | None:
     """Write scores, curves, ``maps/*.png`` and ``report.html``; return the colour range of the maps."""
     from msflow_ext.reports import heat_maps, run_report
 
     items = images.items
-    names = [item.name for item in items]
+    names = [item.listed_name for item in items]
     defects, labels = [item.defect for item in items], [item.label for item in items]
     scores = found.scores.tolist()
-    rows = zip(names, defects, labels, scores, strict=True)
-    write_scores(folder / "scores.csv", rows, aupimo=found.aupimo)
+    decisions = metrics.get("decisions")
+    rows = score_rows(items, found, decisions and decisions["threshold"], calibration)
+    write_scores(folder / "scores.csv", rows)
     write_curves(folder, found.curves)
     colours = heat_maps.colour_range(found.maps) if items else None
     if colours:
@@ -52,7 +81,7 @@ def write_results(
         labels=labels,
         scores=scores,
         aupimo=() if found.aupimo is None else found.aupimo.tolist(),
-        decisions=metrics.get("decisions"),
+        decisions=decisions,
         curves=found.curves,
         losses=metrics["losses"],
         pictures=_Pictures(images, found.maps),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from msflow_ext.evaluation.calibration import counted, exceeds, explained
 from msflow_ext.metrics import auroc, roc_curve
 from msflow_ext.reports import charts
 from msflow_ext.reports.gallery import MOST, Picture, draw_layers, worst_first
@@ -73,6 +74,7 @@ def write_report(path: str | Path, run: ReportedRun) -> None:
         Path(path),
         "report.html",
         run=run,
+        decided=run.decisions and (counted(run.decisions["on_test"]), explained(run.decisions)),
         score=score_format(run.scores),
         counts=counts,
         head=_head(run, counts),
@@ -130,7 +132,8 @@ def _head(run: ReportedRun, counts: Mapping[str, int]) -> list[str]:
 
 def _flagged(run: ReportedRun, i: int) -> bool | None:
     """Whether an image is over the threshold of the run; None without one."""
-    return None if run.decisions is None else run.scores[i] > run.decisions["threshold"]
+    decisions = run.decisions
+    return None if decisions is None else bool(exceeds(run.scores[i], decisions["threshold"]))
 
 
 def _confusion(run: ReportedRun) -> list[tuple[str, list[tuple[int, int]]]]:

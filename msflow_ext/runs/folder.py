@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from msflow_ext.data.dataset import SUFFIXES
 from msflow_ext.files import check_writable
 from msflow_ext.runs.checkpoint import CHECKPOINT
 
@@ -30,9 +31,20 @@ def map_paths(out_dir: str | Path, names: Iterable[str]) -> Iterator[Path]:
 
 def file_name(name: str, taken: set[str]) -> str:
     """Flatten ``name`` to a PNG file name that no entry of ``taken`` has, and add it there."""
-    stem = re.sub(r"[^\w.-]+", "-", name).strip(".-").encode()[-200:].decode(errors="ignore")
+    stem = (
+        re.sub(r"[^\w.-]+", "-", bare_name(name))
+        .strip(".-")
+        .encode()[-200:]
+        .decode(errors="ignore")
+    )
     stem = stem or "image"
     numbered = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
     chosen = next(c for c in numbered if c.casefold() not in taken)  # some disks ignore case
     taken.add(chosen.casefold())
     return f"{chosen}.png"
+
+
+def bare_name(name: str) -> str:
+    """Return the name of an image without its suffix: ``scar/006`` of ``scar/006.png``."""
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot + suffix.lower() in SUFFIXES else name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +12,7 @@ from typing import Any
 
 from msflow_ext.files import write_text
 from msflow_ext.metrics import RESULTS
+from msflow_ext.runs.csv_cells import csv_line
 from msflow_ext.text_table import text_table
 
 BEST = "best epoch on the test set"  # beside every last epoch, and never a result
@@ -84,11 +83,8 @@ def published(data: str, model: str, backbone: str) -> list[dict[str, Any]]:
 def write(folder: Path, runs: Sequence[Run]) -> list[Line]:
     """Write ``table.csv``, ``table.json`` and ``table.md`` into a folder."""
     found = lines(runs)
-    text = io.StringIO()
-    table = csv.DictWriter(text, Line.__dataclass_fields__, lineterminator="\n")
-    table.writeheader()
-    table.writerows(asdict(line) for line in found)
-    write_text(folder / "table.csv", text.getvalue())
+    table = [Line.__dataclass_fields__, *(asdict(line).values() for line in found)]
+    write_text(folder / "table.csv", "".join(map(csv_line, table)))
     document = {"runs": list(map(brief, runs)), "lines": [asdict(line) for line in found]}
     write_text(folder / "table.json", json.dumps(document, indent=1, allow_nan=False))
     write_text(folder / "table.md", "\n".join(markdown(found, runs)) + "\n")

@@ -62,7 +62,7 @@ def write_run(run: Path, model: Any, state: Mapping[str, Any], outcome: Outcome)
         labels = [item.label for item in outcome.shown.items]
         rate = state["recipe"]["false_alarms"]
         metrics["decisions"] = judged(calibration, rate, labels, test.scores)
-    colours = write_results(run, outcome.shown, test, metrics)
+    colours = write_results(run, outcome.shown, test, metrics, calibration)
     last = {**state, "colours": colours, "calibration": calibration and asdict(calibration)}
     save_checkpoint(run / CHECKPOINT, last, model)
     previous(run / CHECKPOINT).unlink(missing_ok=True)

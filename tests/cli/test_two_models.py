@@ -70,7 +70,7 @@ def test_fastflow_is_trained_tested_and_applied_by_the_same_commands(
     (line,) = (tmp_path / "found" / "scores.csv").read_text().splitlines()[1:]
     model = load(run, "cpu").model
     assert isinstance(model, FastFlow)
-    assert float(line.split(",")[-1]) == pytest.approx(load(run, "cpu").predict(image)[0].score)
+    assert float(line.split(",")[3]) == pytest.approx(load(run, "cpu").predict(image)[0].score)
 
 
 def test_the_options_reach_the_head_and_the_rest_is_the_papers(fastflow_run: Path) -> None:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from sklearn.metrics import precision_recall_curve
 
-from msflow_ext.evaluation.calibration import Calibration, images_needed, judged, rates, tuned
+from msflow_ext.evaluation.calibration import (
+    Calibration,
+    counted,
+    exceeds,
+    explained,
+    images_needed,
+    interval,
+    judged,
+    rates,
+    tuned,
+)
 
 
 def calibration(scores: np.ndarray) -> Calibration:
@@ -47,18 +59,96 @@ def test_too_few_images_for_a_rate_and_a_rate_that_is_none_are_refused():
             calibration(np.zeros(8)).threshold(wrong)
 
 
+@pytest.mark.family("thresholds")
+@pytest.mark.parametrize("threshold", [0.0, 1e-3, 2.4137327671051, -7.5, 1e4])
+def test_a_score_is_above_a_threshold_by_more_than_rounding(threshold):
+    unit = abs(threshold) * 2.0**-23  # in the last place of float32
+    assert not exceeds(threshold, threshold)
+    assert not exceeds(threshold + 120 * unit + 1e-6, threshold)
+    assert exceeds(threshold + 130 * unit + 2e-6, threshold)
+    assert exceeds(threshold, -math.inf) and not exceeds(threshold, math.inf)
+    pixels = np.array([threshold - 1, threshold, threshold + 130 * unit + 2e-6])
+    assert exceeds(pixels, threshold).tolist() == [False, False, True]
+
+
+@pytest.mark.family("thresholds")
+@pytest.mark.parametrize("noise", [0.0, 1e-6, -1e-6, 7e-6, -7e-6])
+def test_an_image_that_is_the_threshold_is_good_however_its_score_was_rounded(noise):
+    scores = np.array([-3.0, 0.2, 1.1, 2.4137327671051])
+    known = calibration(scores)
+    again = scores * (1 + noise)
+    assert not exceeds(again[-1], known.threshold(0.2))
+    assert [known.p_value(s) for s in again] == [known.p_value(s) for s in scores]
+    assert known.p_value(again[-1]) == 0.4 > 0.2
+
+
+def test_a_p_value_above_all_images_says_no_more_than_how_many_they_are():
+    known = calibration(np.arange(10.0))
+    assert known.p_value(9.1) == known.p_value(1e9) == 1 / 11
+
+
 def test_the_share_of_each_class_over_a_threshold_is_none_without_that_class():
     scores = np.array([1.0, 2.0, 3.0, 4.0])
-    assert rates([0, 0, 1, None], scores, 1.0) == {"false_alarms": 0.5, "detected": 1.0}
-    assert rates([0, 0, None, None], scores, 1.5) == {"false_alarms": 0.5, "detected": None}
+    found = rates([0, 0, 1, None], scores, 1.0)
+    assert (found["false_alarms"], found["detected"]) == (0.5, 1.0)
+    assert found["counts"] == {"false_alarms": [1, 2], "detected": [1, 1]}
+    found = rates([0, 0, None, None], scores, 1.5)
+    assert (found["false_alarms"], found["detected"]) == (0.5, None)
+    assert found["counts"]["detected"] == [0, 0]
+    assert found["intervals"].keys() == {"false_alarms"}
+
+
+def test_the_decisions_of_a_run_are_its_thresholds_and_what_the_first_does():
+    scores = np.array([1.0, 2.0, 3.0, 4.0])
     found = judged(calibration(np.arange(3.0)), 0.25, [0, 0, 1, 1], scores)
     assert found == {
         "false_alarms": 0.25,
         "held_out": 3,
+        "rate_interval": pytest.approx([1 - 0.975 ** (1 / 3), 1 - 0.025 ** (1 / 3)]),
         "threshold": 2.0,
         "pixel_threshold": 12.0,
-        "on_test": {"false_alarms": 0.0, "detected": 1.0},
+        "on_test": rates([0, 0, 1, 1], scores, 2.0),
     }
+    assert found["on_test"]["detected"] == 1.0
+
+
+@pytest.mark.family("score tables")
+@pytest.mark.parametrize("total", [1, 8, 40])
+def test_an_interval_is_where_neither_tail_of_the_binomial_is_below_a_40th(total):
+    def at_most(above: int, share: float) -> float:
+        terms = (
+            math.comb(total, k) * share**k * (1 - share) ** (total - k) for k in range(above + 1)
+        )
+        return sum(terms)
+
+    for above in range(total + 1):
+        low, high = interval(above, total)
+        assert 0 <= low <= above / total <= high <= 1
+        if above:
+            assert 1 - at_most(above - 1, low) == pytest.approx(0.025)
+        if above < total:
+            assert at_most(above, high) == pytest.approx(0.025)
+
+
+def test_the_rate_of_one_threshold_lies_in_its_interval_19_times_of_20():
+    low, high = judged(calibration(np.arange(20.0)), 0.1, [], np.array([]))["rate_interval"]
+    uniform = np.random.default_rng(0).random((4000, 20))  # so that 1 - threshold is its rate
+    rate = 1 - np.sort(uniform)[:, -2]
+    assert 0.94 < np.mean((low <= rate) & (rate <= high)) < 0.96
+
+
+@pytest.mark.family("score tables")
+def test_counts_stand_beside_the_percentages():
+    found = judged(calibration(np.arange(10.0)), 0.1, [0] * 8 + [1], np.arange(9.0) + 5)
+    assert counted(found["on_test"]) == (
+        "3 of 8 good images (37.5%, 95% interval 8.5% to 75.5%) and "
+        "1 of 1 defective images (100.0%, 95% interval 2.5% to 100.0%)"
+    )
+    said = explained(found)
+    assert "set for 10.0% false alarms by 10 good images" in said
+    assert "between 0.3% and 30.8% (95%)" in said
+    assert "No p-value is below 1/11, which means at most 0.091" in said
+    assert "none of 0 defective images" in counted(rates([0], np.array([1.0]), 0.0))
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -71,7 +161,7 @@ def test_the_tuned_threshold_gives_the_largest_f1_and_says_that_it_is_tuned(dtyp
         precision, recall, _ = precision_recall_curve(labels.ravel(), scores.ravel())
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
         assert found["f1"] == pytest.approx(f1.max())
-        over = scores > found["threshold"]
+        over = exceeds(scores, found["threshold"])
         assert 2 * (over & labels).sum() / (over.sum() + labels.sum()) == pytest.approx(f1.max())
         assert "test-tuned" in found["chosen"]
 
@@ -80,4 +170,5 @@ def test_the_tuned_threshold_may_lie_below_every_score():
     labels, scores = np.array([True, False, True]), np.array([3.0, 2.0, 1.0])
     found = tuned(labels, scores)
     assert found["f1"] == pytest.approx(0.8)
-    assert found["threshold"] == np.nextafter(1.0, 0)
+    assert exceeds(scores, found["threshold"]).all()
+    assert found["threshold"] == pytest.approx(1.0, abs=1e-4)

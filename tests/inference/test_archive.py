@@ -82,14 +82,13 @@ def test_every_image_has_a_row_with_what_the_detector_says(run, photos, whole):
     assert table.schema.remove_metadata() == schema()
     found = table.to_pylist()
     assert [row["path"] for row in found] == [str(p) for p in sorted(photos.iterdir())]
-    detector = mx.load(run, "cpu")
-    first = list(detector.stream([row["path"] for row in found[:2]], batch_size=2))
+    first = list(mx.load(run, "cpu").stream([row["path"] for row in found[:2]], batch_size=2))
     for row, result in zip(found, first, strict=False):
         assert (row["score"], row["label"]) == (result.score, result.label)
         assert row["p_value"] == result.p_value
         assert row["map_max"] == result.map.max()
         assert row["map_mean"] == pytest.approx(result.map.mean())
-        assert row["map_area"] == (result.map > detector.pixel_threshold).mean()
+        assert result.mask is not None and row["map_area"] == result.mask.mean()
         y, x = (int(row[f"map_max_{axis}"] * 64) for axis in "yx")
         assert result.map[y, x] == result.map.max()
         assert row["error"] is None
@@ -261,16 +260,41 @@ def command(run: Path, photos: Path | str, out: Path | str, *more: str) -> list[
     return ["predict", "--run", str(run), str(photos), *chosen, "--out", str(out), *more]
 
 
-def test_the_command_scores_all_and_reports_damage_with_status_2(
+@pytest.mark.family("broken images")
+def test_the_command_scores_all_and_reports_damage_with_status_1(
     run, photos, whole, tmp_path, capsys
 ):
-    assert cli.main(command(run, photos, tmp_path)) == 2
+    assert cli.main(command(run, photos, tmp_path)) == 1
     printed = capsys.readouterr()
     assert printed.out == f"21 images: {tmp_path}\n"
-    assert "1 of 21 images have no score, see column error; the first: " in printed.err
-    assert "010.png is not an image" in printed.err
+    assert "1 of 21 have no score, see column error" in printed.err
+    path = photos / DAMAGED
+    assert f"{path} is skipped: {path} is not an image" in printed.err
     assert written(tmp_path) == written(whole)
     assert cli.main(command(run, photos / "000.png", tmp_path / "one")) == 0
+
+
+@pytest.mark.family("broken images")
+def test_an_archive_stops_at_a_damaged_image_if_that_is_chosen(
+    run, photos, whole, tmp_path, capsys
+):
+    assert cli.main(command(run, photos, tmp_path, "--on-error", "stop")) == 2
+    assert f"{photos / DAMAGED} is not an image" in capsys.readouterr().err.splitlines()[-1]
+    assert {f"part-0000{i}.parquet" for i in range(2)} <= written(tmp_path).keys()
+    assert "part-00002.parquet" not in written(tmp_path)
+    assert cli.main(command(run, photos, tmp_path)) == 1
+    assert written(tmp_path) == written(whole)
+
+
+@pytest.mark.family("broken images")
+def test_an_image_that_vanishes_after_the_listing_has_a_row_that_says_so(run, photos, tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path in paths:
+        path.write_bytes((photos / "000.png").read_bytes())
+    archive = prepared(run, paths, tmp_path / "out")
+    paths[1].unlink()
+    assert archive.score() == [(str(paths[1]), f"{paths[1]} is not a file")]
+    assert [row["score"] is None for row in rows(tmp_path / "out")] == [False, True, False]
 
 
 def test_what_cannot_be_done_is_one_sentence(run, photos, tmp_path, capsys):

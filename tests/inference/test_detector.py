@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from msflow_ext import cli
 from msflow_ext.data import Images, Item
+from msflow_ext.evaluation.calibration import exceeds
 from msflow_ext.evaluation.evaluator import Truth, evaluate, measure
 from msflow_ext.features import Features
 from msflow_ext.inference.detector import Detector, load
@@ -84,7 +85,8 @@ def test_labels_and_masks_need_thresholds(detector, folder):
         assert result.label == int(result.score > middle)
         assert result.mask is not None
         assert result.mask.dtype == bool
-        assert np.array_equal(result.mask, result.map > level)
+        assert np.array_equal(result.mask, exceeds(result.map, level))
+        assert np.mean(result.mask != (result.map > level)) < 0.01
 
 
 def test_a_score_or_a_pixel_that_equals_its_threshold_is_normal(detector, folder):
@@ -94,15 +96,23 @@ def test_a_score_or_a_pixel_that_equals_its_threshold_is_normal(detector, folder
     (result,) = at.predict(image)
     assert result.label == 0
     assert result.mask is not None and not result.mask.any()
-    below = Detector(
-        detector.model,
-        threshold=float(np.nextafter(plain.score, -np.inf)),
-        pixel_threshold=float(np.nextafter(plain.map.max(), np.float32(-np.inf))),
-    )
+    below = Detector(detector.model, threshold=plain.score - 1e-3, pixel_threshold=largest - 1e-3)
     (result,) = below.predict(image)
     assert result.label == 1
-    assert result.mask is not None
-    assert np.array_equal(result.mask, plain.map == largest)
+    assert result.mask is not None and result.mask.any()
+    assert np.array_equal(result.mask, exceeds(plain.map, largest - 1e-3))
+
+
+@pytest.mark.family("thresholds")
+def test_an_image_that_is_the_threshold_is_good_in_batches_of_any_size(detector, folder):
+    alone = detector.predict(folder, batch_size=1)
+    for size in (2, 3, 4, 6):
+        together = detector.predict(folder, batch_size=size)
+        for one, other in [*zip(alone, together, strict=True), *zip(together, alone, strict=True)]:
+            at = Detector(detector.model, threshold=one.score, pixel_threshold=float(one.map.max()))
+            judged = at._result("", other.score, other.map, other.image)
+            assert judged.label == 0
+            assert judged.mask is not None and not judged.mask.any()
 
 
 def test_results_have_the_documented_types(detector, folder):
@@ -286,7 +296,7 @@ def _noise(*shape: int) -> np.ndarray:
 @pytest.mark.parametrize("tile", [False, True])
 def test_no_images_in_a_batch_and_no_workers_are_refused(detector, option, tile):
     options: dict[str, Any] = {option: 0}
-    with pytest.raises(ValueError, match="batch_size and workers must be 1 or more, got"):
+    with pytest.raises(ValueError, match=f"{option} must be 1 or more, got 0"):
         detector.predict(_noise(64, 64), tile=tile, **options)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from msflow_ext import cli
 from msflow_ext.inference.watch import ScoreLog, arrivals, stopped_by_signals
-from msflow_ext.runs.results import write_scores
+from msflow_ext.runs.score_table import Row, read_scores, write_scores
 
 
 class Script(Event):
@@ -105,37 +105,67 @@ def test_a_folder_that_goes_away_is_named(tmp_path):
         names(folder, folder.rmdir, idle)
 
 
-def test_a_log_reads_like_a_table_written_at_once_and_goes_on_where_it_was(tmp_path):
-    rows = [("a,b.png", "", 1, 0.1), ("c.png", "", None, -2.5), ('"d"\n.png', "", 0, 1e-9)]
-    rows.append(("name in no UTF-8 \udcff.png", "", 1, 2.0))
+ODD = ("a,b.png", '"d"\n.png', "line\r.png", "=1+1.png", "\r\n=2.png", os.fsdecode(b"\xff.png"))
+
+
+@pytest.mark.family("score tables")
+def test_a_log_reads_like_a_table_written_at_once_and_continues_where_it_was(tmp_path):
+    table = [Row(name, score=-0.5 + i, verdict=i % 2) for i, name in enumerate(ODD)]
+    table.append(Row("broken.png", error='"broken.png" is\nnot an image'))
     path = tmp_path / "out/new/log.csv"
-    for name, _, label, score in rows:
-        log = ScoreLog(path, "p_value")
-        log.append(name, label, score, 0.5)
-    write_scores(tmp_path / "whole.csv", rows, p_value=[0.5] * 4)
+    for row in table:
+        ScoreLog(path).append(row)
+    write_scores(tmp_path / "whole.csv", table)
     assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
-    assert list(ScoreLog(path, "p_value").names) == [row[0] for row in rows]
+    assert read_scores(path) == table
+    log = ScoreLog(path)
+    assert list(log.names) == list(ODD)
+    assert log.failed == {"broken.png": '"broken.png" is\nnot an image'}
 
 
-def test_a_last_row_that_was_cut_off_is_removed(tmp_path):
-    path = tmp_path / "log.csv"
-    for name in ("a.png", "b.png"):
-        ScoreLog(path).append(name, None, 0.25)
+@pytest.mark.family("score tables")
+def test_a_last_row_that_was_cut_off_anywhere_is_removed(tmp_path):
+    path, names = tmp_path / "log.csv", ("a.png", '"\nb,\n".png')
+    for name in names:
+        ScoreLog(path).append(Row(name, score=0.25))
     whole = path.read_bytes()
-    header, first, _ = whole.splitlines(keepends=True)
+    header, first, *_ = whole.splitlines(keepends=True)
     for end in range(len(whole)):
         path.write_bytes(whole[:end])
         log = ScoreLog(path)
-        kept = [name for name in ("a.png", "b.png") if name in log.names]
+        kept = [name for name in names if name in log.names]
         assert kept == (["a.png"] if end >= len(header + first) else [])
-        for name in ("a.png", "b.png")[len(kept) :]:
-            log.append(name, None, 0.25)
+        for name in names[len(kept) :]:
+            log.append(Row(name, score=0.25))
         assert path.read_bytes() == whole
+
+
+@pytest.mark.family("score tables")
+def test_a_missing_quotation_mark_far_from_the_end_costs_no_rows(tmp_path):
+    path = tmp_path / "log.csv"
+    write_scores(path, [Row(f"{i}.png", score=0.5) for i in range(3000)])
+    damaged = path.read_bytes().replace(b"\n7.png", b'\n"7.png')
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"log\.csv is damaged: a quotation mark is missing after"):
+        ScoreLog(path)
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.family("broken images")
+def test_an_image_that_fails_again_has_one_row_until_it_is_scored(tmp_path):
+    log = ScoreLog(tmp_path / "log.csv")
+    for error in ("it is empty", "it is empty", "it is cut off"):
+        log.append(Row("a.png", error=error))
+    assert (log.names, log.failed) == ({}, {"a.png": "it is cut off"})
+    assert [row.error for row in read_scores(log.path)] == ["it is empty", "it is cut off"]
+    log.append(Row("a.png", score=1.0))
+    again = ScoreLog(log.path)
+    assert (list(again.names), again.failed) == (["a.png"], {})
 
 
 def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
     log = ScoreLog(tmp_path / "log.csv")
-    log.append("a.png", None, 0.25)
+    log.append(Row("a.png", score=0.25))
     before, write = log.path.read_bytes(), os.write
 
     def half(file: int, content: bytes) -> int:
@@ -145,15 +175,19 @@ def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "write", half)
     with pytest.raises(OSError, match=r"log\.csv cannot be written: No space left"):
-        log.append("b.png", None, 0.5)
+        log.append(Row("b.png", score=0.5))
     assert log.path.read_bytes() == before
     assert list(log.names) == ["a.png"]
 
 
-@pytest.mark.parametrize("text", ["name,defect,label,score,p_value\n", "name,defect\n", "x\n"])
-def test_a_table_of_other_columns_is_refused(tmp_path, text):
+@pytest.mark.family("score tables")
+@pytest.mark.parametrize(
+    "text", ["name,defect,label,score,p_value\na.png,,1,0.5,0.1\n", "name,defect\n", "x\n"]
+)
+def test_a_table_of_an_older_version_or_another_program_is_refused(tmp_path, text):
     (tmp_path / "log.csv").write_text(text)
-    with pytest.raises(ValueError, match=r"log\.csv begins with .*name,defect,label,score is want"):
+    sentence = r"log\.csv begins with .*, name,defect,truth,.* is wanted: choose another --out"
+    with pytest.raises(ValueError, match=sentence):
         ScoreLog(tmp_path / "log.csv")
     assert (tmp_path / "log.csv").read_text() == text
 
@@ -208,7 +242,12 @@ def wait_for(true: Callable[[], bool], seconds: float = 60.0) -> bool:
 
 def rows(out: Path) -> list[str]:
     path = out / "scores.csv"
-    return [row.split(",")[0] for row in path.read_text().splitlines()[1:]] if path.exists() else []
+    return [row.name for row in read_scores(path)] if path.exists() else []
+
+
+def interrupt() -> None:
+    time.sleep(0.6)  # after the next look
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def command(run: Path, folder: Path, out: Path, *more: str) -> list[str]:
@@ -230,40 +269,69 @@ def test_a_folder_is_watched_until_a_signal_and_again_after_it(run, tmp_path, ca
         assert wait_for(lambda: rows(out) == ["a.png"])
         (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
         picture(folder / "sub/a.png", 1)
-        assert wait_for(lambda: rows(out) == ["a.png", "sub/a.png"])
+        assert wait_for(lambda: {*rows(out)} == {"a.png", "broken.png", "sub/a.png"})
         started.send_signal(signal.SIGTERM)
         said, errors = started.communicate(timeout=60)
     finally:
         started.kill()
-    assert started.returncode == 0
-    assert said == f"2 images: {out / 'scores.csv'}\n"
+    assert started.returncode == 1
+    assert said == f"3 images: {out / 'scores.csv'}\n"
+    wrong = f"{folder / 'broken.png'} is not an image"
     assert [line for line in errors.splitlines() if "broken" in line] == [
-        f"broken.png is passed over: {folder / 'broken.png'} is not an image"
+        f"broken.png is skipped: {wrong}"
     ]
+    assert [row.error for row in read_scores(out / "scores.csv") if row.error] == [wrong]
 
     before = (out / "scores.csv").read_bytes()
+    picture(folder / "broken.png", 3)
     picture(folder / "sub-a.png", 2)  # its picture must not take the place of sub/a.png's
 
     def stop() -> None:
-        wait_for(lambda: len(rows(out)) == 3)
-        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: len(rows(out)) == 5)
+        interrupt()
 
     watcher = Thread(target=stop)
     watcher.start()
     assert cli.main(command(run, folder, out)) == 0
     watcher.join()
-    assert capsys.readouterr().out == f"1 images: {out / 'scores.csv'}\n"
+    assert capsys.readouterr().out == f"2 images: {out / 'scores.csv'}\n"
     assert (out / "scores.csv").read_bytes().startswith(before)
-    assert rows(out) == ["a.png", "sub/a.png", "sub-a.png"]
+    assert {*rows(out)} == {"a.png", "broken.png", "sub/a.png", "sub-a.png"}
     for kind in ("maps", "masks"):
         pictures = {path.name for path in (out / kind).iterdir()}
-        assert pictures == {"a.png.png", "sub-a.png.png", "sub-a.png-2.png"}
+        assert pictures == {"a.png", "broken.png", "sub-a.png", "sub-a-2.png"}
     at_once = ["predict", "--run", str(run), str(folder / "sub"), "--device", "cpu"]
     assert cli.main([*at_once, "--out", str(tmp_path / "once")]) == 0
     header, row = (tmp_path / "once/scores.csv").read_text().splitlines()
     watched = (out / "scores.csv").read_text().splitlines()
     assert header == watched[0]
     assert row in [line.replace("sub/", "") for line in watched[2:]]
+
+
+@pytest.mark.family("score tables")
+def test_a_watched_folder_with_odd_names_is_watched_again(run, tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    names = [*ODD, "a.png", "a.png.png"]
+    for number, name in enumerate(names):
+        picture(folder / name, number)
+    for _ in range(2):
+        watcher = Thread(target=lambda: (wait_for(lambda: len(rows(out)) == 8), interrupt()))
+        watcher.start()
+        assert cli.main(command(run, folder, out)) == 0
+        watcher.join()
+        assert sorted(rows(out)) == sorted(names)
+        assert len(list((out / "maps").iterdir())) == len(names)
+    assert capsys.readouterr().out.splitlines()[1] == f"0 images: {out / 'scores.csv'}"
+
+
+@pytest.mark.family("broken images")
+def test_a_watched_folder_stops_at_a_broken_image_if_that_is_chosen(run, tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert cli.main(command(run, folder, out, "--on-error", "stop")) == 2
+    assert f"{folder / 'broken.png'} is not an image" in capsys.readouterr().err
+    assert rows(out) == []
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from msflow_ext.reports import comparison, heat_maps
-from msflow_ext.runs.results import read_runs, write_scores
+from msflow_ext.runs.results import read_runs
+from msflow_ext.runs.score_table import Row, write_scores
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = [int(i >= 30) for i in range(60)]
     for name in ("narrow", "a-run-of-a-longer-name", "third"):
         rows = zip(names, ["good"] * 30 + ["scar"] * 30, labels, rng.random(60), strict=True)
-        write_scores(root / name / "scores.csv", rows)
+        write_scores(root / name / "scores.csv", [Row(*row) for row in rows])
         facts = {part: {"name": name} for part in ("model", "recipe", "data", "versions")}
         facts["data"]["category"] = "white"
         value = {"image_auroc": rng.random(), "pixel_auroc": rng.random()}

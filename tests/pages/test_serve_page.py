@@ -41,7 +41,7 @@ class Alarmed(Detector):
         found = np.zeros((64, 64), np.float32)
         found[:, :32] = 1
         image = np.full((64, 64, 3), 128, np.uint8)
-        return [Result("", 1.25, 1, 0.02, found, found > 0.5, image)]
+        return [Result("", 1.25, 1, 0.02, found, found > 0.5, image, image.shape[:2])]
 
 
 def cards(browser) -> list[list[str]]:

@@ -16,7 +16,8 @@ from msflow_ext import cli
 from msflow_ext.reports import comparison, heat_maps
 from msflow_ext.reports.heat_maps import read_panels
 from msflow_ext.runs.curves import write_curves
-from msflow_ext.runs.results import read_runs, write_scores
+from msflow_ext.runs.results import read_runs
+from msflow_ext.runs.score_table import Row, write_scores
 
 NAMES = ("good/0", "good/1", "good/2", "scar/0", "scar/1")
 DEFECTS = ("good", "good", "good", "scar", "scar")
@@ -54,8 +55,9 @@ def write_run(tmp_path: Path) -> WriteRun:
         }
         if threshold is not None:
             content["decisions"] = {"threshold": threshold}
-        rows = zip(names, DEFECTS, labels, scores, strict=True)
-        write_scores(folder / "scores.csv", rows, aupimo=aupimo)
+        columns = zip(names, DEFECTS, labels, scores, aupimo or [None] * 5, strict=True)
+        rows = (Row(n, kind, truth, score, aupimo=each) for n, kind, truth, score, each in columns)
+        write_scores(folder / "scores.csv", rows)
         (folder / "metrics.json").write_text(json.dumps(content))
         image, mask = np.full((16, 16, 3), 90, np.uint8), np.eye(16, dtype=bool)
         maps = [np.full((16, 16), score) for score in scores]
@@ -110,8 +112,8 @@ def test_thresholds_tell_what_they_flag(write_run):
     b = write_run("b", (0.1, 0.2, 9.0, 1.0, 0.15))
     runs = read_runs([a, b])
     assert comparison.decisions(runs) == [
-        ("good images flagged", [pytest.approx(1 / 3), None]),
-        ("defective images flagged", [1.0, None]),
+        ("good images flagged, of 3", [pytest.approx(1 / 3), None]),
+        ("defective images flagged, of 2", [1.0, None]),
     ]
     assert comparison.disagreements(runs)[0].verdicts == (
         "flagged, above 0 of 2 defective",
@@ -122,6 +124,17 @@ def test_thresholds_tell_what_they_flag(write_run):
         for line in comparison.lines(runs)
     )
     assert comparison.decisions(runs[1:]) == []
+
+
+@pytest.mark.family("score tables")
+def test_names_in_no_unicode_are_compared_and_printed(write_run, tmp_path, capsys):
+    odd = (*NAMES[:2], "good/\udcff\r.png", "=scar.png", NAMES[4])
+    runs = [write_run("a", names=odd), write_run("b", (0.1, 0.2, 9.0, 0.0, 0.15), names=odd)]
+    page = tmp_path / "page.html"
+    assert cli.main(["compare", *map(str, runs), "--out", str(page)]) == 0
+    assert "good/\\udcff" in capsys.readouterr().out
+    assert "=scar.png" in page.read_text(encoding="utf-8", errors="surrogateescape")
+    assert read_runs(runs)[0].images[2][0] == "good/\udcff\r.png"
 
 
 def test_without_another_class_the_order_of_the_scores_is_compared(write_run):
@@ -139,8 +152,9 @@ def test_images_in_another_order_are_matched_by_name(write_run):
     a = write_run("a", (0.1, 0.2, 0.3, 0.4, 0.5))
     order = (0, 1, 2, 3, 4)[::-1]
     b = write_run("b")
-    rows = [(NAMES[i], DEFECTS[i], LABELS[i], (0.1, 0.2, 0.3, 0.4, 0.5)[i]) for i in order]
-    write_scores(b / "scores.csv", rows, aupimo=[0.25, 0.5, NAN, NAN, NAN])
+    scores, aupimo = (0.1, 0.2, 0.3, 0.4, 0.5), (NAN, NAN, NAN, 0.5, 0.25)
+    rows = [Row(NAMES[i], DEFECTS[i], LABELS[i], scores[i], aupimo=aupimo[i]) for i in order]
+    write_scores(b / "scores.csv", rows)
     first, second = read_runs([a, b])
     assert second.images == first.images
     assert second.scores.tolist() == first.scores.tolist()
@@ -257,11 +271,11 @@ def test_runs_on_other_test_images_are_refused(write_run, changes, message):
         ("metrics.json", "{", "metrics.json is damaged"),
         ("metrics.json", "[]", "must hold a JSON object, got list"),
         ("metrics.json", "{}", "metrics.json is damaged: it has no best"),
-        ("scores.csv", "name,score\na,1\n", "scores.csv is damaged: KeyError"),
+        ("scores.csv", "name,label\na,1\n", "scores.csv is damaged: it has no column score"),
         (
             "scores.csv",
             "name,defect,label,score\na,good,0,x\n",
-            "scores.csv is damaged: ValueError",
+            "scores.csv is damaged: could not convert string to float: 'x'",
         ),
         ("scores.csv", "name,defect,label,score\na,good,0,nan\n", "a score is not finite"),
         ("scores.csv", "name,defect,label,score\na\n", "scores.csv is damaged"),

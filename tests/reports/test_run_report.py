@@ -12,11 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from msflow_ext.evaluation.calibration import rates
 from msflow_ext.metrics import auroc
 from msflow_ext.reports import heat_maps, run_report
-from msflow_ext.runs.results import write_scores
+from msflow_ext.runs.score_table import Row, write_scores
 
 GRAY = np.full((24, 24, 3), 120, np.uint8)
+DECISIONS = {
+    "false_alarms": 0.05,
+    "held_out": 24,
+    "rate_interval": [0.001, 0.14],
+    "pixel_threshold": 1.0,
+    "on_test": rates([0, 0, 0, None], np.array([0.1, 0.2, 0.9, 0.9]), 0.55),
+}
 HOSTILE = '<script>alert("x")</script> & \'"><img src=x onerror=alert(1)>'
 VOID = {"meta", "img", "input", "br", "link", "hr"}
 
@@ -35,7 +43,7 @@ def test_a_disk_that_fails_while_writing_leaves_the_old_file_and_nothing_else(
     tmp_path, monkeypatch, what, a_run
 ):
     def write(value: float) -> None:
-        write_scores(tmp_path / "scores.csv", [("a", "good", 0, value)])
+        write_scores(tmp_path / "scores.csv", [Row("a", "good", 0, value)])
         run_report.write_report(tmp_path / "report.html", a_run(seconds=value))
         flat = np.full((24, 24), value)
         heat_maps.save_maps(tmp_path, ["a"], [GRAY], [flat], [None], low=0, high=99)
@@ -98,16 +106,11 @@ def test_metrics_are_percent_with_two_decimals_and_unknown_ones_say_so(tmp_path,
 
 
 def test_a_threshold_is_drawn_and_what_it_does_is_told(tmp_path, a_run, page_of):
-    decisions = {
-        "false_alarms": 0.05,
-        "held_out": 24,
-        "threshold": 0.55,
-        "pixel_threshold": 1.0,
-        "on_test": {"false_alarms": 1 / 3, "detected": None},
-    }
-    page, _ = page_of(a_run(decisions=decisions), tmp_path)
+    page, _ = page_of(a_run(decisions={**DECISIONS, "threshold": 0.55}), tmp_path)
     assert "Threshold 0.550" in page.within("th")
-    assert "5% false alarms on 24 good images" in " ".join(page.within("p"))
+    told = "Over the threshold: 1 of 3 good images (33.3%, 95% interval 0.8% to 90.6%)"
+    assert told in " ".join(page.within("p"))
+    assert "5.0% false alarms by 24 good images" in " ".join(page.within("span"))
     (line,) = (points_of(a) for a in page.all("polyline", **{"class": "threshold"}))
     assert line[0, 0] == line[1, 0]
     assert not page_of(a_run(), tmp_path)[0].all("polyline", **{"class": "threshold"})
@@ -233,9 +236,6 @@ def test_the_head_says_model_run_and_date(tmp_path, a_run, page_of):
         "MSFlow with resnet18 · run plates-3 · 6 test images: 3 good, 3 defective"
     )
     assert head.endswith("2026-11-30 18:45+00:00")
-
-
-DECISIONS = {"false_alarms": 0.05, "held_out": 24, "pixel_threshold": 1.0, "on_test": {}}
 
 
 @pytest.mark.family("pages")

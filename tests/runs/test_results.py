@@ -1,55 +1,42 @@
-"""Tables of scores read back as they were written, whole or not at all."""
+"""Finished runs are compared image by image, whichever version wrote their tables."""
 
 from __future__ import annotations
 
-import csv
-import os
+import json
+from pathlib import Path
 
 import pytest
 
-from msflow_ext.runs.results import write_scores
+from msflow_ext.runs.results import read_runs
+from msflow_ext.runs.score_table import Row, write_scores
 
-ROWS = (("scar/0", "scar", 1, 0.1), ('a,"b"\n', "good", 0, 1e-30), ("new", "", None, -2.5))
-
-
-def test_what_is_written_reads_back_unchanged(tmp_path):
-    write_scores(tmp_path / "scores.csv", ROWS)
-    with open(tmp_path / "scores.csv", newline="", encoding="utf-8") as file:
-        read = list(csv.DictReader(file))
-    assert [
-        (r["name"], r["defect"], int(r["label"]) if r["label"] else None, float(r["score"]))
-        for r in read
-    ] == list(ROWS)
+pytestmark = pytest.mark.family("score tables")
+OLD = "name,defect,label,score\nscar/0,scar,1,0.5\ngood/0,good,0,0.25\n"
 
 
-def test_further_columns_of_scores_are_empty_where_nothing_is_known(tmp_path):
-    rows = [("a", "good", 0, 1.0), ("b", "scar", 1, 2.0), ("c", "scar", 1, 3.0)]
-    write_scores(tmp_path / "s.csv", rows, p_value=[0.5, None, float("nan")], aupimo=None)
-    assert (tmp_path / "s.csv").read_text().splitlines() == [
-        "name,defect,label,score,p_value",
-        "a,good,0,1.0,0.5",
-        "b,scar,1,2.0,",
-        "c,scar,1,3.0,",
-    ]
+def finished(folder: Path, threshold: float) -> Path:
+    facts = {part: {} for part in ("best", "model", "recipe", "data", "versions")}
+    folder.mkdir()
+    content = json.dumps({**facts, "decisions": {"threshold": threshold}})
+    (folder / "metrics.json").write_text(content)
+    return folder
 
 
-def test_a_file_name_that_is_not_unicode_keeps_its_bytes(tmp_path):
-    write_scores(tmp_path / "scores.csv", [(os.fsdecode(b"\xff.png"), "good", 0, 1.0)])
-    assert b"\n\xff.png,good,0,1.0\n" in (tmp_path / "scores.csv").read_bytes()
+def test_a_run_of_an_older_version_is_compared_with_a_new_one(tmp_path):
+    old, new = finished(tmp_path / "old", 0.4), finished(tmp_path / "new", 0.4)
+    (old / "scores.csv").write_text(OLD)
+    rows = [Row("good/0.png", "good", 0, 0.4, 0), Row("scar/0.png", "scar", 1, 0.3, 0)]
+    write_scores(new / "scores.csv", rows)
+    first, second = read_runs([old, new])
+    assert second.images == first.images == (("scar/0", "scar", 1), ("good/0", "good", 0))
+    assert second.scores.tolist() == [0.3, 0.4]
+    assert [run.maps[0].name for run in (first, second)] == ["scar-0.png"] * 2
+    assert first.flagged is not None and first.flagged.tolist() == [True, False]
 
 
-def test_the_aupimo_of_each_image_is_a_fifth_column(tmp_path):
-    columns = {"aupimo": [0.5, float("nan"), 0.0], "p_value": None}
-    write_scores(tmp_path / "scores.csv", ROWS, **columns)
-    with open(tmp_path / "scores.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert rows[0].keys() == {"name", "defect", "label", "score", "aupimo"}
-    assert [row["aupimo"] for row in rows] == ["0.5", "", "0.0"]
-
-
-def test_a_score_that_is_not_finite_is_refused_and_the_old_file_stays(tmp_path):
-    write_scores(tmp_path / "scores.csv", ROWS)
-    before = (tmp_path / "scores.csv").read_bytes()
-    with pytest.raises(ValueError, match="the score of 'b' must be finite, got nan"):
-        write_scores(tmp_path / "scores.csv", [("b", "good", 0, float("nan"))])
-    assert (tmp_path / "scores.csv").read_bytes() == before
+def test_what_a_run_flags_are_its_own_verdicts(tmp_path):
+    runs = [finished(tmp_path / name, 0.0) for name in "ab"]
+    for verdict, run in enumerate(runs):
+        write_scores(run / "scores.csv", [Row("a.png", "good", 0, 0.5, verdict)])
+    flagged = [run.flagged for run in read_runs(runs)]
+    assert [None if each is None else each.tolist() for each in flagged] == [[False], [True]]

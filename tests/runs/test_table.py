@@ -13,6 +13,7 @@ import pytest
 
 from msflow_ext.metrics import RESULTS
 from msflow_ext.runs import table
+from msflow_ext.runs.csv_cells import csv_rows
 from msflow_ext.runs.table import Line, Run
 
 
@@ -131,3 +132,16 @@ def test_the_files_of_a_table_agree_and_name_what_failed(tmp_path):
 def test_a_table_of_failures_alone_holds_them(tmp_path):
     assert table.write(tmp_path, [FAILED]) == []
     assert "tea.png is empty" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.family("score tables")
+def test_odd_categories_are_read_back_and_no_spreadsheet_runs_one(tmp_path):
+    categories = ["=1+1", "a\rb", "a\nb", "\udcff"]
+    table.write(tmp_path, [run(name, 0.5) for name in categories])
+    content = (tmp_path / "table.csv").read_bytes().decode("utf-8", "surrogateescape")
+    header, *rows = csv_rows(content)
+    assert header == list(Line.__dataclass_fields__)
+    found = [row[1] for row in rows if row[3] == "MSFlow"]
+    assert found == [*categories, "mean"]
+    assert '"\'=1+1"' in content
+    assert (tmp_path / "table.md").exists()

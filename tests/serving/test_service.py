@@ -41,7 +41,9 @@ class Waiting(Detector):
         self.begun.release()
         assert self.go.wait(30)
         image = np.asarray(source)
-        return [Result("", 0.5, None, None, np.zeros(image.shape[:2]), None, image)]
+        return [
+            Result("", 0.5, None, None, np.zeros(image.shape[:2]), None, image, image.shape[:2])
+        ]
 
 
 class Broken(Detector):

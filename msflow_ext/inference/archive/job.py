@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
@@ -15,7 +15,7 @@ import torch
 
 from msflow_ext.choices import MAPS
 from msflow_ext.distributed.executors import Engine, TaskLost, one_by_one
-from msflow_ext.errors import sentence
+from msflow_ext.evaluation.calibration import exceeds
 from msflow_ext.inference.archive import manifest
 from msflow_ext.inference.archive.parquet import Store, schema
 from msflow_ext.inference.settings import Scoring
@@ -49,6 +49,7 @@ class Job:
         manifest: the digest of everything that rows depend on.
         device: where to compute; None for a GPU if there is one.
         threads: of torch on the CPU; None to leave them.
+        on_error: as :meth:`msflow_ext.inference.Detector.predict` takes it.
     """
 
     run: str
@@ -59,6 +60,7 @@ class Job:
     manifest: str
     device: str | None
     threads: int | None
+    on_error: str = "skip"
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def prepare(
     shard_size: int = 256,
     device: str | None = None,
     threads: int | None = None,
+    on_error: str = "skip",
 ) -> Archive:
     """List the images, and write the manifest into ``out`` or compare with the one that is there.
 
@@ -137,6 +140,8 @@ def prepare(
         run: run folder or checkpoint file.
         source: image files, and folders with all that is in them.
         out: folder, or URI that pyarrow or fsspec knows.
+        on_error: ``"skip"`` for a row with the error of an image that cannot be scored, ``"stop"``
+            to end the work with it.
 
     Raises:
         FileNotFoundError: a file or the run is not there.
@@ -170,7 +175,7 @@ def prepare(
         if store.owner_of(shard.name) != (_owner(digest, shard), len(shard.paths)):
             what = f"{store.path(shard.name)} is not what {manifest.MANIFEST} says"
             raise ValueError(f"{what}: remove it, and it is made again")
-    job = Job(str(run), sha256, str(out), scoring, maps, digest, device, threads)
+    job = Job(str(run), sha256, str(out), scoring, maps, digest, device, threads, on_error)
     return Archive(job, parts, frozenset(shard.number for shard in finished))
 
 
@@ -181,13 +186,10 @@ def score_shard(job: Job, shard: Shard) -> None:
     if job.threads:
         torch.set_num_threads(job.threads)
     detector = _detector(job)
+    results = job.scoring.stream(detector, shard.paths, on_error=job.on_error)
     rows = [
-        {"path": path, "error": found}
-        if isinstance(found, str)
-        else _row(path, found, job, detector)
-        for path, found in zip(
-            shard.paths, _results(job.scoring, detector, shard.paths), strict=True
-        )
+        {"path": path, "error": result.error} if result.error else _row(path, result, job, detector)
+        for path, result in zip(shard.paths, results, strict=True)
     ]
     table = pyarrow.Table.from_pylist(rows, schema(job.maps))
     Store(job.out).write_table(shard.name, table, _owner(job.manifest, shard))
@@ -208,30 +210,6 @@ def _detector(job: Job) -> Detector:
     return detector
 
 
-def _results(scoring: Scoring, detector: Detector, paths: Sequence[str]) -> Iterator[Result | str]:
-    """A result, or what is wrong with it, for each image; batches are always the same."""
-    at = 0
-    while at < len(paths):
-        try:
-            for result in scoring.stream(detector, paths[at:]):
-                yield result
-                at += 1
-        except (ValueError, FileNotFoundError, FloatingPointError):
-            # One image of the batch: each of those that are left in it is scored alone.
-            end = (at // scoring.batch_size + 1) * scoring.batch_size
-            for path in paths[at:end]:
-                yield _alone(scoring, detector, path)
-                at += 1
-
-
-def _alone(scoring: Scoring, detector: Detector, path: str) -> Result | str:
-    try:
-        (result,) = scoring.stream(detector, path)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        return sentence(error)
-    return result
-
-
 def _row(path: str, result: Result, job: Job, detector: Detector) -> dict[str, Any]:
     height, width = result.map.shape
     top, left = divmod(int(result.map.argmax()), width)
@@ -243,7 +221,7 @@ def _row(path: str, result: Result, job: Job, detector: Detector) -> dict[str, A
         "p_value": result.p_value,
         "map_max": float(result.map.max()),
         "map_mean": float(result.map.mean(dtype=np.float64)),
-        "map_area": None if threshold is None else float((result.map > threshold).mean()),
+        "map_area": None if threshold is None else float(exceeds(result.map, threshold).mean()),
         "map_max_x": (left + 0.5) / width,
         "map_max_y": (top + 0.5) / height,
     }

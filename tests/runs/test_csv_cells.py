@@ -1,0 +1,66 @@
+"""Cells of CSV come back as they were, and no spreadsheet takes one for a formula."""
+
+from __future__ import annotations
+
+import csv
+import doctest
+import io
+import os
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from msflow_ext.runs import csv_cells
+from msflow_ext.runs.csv_cells import csv_line, csv_rows, whole_lines
+
+pytestmark = pytest.mark.family("score tables")
+TEXT = st.text(st.characters() | st.sampled_from("'=+-@\t\r\n\",; \x85\u2028\udcff"), max_size=8)
+DANGEROUS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", " =1")
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.lists(TEXT, min_size=2, max_size=2), max_size=4))
+@example([["'=1", "''=1"], ["a\r", "\r\n"], ["it's", " '=1"], ['"', '""']])
+def test_any_text_comes_back_unchanged(rows):
+    assert csv_rows("".join(map(csv_line, rows))) == rows
+
+
+def test_the_names_of_files_in_no_unicode_come_back_as_bytes():
+    name = os.fsdecode(b"Gr\xf6\xdfe\r.png")
+    content = csv_line([name, 1]).encode("utf-8", "surrogateescape")
+    ((read, _),) = csv_rows(content.decode("utf-8", "surrogateescape"))
+    assert os.fsencode(read) == b"Gr\xf6\xdfe\r.png"
+
+
+@pytest.mark.parametrize("text", [*DANGEROUS, *(f"'{text}" for text in DANGEROUS)])
+def test_no_cell_of_text_begins_like_a_formula_and_numbers_stay_numbers(text):
+    line = csv_line([text, -0.5, None])
+    ((cell, number, nothing),) = csv.reader(io.StringIO(line, newline=""))
+    assert cell == f"'{text}"
+    assert (number, nothing) == ("-0.5", "")
+
+
+@pytest.mark.parametrize("text", ["a;=1+1", "a\t=1+1", "a|b", "a\rb", "a\u2028b"])
+def test_a_cell_with_a_separator_of_another_program_stands_in_quotes(text):
+    assert csv_line([text]) == f'"{text}"\n'
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.lists(TEXT, min_size=1, max_size=4))
+@example(["a\nb", "c"])
+def test_a_last_line_that_was_cut_off_anywhere_is_left_out(names):
+    lines = [csv_line([name, 1]).encode("utf-8", "surrogatepass") for name in names]
+    content = b"".join(lines)
+    for end in range(len(content) + 1):
+        whole = [sum(map(len, lines[: i + 1])) for i in range(len(lines))]
+        assert whole_lines(content[:end]) == max([0, *(n for n in whole if n <= end)])
+
+
+def test_what_is_no_csv_is_refused():
+    with pytest.raises(ValueError, match="it is no CSV"):
+        csv_rows('"a"b\n')
+
+
+def test_the_examples_give_what_they_say():
+    assert doctest.testmod(csv_cells) == (0, 2)
