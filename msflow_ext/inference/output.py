@@ -62,7 +62,8 @@ def write_pictures(out: Path, results: Iterable[Result], colours: Sequence[float
     if first is None:
         return
     low, high = colours or colour_range([first.map])
-    a, b, c, d = tee(_with_masks(out, chain([first], results)), 4)
+    shown = (result.shown() for result in chain([first], results))
+    a, b, c, d = tee(_with_masks(out, shown), 4)
     columns = (r.name for r in a), (r.image for r in b), (r.map for r in c), (r.mask for r in d)
     save_maps(out, *columns, low=low, high=high)
 

@@ -110,7 +110,7 @@ def test_an_image_that_is_the_threshold_is_good_in_batches_of_any_size(detector,
         together = detector.predict(folder, batch_size=size)
         for one, other in [*zip(alone, together, strict=True), *zip(together, alone, strict=True)]:
             at = Detector(detector.model, threshold=one.score, pixel_threshold=float(one.map.max()))
-            judged = at._result("", other.score, other.map, other.image)
+            judged = at._result("", other.score, other.map, other.image, other.size)
             assert judged.label == 0
             assert judged.mask is not None and not judged.mask.any()
 
