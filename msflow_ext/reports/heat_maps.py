@@ -166,7 +166,7 @@ def read_panels(path: Path) -> list[Image]:
     """
     from PIL import Image
 
-    with Image.open(path) as file:
+    with Image.open(path, formats=("PNG",)) as file:
         strip = file.convert("RGB")
     side = strip.height
     step = side + _gap(side)
