@@ -76,29 +76,40 @@ def aupro(masks: Array, maps: Array, max_fpr: float = 0.3) -> float:
     return area_up_to(max_fpr, *_pro_curve("aupro", masks, maps))
 
 
-def aupimo(masks: Array, maps: Array, fpr_bounds: tuple[float, float] = (1e-5, 1e-4)) -> float:
+def aupimo(
+    masks: Array,
+    maps: Array,
+    fpr_bounds: tuple[float, float] = (1e-5, 1e-4),
+    labels: Array | None = None,
+) -> float:
     """The mean of :func:`aupimo_per_image` over the images with a defect."""
-    return float(np.nanmean(aupimo_per_image(masks, maps, fpr_bounds)))
+    return float(np.nanmean(aupimo_per_image(masks, maps, fpr_bounds, labels)))
 
 
 def aupimo_per_image(
-    masks: Array, maps: Array, fpr_bounds: tuple[float, float] = (1e-5, 1e-4)
+    masks: Array,
+    maps: Array,
+    fpr_bounds: tuple[float, float] = (1e-5, 1e-4),
+    labels: Array | None = None,
 ) -> np.ndarray:
     r"""Area under each image's own overlap curve, over the logarithm of a shared rate.
 
     .. math:: \frac{1}{\log(U / L)} \int_{\log L}^{\log U} T_i(F^{-1}(x))\, d \log x
 
     :math:`T_i` is the fraction of image i's defective pixels that reach a threshold, F that of all
-    pixels of the images without any defect. Where scores tie, T is linear in F, so that constant
-    maps score as little as random ones: 4e-5 for the default bounds. At least ``1 / L`` pixels of
-    normal images are wanted for a fine curve, 100,000 by default.
+    pixels of the normal images. Where scores tie, T is linear in F, so that constant maps score as
+    little as random ones: 4e-5 for the default bounds. At least ``1 / L`` pixels of normal images
+    are wanted for a fine curve, 100,000 by default.
 
     Shapes:
         masks, maps: ``(N, H, W)``.
+        labels: ``(N,)``, 0 for normal images. A defective one may have an empty mask: it counts neither
+            as normal nor in the mean. Without labels, images without a mask are the normal ones.
     Returns:
-        ``(N,)`` float64, NaN for an image without a defect.
+        ``(N,)`` float64, NaN for an image without a marked defect.
     Raises:
-        ValueError: also for bounds that are not 0 < L < U <= 1, and without a normal image.
+        ValueError: also for bounds that are not 0 < L < U <= 1, without a normal image, and for an
+            image labelled 0 whose mask is not empty.
     Source: Bertoldo et al., "AUPIMO: Redefining Visual Anomaly Detection Benchmarks with High Speed
         and Low Tolerance", BMVC 2024. The authors' code takes 300,000 uniform thresholds instead of
         all, and the ones nearest to the bounds.
@@ -107,10 +118,10 @@ def aupimo_per_image(
     if not 0 < low < high <= 1:
         raise ValueError(f"aupimo: fpr_bounds must be 0 < low < high <= 1, got {low}, {high}")
     truth, scores = _checked_maps("aupimo", masks, maps)
-    defective = truth.any(axis=(1, 2))
-    normal = scores[~defective].ravel()
+    defective = np.asarray(truth.any(axis=(1, 2)))
+    normal = scores[_normal(defective, labels)].ravel()
     if not normal.size:
-        raise ValueError("aupimo is undefined: masks hold no image without a defect")
+        raise ValueError("aupimo is undefined: there is no image without a defect")
     highest = min(int(high * normal.size) + 1, normal.size)  # scores that matter, ties aside
     normal.partition(-highest)
     thresholds = np.unique(normal[-highest:])[::-1]
@@ -286,6 +297,22 @@ def _checked_maps(metric: str, masks: Array, maps: Array) -> tuple[np.ndarray, n
     if truth.ndim != 3:
         raise ValueError(f"{metric}: masks and maps must be (N, H, W), got {truth.shape}")
     return truth, scores
+
+
+def _normal(defective: np.ndarray, labels: Array | None) -> np.ndarray:
+    """Bool ``(N,)``: the images labelled 0; without labels, those without a defect in their masks."""
+    if labels is None:
+        return ~defective
+    given = _array(labels)
+    if given.shape != defective.shape or not np.isin(given, (0, 1)).all():
+        shape = defective.shape
+        raise ValueError(f"aupimo: labels must be {shape} of 0 and 1, got {given.shape} of {given}")
+    if (defective & (given == 0)).any():
+        first = int(np.flatnonzero(defective & (given == 0))[0])
+        raise ValueError(
+            f"aupimo: masks of images labelled 0 must be empty, that of {first} is not"
+        )
+    return given == 0
 
 
 def _array(given: Array) -> np.ndarray:

@@ -346,7 +346,7 @@ def test_aupimo_refuses_bounds_that_span_nothing(bounds):
 def test_aupimo_needs_an_image_without_a_defect():
     masks, maps = tied_maps(0)
     masks[3, 0, 0] = True
-    with pytest.raises(ValueError, match="aupimo is undefined: masks hold no image without a def"):
+    with pytest.raises(ValueError, match="aupimo is undefined: there is no image without a def"):
         metrics.aupimo(masks, maps)
 
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.cli.flags import DATA_HELP, add_data
+from msflow_ext.choices import FITS
+from msflow_ext.cli.flags import DATA_HELP, add_choice, add_data
+from msflow_ext.cli.parser import count
 
 if TYPE_CHECKING:
     from msflow_ext.data import DataSet
@@ -24,7 +26,8 @@ def data(options: Any) -> int:
     chosen["data"] = options.data if options.folder is None else options.folder
     every = chosen["data"] and chosen["category"] is None
     for name in categories({**chosen, "category": "all"} if every else chosen):
-        report = check_dataset(open_data({**chosen, "category": name}, strict=False))
+        dataset = open_data({**chosen, "category": name}, strict=False)
+        report = check_dataset(dataset, size=options.image_size, fit=options.fit)
         print(report)
         faults += len(report.faults)
     return 2 if faults else 0
@@ -73,3 +76,6 @@ def data_flags(part: Any) -> None:
     check = part.add_commands("action", {"check": phrase})["check"]
     check.add_argument("folder", nargs="?", metavar="DIR", help=f"{DATA_HELP} The same as --data.")
     add_data(check)
+    text = "Side of the model's images in pixels: also names defects smaller than a pixel there."
+    check.add_argument("--image-size", type=count, metavar="PIXELS", help=text)
+    add_choice(check, "--fit", FITS, "How images become square there.", default="resize")

@@ -112,7 +112,13 @@ class AUPRO(ExactMetric):
 
 
 class AUPIMO(ExactMetric):
-    """:func:`msflow_ext.metrics.aupimo` of maps ``(N, H, W)``."""
+    """:func:`msflow_ext.metrics.aupimo` of maps ``(N, H, W)``.
+
+    ``update(preds, target, labels)`` also takes the images' labels ``(N,)``, by which a defective image
+    whose mask is empty is not taken for a normal one; in every call or in none.
+    """
+
+    labels: list[Tensor]
 
     def __init__(
         self,
@@ -120,4 +126,22 @@ class AUPIMO(ExactMetric):
         limit: int = MOST,
         **kwargs: Any,
     ) -> None:
-        super().__init__(partial(metrics.aupimo, fpr_bounds=fpr_bounds), limit, **kwargs)
+        super().__init__(metrics.aupimo, limit, **kwargs)
+        self.fpr_bounds = fpr_bounds
+        self.add_state("labels", [], dist_reduce_fx="cat")
+
+    def update(self, preds: Tensor, target: Tensor, labels: Tensor | None = None) -> None:
+        """Keep maps and their masks, and the labels of their images."""
+        if labels is not None and labels.shape != preds.shape[:1]:
+            shapes = f"{tuple(labels.shape)} for maps {tuple(preds.shape)}"
+            raise ValueError(f"AUPIMO: labels must be (N,), got {shapes}")
+        super().update(preds, target)
+        if labels is not None:
+            self.labels.append(labels)
+
+    def compute(self) -> Tensor:
+        """The metric of all that was kept, a float64 scalar."""
+        scores, truth = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        labels = dim_zero_cat(self.labels) if len(self.labels) else None
+        value = metrics.aupimo(truth, scores, self.fpr_bounds, labels)
+        return torch.tensor(value, dtype=torch.float64, device=self.device)

@@ -9,11 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from msflow_ext.data.dataset import DataSet, Item
-from msflow_ext.data.decoding import decode, read_mask, source_name, to_rgb
+from msflow_ext.data.decoding import decode, source_name, to_rgb
+from msflow_ext.data.images import Images, placed
+from msflow_ext.data.masks import Mask, check_size, decode_mask, resize
 from msflow_ext.text_table import text_table
 
 SHOWN = 5  # names or sizes in one line
+DARK = 64  # of 255: 16-bit images that are all darker than this hold values of fewer bits
 
 
 @dataclass(frozen=True)
@@ -56,25 +61,36 @@ class Report:
         return "\n".join(lines)
 
 
-def check_dataset(dataset: DataSet, workers: int = 2) -> Report:
+def check_dataset(
+    dataset: DataSet, workers: int = 2, *, size: int | None = None, fit: str = "resize"
+) -> Report:
     """Decode every image and mask of a data set that was opened with ``strict=False``.
 
     Faults: those of the reader; no image to train on; an image or a mask that cannot be decoded; a
     mask of another size than its image. Warnings: images of the same pixels; a mask that marks
-    nothing on a defect, or something on a good image; test images of one class only; defects
-    without masks; files that the layout has no place for.
+    nothing on a defect, or something on a good image; what :func:`_doubtful` lists; test images of one
+    class only; defects without masks; files that the layout has no place for.
 
     Args:
         workers: threads that decode.
+        size, fit: of a model's images, see :class:`msflow_ext.data.Images`, at which defects may become
+            smaller than a pixel; None for no such warning.
+
+    Raises:
+        ValueError: no such size or fit.
     """
+    items = (*dataset.train, *dataset.test)
+    if size is not None:
+        Images(items, size, fit)  # refuses a size or fit that is none
     with ThreadPoolExecutor(workers) as pool:
-        seen = list(pool.map(_look, (*dataset.train, *dataset.test)))
+        seen = list(pool.map(lambda item: _look(item, size, fit), items))
     faults = [str(fault) for fault in dataset.faults]
     faults += [] if dataset.train else ["there are no images to train on"]
     warnings = list(_one_sided(dataset.test))
     for each in seen:
         faults += each.faults
         warnings += each.warnings
+    warnings += _doubtful(items, seen, size)
     warnings += _duplicates(dataset, (each.digest for each in seen))
     warnings += _unread(dataset)
     parts = {"train": dataset.train, "test": dataset.test}
@@ -95,32 +111,81 @@ class _Seen:
     size: tuple[int, int] | None = None
     mode: str = ""
     digest: bytes | None = None
+    images: int = 1  # in the file
+    brightest: int | None = None  # level in 0..255 of an image of 16 bits
+    soft: bool = False  # the mask, as all below
+    inverted: bool = False
+    askew: bool = False
+    lost: int = 0  # regions
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
-def _look(item: Item) -> _Seen:
-    seen = _Seen()
+def _look(item: Item, size: int | None, fit: str) -> _Seen:
+    seen, picture = _Seen(), None
     try:
-        image = decode(item.image)
-        pixels = to_rgb(image, source_name(item.image))
+        picture = decode(item.image)
+        pixels = to_rgb(picture, source_name(item.image))
     except (OSError, TypeError, ValueError) as error:
         seen.faults.append(str(error))
     else:
-        seen.size, seen.mode = image.size, image.mode
-        seen.digest = hashlib.sha256(repr(image.size).encode() + pixels.tobytes()).digest()
-    if item.mask is None:
-        return seen
-    try:
-        marked = bool(read_mask(item.mask, item.image if seen.digest else None).any())
-    except (OSError, TypeError, ValueError) as error:
-        seen.faults.append(str(error))
-    else:
-        if item.label == 1 and not marked:
-            seen.warnings.append(f"the mask of the defect {item.name} marks nothing")
-        if item.label == 0 and marked:
-            seen.warnings.append(f"the mask of the good image {item.name} marks something")
+        seen.size, seen.mode = picture.pixels.size, picture.pixels.mode
+        seen.digest = hashlib.sha256(repr(seen.size).encode() + pixels.tobytes()).digest()
+        seen.images = picture.images
+        seen.brightest = np.asarray(pixels).max().item() if picture.deep else None
+    if item.mask is not None:
+        try:
+            mask = decode_mask(item.mask)
+            if picture is not None:
+                check_size(mask, item.mask, picture, item.image)
+            _judge(item, mask, seen)
+            seen.askew = picture is not None and picture.turned and not mask.turned
+            if size is not None:
+                height, width = mask.marks.shape
+                rows, columns = placed(width, height, size, fit)
+                extent = rows.stop - rows.start, columns.stop - columns.start
+                seen.lost = resize(mask.marks, *extent)[1]
+        except (OSError, TypeError, ValueError) as error:
+            seen.faults.append(str(error))
     return seen
+
+
+def _judge(item: Item, mask: Mask, seen: _Seen) -> None:
+    share = mask.marks.mean()
+    if item.label == 1 and not share:
+        seen.warnings.append(f"the mask of the defect {item.name} marks nothing")
+    if item.label == 0 and share:
+        seen.warnings.append(f"the mask of the good image {item.name} marks something")
+    seen.soft, seen.inverted = mask.soft, item.label == 1 and bool(share > 0.5)
+
+
+def _doubtful(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) -> Iterator[str]:
+    """What may be meant otherwise: a sentence of each kind, with the names of the images."""
+    deep = [each.brightest for each in seen if each.brightest is not None]
+    brightest = max(deep, default=255)
+    for sentence, flag in (
+        ("files hold several images, of which the first is read", lambda s: s.images > 1),
+        (
+            f"images have 16 bits, of which 65535 is white, and at most {brightest / 255:.1%} of it",
+            lambda s: s.brightest is not None and brightest < DARK,
+        ),
+        (
+            "masks have soft outlines, which are cut at half of the mask's largest level",
+            lambda s: s.soft,
+        ),
+        (
+            "masks mark more than half of their image, though not black is a defect",
+            lambda s: s.inverted,
+        ),
+        (
+            "images are turned as their EXIF says, unlike their masks, which must fit the turned image",
+            lambda s: s.askew,
+        ),
+        (f"masks have regions smaller than a pixel at size {size}", lambda s: s.lost),
+    ):
+        names = [item.name for item, each in zip(items, seen, strict=True) if flag(each)]
+        if names:
+            yield f"{len(names)} {sentence}: {_few(names)}"
 
 
 def _one_sided(test: Sequence[Item]) -> Iterator[str]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from msflow_ext.choices import FITS
+from msflow_ext.data import masks
 from msflow_ext.data.dataset import Item
-from msflow_ext.data.decoding import Source, decode, load_image, read_mask
+from msflow_ext.data.decoding import Source, decode, load_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,10 +42,7 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        from PIL import Image
-
-        image = load_image(self.items[index].image)
-        image = _fitted(image, self.size, self.fit, Image.Resampling.LANCZOS)
+        image = _fitted(load_image(self.items[index].image), self.size, self.fit)
         levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return levels.to(torch.float32, memory_format=torch.contiguous_format) / 255
 
@@ -74,22 +72,22 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
 
     def box(self, index: int) -> Box:
         """The rows and columns of the square that show the image; the others are padding."""
-        whole = slice(0, self.size), slice(0, self.size)
         image = self.items[index].image
-        return whole if self.fit == "resize" else _padded(*decode(image).size, self.size)
+        size = (1, 1) if self.fit == "resize" else decode(image).pixels.size
+        return placed(*size, self.size, self.fit)
 
 
 def load_mask(
     source: Source, size: int, image: Source | None = None, fit: str = "resize"
 ) -> np.ndarray:
-    """Decode a mask into bool ``(size, size)``: True where any colour is above 0.
+    """Decode a mask into bool ``(size, size)``, as :func:`msflow_ext.data.masks.decode_mask` says.
 
-    So 0/1, 0/255, 16 bits, 1 bit and palettes (by their colours) all work. The resize takes the
-    nearest pixel.
+    It is resized to the nearest pixel, and every region keeps at least one, see
+    :func:`msflow_ext.data.masks.resize`.
 
     Args:
-        source: a file that Pillow reads, a folder of such files, which together are the mask, or a
-            bool or integer ``(H, W)`` array.
+        source: a file, a folder of files, which together are the mask, or a bool or integer
+            ``(H, W)`` array.
         image: what the mask belongs to; given, both must have the same size.
         fit: ``"resize"`` or ``"pad"``, as in :class:`Images`.
 
@@ -98,33 +96,39 @@ def load_mask(
         ValueError: the mask is of another size than its image, or cannot be decoded.
         TypeError: an array is neither bool nor integer.
     """
-    from PIL import Image
-
     _checked_size(size)
     _checked_fit(fit)
-    mask = Image.fromarray(read_mask(source, image).astype(np.uint8))
-    return np.asarray(_fitted(mask, size, fit, Image.Resampling.NEAREST)) > 0
-
-
-def _fitted(image: Image.Image, size: int, fit: str, resampling: Image.Resampling) -> Image.Image:
-    from PIL import Image
-
-    if fit == "resize":
-        return image.resize((size, size), resampling)
-    rows, columns = _padded(*image.size, size)
-    extent = columns.stop - columns.start, rows.stop - rows.start
-    square = Image.new(image.mode, (size, size))
-    square.paste(image.resize(extent, resampling), (columns.start, rows.start))
+    mask, square = masks.read_mask(source, image), np.zeros((size, size), bool)
+    height, width = mask.shape
+    rows, columns = placed(width, height, size, fit)
+    extent = rows.stop - rows.start, columns.stop - columns.start
+    square[rows, columns], _ = masks.resize(mask, *extent)
     return square
 
 
-def _padded(width: int, height: int, size: int) -> Box:
-    """Where an image lies in the square that its longer side fills."""
-    extents = (max(1, round(size * side / max(width, height))) for side in (height, width))
+def placed(width: int, height: int, size: int, fit: str) -> Box:
+    """The rows and columns of a square of ``size`` that show an image of ``width`` x ``height``."""
+    longer = max(width, height)
+    extents = (
+        size if fit == "resize" else max(1, round(size * side / longer)) for side in (height, width)
+    )
     rows, columns = (
         slice((size - extent) // 2, (size - extent) // 2 + extent) for extent in extents
     )
     return rows, columns
+
+
+def _fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
+    from PIL import Image
+
+    rows, columns = placed(*image.size, size, fit)
+    extent = columns.stop - columns.start, rows.stop - rows.start
+    resized = image.resize(extent, Image.Resampling.LANCZOS)
+    if fit == "resize":
+        return resized
+    square = Image.new(image.mode, (size, size))
+    square.paste(resized, (columns.start, rows.start))
+    return square
 
 
 def _checked_size(size: int) -> int:

@@ -12,7 +12,9 @@ import numpy as np
 
 from msflow_ext.data.dataset import Frame
 
-SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".gif")
+#: By suffix, what a file must hold: others could open further files, or start programs.
+KINDS = {".avi": "avi", ".mp4": "mp4", ".mkv": "matroska", ".mov": "mov", ".gif": "gif"}
+SUFFIXES = tuple(KINDS)
 
 
 def frames(video: Path) -> list[Frame]:
@@ -57,6 +59,19 @@ def _decoded(path: Path, read: Callable[[Any], Any]) -> Any:
         raise ValueError(f"video {path} cannot be decoded: {error}") from error
 
 
+def _opened(path: Path) -> Any:
+    import imageio.v3
+
+    kind = KINDS[path.suffix.lower()]
+    if kind != "gif":
+        options: Any = {"plugin": "pyav", "format": kind}
+        return imageio.v3.imopen(path, "r", **options)
+    from PIL import Image
+
+    with Image.open(path, formats=("GIF",)):  # or an error: imageio takes any kind
+        return imageio.v3.imopen(path, "r", plugin="pillow")
+
+
 class _Last(threading.local):
     """The video that a thread read last: to close one takes imageio half a second."""
 
@@ -66,11 +81,8 @@ class _Last(threading.local):
     def opened(self, path: Path) -> Any:
         key = (os.getpid(), path, path.stat().st_mtime_ns)  # a forked process opens it anew
         if key != self.key:
-            import imageio.v3
-
             self.close()
-            plugin = "pillow" if path.suffix.lower() == ".gif" else "pyav"
-            self.video, self.key = imageio.v3.imopen(path, "r", plugin=plugin), key
+            self.video, self.key = _opened(path), key
         return self.video
 
     def close(self) -> None:

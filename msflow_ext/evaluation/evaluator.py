@@ -66,7 +66,8 @@ def evaluate(
 
     The metrics are fractions: ``image_auroc``, ``image_average_precision``, ``image_f1_max``, the
     same three for ``pixel``, ``aupro`` and ``aupro_0.05`` (up to a false-positive rate of 0.3 and
-    0.05), and ``aupimo``; None where the truth is, ``aupimo`` also where every image has a defect.
+    0.05), and ``aupimo``; None where the truth is, ``aupimo`` also without labels of both classes:
+    its normal images are those labelled so, whatever their masks hold.
     Of several processes each scores its own images, and the first one measures them all; the others
     return theirs without metrics.
 
@@ -96,8 +97,8 @@ def measure(truth: Truth, scores: np.ndarray, maps: np.ndarray) -> Evaluation:
     known["aupro"] = metrics.area_up_to(0.3, *curves["pro"])
     known["aupro_0.05"] = metrics.area_up_to(0.05, *curves["pro"])
     each = None
-    if not truth.masks.any(axis=(1, 2)).all():
-        each = metrics.aupimo_per_image(truth.masks, maps)
+    if truth.labels is not None:
+        each = metrics.aupimo_per_image(truth.masks, maps, labels=truth.labels)
         known["aupimo"] = float(np.nanmean(each))
     return Evaluation(scores, maps, known, each, curves)
 

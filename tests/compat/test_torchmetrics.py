@@ -62,6 +62,25 @@ def test_the_limits_of_the_areas_are_passed_on(batches):
     assert found["aupimo"].item() == metrics.aupimo(masks, maps, (1e-2, 0.5))
 
 
+@pytest.mark.family("masks")
+def test_a_defect_without_a_mask_is_no_normal_image_of_aupimo(batches):
+    masks, maps = joined(batches)
+    masks[2] = 0  # a defect that nobody marked
+    labels = (torch.arange(8) >= 2).long()
+    metric = exact.AUPIMO((1e-2, 0.5))
+    for part in zip(maps.split(5), masks.split(5), labels.split(5), strict=True):
+        metric.update(*part)
+    known = torch.tensor([0, 1, 3, 4, 5, 6, 7])
+    wanted = metrics.aupimo(masks[known], maps[known], (1e-2, 0.5))
+    assert metric.compute().item() == wanted
+    assert metrics.aupimo(masks, maps, (1e-2, 0.5)) != wanted
+    metric.update(maps, masks)
+    with pytest.raises(ValueError, match=r"aupimo: labels must be \(16,\) of 0 and 1"):
+        metric.compute()
+    with pytest.raises(ValueError, match=r"AUPIMO: labels must be \(N,\), got \(7,\) for maps"):
+        metric.update(maps, masks, labels[:7])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_scores_keep_their_precision(dtype):
     labels = torch.tensor([0, 1, 0, 1])

@@ -22,7 +22,9 @@ def save(path, size=(12, 10), mode="L"):
 
 def save_mask(path, size=(12, 10), value=255):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", size, value).save(path)
+    mask = Image.new("L", size)
+    mask.paste(value, (2, 2, 5, 8))
+    mask.save(path)
 
 
 @pytest.fixture
@@ -164,3 +166,12 @@ def test_what_cannot_be_opened_is_one_sentence(root, capsys, arguments, sentence
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("msflow: error: ")
     assert sentence in line
+
+
+@pytest.mark.family("masks")
+def test_the_command_looks_at_the_size_of_the_model(root, capsys):
+    arguments = ["data", "check", str(root / "bottle"), "--layout", "mvtec"]
+    assert cli.main(arguments) == 0
+    assert "smaller than a pixel" not in capsys.readouterr().out
+    assert cli.main([*arguments, "--image-size", "1"]) == 0
+    assert "3 masks have regions smaller than a pixel at size 1: " in capsys.readouterr().out

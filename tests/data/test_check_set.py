@@ -28,7 +28,7 @@ def test_a_set_without_test_images_is_warned_of():
 
 
 def test_a_marked_good_image_is_warned_of():
-    image, mask = np.full((4, 4), 9, np.uint8), np.ones((4, 4), bool)
+    image, mask = np.full((4, 4), 9, np.uint8), np.eye(4, dtype=bool)
     train = (Item("train/good/0", 0, "good", image + np.uint8(1)),)
     test = Item("good/0", 0, "good", image, mask), Item("scar/0", 1, "scar", image[:3], mask[:3])
     report = check_dataset(DataSet("set", "part", train, test))
@@ -61,3 +61,102 @@ def test_a_sound_mask_of_a_broken_image_is_no_second_fault(tmp_path):
     train = Item("train/good/0", 0, "good", np.full((4, 4), 9, np.uint8))
     (fault,) = check_dataset(DataSet("set", "part", (train,), (test,))).faults
     assert "broken.png is not an image" in fault
+
+
+def doubts(item, **options):
+    """The warnings of one defect, beside a good image to train on and one to test."""
+    images = (np.full((4, 4), gray, np.uint8) for gray in (1, 2))
+    train, good = (Item(f"good/{i}", 0, "good", image) for i, image in enumerate(images))
+    report = check_dataset(DataSet("set", "part", (train,), (good, item)), **options)
+    assert report.faults == ()
+    return list(report.warnings)
+
+
+NOISE = RNG.integers(0, 256, (24, 24), dtype=np.uint8)
+SPOT = np.zeros((24, 24), bool)
+SPOT[4:12, 4:12] = True
+
+
+@pytest.mark.family("masks")
+def test_a_mask_without_doubts_is_not_warned_of(tmp_path):
+    Image.fromarray(SPOT * np.uint8(255)).save(tmp_path / "m.png")
+    for mask in (SPOT, tmp_path / "m.png"):
+        assert doubts(Item("scar/0", 1, "scar", NOISE, mask), size=24) == []
+
+
+@pytest.mark.family("image files")
+@pytest.mark.parametrize("name", ["0.tif", "0.webp", "0.png"])
+def test_a_file_of_several_images_is_warned_of_by_name(tmp_path, name):
+    first = Image.fromarray(NOISE)
+    more = [first.rotate(90), first.rotate(180)]
+    first.save(tmp_path / name, save_all=True, append_images=more)
+    item = Item("scar/0", 1, "scar", tmp_path / name, SPOT)
+    sentence = "1 files hold several images, of which the first is read: scar/0"
+    assert doubts(item) == [sentence]
+
+
+@pytest.mark.family("image files")
+@pytest.mark.parametrize("bits", [10, 12])
+def test_16_bit_files_that_hold_fewer_bits_are_warned_of(tmp_path, bits):
+    levels = RNG.integers(0, 2**bits, (24, 24), dtype=np.uint16)
+    levels[0, 0] = 2**bits - 1
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    share = {10: "1.6%", 12: "6.3%"}[bits]
+    sentence = f"1 images have 16 bits, of which 65535 is white, and at most {share} of it: scar/0"
+    for image in (levels, tmp_path / "a.png"):
+        assert doubts(Item("scar/0", 1, "scar", image, SPOT)) == [sentence]
+    for bright in (levels << (16 - bits), NOISE // np.uint8(16)):  # 8 bits may be dark
+        assert doubts(Item("scar/0", 1, "scar", bright, SPOT)) == []
+
+
+@pytest.mark.family("image files")
+def test_16_bit_colours_that_hold_fewer_bits_are_warned_of(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    levels = RNG.integers(0, 4096, (24, 24, 3), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", levels, photometric="rgb")
+    (warning,) = doubts(Item("scar/0", 1, "scar", tmp_path / "a.tif", SPOT))
+    assert warning.startswith("1 images have 16 bits, of which 65535 is white, and at most 5.9% of")
+
+
+@pytest.mark.family("masks")
+def test_a_mask_that_is_cut_at_half_is_warned_of(tmp_path):
+    Image.fromarray(SPOT * np.uint8(255)).save(tmp_path / "m.jpg", quality=75)
+    sentence = (
+        "1 masks have soft outlines, which are cut at half of the mask's largest level: scar/0"
+    )
+    assert doubts(Item("scar/0", 1, "scar", NOISE, tmp_path / "m.jpg")) == [sentence]
+
+
+@pytest.mark.family("masks")
+def test_an_inverted_mask_is_warned_of():
+    sentence = "1 masks mark more than half of their image, though not black is a defect: scar/0"
+    assert doubts(Item("scar/0", 1, "scar", NOISE, ~SPOT)) == [sentence]
+
+
+@pytest.mark.family("masks")
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_a_mask_beside_an_image_that_exif_turns_is_warned_of(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name, pixels in (("i.png", NOISE), ("m.png", SPOT)):
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    turned = Item("scar/0", 1, "scar", tmp_path / "i.png", SPOT)
+    sentence = (
+        "1 images are turned as their EXIF says, unlike their masks, which must fit the turned "
+        "image: scar/0"
+    )
+    assert doubts(turned) == [sentence] * (orientation > 1)
+    assert doubts(Item("scar/0", 1, "scar", tmp_path / "i.png", tmp_path / "m.png")) == []
+
+
+@pytest.mark.family("masks")
+def test_a_defect_smaller_than_a_pixel_of_the_model_is_warned_of():
+    thin = np.zeros((24, 24), bool)
+    thin[:, 0] = True
+    item = Item("scar/0", 1, "scar", NOISE, thin)
+    assert doubts(item) == doubts(item, size=24) == []
+    sentence = "1 masks have regions smaller than a pixel at size 6: scar/0"
+    assert doubts(item, size=6) == doubts(item, size=6, fit="pad") == [sentence]
+    for options in ({"size": 0}, {"size": 6, "fit": "crop"}):
+        with pytest.raises(ValueError, match=r"^(size|fit) must be"):
+            doubts(item, **options)

@@ -1,12 +1,14 @@
 """Images of every usual encoding decode to the RGB that models see."""
 
+import os
 from io import BytesIO
+from threading import Event
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from msflow_ext.data import load_image, load_mask
+from msflow_ext.data import decoding, load_image, load_mask
 from msflow_ext.data.decoding import load_bytes
 
 RNG = np.random.default_rng(0)
@@ -94,13 +96,6 @@ def test_an_array_is_shown_as_a_file_would_be(array, expected):
     np.testing.assert_array_equal(np.asarray(load_image(array)), expected)
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_32_bits_a_pixel_are_refused_because_white_is_unknown(tmp_path, dtype):
-    Image.fromarray(GRAY.astype(dtype)).save(tmp_path / "deep.tif")
-    with pytest.raises(ValueError, match=r"deep\.tif has 32 bits a pixel"):
-        load_image(tmp_path / "deep.tif")
-
-
 def encoded(image: Image.Image, kind: str) -> bytes:
     content = BytesIO()
     image.save(content, kind)
@@ -114,9 +109,81 @@ def test_bytes_decode_as_a_file_does_up_to_the_limit_of_pixels():
         load_bytes(content, 53)
 
 
-def test_bytes_of_a_kind_that_is_not_listed_are_not_decoded():
-    with pytest.raises(ValueError, match="is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP"):
-        load_bytes(encoded(Image.fromarray(GRAY), "PPM"), 100)
+OTHER_KINDS = {  # of each, how it begins
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n",
+    "ppm": b"P6 1 1 255 abc",
+    "gif": b"GIF89a" + bytes(20),
+    "npy": b"\x93NUMPY\x01\x00" + bytes(20),
+    "jp2": b"\x00\x00\x00\x0cjP  \r\n\x87\n" + bytes(20),
+    "dcm": bytes(128) + b"DICM" + bytes(20),
+    "fits": b"SIMPLE  =                    T" + bytes(60),
+}
+
+
+@pytest.mark.family("image files")
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_kind_that_is_not_listed_is_refused_whatever_its_name(tmp_path, kind):
+    (tmp_path / "part.png").write_bytes(OTHER_KINDS[kind])
+    sentence = "is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP"
+    with pytest.raises(ValueError, match=rf"part\.png {sentence}"):
+        load_image(tmp_path / "part.png")
+    with pytest.raises(ValueError, match=rf"part\.png {sentence}"):
+        load_mask(tmp_path / "part.png", 8)
+    with pytest.raises(ValueError, match=f"the body {sentence}"):
+        load_bytes(OTHER_KINDS[kind], 100)
+
+
+@pytest.mark.family("image files")
+def test_no_program_is_started_for_a_file(tmp_path, monkeypatch):
+    """Pillow hands EPS files to Ghostscript, in whichever file they are."""
+    for program in ("gs", "gswin64c", "gswin32c"):
+        (tmp_path / program).write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "part.png").write_bytes(OTHER_KINDS["eps"])
+    for read in (load_image, lambda file: load_mask(file, 8)):
+        with pytest.raises(ValueError, match="is not an image"):
+            read(tmp_path / "part.png")
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.family("image files")
+def test_16_bits_of_a_colour_are_its_high_byte(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    deep = RNG.integers(0, 65536, (6, 9, 4), dtype=np.uint16)
+    for channels in (3, 4):
+        cv2.imwrite(str(tmp_path / "deep.png"), deep[..., :channels])
+        expected = deep[..., 2::-1] >> 8
+        np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "deep.png")), expected)
+
+
+SEVERAL = {
+    "pages.tif": {"compression": "raw"},
+    "frames.webp": {"lossless": True},
+    "frames.png": {},
+    "pictures.jpg": {"format": "MPO"},
+}
+
+
+@pytest.mark.family("image files")
+def test_of_several_images_the_first_is_read_and_one_file_is_logged(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(decoding, "_said", Event())
+    first, second = Image.new("L", (16, 16), 200), Image.new("L", (16, 16), 50)
+    for name, options in SEVERAL.items():
+        first.save(tmp_path / name, save_all=True, append_images=[second], **options)
+        assert decoding.decode(tmp_path / name).images == 2
+        assert abs(np.asarray(load_image(tmp_path / name)).astype(int) - 200).max() <= 1
+    (record,) = caplog.records
+    assert "pages.tif holds 2 images, of which the first is read" in record.getMessage()
+
+
+@pytest.mark.family("image files")
+def test_a_pattern_is_no_file_and_is_not_expanded(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    with pytest.raises(
+        FileNotFoundError, match=r"\*\.png is not a file; patterns are not expanded"
+    ):
+        load_image(tmp_path / "*.png")
 
 
 def test_a_missing_file_is_not_found(tmp_path):
@@ -127,7 +194,11 @@ def test_a_missing_file_is_not_found(tmp_path):
 @pytest.mark.parametrize(
     ("array", "error", "message"),
     [
-        (np.zeros((4, 4), np.float32), TypeError, "bool, uint8 or uint16, got float32"),
+        (
+            np.zeros((4, 4), np.float32),
+            TypeError,
+            r"bool, uint8 or uint16, got float32; of floats in 0\.\.1 give \(255",
+        ),
         (np.zeros((4, 4, 2), np.uint8), ValueError, r"\(4, 4, 2\)"),
         (np.zeros((4, 4, 3), np.uint16), ValueError, r"\(4, 4, 3\) of uint16"),
         (np.zeros((0, 4), np.uint8), ValueError, r"\(0, 4\)"),

@@ -90,3 +90,26 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ModuleNotFoundError, match=rf"{name} needs .* pip install imageio av"):
         open_dataset(tmp_path, "mstc", "03")
+
+
+@pytest.mark.family("image files")
+@pytest.mark.parametrize("suffix", ["avi", "mp4", "mkv", "mov"])
+def test_a_list_of_videos_that_has_the_name_of_a_video_is_refused(tmp_path, suffix):
+    """FFmpeg would open what the list names."""
+    pytest.importorskip("av")
+    imageio = pytest.importorskip("imageio.v3")
+    frames = np.zeros((4, 16, 16, 3), np.uint8)
+    imageio.imwrite(tmp_path / "inside.mkv", frames, plugin="pyav", codec="libx264")
+    playlist = tmp_path / f"playlist.{suffix}"
+    playlist.write_text("ffconcat version 1.0\nfile inside.mkv\n")
+    with pytest.raises(ValueError, match=r"video .*playlist\.\w+ cannot be decoded"):
+        load_image(Frame(playlist, 0))
+
+
+@pytest.mark.family("image files")
+def test_a_gif_of_another_kind_than_its_name_is_refused(tmp_path):
+    pytest.importorskip("imageio.v3")
+    Image.new("L", (8, 8)).save(tmp_path / "clip.png")
+    (tmp_path / "clip.png").rename(tmp_path / "clip.gif")
+    with pytest.raises(ValueError, match=r"video .*clip\.gif cannot be decoded"):
+        load_image(Frame(tmp_path / "clip.gif", 0))

@@ -100,6 +100,24 @@ def test_without_masks_the_images_alone_are_measured():
     assert (found.aupimo, found.curves) == (None, {})
 
 
+@pytest.mark.family("masks")
+@pytest.mark.parametrize("mask", ["narrow", "empty"])
+def test_a_defect_is_never_a_normal_image_of_aupimo(mask):
+    """However narrow its mask; an empty one leaves it out."""
+    items = list(noisy(8, good=4).items)
+    marks = np.zeros((SIZE * 11, SIZE * 11), bool)
+    marks[20:150, 17] = mask == "narrow"
+    image = np.full(marks.shape, 255, np.uint8)  # found, above all others
+    images = Images([*items, Item("scratch", 1, "scar", image, marks)], SIZE)
+    truth = Truth.of(images)
+    maps = np.stack([images[i][0].numpy() for i in range(9)])
+    found, rest = measure(truth, maps.mean((1, 2)), maps), Images(items, SIZE)
+    wanted = measure(Truth.of(rest), maps[:8].mean((1, 2)), maps[:8])
+    assert found.aupimo is not None and wanted.aupimo is not None
+    np.testing.assert_array_equal(found.aupimo[:8], wanted.aupimo)
+    assert np.isnan(found.aupimo[8]) if mask == "empty" else found.aupimo[8] == 1
+
+
 def test_images_of_one_class_alone_have_no_truth_to_be_measured_against():
     good, defective = (Truth.of(noisy(3, good=count)) for count in (3, 0))
     assert (good.labels, good.masks, defective.labels) == (None, None, None)

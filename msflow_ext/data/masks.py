@@ -1,0 +1,159 @@
+"""Masks: which pixels their maker marked, and what of them is left at another size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+
+from msflow_ext.data.dataset import SUFFIXES
+from msflow_ext.data.decoding import Picture, Source, decode, source_name
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What a mask marks, bool ``(H, W)``; whether EXIF turned it, and whether it was cut at half."""
+
+    marks: np.ndarray
+    turned: bool = False
+    soft: bool = False
+
+
+def read_mask(source: Source, image: Source | None = None) -> np.ndarray:
+    """Decode a mask into bool ``(H, W)``, as :func:`decode_mask` says.
+
+    Args:
+        image: what the mask belongs to; given, both must have the same size.
+
+    Raises:
+        ValueError: the mask is of another size than its image, or cannot be decoded.
+        TypeError: an array is neither bool nor integer.
+    """
+    mask = decode_mask(source)
+    if image is not None:
+        check_size(mask, source, decode(image), image)
+    return mask.marks
+
+
+def decode_mask(source: Source) -> Mask:
+    """Decode a mask and mark what its maker marked.
+
+    Any level above black marks: 0/1, 0/255, numbers of classes, 16 bits, 1 bit, palettes (by their
+    colours) and colours (by the largest of them) all work. There are two exceptions:
+
+    - Soft outlines. A mask is soft if it was compressed with losses (JPEG), or if some pixels are about
+      as far from black as from its largest level, and no such level fills 3 x 3 pixels, as a class
+      would. It is cut at half of its largest level; regions below half, at a quarter.
+    - Alpha. It counts where the colours mark all pixels or none, and itself varies.
+
+    Args:
+        source: a file, a folder of files, which together are the mask, or a bool or integer
+            ``(H, W)`` array.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`msflow_ext.data.load_image`; files of a folder differ
+            in size.
+        TypeError: an array is neither bool nor integer.
+    """
+    if isinstance(source, np.ndarray):
+        return _of_array(source)
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        return _union(Path(source))
+    return _of_picture(decode(source))
+
+
+def check_size(mask: Mask, source: Source, picture: Picture, image: Source) -> None:
+    """ValueError unless a mask and the picture of its image have one size; both are named."""
+    (height, width), size = mask.marks.shape, picture.pixels.size
+    if (width, height) != size:
+        turned = ", turned as its EXIF says" if picture.turned else ""
+        raise ValueError(
+            f"mask {source_name(source)} is {width}x{height} pixels, "
+            f"its image {source_name(image)} is {size[0]}x{size[1]}{turned}"
+        )
+
+
+def resize(marks: np.ndarray, height: int, width: int) -> tuple[np.ndarray, int]:
+    """Resize to the nearest pixel, as the published evaluations do, without loss of a region.
+
+    A region (8-connected) that has no pixel left then marks every pixel of the result in which it
+    lies. There is one for each region, unless two share it.
+
+    Returns:
+        bool ``(height, width)``, and how many regions had none left.
+    """
+    from PIL import Image
+    from scipy import ndimage
+
+    numbered, count = ndimage.label(marks, np.ones((3, 3)))  # pyright: ignore[reportGeneralTypeIssues]
+    small = Image.fromarray(numbered.astype(np.int32))
+    nearest = np.asarray(small.resize((width, height), Image.Resampling.NEAREST))
+    resized = nearest > 0
+    lost = np.flatnonzero(np.bincount(nearest.ravel(), minlength=count + 1) == 0)
+    lost = lost[lost > 0]
+    if lost.size:
+        rows, columns = np.nonzero(np.isin(numbered, lost))
+        resized[rows * height // marks.shape[0], columns * width // marks.shape[1]] = True
+    return resized, lost.size
+
+
+def _of_array(array: np.ndarray) -> Mask:
+    if array.dtype.kind not in "biu":
+        raise TypeError(f"a mask array must be bool or integer, got {array.dtype}")
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"a mask array must be (H, W), got {array.shape}")
+    soft = array.dtype in (np.uint8, np.uint16) and _is_soft(array)
+    return Mask(_cut(array) if soft else array > 0, soft=soft)
+
+
+def _union(folder: Path) -> Mask:
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    masks = [_of_picture(decode(path)) for path in files]
+    if len({mask.marks.shape for mask in masks}) != 1:
+        raise ValueError(f"mask {folder} is a folder of {len(masks)} images, not all of one size")
+    return reduce(
+        lambda a, b: Mask(a.marks | b.marks, a.turned or b.turned, a.soft or b.soft), masks
+    )
+
+
+def _of_picture(picture: Picture) -> Mask:
+    image = picture.pixels
+    palette = image.mode in ("P", "PA")
+    if palette:
+        image = image.convert("RGBA")
+    elif image.mode not in ("1", "L", "LA", "RGB", "RGBA", "I") and image.mode[:4] != "I;16":
+        image = image.convert("RGB")
+    values = np.asarray(image).reshape(image.height, image.width, -1)
+    if image.mode in ("LA", "RGBA"):
+        values, alpha = values[..., :-1], values[..., -1]
+        blank = not values.any() or values.any(axis=2).all()
+        if blank and alpha.min() < alpha.max():
+            values = alpha[..., None]
+    levels = values.max(axis=2)
+    soft = picture.lossy or (not palette and _is_soft(levels))
+    return Mask(_cut(levels) if soft else levels > 0, picture.turned, soft)
+
+
+def _is_soft(levels: np.ndarray) -> bool:
+    """Whether levels between black and the largest belong to outlines, not to classes."""
+    from scipy import ndimage
+
+    largest = int(levels.max())
+    if levels.dtype.kind != "u" or 2 * largest < np.iinfo(levels.dtype).max:
+        return False  # numbers of classes
+    between = (levels > largest / 8) & (levels < largest - largest / 8)
+    flat = ndimage.maximum_filter(levels, 3) == ndimage.minimum_filter(levels, 3)
+    return bool(between.any() and not (between & flat).any())
+
+
+def _cut(levels: np.ndarray) -> np.ndarray:
+    """Where a soft mask is above half of its largest level, and regions that are not, above a quarter."""
+    from scipy import ndimage
+
+    largest = int(levels.max())
+    core = levels > largest / 2
+    numbered, _ = ndimage.label(levels > largest / 4, np.ones((3, 3)))  # pyright: ignore[reportGeneralTypeIssues]
+    faint = ~np.isin(numbered, np.append(numbered[core], 0))
+    return core | faint
