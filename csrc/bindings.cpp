@@ -53,6 +53,31 @@ struct type_caster<msflow::Scale> {
     return true;
   }
 };
+
+// Refuses objects that have no value because their __init__ did not run: pybind11 would hand out
+// uninitialised memory in its place.
+template <class T>
+struct initialised_caster : type_caster_base<T> {
+  bool load(handle from, bool) {
+    if (!isinstance<T>(from)) return false;
+    if (!reinterpret_cast<instance*>(from.ptr())->get_value_and_holder().holder_constructed())
+      throw type_error(std::string(str(type::handle_of(from).attr("__name__"))) +
+                       ": an object whose __init__ did not run cannot be used");
+    return type_caster_base<T>::load(from, false);
+  }
+};
+template <>
+struct type_caster<msflow::Coupling> : initialised_caster<msflow::Coupling> {};
+template <>
+struct type_caster<msflow::Norm> : initialised_caster<msflow::Norm> {};
+template <>
+struct type_caster<msflow::Resample> : initialised_caster<msflow::Resample> {};
+template <>
+struct type_caster<msflow::Winograd> : initialised_caster<msflow::Winograd> {};
+template <>
+struct type_caster<msflow::WinogradWeight> : initialised_caster<msflow::WinogradWeight> {};
+template <>
+struct type_caster<msflow::WinogradGradient> : initialised_caster<msflow::WinogradGradient> {};
 }  // namespace pybind11::detail
 
 namespace msflow {
@@ -155,19 +180,35 @@ WinogradGradient winograd_gradient(const std::tuple<int64_t, int64_t, int64_t, i
       static_cast<const float*>(pointer(transform)), static_cast<float*>(pointer(kernel))});
 }
 
+// Adds a class whose objects are made by `make`. It can be neither derived from nor changed, and
+// no object can be given another class, which would read one struct as another.
+template <class T, class... Arguments>
+void add_class(py::module_& m, const char* name, T (*make)(Arguments...)) {
+  const py::object added = py::class_<T>(m, name, py::is_final()).def(py::init(make));
+  reinterpret_cast<PyTypeObject*>(added.ptr())->tp_flags |= Py_TPFLAGS_IMMUTABLETYPE;
+}
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(kernels, m) {
   const py::call_guard<py::gil_scoped_release> nogil;
   const auto def = [&](const char* name, auto kernel, auto check) {
     m.def(name, checked(kernel, check), nogil);
   };
-  py::class_<Coupling>(m, "Coupling").def(py::init(&coupling));
-  py::class_<Norm>(m, "Norm").def(py::init(&norm));
-  py::class_<Resample>(m, "Resample").def(py::init(&resample));
-  py::class_<Winograd>(m, "Winograd").def(py::init(&winograd));
-  py::class_<WinogradWeight>(m, "WinogradWeight").def(py::init(&winograd_weight));
-  py::class_<WinogradGradient>(m, "WinogradGradient").def(py::init(&winograd_gradient));
+  add_class(m, "Coupling", &coupling);
+  add_class(m, "Norm", &norm);
+  add_class(m, "Resample", &resample);
+  add_class(m, "Winograd", &winograd);
+  add_class(m, "WinogradWeight", &winograd_weight);
+  add_class(m, "WinogradGradient", &winograd_gradient);
+
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const std::bad_alloc&) {
+      PyErr_SetString(PyExc_MemoryError, "no memory for the intermediate results of a kernel");
+    }
+  });
 
   m.def("set_parallel_for",
         [](Address f) { torch_parallel_for = reinterpret_cast<ParallelFor>(f); });
@@ -221,3 +262,11 @@ PYBIND11_MODULE(_C, m) {
 }
 
 }  // namespace msflow
+
+// Python's entry point. In another interpreter than the main one, pybind11 would wait for ever for
+// the global lock, which this thread holds.
+PyMODINIT_FUNC PyInit__C() {
+  if (PyInterpreterState_Get() == PyInterpreterState_Main()) return msflow::PyInit_kernels();
+  PyErr_SetString(PyExc_ImportError, "msflow_ext.ops._C works in Python's main interpreter only");
+  return nullptr;
+}

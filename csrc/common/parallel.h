@@ -3,8 +3,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
+#include <stdexcept>
 
 #include "common/host_device.h"
 
@@ -18,16 +21,35 @@ inline ParallelFor torch_parallel_for = nullptr;
 
 constexpr int64_t elements_per_task = 16384;
 
-// Runs body over [0, items). An item handles about `elements` numbers.
+// The tasks of a loop on several threads. They keep the first exception of a body, because none may
+// pass through torch's C interface, which would reduce it to an error code.
+struct Tasks {
+  Body body;
+  void* context;
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+
+  static void run(int64_t begin, int64_t end, void* tasks) noexcept {
+    auto& t = *static_cast<Tasks*>(tasks);
+    if (t.failed) return;
+    try {
+      t.body(begin, end, t.context);
+    } catch (...) {
+      if (!t.failed.exchange(true)) t.error = std::current_exception();
+    }
+  }
+};
+
+// Runs body over [0, items). An item handles about `elements` numbers. Throws what a body throws.
 template <class Context>
 void parallel_for(int64_t items, int64_t elements, Body body, Context& context) {
   if (items <= 0) return;
   const int64_t grain = std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, elements));
-  if (!torch_parallel_for || items <= grain) {
-    body(0, items, &context);
-  } else {
-    torch_parallel_for(0, items, grain, body, &context);
-  }
+  if (!torch_parallel_for || items <= grain) return body(0, items, &context);
+  Tasks tasks{body, &context, {}, {}};
+  const int32_t status = torch_parallel_for(0, items, grain, &Tasks::run, &tasks);
+  if (tasks.error) std::rethrow_exception(tasks.error);
+  if (status != 0) throw std::runtime_error("torch_parallel_for failed: its threads did not start");
 }
 
 // Returns uninitialised memory.

@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,12 +33,27 @@ def _load() -> tuple[ModuleType | None, str]:
         from msflow_ext.ops import _C  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
         return None, f"not compiled ({error})"
-    try:
-        parallel_for = ctypes.CDLL(torch._C.__file__).torch_parallel_for
-    except (AttributeError, OSError):
+    parallel_for = _parallel_for()
+    if parallel_for is None:
         return _C, "compiled; one thread, because this torch has no torch_parallel_for"
-    _C.set_parallel_for(ctypes.cast(parallel_for, ctypes.c_void_p).value)
+    _C.set_parallel_for(parallel_for)
     return _C, "compiled; threads of torch"
+
+
+# Where torch_parallel_for is. On Linux and macOS a library answers for those that it loads as well, on Windows only
+# for itself. A name without a folder finds a library that is loaded already.
+_TORCH_LIBRARIES = ("torch_cpu.dll", "libtorch_cpu.dylib", "libtorch_cpu.so")
+
+
+def _parallel_for() -> int | None:
+    """Return the address of torch_parallel_for, or None if this torch has none."""
+    folder = Path(torch.__file__).parent / "lib"
+    inside = [str(folder / name) for name in _TORCH_LIBRARIES]
+    for library in (torch._C.__file__, *inside, *_TORCH_LIBRARIES):
+        with contextlib.suppress(AttributeError, OSError):
+            function = ctypes.CDLL(library).torch_parallel_for
+            return ctypes.cast(function, ctypes.c_void_p).value
+    return None
 
 
 C: Any

@@ -1,11 +1,13 @@
 // Runs every CPU kernel on four threads, for ThreadSanitizer. The results must be the same as on
 // one thread, bit for bit. With the argument "overlapping", neighbouring tasks share an item, which
 // is a race to be found.
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <new>
 #include <random>
 #include <string>
 #include <thread>
@@ -252,6 +254,26 @@ void check_winograd_gradient(DType type, const std::string& name) {
   });
 }
 
+// Every task throws. The caller must get one of the exceptions, whole, and the tasks that had not
+// begun must not run.
+void check_exceptions() {
+  std::atomic<int> begun{0};
+  const Body throwing = [](int64_t, int64_t, void* begun) {
+    ++*static_cast<std::atomic<int>*>(begun);
+    throw std::bad_alloc();
+  };
+  torch_parallel_for = run_in_threads;
+  bool caught = false;
+  try {
+    parallel_for(1000, elements_per_task, throwing, begun);
+  } catch (const std::bad_alloc&) {
+    caught = true;
+  }
+  if (caught && begun >= 1 && begun <= threads) return;
+  std::fprintf(stderr, "an exception of a task does not reach the caller\n");
+  std::exit(1);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -275,5 +297,6 @@ int main(int count, char** arguments) {
       for (int64_t tile : {2, 3}) check_winograd(bf16, bf16, tile, " bfloat16 factors");
   for (DType type : {f32, bf16}) check_winograd_weight(type, names[int(type)]);
   for (DType type : {f32, bf16}) check_winograd_gradient(type, names[int(type)]);
+  check_exceptions();
   std::printf("%d threads: %d kernels give the bits of one\n", threads, int(kernels));
 }

@@ -25,22 +25,46 @@ class BlockFacts:
         clamp_form: see :func:`msflow_ext.ops.affine_coupling`.
         fixed_size: whether it refuses data of other sizes than it was built for.
         perm: its hard permutation as an index on the CPU; None where it has a matrix to multiply with.
-        ones: where in the flattened matrix the ones of the permutation are; None where it is stored as an index.
+        stamp: which tensors were read, and how often they had been written to in place.
     """
 
     clamp_form: str
     fixed_size: bool
     perm: Tensor | None = None
-    ones: Tensor | None = None
+    stamp: tuple[int, ...] = ()
 
     def read(self, w: Tensor, w_inv: Tensor) -> None:
         """Take the permutation from the parameters ``w_perm`` and ``w_perm_inv``."""
         perm, inverse = hard_permutation(w), hard_permutation(w_inv)
         fits = perm is not None and inverse is not None and inverse.equal(perm.argsort())
         self.perm = perm.cpu() if perm is not None and fits else None
-        self.ones = None
-        if self.perm is not None and w.dim() > 1:
-            self.ones = torch.arange(len(w), device="cpu") * len(w) + self.perm
+        self.stamp = _stamp(w, w_inv)
+
+    def holds(self, w: Tensor, w_inv: Tensor) -> bool:
+        """Whether the parameters are the permutation that was read.
+
+        On the CPU their numbers are compared: one may be written to through ``.data``, which leaves no mark. Elsewhere that
+        would wait for the device, so that marks must do.
+        """
+        if w.is_meta:
+            return True
+        if self.perm is None or w.device.type != "cpu":
+            return self.stamp == _stamp(w, w_inv)
+        pairs = ((w, self.perm), (w_inv, self.perm.argsort()))
+        return all(_is_permutation(matrix, index) for matrix, index in pairs)
+
+
+def _stamp(*tensors: Tensor) -> tuple[int, ...]:
+    versions = (0 if t.is_inference() else t._version for t in tensors)
+    return *(t.data_ptr() for t in tensors), *versions
+
+
+def _is_permutation(w: Tensor, index: Tensor) -> bool:
+    """Whether ``w`` is the permutation ``index (C,)``, as an index or as a matrix of zeros and ones."""
+    if w.dim() == 1:
+        return w.equal(index)
+    ones = torch.arange(len(index)) * len(index) + index
+    return bool(w.take(ones).eq(1).all()) and int(w.count_nonzero()) == len(index)
 
 
 class FastBlock(Accelerated):
@@ -222,17 +246,27 @@ def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def permutation(block: Any) -> Tensor | None:
     """The block's hard permutation as an index, as its parameters have it now; None if it must multiply."""
-    facts, w = block._accelerated, block.w_perm
-    if facts.perm is None or w.requires_grad:
+    facts, w, w_inv = block._accelerated, block.w_perm, block.w_perm_inv
+    if facts.perm is None or w.requires_grad or torch._C._are_functorch_transforms_active():
         return None
+    if torch.compiler.is_compiling():
+        return _compiled_permutation(w, w_inv)
+    if not facts.holds(w, w_inv):
+        facts.read(w, w_inv)
+    if facts.perm is None or w.device.type == "cpu":
+        return facts.perm
+    return w if w.dim() == 1 else w.flatten(1).argmax(1)
+
+
+def _compiled_permutation(w: Tensor, w_inv: Tensor) -> Tensor:
+    """The permutation in a graph, which cannot go on in two ways: other matrices than permutations are an error."""
     if w.dim() == 1:
         return w
-    if w.device.type != "cpu" or is_transformed():
-        return w.flatten(1).argmax(1)
-    # Somebody may have written into the matrix: a permutation whose ones are all in place is the one that was read.
-    if not bool(w.take(facts.ones).eq(1).all()):
-        facts.read(w, block.w_perm_inv)
-    return facts.perm
+    index = w.flatten(1).argmax(1)
+    matrix = nn.functional.one_hot(index, len(w))
+    fits = (w.flatten(1) == matrix).all() & (w_inv.flatten(1) == matrix.mT).all()
+    torch._assert_async(fits, "w_perm is no permutation any more: call accelerate() again")
+    return index
 
 
 def takes(block: Any, x: Tensor) -> bool:

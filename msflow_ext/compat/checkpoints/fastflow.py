@@ -19,11 +19,14 @@ FLOWS = {"gathierry": "nf_flows", "anomalib": "fast_flow_blocks"}
 
 _KEY = re.compile(rf"(?:{'|'.join(FLOWS.values())})\.(\d+)\.module_list\.(\d+)\.(.+)")
 
+#: Where the convolutions of a subnet stand in anomalib until 2.6.0, behind a layer that pads, and where elsewhere.
+_PADDED = {"subnet.1": "subnet.0", "subnet.4": "subnet.2"}
+
 
 def load_fastflow_checkpoint(
     path: str | Path, *, clamp: float = 2.0, clamp_form: str = "0.2"
 ) -> FastFlowHead:
-    """Build a :class:`~msflow_ext.FastFlowHead` from a checkpoint of gathierry/FastFlow or of anomalib.
+    """Build a :class:`~msflow_ext.FastFlowHead` from a checkpoint of gathierry/FastFlow or of anomalib, 0.7 to 2.
 
     Every size is read from the file, which is opened without executing code. The frozen backbone in it is left out.
 
@@ -113,9 +116,12 @@ def _flows_and_norms(content: Any) -> dict[str, Tensor]:
             continue
         if match := _KEY.fullmatch(name):
             scale, step, rest = match.groups()
-            name = f"flows.{scale}.{step}.{rest}"
+            layer, dot, kind = rest.rpartition(".")
+            name = f"flows.{scale}.{step}.{_PADDED.get(layer, layer)}{dot}{kind}"
         if not isinstance(value, Tensor):
             raise ValueError(f"{key} is no tensor but {type(value).__name__}")
+        if name in found:
+            raise ValueError(f"{key} is there twice, under the names of two versions")
         found[name] = value
     return found
 

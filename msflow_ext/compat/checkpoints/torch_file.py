@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
+#: Packages whose objects stand beside the weights: settings, transforms, metrics.
+_BESIDE = (
+    *("anomalib", "jsonargparse", "lightning", "omegaconf", "pathlib"),
+    *("pytorch_lightning", "torchmetrics", "torchvision"),
+)
+
+
+class Unread:
+    """Stands for an object of another package, of which no code runs."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
 
 def read_torch_file(path: str | Path) -> Any:
-    """What the file holds, tensors on the CPU.
+    """What the file holds, tensors on the CPU, and :class:`Unread` in the place of what packages put beside them.
 
     Raises:
         FileNotFoundError: no such file. ValueError: damaged, or it holds more than tensors and plain values.
@@ -17,7 +34,20 @@ def read_torch_file(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            if not (beside := _beside(path)):
+                raise
+            with torch.serialization.safe_globals(beside):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a readable torch checkpoint: {reason}") from error
+
+
+def _beside(path: str | Path) -> list[Any]:
+    """``(Unread, name)`` for each class of another package in the file; none if one is of no package known."""
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    known = all(name.split(".")[0] in _BESIDE for name in names)
+    return [(Unread, name) for name in names] if known else []
