@@ -27,6 +27,7 @@ from msflow_ext.cli.parser import count, number
 from msflow_ext.files import replacing
 
 if TYPE_CHECKING:
+    from msflow_ext.data.sources import Named
     from msflow_ext.inference.detector import Result
     from msflow_ext.inference.settings import Scoring
 
@@ -48,6 +49,7 @@ def predict(options: Any) -> int:
     out = checked_out(options.out)
     if options.watch:
         return _watch(options, out)
+    images = _images(options)
     scoring = _scoring(options)
     detector = scoring.load(options.run, options.device)
     rows: list[tuple[str, str, int | None, float]] = []
@@ -56,7 +58,7 @@ def predict(options: Any) -> int:
     named: set[str] = set()
 
     def noted() -> Iterator[Result]:
-        found = scoring.stream(detector, options.paths)
+        found = scoring.stream(detector, images)
         for result in tqdm(found, unit="image", disable=None):
             if result.name in named:
                 raise ValueError(f"two images are called {result.name}: predict them apart")
@@ -86,8 +88,9 @@ def _archive(options: Any) -> int:
         raise ValueError("Parquet takes --engine, and neither --watch nor --score-only")
     engine, device = chosen_engine(options), device_of(options)
     chosen = {name: getattr(options, name) for name in ("maps", "shard_size", "threads")}
+    paths = [each.image for each in _images(options)]
     archive = job.prepare(
-        options.run, options.paths, options.out, _scoring(options), device=device, **chosen
+        options.run, paths, options.out, _scoring(options), device=device, **chosen
     )
     wrong = archive.score(engine, progress=True)
     print(f"{archive.images} images: {options.out}")
@@ -95,6 +98,27 @@ def _archive(options: Any) -> int:
         lost = f"{len(wrong)} of {archive.images} images have no score, see column error"
         raise RuntimeError(f"{lost}; the first: {wrong[0][1]}")
     return 0
+
+
+def _images(options: Any) -> list[Named]:
+    """The images that the options name, without pictures that this command writes."""
+    from msflow_ext.data.sources import images_of
+
+    written = _written(options.paths, Path(options.out))
+    images = list(images_of(options.paths, apart=written))
+    if not images:
+        raise ValueError(f"{' '.join(options.paths)} holds no images")
+    return images
+
+
+def _written(paths: Sequence[str], out: Path) -> list[Path]:
+    """The folders that pictures are written into; ValueError if one of them is to be read."""
+    written = [out / "maps", out / "masks"]
+    for path in paths:
+        for folder in written:
+            if Path(path).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"--out {out} writes images into {folder}, which is read")
+    return written
 
 
 def _scoring(options: Any) -> Scoring:
@@ -111,7 +135,7 @@ def _watch(options: Any, out: Path) -> int:
     from msflow_ext.reports.heat_maps import colour_range
     from msflow_ext.runs.folder import file_name
 
-    folder = _watched(options.paths, out)
+    folder, written = _watched(options.paths), _written(options.paths, out)
     with stopped_by_signals() as stop:
         scoring = _scoring(options)
         detector = scoring.load(options.run, options.device)
@@ -120,7 +144,7 @@ def _watch(options: Any, out: Path) -> int:
         for name in scores.names:  # so that pictures are called as if there was no interruption
             file_name(name, taken)
         log.info("watching %s, %d images scored before", folder, before)
-        for name, path in arrivals(folder, scores.names, stop):
+        for name, path in arrivals(folder, scores.names, stop, apart=written):
             try:
                 (result,) = scoring.stream(detector, path, workers=1)
             except (OSError, ValueError, ArithmeticError) as error:
@@ -136,17 +160,13 @@ def _watch(options: Any, out: Path) -> int:
     return 0
 
 
-def _watched(paths: Sequence[str], out: Path) -> Path:
-    """The one folder to watch; pictures that are written must not come in there."""
+def _watched(paths: Sequence[str]) -> Path:
+    """The one folder to watch."""
     if len(paths) > 1:
         raise ValueError(f"--watch wants one folder, got {' '.join(paths)}")
     folder = Path(paths[0])
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder to watch")
-    for written in (out / "maps", out / "masks"):
-        inner, outer = written.resolve(), folder.resolve()
-        if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-            raise ValueError(f"--out {out} writes images into {folder}, which is watched")
     return folder
 
 
@@ -179,7 +199,10 @@ def _with_masks(out: Path, results: Iterable[Result]) -> Iterator[Result]:
 def predict_flags(part: Any) -> None:
     add_run(part)
     part.add_argument(
-        "paths", nargs="+", metavar="PATH", help="Images, and folders with all that is in them."
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="Images, and folders with all that is in them; patterns are the shell's to expand.",
     )
     text = "Folder for scores.csv, maps/*.png and, of a run with thresholds, masks/*.png."
     add_out(part, text)

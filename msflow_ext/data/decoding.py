@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from msflow_ext.data import video
-from msflow_ext.data.dataset import SUFFIXES, Frame
+from msflow_ext.data.dataset import Frame
+from msflow_ext.data.walk import walk
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -157,8 +158,7 @@ def _of_array(array: np.ndarray) -> Image.Image:
 
 
 def _union(folder: Path) -> np.ndarray:
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    masks = [_above_zero(decode(path)) for path in files]
+    masks = [_above_zero(decode(path)) for path in walk(folder, deep=False).paths]
     if len({mask.shape for mask in masks}) != 1:
         raise ValueError(f"mask {folder} is a folder of {len(masks)} images, not all of one size")
     return np.any(masks, axis=0)

@@ -6,39 +6,63 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from msflow_ext.data import load_image
-from msflow_ext.data.dataset import SUFFIXES
+from msflow_ext.data.walk import APART, OURS, SUFFIXES, summary, walk
 
 #: What can be iterated, but not over images.
 _NO_SOURCES = (bytes, bytearray, memoryview, io.IOBase, Mapping)
 
 
-def images_of(source: Any, numbers: Iterator[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """Every image in ``source`` with its name: a path, an array or a tensor."""
+class Named(NamedTuple):
+    """An image, or its file, and the name that its result gets."""
+
+    name: str
+    image: Any
+
+
+def images_of(
+    source: Any, numbers: Iterator[int] | None = None, *, apart: Iterable[Path] = ()
+) -> Iterator[Named]:
+    """Every image in ``source`` with its name: a path, an array or a tensor.
+
+    Folders are searched by :func:`msflow_ext.data.walk.walk`, which says what ``apart`` is; one line
+    in the log says what is passed over. A folder without images is an error, but beside other
+    sources not one that holds pictures of this package.
+    """
     from PIL import Image
 
-    numbers = count() if numbers is None else numbers
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
-        folder = Path(source)
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not found:
-            raise ValueError(f"{folder} holds no images ({', '.join(s[1:] for s in SUFFIXES)})")
-        yield from ((path.relative_to(folder).as_posix(), path) for path in found)
+    alone, numbers = numbers is None, count() if numbers is None else numbers
+    if isinstance(source, Named):
+        yield source
+    elif isinstance(source, (str, Path)) and Path(source).is_dir():
+        found = walk(source, apart=apart)
+        ours = not {APART, OURS}.isdisjoint(found.passed_over.values())
+        if not found.files and (alone or not ours):
+            kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
+            rest = f"; {summary(found.passed_over)}" if found.passed_over else ""
+            raise ValueError(f"{source} holds no images ({kinds}){rest}")
+        found.log_passed_over()
+        yield from (Named(name, found.folder / name) for name in found.files)
     elif isinstance(source, (str, Path)):
-        yield str(source), Path(source)
+        if not Path(source).exists() and not {"*", "?", "["}.isdisjoint(str(source)):
+            raise FileNotFoundError(
+                f"{source} is not a file, and patterns are not expanded: give a folder, or the files "
+                "(pathlib.Path(...).glob(...), or the pattern without quotes in a shell)"
+            )
+        yield Named(str(source), Path(source))
     elif isinstance(source, Image.Image):
-        yield f"image {next(numbers)}", _pixels(source)
+        yield Named(f"image {next(numbers)}", _pixels(source))
     elif isinstance(source, (np.ndarray, Tensor)) and source.ndim != 4:
-        yield f"image {next(numbers)}", source
+        yield Named(f"image {next(numbers)}", source)
     elif isinstance(source, Iterable) and not isinstance(source, _NO_SOURCES):
         for one in source:
-            yield from images_of(one, numbers)
+            yield from images_of(one, numbers, apart=apart)
     else:
         raise TypeError(
             "source must be a path, a PIL image, an array, a tensor or an iterable of these, "

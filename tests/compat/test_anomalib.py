@@ -157,7 +157,7 @@ def test_without_masks_the_map_and_the_mask_show_the_defect(
         strict=True,
     ):
         assert values.max() > 0.5 > values.min() and 0 < mask.float().mean() < 1
-        middle = (0 < values) & (values < 1)
+        middle = (values > 0) & (values < 1)
         assert torch.equal(values[middle].argsort(stable=True), plain[middle].argsort(stable=True))
     if score == "map":
         assert batch.pred_mask.flatten(1).any(1)[batch.pred_label.bool()].all()

@@ -271,12 +271,12 @@ def test_a_folder_is_watched_until_a_signal_and_again_after_it(run, tmp_path, ca
     [
         (["in", "in"], "out", "--watch wants one folder, got"),
         (["nowhere"], "out", "nowhere is not a folder to watch"),
-        (["in"], "in/out", "which is watched"),
-        (["in"], "in", "which is watched"),
+        (["in/maps"], "in", "writes images into"),
+        (["in/maps/line 1"], "in", "which is read"),
     ],
 )
 def test_a_folder_that_cannot_be_watched_is_named(run, tmp_path, capsys, paths, out, sentence):
-    (tmp_path / "in").mkdir()
+    (tmp_path / "in/maps/line 1").mkdir(parents=True)
     chosen = ["predict", "--run", str(run), "--watch", "--out", str(tmp_path / out)]
     assert cli.main([*chosen, *(str(tmp_path / path) for path in paths)]) == 2
     assert sentence in capsys.readouterr().err
