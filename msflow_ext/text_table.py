@@ -35,3 +35,12 @@ def text_table(rows: Iterable[Sequence[str]], *, left: int = 1, between: str = "
         return between.join(cells).rstrip()
 
     return [line(row) for row in rows]
+
+
+def one_line(text: str) -> str:
+    r"""Escape what cannot be printed: line breaks, and what a name holds that is not Unicode.
+
+    >>> print(one_line("a\nb.png"))
+    a\nb.png
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -36,7 +36,6 @@ def predict(options: Any) -> int:
     import torch
     from tqdm import tqdm
 
-    from msflow_ext.data.sources import listed
     from msflow_ext.inference import output
     from msflow_ext.inference.output import TABLE
     from msflow_ext.runs.folder import checked_out
@@ -49,9 +48,9 @@ def predict(options: Any) -> int:
     out = checked_out(options.out)
     if options.watch:
         return _watch(options, out)
+    images = _images(options)
     scoring = _scoring(options)
     detector = scoring.load(options.run, options.device)
-    images = listed(options.paths)
     output.remove_earlier(out, images.values())
     # Of a process that is killed, this table tells which pictures may be its own.
     write_scores(out / TABLE, [Row(name, error=output.NOT_SCORED) for name in images])
@@ -91,8 +90,9 @@ def _archive(options: Any) -> int:
     chosen = {
         name: getattr(options, name) for name in ("maps", "shard_size", "threads", "on_error")
     }
+    paths = list(_images(options).values())
     archive = job.prepare(
-        options.run, options.paths, options.out, _scoring(options), device=device, **chosen
+        options.run, paths, options.out, _scoring(options), device=device, **chosen
     )
     wrong = archive.score(engine, progress=True)
     for path, error in wrong:
@@ -112,6 +112,23 @@ def _concluded(images: int, wrong: Collection[str], written: Path | str) -> int:
     return int(bool(wrong))
 
 
+def _images(options: Any) -> dict[str, Path]:
+    """The images that the options name, without pictures that this command writes."""
+    from msflow_ext.data.sources import listed
+
+    return listed(options.paths, apart=_written(options.paths, Path(options.out)))
+
+
+def _written(paths: Sequence[str], out: Path) -> list[Path]:
+    """The folders that pictures are written into; ValueError if one of them is to be read."""
+    written = [out / "maps", out / "masks"]
+    for path in paths:
+        for folder in written:
+            if Path(path).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"--out {out} writes images into {folder}, which is read")
+    return written
+
+
 def _scoring(options: Any) -> Scoring:
     """How the options want images to be scored."""
     from msflow_ext.inference.settings import Scoring
@@ -126,7 +143,7 @@ def _watch(options: Any, out: Path) -> int:
     from msflow_ext.reports.heat_maps import colour_range
     from msflow_ext.runs.folder import file_name
 
-    folder = _watched(options.paths, out)
+    folder, written = _watched(options.paths), _written(options.paths, out)
     with stopped_by_signals() as stop:
         scoring = _scoring(options)
         detector = scoring.load(options.run, options.device)
@@ -135,7 +152,7 @@ def _watch(options: Any, out: Path) -> int:
         for name in scores.names:  # so that pictures are called as if there was no interruption
             file_name(name, taken)
         log.info("watching %s, %d images scored before", folder, len(scores.names))
-        for name, path in arrivals(folder, scores.names, stop):
+        for name, path in arrivals(folder, scores.names, stop, apart=written):
             (result,) = scoring.stream(detector, path, workers=1, on_error=options.on_error)
             result, new[name] = replace(result, name=name), None
             if result.error:
@@ -148,24 +165,23 @@ def _watch(options: Any, out: Path) -> int:
     return _concluded(len(new), new.keys() & scores.failed.keys(), scores.path)
 
 
-def _watched(paths: Sequence[str], out: Path) -> Path:
-    """The one folder to watch; pictures that are written must not come in there."""
+def _watched(paths: Sequence[str]) -> Path:
+    """The one folder to watch."""
     if len(paths) > 1:
         raise ValueError(f"--watch wants one folder, got {' '.join(paths)}")
     folder = Path(paths[0])
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder to watch")
-    for written in (out / "maps", out / "masks"):
-        inner, outer = written.resolve(), folder.resolve()
-        if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-            raise ValueError(f"--out {out} writes images into {folder}, which is watched")
     return folder
 
 
 def predict_flags(part: Any) -> None:
     add_run(part)
     part.add_argument(
-        "paths", nargs="+", metavar="PATH", help="Images, and folders with all that is in them."
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="Images, and folders with all that is in them; patterns are the shell's to expand.",
     )
     text = "Folder for scores.csv, maps/*.png and, of a run with thresholds, masks/*.png."
     add_out(part, text)

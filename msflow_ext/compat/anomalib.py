@@ -16,6 +16,7 @@ try:
     from anomalib import LearningType  # pyright: ignore[reportMissingImports]
     from anomalib.data import InferenceBatch  # pyright: ignore[reportMissingImports]
     from anomalib.models.components import AnomalibModule  # pyright: ignore[reportMissingImports]
+    from anomalib.post_processing import PostProcessor  # pyright: ignore[reportMissingImports]
     from anomalib.pre_processing import PreProcessor  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -42,9 +43,14 @@ class MSFlow(AnomalibModule):
     >>> (metrics,) = engine.test(model, datamodule=data)
     >>> batches = engine.predict(model, datamodule=data)  # batch.pred_score, batch.anomaly_map
 
+    Without masks, anomalib takes the threshold of the scores for that of the pixels, and so scores must be in the unit of
+    the map. Therefore a score is the mean of the largest ``top_k`` share of the map, unless ``score`` says otherwise.
+
     Args:
-        backbone, image_size, pretrained, blocks, cond_channels, out_indices, score, top_k: see
-            :class:`msflow_ext.MSFlow`.
+        backbone, image_size, pretrained, blocks, cond_channels, out_indices, top_k: see :class:`msflow_ext.MSFlow`.
+        score: ``"map"``, in the unit of the map; or one of the others of :class:`msflow_ext.MSFlow`, such as the paper's
+            ``"log"``. Their units are others, and without masks the pixels' threshold is then the middle between the
+            smallest and the largest map value of the validation images.
         lr: learning rate between warm-up and decay.
         pre_processor: by default it resizes to ``image_size``. Another one must give images of that size in 0..1,
             without ``Normalize``: the backbone does that itself.
@@ -68,7 +74,7 @@ class MSFlow(AnomalibModule):
         blocks: Sequence[int] = (2, 5, 8),
         cond_channels: int | Sequence[int] = 64,
         out_indices: Sequence[int] | None = None,
-        score: str = "log",
+        score: str = "map",
         top_k: float = 0.03,
         lr: float = Recipe.lr,
         pre_processor: nn.Module | bool = True,
@@ -88,6 +94,8 @@ class MSFlow(AnomalibModule):
         )
         if pre_processor is True:
             pre_processor = self.configure_pre_processor((detector.image_size, detector.image_size))
+        if post_processor is True:
+            post_processor = PostProcessor(enable_threshold_matching=score == "map")
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.lr = Recipe(lr=lr).lr
         self.model = _Model(detector)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,8 @@ _HOME = {
 PACKAGED = ("elpv", "textures")
 LAYOUTS = ("mvtec", "visa", "btad", "mtd", "mstc", "folder")
 FIXED = ("mvtec", "visa", "btad", "mstc")  # layouts that say themselves what is tested
+
+log = logging.getLogger(__name__)
 
 
 def __getattr__(name: str) -> Any:
@@ -96,9 +99,12 @@ def open_dataset(
         raise ValueError(f"{', '.join(given)} can only be given with layout 'folder'")
     reader, root = _reader(data, layout, folders=bool(given))
     dataset = reader.read(*root, category, split_seed, **given)
-    if strict and dataset.faults:
+    if not strict:
+        return dataset
+    if dataset.faults:
         first, more = dataset.faults[0], len(dataset.faults) - 1
         raise type(first)(f"{first} ({more} more: msflow data check)") if more else first
+    _log_unread(dataset)
     return dataset
 
 
@@ -136,6 +142,14 @@ def _reader(
     if not Path(data).is_dir():
         raise FileNotFoundError(f"data {data} is not a folder")
     return _module(layout), [Path(data)]
+
+
+def _log_unread(dataset: DataSet) -> None:
+    from msflow_ext.data.dataset import unread
+    from msflow_ext.data.walk import summary
+
+    if left := unread(dataset):
+        log.warning("%s %s: %s", dataset.name, dataset.category, summary(left))
 
 
 def _module(name: str) -> ModuleType:

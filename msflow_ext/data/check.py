@@ -7,17 +7,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from msflow_ext.data.dataset import DataSet, Item
+from msflow_ext.data.dataset import DataSet, Item, unread
 from msflow_ext.data.decoding import decode, source_name, to_rgb
 from msflow_ext.data.images import Images, placed
 from msflow_ext.data.masks import Mask, check_size, decode_mask, resize
-from msflow_ext.text_table import text_table
+from msflow_ext.data.walk import few, summary
+from msflow_ext.text_table import one_line, text_table
 
-SHOWN = 5  # names or sizes in one line
 DARK = 64  # of 255: 16-bit images that are all darker than this hold values of fewer bits
 
 
@@ -50,7 +49,7 @@ class Report:
             counts.append((name, *(str(part.get(kind, 0)) for kind in kinds)))
         sizes = {f"{width}x{height}": n for (width, height), n in self.sizes.items()}
         pixels = [
-            (title, _few([f"{k} ({n})" for k, n in found.items()]))
+            (title, few([f"{k} ({n})" for k, n in found.items()]))
             for title, found in (("sizes", sizes), ("modes", self.modes))
         ]
         lines = [f"{self.name} {self.category}, split {self.split}"]
@@ -69,7 +68,7 @@ def check_dataset(
     Faults: those of the reader; no image to train on; an image or a mask that cannot be decoded; a
     mask of another size than its image. Warnings: images of the same pixels; a mask that marks
     nothing on a defect, or something on a good image; what :func:`_doubtful` lists; test images of one
-    class only; defects without masks; files that the layout has no place for.
+    class only; defects without masks; files and folders that are passed over.
 
     Args:
         workers: threads that decode.
@@ -92,7 +91,8 @@ def check_dataset(
         warnings += each.warnings
     warnings += _doubtful(items, seen, size)
     warnings += _duplicates(dataset, (each.digest for each in seen))
-    warnings += _unread(dataset)
+    left = unread(dataset)
+    warnings += [summary(left)] if left else []
     parts = {"train": dataset.train, "test": dataset.test}
     return Report(
         dataset.name,
@@ -101,8 +101,8 @@ def check_dataset(
         {name: dict(Counter(item.defect for item in part)) for name, part in parts.items()},
         dict(Counter(each.size for each in seen if each.size).most_common()),
         dict(Counter(each.mode for each in seen if each.mode).most_common()),
-        tuple(faults),
-        tuple(warnings),
+        tuple(map(one_line, faults)),
+        tuple(map(one_line, warnings)),
     )
 
 
@@ -185,7 +185,7 @@ def _doubtful(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) ->
     ):
         names = [item.name for item, each in zip(items, seen, strict=True) if flag(each)]
         if names:
-            yield f"{len(names)} {sentence}: {_few(names)}"
+            yield f"{len(names)} {sentence}: {few(names)}"
 
 
 def _one_sided(test: Sequence[Item]) -> Iterator[str]:
@@ -199,9 +199,9 @@ def _one_sided(test: Sequence[Item]) -> Iterator[str]:
     defects = [item for item in test if item.label == 1]
     bare = [item.name for item in defects if item.mask is None]
     if bare:
-        few = f" ({_few(bare)})" if len(bare) < len(defects) else ""
+        which = f" ({few(bare)})" if len(bare) < len(defects) else ""
         part = f"{len(bare)} of {len(defects)}"
-        yield f"{part} defects have no mask{few}, so no pixels will be measured"
+        yield f"{part} defects have no mask{which}, so no pixels will be measured"
 
 
 def _duplicates(dataset: DataSet, digests: Iterable[bytes | None]) -> Iterator[str]:
@@ -212,24 +212,5 @@ def _duplicates(dataset: DataSet, digests: Iterable[bytes | None]) -> Iterator[s
             groups[digest].append(each)
     for same in (group for group in groups.values() if len(group) > 1):
         parts = " and ".join(dict.fromkeys(part for part, _ in same))
-        names = _few([item.name for _, item in same])
+        names = few([item.name for _, item in same])
         yield f"{len(same)} images of the same pixels in {parts}: {names}"
-
-
-def _unread(dataset: DataSet) -> Iterator[str]:
-    if dataset.folder is None:
-        return
-    items = (*dataset.train, *dataset.test)
-    read = {path for item in items for path in (item.image, item.mask) if isinstance(path, Path)}
-    files = sorted(path for path in dataset.folder.glob("*/**/*") if not path.is_dir())
-    # A mask may be a folder.
-    rest = [path for path in files if read.isdisjoint((path, path.parent))]
-    parts = [path.relative_to(dataset.folder).parts for path in rest]
-    names = ["/".join(each) for each in parts if not any(part[0] == "." for part in each)]
-    if names:
-        yield f"{len(names)} files are not read: {_few(names)}"
-
-
-def _few(words: Sequence[str]) -> str:
-    more = len(words) - SHOWN
-    return ", ".join(words[:SHOWN]) + (f" and {more} more" if more > 0 else "")

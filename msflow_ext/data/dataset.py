@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+from msflow_ext.data.walk import APART, SUFFIXES, Found, walk
 
 Faults = list[Exception]  # what a reader finds wrong and goes on
 
@@ -55,7 +55,7 @@ class DataSet:
     """One category of a data set: good images to train on, and labelled images to test on.
 
     ``faults`` are the errors that its reader met; what they concern is left out of the items.
-    ``folder`` has no files in its folders but those of the items; None where others may lie there.
+    ``folders`` are those that hold the files of the items and should hold no others.
     """
 
     name: str
@@ -63,7 +63,7 @@ class DataSet:
     train: tuple[Item, ...]
     test: tuple[Item, ...]
     faults: tuple[Exception, ...] = ()
-    folder: Path | None = None
+    folders: tuple[Path, ...] = ()
 
     @property
     def split(self) -> str:
@@ -72,55 +72,100 @@ class DataSet:
         return hashlib.sha256(repr((self.name, self.category, parts)).encode()).hexdigest()[:12]
 
 
-def list_images(folder: Path, faults: Faults, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-    """The images right inside ``folder``, sorted by name; hidden files are passed over.
+def list_images(
+    folder: Path,
+    faults: Faults,
+    suffixes: Sequence[str] = SUFFIXES,
+    *,
+    deep: bool = False,
+    apart: Iterable[Path] = (),
+) -> list[Path]:
+    """The images right inside ``folder``, sorted by name, or with ``deep`` those of all its folders.
 
-    Faults: there is no such folder, it holds no image, or two whose names differ by the suffix
-    only (the first is taken).
+    What is passed over, and ``apart``: see :func:`msflow_ext.data.walk.walk`.
+
+    Faults: there is no such folder, it cannot be read, it holds no image, or two whose names differ
+    by the suffix only (the first is taken).
     """
-    if not folder.is_dir():
-        faults.append(FileNotFoundError(f"{folder} is not a folder"))
+    found = _found(folder, faults, suffixes, deep, apart)
+    if found is None:
         return []
-    images = _files(folder, suffixes)
-    if not images:
+    if not found.files:
         kinds = ", ".join(suffix[1:] for suffix in suffixes)
         faults.append(ValueError(f"{folder} holds no images ({kinds})"))
-    return list(_by_stem(images, faults).values())
+    return list(_by_stem(found, faults).values())
 
 
 def match_masks(
-    images: Sequence[Path], folder: Path, faults: Faults, suffixes: Sequence[str] = SUFFIXES
+    images: Sequence[Path],
+    folder: Path,
+    faults: Faults,
+    suffixes: Sequence[str] = SUFFIXES,
+    *,
+    within: Path | None = None,
+    apart: Iterable[Path] = (),
 ) -> list[Path | None]:
     """For each image its mask in ``folder``: ``NAME_mask`` or ``NAME``, a file or a folder of files.
 
+    With ``within``, the folder whose sub-folders were searched for images, a name is the path from
+    there on, and the masks lie in sub-folders of the same names.
+
     Faults: there is no such folder, an image has no mask there, a mask has no image.
     """
-    if not folder.is_dir():
-        faults.append(FileNotFoundError(f"{folder} is not a folder"))
+    found = _found(folder, faults, suffixes, within is not None, apart)
+    if found is None:
         return [None] * len(images)
-    marks = _by_stem(_files(folder, suffixes), faults)
-    marks |= {name: folder / name for name in subfolders(folder)}
-    found: list[Path | None] = []
-    for image in images:
-        names = [f"{image.stem}_mask", image.stem]
-        mask = next((marks.pop(name) for name in names if name in marks), None)
+    marks = _by_stem(found, faults)
+    marks |= {name: folder / name for name in found.folders}
+    names = [image.stem if within is None else stem_in(within, image) for image in images]
+    masks = [
+        next((marks[name] for name in (f"{each}_mask", each) if name in marks), None)
+        for each in names
+    ]
+    for image, name, mask in zip(images, names, masks, strict=True):
         if mask is None:
-            both = " nor ".join(names)
+            both = f"{name}_mask nor {name}"
             faults.append(ValueError(f"{image} has no mask: {folder} holds neither {both}"))
-        found.append(mask)
-    faults += [ValueError(f"mask {mask} has no image of its name") for mask in marks.values()]
-    return found
+    of_images = {parent for name in names for parent in PurePosixPath(name).parents}
+    used = {mask for mask in masks if mask is not None}
+    for name, mask in sorted(marks.items()):
+        if PurePosixPath(name) not in of_images and used.isdisjoint((mask, *mask.parents)):
+            faults.append(ValueError(f"mask {mask} has no image of its name"))
+            used.add(mask)  # and with it all that is in it
+    return masks
+
+
+def stem_in(folder: Path, path: Path) -> str:
+    """The name of a file in ``folder`` or its sub-folders: the path from there on, no suffix."""
+    return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def subfolders(parent: Path) -> list[str]:
     """The names of the folders in ``parent``, sorted; hidden ones are passed over.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder. OSError: it cannot be read.
     """
     if not parent.is_dir():
         raise FileNotFoundError(f"{parent} is not a folder")
-    return sorted(p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return walk(parent, deep=False).folders
+
+
+def unread(dataset: DataSet) -> dict[str, str]:
+    """What lies in the folders of a data set and is not read, with the reason where there is one."""
+    items = (*dataset.train, *dataset.test)
+    read = {path for item in items for path in (item.image, item.mask) if isinstance(path, Path)}
+    holders = {parent for path in read for parent in path.parents}
+    left: dict[str, str] = {}
+    for folder in filter(Path.is_dir, dataset.folders):
+        found = walk(folder, apart=[each for each in dataset.folders if each != folder])
+        for name in found.files:
+            if read.isdisjoint((folder / name, (folder / name).parent)):  # a mask may be a folder
+                left[f"{folder.name}/{name}"] = ""
+        for name, reason in found.passed_over.items():
+            if reason != APART and folder / name not in holders | read:
+                left[f"{folder.name}/{name}"] = reason
+    return left
 
 
 def hold_out(count: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
@@ -130,18 +175,24 @@ def hold_out(count: int, rng: np.random.Generator) -> tuple[list[int], list[int]
     return sorted(order[:train].tolist()), sorted(order[train:].tolist())
 
 
-def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
-    )
+def _found(
+    folder: Path, faults: Faults, suffixes: Sequence[str], deep: bool, apart: Iterable[Path]
+) -> Found | None:
+    if not folder.is_dir():
+        faults.append(FileNotFoundError(f"{folder} is not a folder"))
+        return None
+    try:
+        return walk(folder, suffixes, deep=deep, apart=apart)
+    except OSError as error:
+        faults.append(OSError(f"{folder} cannot be read: {error.strerror}"))
+        return None
 
 
-def _by_stem(paths: Iterable[Path], faults: Faults) -> dict[str, Path]:
+def _by_stem(walked: Found, faults: Faults) -> dict[str, Path]:
+    """The files that were found, by their names without the suffix."""
     found: dict[str, Path] = {}
-    for path in paths:
-        other = found.setdefault(path.stem, path)
+    for path in walked.paths:
+        other = found.setdefault(stem_in(walked.folder, path), path)
         if other is not path:
             faults.append(
                 ValueError(

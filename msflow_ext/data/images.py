@@ -148,8 +148,7 @@ def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
     from PIL import Image
 
     if values.dtype == np.bool_:
-        mask = Image.fromarray(values.astype(np.uint8))
-        return np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)) > 0
+        return masks.resize(values, height, width)[0]
     if values.dtype == np.uint8:
         image = Image.fromarray(values).resize((width, height), Image.Resampling.LANCZOS)
         return np.asarray(image)
@@ -159,7 +158,7 @@ def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def in_aspect(height: int, width: int, longer: int) -> tuple[int, int]:
     """Height and width of the same aspect whose longer side is ``longer``."""
-    rows, columns = _padded(width, height, longer)
+    rows, columns = placed(width, height, longer, "pad")
     return rows.stop - rows.start, columns.stop - columns.start
 
 

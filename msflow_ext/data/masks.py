@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from msflow_ext.data.dataset import SUFFIXES
 from msflow_ext.data.decoding import Picture, Source, decode, source_name
+from msflow_ext.data.walk import walk
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,7 @@ def _of_array(array: np.ndarray) -> Mask:
 
 
 def _union(folder: Path) -> Mask:
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    masks = [_of_picture(decode(path)) for path in files]
+    masks = [_of_picture(decode(path)) for path in walk(folder, deep=False).paths]
     if len({mask.marks.shape for mask in masks}) != 1:
         raise ValueError(f"mask {folder} is a folder of {len(masks)} images, not all of one size")
     return reduce(

@@ -6,62 +6,91 @@ import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from msflow_ext.data import load_image
-from msflow_ext.data.dataset import SUFFIXES
+from msflow_ext.data.walk import APART, OURS, SUFFIXES, summary, walk
 
 #: What can be iterated, but not over images.
 _NO_SOURCES = (bytes, bytearray, memoryview, io.IOBase, Mapping)
 
 
-def listed(paths: Sequence[str | Path]) -> dict[str, Path]:
+class Named(NamedTuple):
+    """An image, or its file, and the name that its result gets."""
+
+    name: str
+    image: Any
+
+
+def listed(paths: Sequence[str | Path], *, apart: Iterable[Path] = ()) -> dict[str, Path]:
     """Every image of files and folders by its name, before one of them is read.
 
+    Args:
+        apart: folders to pass over, see :func:`msflow_ext.data.walk.walk`.
+
     Raises:
-        FileNotFoundError: a file is not there. ValueError: a folder without images, one image twice.
+        FileNotFoundError: a file is not there.
+        ValueError: there are no images, or one is given twice.
     """
     found: dict[str, Path] = {}
-    for name, path in images_of(paths[0] if len(paths) == 1 else paths):
+    for name, path in images_of(paths[0] if len(paths) == 1 else paths, apart=apart):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file")
         if name in found:
             raise ValueError(f"{name} is given twice")
         found[name] = path
+    if not found:
+        raise ValueError(f"{' '.join(map(str, paths))} holds no images")
     return found
 
 
 def images_of(
-    source: Any, numbers: Iterator[int] | None = None, *, one: bool = True
-) -> Iterator[tuple[str, Any]]:
+    source: Any,
+    numbers: Iterator[int] | None = None,
+    *,
+    one: bool = True,
+    apart: Iterable[Path] = (),
+) -> Iterator[Named]:
     """Every image in ``source`` with its name: a path, an array or a tensor.
 
     The name of an image in a folder is its path from there on, or with that of the folder if this
     is not the ``one`` source: images of the same name in two folders are told apart.
+
+    Folders are searched by :func:`msflow_ext.data.walk.walk`, which says what ``apart`` is; one line
+    in the log says what is passed over. A folder without images is an error, but beside other
+    sources not one that holds pictures of this package.
     """
     from PIL import Image
 
     numbers = count() if numbers is None else numbers
     if isinstance(source, (str, Path)) and Path(source).is_dir():
-        folder = Path(source)
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not found:
-            raise ValueError(f"{folder} holds no images ({', '.join(s[1:] for s in SUFFIXES)})")
-        names = (path.relative_to(folder) if one else path for path in found)
-        yield from zip(map(Path.as_posix, names), found, strict=True)
+        found = walk(source, apart=apart)
+        ours = not {APART, OURS}.isdisjoint(found.passed_over.values())
+        if not found.files and (one or not ours):
+            kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
+            rest = f"; {summary(found.passed_over)}" if found.passed_over else ""
+            raise ValueError(f"{source} holds no images ({kinds}){rest}")
+        found.log_passed_over()
+        for name, path in zip(found.files, found.paths, strict=True):
+            yield Named(name if one else path.as_posix(), path)
     elif isinstance(source, (str, Path)):
-        yield str(source), Path(source)
+        if not Path(source).exists() and not {"*", "?", "["}.isdisjoint(str(source)):
+            raise FileNotFoundError(
+                f"{source} is not a file, and patterns are not expanded: give a folder, or the files "
+                "(pathlib.Path(...).glob(...), or the pattern without quotes in a shell)"
+            )
+        yield Named(str(source), Path(source))
     elif isinstance(source, Image.Image):
-        yield f"image {next(numbers)}", _pixels(source)
+        yield Named(f"image {next(numbers)}", _pixels(source))
     elif isinstance(source, (np.ndarray, Tensor)) and source.ndim != 4:
-        yield f"image {next(numbers)}", source
+        yield Named(f"image {next(numbers)}", source)
     elif isinstance(source, Iterable) and not isinstance(source, _NO_SOURCES):
         for each in source:
-            yield from images_of(each, numbers, one=False)
+            yield from images_of(each, numbers, one=False, apart=apart)
     else:
         raise TypeError(
             "source must be a path, a PIL image, an array, a tensor or an iterable of these, "

@@ -20,7 +20,7 @@ from msflow_ext.choices import ON_ERROR, PRECISIONS
 from msflow_ext.data import Images, Item, load_image
 from msflow_ext.data.images import Box, in_aspect, resized, to_pixels
 from msflow_ext.data.prefetch import decoded
-from msflow_ext.data.sources import images_of, own_size
+from msflow_ext.data.sources import Named, images_of, own_size
 from msflow_ext.errors import sentence
 from msflow_ext.evaluation.calibration import Calibration, exceeds
 from msflow_ext.hardware import pick_device
@@ -245,7 +245,7 @@ class Detector:
         shared = tiling.pixels_of(overlap, self.model.image_size)
         names: deque[str] = deque()
 
-        def chunks(size: int) -> Iterator[list[tuple[str, Any]]]:
+        def chunks(size: int) -> Iterator[list[Named]]:
             images = images_of(source)
             while chunk := list(islice(images, size)):
                 names.extend(name for name, _ in chunk)

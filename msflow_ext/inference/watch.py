@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-from msflow_ext.data.dataset import SUFFIXES
+from msflow_ext.data.walk import Found, walk
 from msflow_ext.runs.csv_cells import csv_line, whole_lines
 from msflow_ext.runs.score_table import HEADER, Row, read_scores, row_line
 
@@ -40,22 +41,36 @@ def stopped_by_signals() -> Iterator[Event]:
 
 
 def arrivals(
-    folder: Path, known: Container[str], stop: Event, *, interval: float = 0.5
+    folder: Path,
+    known: Container[str],
+    stop: Event,
+    *,
+    interval: float = 0.5,
+    apart: Sequence[Path] = (),
 ) -> Iterator[tuple[str, Path]]:
     """Name and path of each image that comes to lie in ``folder`` or in folders there, until ``stop``.
 
     The name is the path from ``folder`` on. An image has arrived when two looks, ``interval`` seconds
     apart, find the same size above 0 and the same time of change: one still being written is left
     alone, one moved in is taken at the second look. An image comes once, and again only if it has
-    changed and its name is not in ``known``. Hidden files and folders are passed over.
+    changed and its name is not in ``known``. The folder is searched by
+    :func:`msflow_ext.data.walk.walk`, which says what is passed over and what ``apart`` is; the log
+    names what is passed over at first, and later what is for a reason.
 
     Raises:
         FileNotFoundError: the folder is not there, or not any more.
     """
     offered: dict[str, tuple[int, int]] = {}
     last: dict[str, tuple[int, int]] = {}
+    said: set[str] | None = None
     while not stop.is_set():
-        now = dict(_images(folder))
+        found = _walked(folder, apart)
+        said = _say_passed_over(found, said)
+        now = {
+            name: (status.st_size, status.st_mtime_ns)
+            for name, status in found.files.items()
+            if status.st_size
+        }
         for name in sorted(now):
             if name in known or now[name] != last.get(name) or now[name] == offered.get(name):
                 continue
@@ -67,25 +82,22 @@ def arrivals(
         stop.wait(interval)
 
 
-def _images(folder: Path) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Names of all images with bytes in them, each with its size and time of change."""
+def _walked(folder: Path, apart: Sequence[Path]) -> Found:
+    try:
+        return walk(folder, apart=apart)
+    except OSError as error:
+        raise FileNotFoundError(f"{folder} cannot be watched: {error.strerror}") from error
 
-    def fail(error: OSError) -> None:
-        if Path(error.filename) == folder:
-            raise FileNotFoundError(f"{folder} cannot be watched: {error.strerror}") from error
 
-    for parent, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = [each for each in folders if not each.startswith(".")]
-        for file in files:
-            path = Path(parent, file)
-            if file.startswith(".") or path.suffix.lower() not in SUFFIXES:
-                continue
-            try:
-                found = path.stat()
-            except OSError:  # gone meanwhile, or a link to nowhere
-                continue
-            if found.st_size:
-                yield path.relative_to(folder).as_posix(), (found.st_size, found.st_mtime_ns)
+def _say_passed_over(found: Found, said: set[str] | None) -> set[str]:
+    """Log what is passed over and was not ``said`` before; at first all of it."""
+    new = {
+        name: reason
+        for name, reason in found.passed_over.items()
+        if said is None or (reason and name not in said)
+    }
+    replace(found, passed_over=new).log_passed_over()
+    return (said or set()) | new.keys()
 
 
 class ScoreLog:

@@ -30,7 +30,7 @@ def initial_state(model: Any, dataset: DataSet, recipe: Recipe) -> dict[str, Any
     """The header of a run's checkpoints before its first epoch, in JSON's types."""
     items = hashlib.sha256()
     for item in (*dataset.train, *dataset.test):
-        items.update(f"{item.name} {item.label}\n".encode())
+        items.update(f"{item.name} {item.label}\n".encode("utf-8", "surrogateescape"))
         items.update(item.image.tobytes() if isinstance(item.image, np.ndarray) else b"")
     state = {
         "model": type(model).__name__,

@@ -130,6 +130,39 @@ def test_the_engine_predicts_what_the_detector_says(trained, data):
     assert torch.equal(order, raw.score.argsort())
 
 
+@pytest.mark.family("anomalib adapter")
+@pytest.mark.parametrize("score", ["map", "log", "nll"])
+def test_without_masks_the_map_and_the_mask_show_the_defect(
+    anomalib, ours, data, tmp_path, monkeypatch, score
+):
+    torch.manual_seed(0)
+    folders = {"root": data.root, "normal_dir": "good", "abnormal_dir": "bad"}
+    sizes = {"train_batch_size": 2, "eval_batch_size": 8, "num_workers": 0}
+    bare = anomalib("data").Folder(
+        name="plate", normal_test_dir="other", val_split_mode="same_as_test", **folders, **sizes
+    )
+    options = {} if score == "map" else {"score": score}  # the default has the unit of the map
+    model, trainer = ours.MSFlow(**SMALL, **options), engine(anomalib, tmp_path, max_epochs=2)
+    trainer.fit(model, datamodule=bare)
+    raw: list[Any] = []
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda x: raw.append(forward(x)) or raw[-1])
+    (batch,) = trainer.predict(model, datamodule=bare)
+    defects = batch.gt_label.bool()
+    assert defects.tolist().count(True) == 2
+    for mask, values, plain in zip(
+        batch.pred_mask[defects],
+        batch.anomaly_map[defects],
+        raw[-1].anomaly_map[defects],
+        strict=True,
+    ):
+        assert values.max() > 0.5 > values.min() and 0 < mask.float().mean() < 1
+        middle = (values > 0) & (values < 1)
+        assert torch.equal(values[middle].argsort(stable=True), plain[middle].argsort(stable=True))
+    if score == "map":
+        assert batch.pred_mask.flatten(1).any(1)[batch.pred_label.bool()].all()
+
+
 def test_a_checkpoint_loads_without_running_code_and_gives_the_same(ours, trained):
     model, trainer = trained
     path = trainer.trainer.checkpoint_callback.last_model_path or trainer.best_model_path

@@ -105,8 +105,9 @@ def damage(bottle, bomb):
         r"2 images of the same pixels in train and test: train/good/003, good/001",
         r"the mask of the defect crack/002 marks nothing",
         r"2 of 5 defects have no mask \(crack/000, stain/000\), so no pixels will be measured",
-        r"7 files are not read: ground_truth/crack/009_mask\.png, ground_truth/hole/000_mask\.png, "
-        r"train/crack/000\.png, train/good/000\.png, train/good/008\.gif and 2 more",
+        r"8 passed over: train/good/009\.png \(a link to nowhere\), "
+        r"ground_truth/crack/009_mask\.png, ground_truth/hole/000_mask\.png, train/crack/000\.png, "
+        r"train/good/\.trash/ and 3 more",
     ]
 
 

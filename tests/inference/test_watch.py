@@ -339,12 +339,12 @@ def test_a_watched_folder_stops_at_a_broken_image_if_that_is_chosen(run, tmp_pat
     [
         (["in", "in"], "out", "--watch wants one folder, got"),
         (["nowhere"], "out", "nowhere is not a folder to watch"),
-        (["in"], "in/out", "which is watched"),
-        (["in"], "in", "which is watched"),
+        (["in/maps"], "in", "writes images into"),
+        (["in/maps/line 1"], "in", "which is read"),
     ],
 )
 def test_a_folder_that_cannot_be_watched_is_named(run, tmp_path, capsys, paths, out, sentence):
-    (tmp_path / "in").mkdir()
+    (tmp_path / "in/maps/line 1").mkdir(parents=True)
     chosen = ["predict", "--run", str(run), "--watch", "--out", str(tmp_path / out)]
     assert cli.main([*chosen, *(str(tmp_path / path) for path in paths)]) == 2
     assert sentence in capsys.readouterr().err

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from msflow_ext.data.csv_list import Entry, entries, rows, unique
-from msflow_ext.data.dataset import DataSet, Faults, Item, hold_out, list_images, match_masks
+from msflow_ext.data.dataset import (
+    DataSet,
+    Faults,
+    Item,
+    hold_out,
+    list_images,
+    match_masks,
+    stem_in,
+)
 
 
 def read(
@@ -23,10 +33,12 @@ def read(
 ) -> DataSet:
     """Read ``normal``, ``abnormal`` and ``masks``, or ``csv``; all are taken relative to ``root``.
 
-    If none of them is given, the folders ``normal``, ``abnormal`` and ``masks`` inside ``root``
-    are, where they exist. Without abnormal images all normal ones train and nothing is tested; with
-    them, a seeded 80% of the normal ones train and the others are tested. A mask is called as its
-    image is, or ``NAME_mask``.
+    Folders are searched with their sub-folders (:func:`msflow_ext.data.walk.walk`); one may lie in
+    another, which is then read without it. If none of them is given, the folders ``normal``,
+    ``abnormal`` and ``masks`` inside ``root`` are, where they exist. Without abnormal images all
+    normal ones train and nothing is tested; with them, a seeded 80% of the normal ones train and
+    the others are tested. A mask is called as its image is, or ``NAME_mask``, in a sub-folder of
+    the same name where its image is in one.
 
     A CSV has a first line with the columns ``path`` and ``label``, and perhaps ``mask`` and
     ``split``. Paths are relative to ``root`` and stay in it. A label is ``good``, ``normal``,
@@ -46,38 +58,64 @@ def read(
                 "csv needs data, the folder that its paths are in, and no other folder"
             )
         return _listed(root, root / csv, split_seed)
-    base = root if root is not None else Path()
-    if root is not None and normal is None and abnormal is None and masks is None:
-        normal = "normal"
-        abnormal = "abnormal" if (root / "abnormal").exists() else None
-        masks = "masks" if (root / "masks").exists() else None
-    if normal is None:
+    given = {"normal": normal, "abnormal": abnormal, "masks": masks}
+    given = {name: path for name, path in given.items() if path is not None}
+    if root is not None and not given:
+        there = (name for name in ("abnormal", "masks") if (root / name).exists())
+        given = {name: name for name in ("normal", *there)}
+    if "normal" not in given:
         raise ValueError("layout folder needs normal, a folder of good images")
-    faults: Faults = []
-    if masks is not None and abnormal is None:
-        lost = f"masks {base / masks} belong to abnormal images, of which there are none"
-        faults.append(ValueError(lost))
-
-    good = list_images(base / normal, faults)
-    trained, held_out = _split(
-        good, abnormal is not None, split_seed, f"{base / normal} holds one image", faults
-    )
-    train = [Item(f"train/good/{path.stem}", 0, "good", path) for path in trained]
-    test = [Item(f"good/{path.stem}", 0, "good", path) for path in held_out]
-    if abnormal is not None:
-        bad = list_images(base / abnormal, faults)
-        found = match_masks(bad, base / masks, faults) if masks is not None else [None] * len(bad)
-        test += [
-            Item(f"abnormal/{path.stem}", 1, "abnormal", path, mask)
-            for path, mask in zip(bad, found, strict=True)
-        ]
-    name = (root if root is not None else base / normal).absolute().name
-    return DataSet("folder", name, tuple(train), tuple(test), tuple(faults))
+    places = {name: (root or Path()) / path for name, path in given.items()}
+    _check_different(places)
+    name = (root if root is not None else places["normal"]).absolute().name
+    return _searched(name, places, split_seed)
 
 
 def categories(root: Path) -> list[str]:
     """None: there is one folder."""
     return []
+
+
+def _searched(name: str, places: Mapping[str, Path], seed: int) -> DataSet:
+    """The images of the folders ``normal``, ``abnormal`` and ``masks``, of which the first must be given."""
+    faults: Faults = []
+    if "masks" in places and "abnormal" not in places:
+        lost = f"masks {places['masks']} belong to abnormal images, of which there are none"
+        faults.append(ValueError(lost))
+
+    def images(name: str) -> list[Path]:
+        return list_images(places[name], faults, deep=True, apart=_others(places, name))
+
+    def stem(name: str, path: Path) -> str:
+        return stem_in(places[name], path)
+
+    one = f"{places['normal']} holds one image"
+    trained, held_out = _split(images("normal"), "abnormal" in places, seed, one, faults)
+    train = [Item(f"train/good/{stem('normal', p)}", 0, "good", p) for p in trained]
+    test = [Item(f"good/{stem('normal', p)}", 0, "good", p) for p in held_out]
+    if "abnormal" in places:
+        bad = images("abnormal")
+        masks: list[Path | None] = [None] * len(bad)
+        if "masks" in places:
+            where, apart = places["abnormal"], _others(places, "masks")
+            masks = match_masks(bad, places["masks"], faults, within=where, apart=apart)
+        test += [
+            Item(f"abnormal/{stem('abnormal', path)}", 1, "abnormal", path, mask)
+            for path, mask in zip(bad, masks, strict=True)
+        ]
+    folders = tuple(places.values())
+    return DataSet("folder", name, tuple(train), tuple(test), tuple(faults), folders)
+
+
+def _others(places: Mapping[str, Path], name: str) -> list[Path]:
+    return [path for other, path in places.items() if other != name]
+
+
+def _check_different(places: Mapping[str, Path]) -> None:
+    """ValueError if two options name one folder, whose images would be of both kinds."""
+    for (name, path), (other, same) in combinations(places.items(), 2):
+        if path.exists() and same.exists() and path.samefile(same):
+            raise ValueError(f"{name} and {other} must be different folders, got {path} and {same}")
 
 
 def _listed(root: Path, table: Path, seed: int) -> DataSet:

@@ -9,6 +9,7 @@ import numpy as np
 
 from msflow_ext.data import video
 from msflow_ext.data.dataset import DataSet, Faults, Frame, Item, list_images, subfolders
+from msflow_ext.data.walk import walk
 
 EVERY = 5
 
@@ -69,8 +70,8 @@ def _videos(part: Path, scene: str | None = None) -> dict[str, Path]:
     """Where the frames of each video are, by its name; a folder is preferred to a file."""
     found: dict[str, Path] = {}
     if (part / "videos").is_dir():
-        files = sorted((part / "videos").iterdir())
-        found = {path.stem: path for path in files if path.suffix.lower() in video.SUFFIXES}
+        files = walk(part / "videos", video.SUFFIXES, deep=False).paths
+        found = {path.stem: path for path in files}
     if (part / "frames").is_dir():
         found |= {name: part / "frames" / name for name in subfolders(part / "frames")}
     return {name: found[name] for name in sorted(found) if scene in (None, _scene(name))}

@@ -60,7 +60,8 @@ def read_tree(layout: str, root: Path, category: str | None, good: str = "good")
         for kind in sorted(lost)
     ]
     items = tuple(Item(f"train/good/{path.stem}", 0, "good", path) for path in train)
-    return DataSet(layout, folder.absolute().name, items, tuple(test), tuple(faults), folder)
+    folders = tuple(folder / name for name in subfolders(folder))
+    return DataSet(layout, folder.absolute().name, items, tuple(test), tuple(faults), folders)
 
 
 def _folders(parent: Path, faults: Faults) -> list[str]:

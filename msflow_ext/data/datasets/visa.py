@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from msflow_ext.data.csv_list import Entry, entries, rows, unique
-from msflow_ext.data.dataset import DataSet, Faults, Item
+from msflow_ext.data.dataset import DataSet, Faults, Item, subfolders
 from msflow_ext.data.datasets import mvtec
 
 INDEX = Path("split_csv", "1cls.csv")
@@ -40,7 +40,9 @@ def read(root: Path, category: str | None, split_seed: int = 0) -> DataSet:
     trained = [_item(each, "train/") for each in found if each.split == "train"]
     tested = [_item(each) for each in found if each.split != "train"]
     train, test = unique((trained, tested), faults)
-    return DataSet("visa", category, train, test, tuple(faults), root / category)
+    own = root / category
+    folders = tuple(own / name for name in subfolders(own)) if own.is_dir() else ()
+    return DataSet("visa", category, train, test, tuple(faults), folders)
 
 
 def categories(root: Path) -> list[str]:
