@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reports": {"data", "evaluation", "files", "metrics", "runs", "text_table"},
     "training": CONTENTS
     | {"choices", "distributed", "errors", "evaluation", "features", "reports"},
-    "inference": (CONTENTS - {"files", "metrics"})
+    "inference": (CONTENTS - {"metrics"})
     | {"choices", "distributed", "errors", "evaluation", "reports"},
     "serving": {"data", "inference", "reports"},
     "export": {"files", "inference", "models"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -33,6 +34,7 @@ from msflow_ext.cli.hyperparameters import (
 )
 from msflow_ext.cli.parser import Parser, count, whole
 from msflow_ext.errors import FAILURES
+from msflow_ext.files import locked
 from msflow_ext.training.recipe import PRESETS, Recipe
 
 if TYPE_CHECKING:
@@ -90,7 +92,11 @@ def train(options: Any) -> int:
     if options.engine != "local":  # a training whose worker dies continues from its checkpoint
         chosen.resume, chosen.device = not options.overwrite, device_of(options)
     work = partial(_train_trial, chosen)
-    runs = sweep.do_all(trials, out, work, FAILURES, engine, write=ranks.first)
+    with ExitStack() as stack:
+        with ranks.agreed():
+            if ranks.first and trials[0].folder != out:  # that is locked by its training
+                stack.enter_context(locked(out))
+        runs = sweep.do_all(trials, out, work, FAILURES, engine, write=ranks.first)
     with ranks.agreed():
         conclude(runs, out, show=ranks.first)
     return 0

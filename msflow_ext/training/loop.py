@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from msflow_ext.data import DataSet
 from msflow_ext.distributed.ranks import Ranks, join, own_device
 from msflow_ext.evaluation.evaluator import Evaluation
 from msflow_ext.features import Features
-from msflow_ext.files import read_json, write_text
+from msflow_ext.files import locked, read_json, write_text
 from msflow_ext.hardware import has_bfloat16, pick_device
 from msflow_ext.metrics import RESULTS
 from msflow_ext.runs.checkpoint import CHECKPOINT, Saver, restore
@@ -73,23 +73,35 @@ def train(
         ValueError: the folder holds a run and neither ``resume`` nor ``overwrite`` is given, or that run is
             another one; no training images, or too few to hold some out, or fewer than processes; an
             image that cannot be decoded; processes that are not given the same.
-        OSError: the folder cannot be written. ConnectionError: another process has ended.
+        BlockingIOError: another training writes into the folder. OSError: it cannot be written.
+        ConnectionError: another process has ended.
         ProcessFailed: another process has one of these errors.
         TrainingDiverged: a loss, a gradient or a score is not finite; the last checkpoint is kept.
     """
     recipe = recipe or Recipe()
     ranks = join(device) if ranks is None else ranks
     progress = progress and ranks.first
-    session = Session.open(
-        model, dataset, Path(run), recipe, device, ranks, resume=resume, overwrite=overwrite
-    )
-    if session is not None:
-        with session.features(progress) as parts:
-            session.write_settings(settings or {}, overwrite=overwrite)
-            final = session.fit(parts, progress)
-            outcome = Outcome.of(final, model, parts, baseline=baseline)
-        session.finish(outcome)
-    return ranks.broadcast(read_json(Path(run) / METRICS) if ranks.first else {})
+    with _writing(Path(run), ranks):
+        session = Session.open(
+            model, dataset, Path(run), recipe, device, ranks, resume=resume, overwrite=overwrite
+        )
+        if session is not None:
+            with session.features(progress) as parts:
+                session.write_settings(settings or {}, overwrite=overwrite)
+                final = session.fit(parts, progress)
+                outcome = Outcome.of(final, model, parts, baseline=baseline)
+            session.finish(outcome)
+        return ranks.broadcast(read_json(Path(run) / METRICS) if ranks.first else {})
+
+
+@contextmanager
+def _writing(run: Path, ranks: Ranks) -> Iterator[None]:
+    """The processes of this training are the only ones that write into the folder; the first keeps the lock for all."""
+    with ExitStack() as stack:
+        with ranks.agreed():
+            if ranks.first:
+                stack.enter_context(locked(run))
+        yield
 
 
 @dataclass

@@ -15,7 +15,7 @@ from PIL import Image
 
 import msflow_ext as mx
 from msflow_ext import cli
-from msflow_ext.files import check_writable, write_text
+from msflow_ext.files import LOCK, check_writable, locked, write_text
 from msflow_ext.runs.checkpoint import save_checkpoint
 
 TRAIN = ["train", "--backbone", "efficientnet_lite0", "--image-size", "64", "--epochs", "1"]
@@ -211,8 +211,24 @@ def test_a_full_disk_is_one_sentence_and_what_was_written_before_stays(
     last = ended.stderr.splitlines()[-1]
     assert last.startswith(f"msflow: error: {out / file} cannot be written: ")
     assert "too large" in last
-    assert (out / kept).exists()
+    assert out.exists() == bool(kept)
+    assert (out / kept).exists() or not kept
     assert not [*out.rglob("*.tmp"), *out.rglob("*.cache")]
+
+
+@pytest.mark.family("writers")
+def test_a_folder_that_another_process_writes_is_refused_before_any_work(
+    run, data, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    watch = ["predict", "--run", run, data / "cup/test", "--out", out, "--watch"]
+    archive = ["predict", "--run", run, data / "cup/test", "--out", out, "--engine", "local"]
+    series = [*TRAIN, "--data", data, "--layout", "mvtec", "--category", "cup,cup2", "--out", out]
+    with locked(out):
+        for command in (*_commands(run, data, out), watch, archive, series):
+            sentence = fails(capsys, *command)
+            assert f"{out} is being written by another process: wait until it ends" in sentence
+        assert [path.name for path in out.iterdir()] == [LOCK]
 
 
 def test_what_cannot_be_replaced_stays(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,14 @@ def test_a_finished_run_reports_the_last_epoch_and_the_best_one_beside_it(finish
         "report.html",
         "scores.csv",
     }
+
+
+@pytest.mark.family("run files")
+@pytest.mark.skipif(sys.platform == "win32", reason="no umask")
+def test_every_file_of_a_run_has_the_mode_that_the_umask_gives(finished_run):
+    os.umask(umask := os.umask(0))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in finished_run.rglob("*.*")}
+    assert set(modes.values()) == {0o666 & ~umask}, modes
 
 
 def test_the_loss_is_in_nats_per_latent_dimension(squares, finished_run, build_model):

@@ -56,6 +56,28 @@ def test_a_killed_run_resumes_to_the_bits_of_an_undisturbed_one(
         assert metrics[name] == wanted[name]
 
 
+@pytest.mark.family("writers")
+@pytest.mark.parametrize("again", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_two_trainings_do_not_write_into_one_folder(
+    tmp_path, monkeypatch, squares, build_model, again
+):
+    run, recipe, said = tmp_path / "run", Recipe(epochs=1), []
+
+    def start_another(*args: Any, **options: Any) -> Any:
+        with pytest.raises(
+            BlockingIOError, match="run is being written by another process"
+        ) as error:
+            train(build_model(), squares, run, Recipe(epochs=1, seed=7), device="cpu", **again)
+        said.append(error)
+        return train_epoch(*args, **options)
+
+    monkeypatch.setattr(loop, "train_epoch", start_another)
+    train(build_model(), squares, run, recipe, device="cpu")
+    assert len(said) == 1
+    assert read_checkpoint(run / "model.safetensors")[0]["recipe"]["seed"] == recipe.seed
+    assert not list(run.glob(".*"))
+
+
 def _results(run: Path) -> tuple[Any, ...]:
     """All that a run leaves that does not depend on how long it took."""
     header, tensors = read_checkpoint(run / "model.safetensors")
