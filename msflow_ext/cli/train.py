@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msflow_ext.choices import ENGINES
-from msflow_ext.cli.config import Config
+from msflow_ext.cli.config import Config, with_whole_paths
 from msflow_ext.cli.data import DATA, categories, open_data
 from msflow_ext.cli.flags import (
     add_again,
@@ -201,10 +201,11 @@ def devices_to_start(options: Any) -> int:
 
 
 def _settings(options: Any) -> dict[str, Any]:
-    """What ``config.yaml`` of a run holds, for ``--config``."""
+    """What ``config.yaml`` of a run holds, for ``--config``: paths are found from any folder."""
     names = (*DATA, *parameters(*RECIPE), *all_model_parameters())
     names += ("model", "preset", "weights", "baseline")
-    return {**{name: getattr(options, name) for name in names}, "seed": recipe_of(options).seed}
+    given = {name: getattr(options, name) for name in names}
+    return {**with_whole_paths(given, Path.cwd()), "seed": recipe_of(options).seed}
 
 
 def _yaml(settings: dict[str, Any]) -> str:
@@ -230,7 +231,7 @@ def train_flags(part: Any) -> None:
         action=Config,
         metavar="FILE",
         help="YAML file with values for these flags, such as batch_size: 16. Flags after it replace "
-        "its values.",
+        "its values. Relative paths start from the folder of FILE.",
     )
     text = "Print the flags that are given as YAML for --config, and exit."
     part.add_argument("--print-config", "--print_config", action="store_true", help=text)

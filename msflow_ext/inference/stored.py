@@ -65,8 +65,9 @@ def read_stored(path: Path) -> Stored:
         raise ValueError(f"{damaged}recipe must be an object, got {recipe!r}")
     if (fit := recipe.get("fit", "resize")) not in FITS:
         raise ValueError(f"{damaged}fit must be one of {', '.join(FITS)}, got {fit!r}")
-    calibration, rate = _calibration(header.get("calibration"), damaged), None
-    if calibration and not (is_number(rate := recipe.get("false_alarms")) and 0 < rate < 1):
+    calibration = _calibration(header.get("calibration"), damaged)
+    rate: Any = recipe.get("false_alarms") if calibration else None
+    if calibration and not (is_number(rate) and 0 < rate < 1):
         raise ValueError(f"{damaged}false_alarms must be above 0 and below 1, got {rate!r}")
     colours = _colours(header.get("colours"), damaged)
     model = kind(**config, pretrained=False)

@@ -175,11 +175,17 @@ class Session:
         """Write ``config.yaml``; ``overwrite``: instead of the run that is there, as all images are known to be sound."""
         import yaml
 
+        class Dumper(yaml.SafeDumper):
+            """Write a list that two settings share twice: readers take no aliases."""
+
+            def ignore_aliases(self, data: Any) -> bool:
+                return True
+
         with self.ranks.agreed():
             if self.ranks.first:
                 if overwrite:
                     clear_run(self.run)
-                text = yaml.safe_dump(dict(settings), sort_keys=False)
+                text = yaml.dump(dict(settings), Dumper=Dumper, sort_keys=False)
                 write_text(self.run / "config.yaml", text)
 
     def fit(self, parts: Parts, progress: bool) -> Evaluation:

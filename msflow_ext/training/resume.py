@@ -78,8 +78,8 @@ def open_run(
 
 def _check_progress(path: Path, saved: Mapping[str, Any]) -> None:
     """ValueError if a checkpoint does not say how far its training is."""
-    epoch, losses = saved.get("epoch"), saved.get("losses")
-    tests, seconds = saved.get("evaluations"), saved.get("seconds")
+    names = ("epoch", "losses", "evaluations", "seconds")
+    epoch, losses, tests, seconds = (saved.get(name) for name in names)
     counted = isinstance(epoch, int) and isinstance(losses, list) and len(losses) == epoch
     if not counted or not all(map(is_number, losses)):
         raise ValueError(f"{path} is damaged: epoch {epoch!r} and losses must tell its epochs")
