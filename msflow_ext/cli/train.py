@@ -120,7 +120,10 @@ def _trials(options: Any) -> list[sweep.Trial]:
     split_seeds = options.split_seeds or [options.split_seed]
     if len(split_seeds) > 1 and options.layout in FIXED:
         raise ValueError(f"--split-seeds: layout {options.layout} says itself what is tested")
-    seeds = options.seeds or [recipe_of(options).seed]
+    if min(split_seeds) < 0:
+        raise ValueError(f"--split-seeds must be 0 or more, got {min(split_seeds)}")
+    recipe = recipe_of(options)
+    seeds = [replace(recipe, seed=seed).seed for seed in options.seeds or [recipe.seed]]
     return sweep.plan(Path(options.out), chosen, split_seeds, seeds)
 
 

@@ -80,6 +80,8 @@ def train(
     """
     recipe = recipe or Recipe()
     ranks = join(device) if ranks is None else ranks
+    with ranks.agreed():
+        _check_images(model, dataset, recipe, ranks, baseline)
     progress = progress and ranks.first
     with _writing(Path(run), ranks):
         session = Session.open(
@@ -144,7 +146,6 @@ class Session:
         with ranks.agreed():
             if resume and overwrite:
                 raise ValueError("resume and overwrite exclude each other")
-            _check_images(dataset, recipe, ranks)
             device = pick_device(own_device(device))
         if recipe.precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
             log.warning(
@@ -293,13 +294,22 @@ class Session:
         return TrainingDiverged(f"training stopped in epoch {epoch}: {what}; {rest}")
 
 
-def _check_images(dataset: DataSet, recipe: Recipe, ranks: Ranks) -> None:
-    """ValueError if there are too few images to train on."""
+def _check_images(
+    model: Any, dataset: DataSet, recipe: Recipe, ranks: Ranks, baseline: bool
+) -> None:
+    """ValueError if there are too few images to train on, or for what is asked for besides."""
     if not dataset.train:
         raise ValueError(f"{dataset.name} {dataset.category} has no images to train on")
     kept, _ = recipe.split(len(dataset.train))
     if len(kept) < ranks.size:
         raise ValueError(f"{ranks.size} processes are more than the {len(kept)} training images")
+    whiten = getattr(model, "whitening", None) is not None
+    for name, asked, least in (("baseline", baseline, 2), ("whiten", whiten, 3)):
+        if asked and len(kept) < least:
+            more = f"train without it, or give {least} images that are not held out"
+            raise ValueError(
+                f"{name} must have {least} training images or more, got {len(kept)}: {more}"
+            )
 
 
 def _brief(metrics: Mapping[str, float | None]) -> str:

@@ -78,8 +78,9 @@ def open_run(
 
 def _check_progress(path: Path, saved: Mapping[str, Any]) -> None:
     """ValueError if a checkpoint does not say how far its training is."""
-    names = ("epoch", "losses", "evaluations", "seconds")
-    epoch, losses, tests, seconds = (saved.get(name) for name in names)
+    losses: Any = saved.get("losses")
+    seconds: Any = saved.get("seconds")
+    epoch, tests = saved.get("epoch"), saved.get("evaluations")
     counted = isinstance(epoch, int) and isinstance(losses, list) and len(losses) == epoch
     if not counted or not all(map(is_number, losses)):
         raise ValueError(f"{path} is damaged: epoch {epoch!r} and losses must tell its epochs")

@@ -220,6 +220,46 @@ def test_too_few_images_to_hold_out_stop_a_run_before_it_begins(tmp_path, square
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.family("early refusals")
+@pytest.mark.parametrize(
+    ("name", "images", "recipe", "sentence"),
+    [
+        (
+            "baseline",
+            1,
+            {},
+            "baseline must have 2 training images or more, got 1: train without it",
+        ),
+        ("baseline", 2, {"hold_out": 0.5, "false_alarms": 0.5}, "baseline must have 2 .*, got 1"),
+        ("whiten", 2, {}, "whiten must have 3 training images or more, got 2: train without it"),
+        ("whiten", 4, {"hold_out": 0.5, "false_alarms": 0.4}, "whiten must have 3 .*, got 2"),
+    ],
+)
+def test_what_needs_more_images_says_so_before_the_first_epoch(
+    tmp_path, monkeypatch, squares, build_model, name, images, recipe, sentence
+):
+    monkeypatch.setattr(loop, "features_of_parts", None)
+    model = build_model(standardize=True, whiten=name == "whiten")
+    data = DataSet("squares", "few", squares.train[:images], squares.test)
+    options = {"device": "cpu", "baseline": name == "baseline"}
+    with pytest.raises(ValueError, match=sentence):
+        train(model, data, tmp_path / "run", Recipe(**recipe), **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.family("early refusals")
+@pytest.mark.parametrize(("name", "images"), [("baseline", 2), ("whiten", 3), ("neither", 1)])
+def test_the_fewest_images_that_are_asked_for_are_enough(
+    tmp_path, squares, build_model, name, images
+):
+    model = build_model(standardize=True, whiten=name == "whiten")
+    data = DataSet("squares", "few", squares.train[:images], squares.test)
+    recipe = Recipe(epochs=1, batch_size=2)
+    options = {"device": "cpu", "baseline": name == "baseline"}
+    metrics = train(model, data, tmp_path / "run", recipe, **options)
+    assert metrics["image_auroc"] is not None
+
+
 def test_a_reversible_run_ends_where_a_lean_one_does(tmp_path, finished_run, squares, build_model):
     recipe = Recipe(epochs=2, batch_size=4, memory="reversible")
     losses = train(build_model(), squares, tmp_path / "run", recipe, device="cpu")["losses"]
