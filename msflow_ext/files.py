@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from typing import Any
 
 #: Its name in a folder that a process writes; readers of run folders and of archives pass over it.
 LOCK = ".msflow.lock"
+#: Codes of the errors of a disk, a quota or a limit that is full.
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 _UNFINISHED = ".msflow.tmp"  # ends the names of folders in which files are made
 
 
