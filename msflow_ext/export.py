@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import shlex
 import shutil
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msflow_ext.files import check_writable, replacing
+from msflow_ext.files import FULL, check_writable, replacing
 from msflow_ext.inference import detector
 from msflow_ext.models.base import AnomalyModel
 from msflow_ext.models.optimized.head import OptimizedHead
@@ -75,7 +76,9 @@ def export(
         try:
             chosen.write(_program(model), built)
             got = _in_two_batches(chosen.read(built), seen)
-        except OSError:
+        except OSError as error:
+            if error.errno in FULL:
+                raise OSError(f"{out} cannot be written: {error.strerror}") from error
             raise
         except Exception as error:  # exporters raise what they like
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -195,7 +198,10 @@ class _Format:
 
 
 def _write_torch(program: torch.export.ExportedProgram, path: Path) -> None:
-    torch.export.save(program, path)
+    # Into memory first: where its own writer finds the disk full, it ends the process.
+    written = io.BytesIO()
+    torch.export.save(program, written)
+    path.write_bytes(written.getbuffer())
 
 
 def _read_torch(path: Path) -> Callable[[Tensor], Sequence[Any]]:
@@ -211,7 +217,9 @@ def _write_aoti(program: torch.export.ExportedProgram, path: Path) -> None:
         "aot_inductor.metadata": {"image_size": str(side)},
         "cpp.dynamic_threads": True,  # the caller's, not as many as compiled it
     }
-    aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    written = io.BytesIO()
+    aoti_compile_and_package(program, package_path=written, inductor_configs=settings)
+    path.write_bytes(written.getbuffer())
 
 
 def _read_aoti(path: Path) -> Callable[[Tensor], Sequence[Any]]:

@@ -3,31 +3,58 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from msflow_ext.cli.parser import UsageError, suggestion, truth
+from msflow_ext.data import PACKAGED
+
+LARGEST = 2**16  # bytes of a file of settings
 
 #: Keys of ``config.yaml`` in older runs, whose flags are gone; off, they change nothing.
 RETIRED = ("position_base",)
 
 
 class Config(argparse.Action):
-    """Set the flags that a YAML file names; a flag further right on the command line replaces its value."""
+    """Set the flags that a YAML file names; a flag further right on the command line replaces its value.
+
+    Its relative paths start from the folder of the file.
+    """
 
     def __call__(self, parser: Any, namespace: Any, path: Any, option_string: Any = None) -> None:
         known = {each.dest: each for each in parser._actions if _is_key(each)}
+        read: dict[str, Any] = {}
         for key, value in read_config(path).items():
             if key in RETIRED and value in (None, "false"):
                 continue
             if key not in known:
                 raise UsageError(f"{path}: unknown key {key!r}{suggestion(str(key), known)}")
             try:
-                setattr(namespace, key, _value(known[key], value))
+                read[key] = _value(known[key], value)
             except argparse.ArgumentTypeError as error:
                 raise UsageError(f"{path}: {key} {error}") from None
             known[key].required = False
+        file = Path(path).absolute()
+        folder = file.parent if file.is_file() else Path.cwd()  # of a pipe
+        for key, value in with_whole_paths(read, folder).items():
+            setattr(namespace, key, value)
+
+
+def with_whole_paths(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Settings whose relative paths, which start from ``folder``, are absolute.
+
+    ``normal``, ``abnormal`` and ``masks`` stay as they are where they are in the folder ``data``, and so does the name
+    of a data set that is a package.
+    """
+    paths = ["data", "weights", "out"]
+    paths += [] if settings.get("data") else ["normal", "abnormal", "masks"]
+    given = {name: settings[name] for name in paths if settings.get(name)}
+    if given.get("data") in PACKAGED:
+        del given["data"]
+    return {**settings, **{name: os.path.abspath(folder / path) for name, path in given.items()}}
 
 
 def read_config(path: str) -> dict[Any, Any]:
@@ -45,13 +72,43 @@ def read_config(path: str) -> dict[Any, Any]:
     null = "tag:yaml.org,2002:null"
     Loader.add_implicit_resolver(null, re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
     Loader.add_constructor(null, lambda loader, node: None)
+    return read_yaml(Path(path), Loader)
+
+
+def read_yaml(path: Path, base: Any) -> dict[Any, Any]:
+    """Keys and values of a YAML file, as a loader ``base`` of PyYAML makes them, without anchors, aliases and tags.
+
+    Nine aliases of nine aliases and so on are a file of a few lines whose value fills the memory.
+
+    Raises:
+        UsageError: the file is not YAML, is large, or holds something else. OSError: it cannot be read.
+    """
+    import yaml
+    from yaml.composer import ComposerError
+
+    class Loader(base):
+        """Refuse what refers to other places."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            if getattr(event, "anchor", None) or getattr(event, "tag", None):
+                reason = "anchors, aliases and tags must not be used here"
+                raise ComposerError(None, None, reason, event.start_mark)
+            return super().compose_node(parent, index)
+
+    with open(path, "rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise UsageError(f"{path} must be at most {LARGEST} bytes of settings")
     try:
-        found = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+        found = yaml.load(content.decode(), Loader)
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}"
         raise UsageError(f"{path}, {where}: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UsageError(f"{path} nests too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # such as a date that there is not
         raise UsageError(f"{path}: {error}") from None
     if not isinstance(found, dict | None):
         raise UsageError(f"{path} must hold keys and values, got a {type(found).__name__}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msflow_ext.choices import FITS
+from msflow_ext.cli.config import read_yaml
 from msflow_ext.cli.flags import DATA_HELP, add_choice, add_data
 from msflow_ext.cli.parser import count
 
@@ -58,11 +59,8 @@ def run_settings(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there to name the run's data: give --data")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(settings, dict) or "data" not in settings:
+    settings = read_yaml(path, yaml.SafeLoader)
+    if "data" not in settings:
         raise ValueError(f"{path} does not name the run's data: give --data")
     for name in DATA:
         kind = int if name == "split_seed" else str

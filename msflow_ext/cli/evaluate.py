@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from msflow_ext.cli.data import open_data, run_settings
 from msflow_ext.cli.flags import add_data, add_device, add_false_alarms, add_precision, add_run
 from msflow_ext.errors import FAILURES
-from msflow_ext.files import write_text
+from msflow_ext.files import locked, write_text
 
 if TYPE_CHECKING:
     from msflow_ext.data import DataSet, Images
@@ -22,13 +23,24 @@ if TYPE_CHECKING:
 
 def evaluate(options: Any) -> int:
     """Test a trained model on labelled images: those of its own run, or others; or all runs of a folder."""
-    from msflow_ext.cli.console import conclude, print_table, rows_of
     from msflow_ext.runs.folder import checked_out
 
-    out = checked_out(options.out) if options.out else None
-    if options.category != "all":
-        print_table(rows_of(_test(options, out)))
-        return 0
+    with locked(checked_out(options.out)) if options.out else nullcontext() as out:
+        return _test_all(options, out) if options.category == "all" else _test_one(options, out)
+
+
+def _test_one(options: Any, out: Path | None) -> int:
+    """Test a run, and print what is found."""
+    from msflow_ext.cli.console import print_table, rows_of
+
+    print_table(rows_of(_test(options, out)))
+    return 0
+
+
+def _test_all(options: Any, out: Path | None) -> int:
+    """Test all runs of a folder, and print a table."""
+    from msflow_ext.cli.console import conclude
+    from msflow_ext.runs.folder import checked_out
     from msflow_ext.training import sweep
 
     parent = Path(options.run)

@@ -122,8 +122,9 @@ def whole(text: str) -> int:
 
 
 def count(text: str) -> int:
-    """Read a whole number of 1 or more."""
-    return _read(_at_least_one, text, "a whole number of 1 or more")
+    """Read a whole number of 1 or more, which every library takes."""
+    _read(_at_least_one, text, "a whole number of 1 or more")
+    return _read(_below_limit, text, "at most 2**31 - 1")
 
 
 def number(text: str) -> float:
@@ -135,6 +136,12 @@ def truth(text: str) -> bool:
     """Read true or false."""
     words = {"true": True, "yes": True, "false": False, "no": False}
     return _read(lambda word: words[word.lower()], text, "true or false")
+
+
+def _below_limit(text: str) -> int:
+    if int(text) >= 2**31:
+        raise ValueError
+    return int(text)
 
 
 def _at_least_one(text: str) -> int:

@@ -23,6 +23,7 @@ from msflow_ext.cli.flags import (
     device_of,
 )
 from msflow_ext.cli.parser import count, number
+from msflow_ext.files import locked
 
 if TYPE_CHECKING:
     from msflow_ext.inference.detector import Result
@@ -34,20 +35,25 @@ log = logging.getLogger(__name__)
 def predict(options: Any) -> int:
     """Score images: files, or folders with all that is in them, or all that comes into one folder."""
     import torch
-    from tqdm import tqdm
 
-    from msflow_ext.inference import output
-    from msflow_ext.inference.output import TABLE
     from msflow_ext.runs.folder import checked_out
-    from msflow_ext.runs.score_table import Row, write_scores
 
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.engine or options.maps or options.address:
         return _archive(options)
-    out = checked_out(options.out)
-    if options.watch:
-        return _watch(options, out)
+    with locked(checked_out(options.out)) as out:
+        return _watch(options, out) if options.watch else _score(options, out)
+
+
+def _score(options: Any, out: Path) -> int:
+    """Score the images that are there now."""
+    from tqdm import tqdm
+
+    from msflow_ext.inference import output
+    from msflow_ext.inference.output import TABLE
+    from msflow_ext.runs.score_table import Row, write_scores
+
     images = _images(options)
     scoring = _scoring(options)
     detector = scoring.load(options.run, options.device)

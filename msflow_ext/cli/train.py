@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msflow_ext.choices import ENGINES
-from msflow_ext.cli.config import Config
+from msflow_ext.cli.config import Config, with_whole_paths
 from msflow_ext.cli.data import DATA, categories, open_data
 from msflow_ext.cli.flags import (
     add_again,
@@ -33,6 +34,7 @@ from msflow_ext.cli.hyperparameters import (
 )
 from msflow_ext.cli.parser import Parser, count, whole
 from msflow_ext.errors import FAILURES
+from msflow_ext.files import locked
 from msflow_ext.training.recipe import PRESETS, Recipe
 
 if TYPE_CHECKING:
@@ -91,7 +93,11 @@ def train(options: Any) -> int:
     if options.engine != "local":  # a training whose worker dies continues from its checkpoint
         chosen.resume, chosen.device = not options.overwrite, device_of(options)
     work = partial(_train_trial, chosen)
-    runs = sweep.do_all(trials, out, work, FAILURES, engine, write=ranks.first)
+    with ExitStack() as stack:
+        with ranks.agreed():
+            if ranks.first and trials[0].folder != out:  # that is locked by its training
+                stack.enter_context(locked(out))
+        runs = sweep.do_all(trials, out, work, FAILURES, engine, write=ranks.first)
     with ranks.agreed():
         conclude(runs, out, show=ranks.first)
     return 0
@@ -115,7 +121,10 @@ def _trials(options: Any) -> list[sweep.Trial]:
     split_seeds = options.split_seeds or [options.split_seed]
     if len(split_seeds) > 1 and options.layout in FIXED:
         raise ValueError(f"--split-seeds: layout {options.layout} says itself what is tested")
-    seeds = options.seeds or [recipe_of(options).seed]
+    if min(split_seeds) < 0:
+        raise ValueError(f"--split-seeds must be 0 or more, got {min(split_seeds)}")
+    recipe = recipe_of(options)
+    seeds = [replace(recipe, seed=seed).seed for seed in options.seeds or [recipe.seed]]
     return sweep.plan(Path(options.out), chosen, split_seeds, seeds)
 
 
@@ -196,10 +205,11 @@ def devices_to_start(options: Any) -> int:
 
 
 def _settings(options: Any) -> dict[str, Any]:
-    """What ``config.yaml`` of a run holds, for ``--config``."""
+    """What ``config.yaml`` of a run holds, for ``--config``: paths are found from any folder."""
     names = (*DATA, *parameters(*RECIPE), *all_model_parameters())
     names += ("model", "preset", "weights", "baseline")
-    return {**{name: getattr(options, name) for name in names}, "seed": recipe_of(options).seed}
+    given = {name: getattr(options, name) for name in names}
+    return {**with_whole_paths(given, Path.cwd()), "seed": recipe_of(options).seed}
 
 
 def _yaml(settings: dict[str, Any]) -> str:
@@ -225,7 +235,7 @@ def train_flags(part: Any) -> None:
         action=Config,
         metavar="FILE",
         help="YAML file with values for these flags, such as batch_size: 16. Flags after it replace "
-        "its values.",
+        "its values. Relative paths start from the folder of FILE.",
     )
     text = "Print the flags that are given as YAML for --config, and exit."
     part.add_argument("--print-config", "--print_config", action="store_true", help=text)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from msflow_ext.compat.checkpoints.detectors import PEERS, for_peer, read_detector
-from msflow_ext.files import replacing
+from msflow_ext.files import write_bytes
 from msflow_ext.inference.detector import load
 from msflow_ext.runs.checkpoint import save_checkpoint
 
@@ -45,9 +46,9 @@ def convert(source: str | Path, target: str | Path, to: str = "msflow_ext", **op
     if to == "msflow_ext":
         save_checkpoint(target, {"model": type(model).__name__, "config": model.config}, model)
         return target
-    content = for_peer(model, to)
-    with replacing(target) as temporary:
-        torch.save(content, temporary)
+    written = io.BytesIO()  # what torch.save says of a full disk is no sentence
+    torch.save(for_peer(model, to), written)
+    write_bytes(target, written.getbuffer())
     return target
 
 

@@ -26,12 +26,8 @@ from msflow_ext.evaluation.calibration import Calibration, exceeds
 from msflow_ext.hardware import pick_device
 from msflow_ext.inference import tiling
 from msflow_ext.inference.cuda_graphs import Replayed
-from msflow_ext.models.fastflow import FastFlow
-from msflow_ext.models.msflow import MSFlow
-from msflow_ext.runs.checkpoint import CHECKPOINT, read_checkpoint, restore
-
-#: The models that checkpoints name.
-MODELS: dict[str, type[MSFlow] | type[FastFlow]] = {"MSFlow": MSFlow, "FastFlow": FastFlow}
+from msflow_ext.inference.stored import read_stored
+from msflow_ext.runs.checkpoint import CHECKPOINT
 
 #: What a single image may cause: damaged, vanished, too large, of another type, a score of NaN.
 OF_ONE_IMAGE = (ArithmeticError, MemoryError, OSError, TypeError, ValueError)
@@ -124,28 +120,19 @@ def load(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     path = Path(path)
     path = path / CHECKPOINT if path.is_dir() else path
-    header, tensors = read_checkpoint(path)
-    kind = MODELS.get(str(header.get("model")))
-    if kind is None:
-        raise ValueError(f"{path} holds a model {header.get('model')!r}, unknown to this version")
-    try:
-        model: Any = kind(**header["config"], pretrained=False)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its configuration builds no {kind.__name__}: {error}") from error
-    restore(path, tensors, model)
-    recipe, held_out = header.get("recipe", {}), header.get("calibration")
-    if false_alarms is not None and not held_out:
+    stored = read_stored(path)
+    if false_alarms is not None and not stored.calibration:
         raise ValueError(f"{path} knows no rate of false alarms: its training held no images out")
-    calibration = Calibration(**held_out) if held_out else None
-    rate = recipe.get("false_alarms") if false_alarms is None else false_alarms
-    model = model.eval().to(pick_device(device))
+    calibration = stored.calibration
+    rate: Any = stored.false_alarms if false_alarms is None else false_alarms
+    model = stored.model.eval().to(pick_device(device))
     return Detector(
         model if precision is None else model.optimize(getattr(torch, precision)),
         threshold=calibration.threshold(rate) if calibration else None,
         pixel_threshold=calibration.pixel_threshold(rate) if calibration else None,
         calibration=calibration,
-        colours=header.get("colours"),
-        fit=recipe.get("fit", "resize"),
+        colours=stored.colours,
+        fit=stored.fit,
     )
 
 

@@ -27,6 +27,9 @@ __all__ = ["PACKAGED", "Backbone", "load_packaged", "packaged_classifier"]
 #: What bfloat16 may do to a backbone's features, in their standard deviations.
 MOST_ROUNDING = 0.02
 
+#: Side of an image in pixels; one such image takes 3 GB.
+LARGEST = 2**14
+
 log = logging.getLogger(__name__)
 
 
@@ -209,8 +212,8 @@ class _Blocks(nn.Module):
 
 def _sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
     sides = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
-    if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+    if len(sides) != 2 or not 1 <= min(sides) <= max(sides) <= LARGEST:
+        raise ValueError(f"image_size must be from 1 to {LARGEST} pixels, got {image_size}")
     return int(sides[0]), int(sides[1])
 
 

@@ -287,6 +287,8 @@ def side(image_size: int | None, backbone: Backbone) -> int:
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """Random numbers of torch inside come from ``seed``, those outside as if nothing was drawn; None changes nothing."""
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be a number of at most 64 bits, got {seed}")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

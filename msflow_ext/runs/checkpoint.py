@@ -6,7 +6,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from msflow_ext.files import replacing
 CHECKPOINT = "model.safetensors"  # its name in a run folder
 _HEADER = "msflow_ext"  # the key of our JSON in the metadata of a safetensors file
 _DIGEST = "sha256"  # the key of the checksum of that JSON and of all tensors; older files have none
+ADAM = {"step", "exp_avg", "exp_avg_sq"}  # what the optimiser keeps of a parameter
 _OPTIMIZER = "optimizer."  # begins the names of the tensors that only training needs
 
 
@@ -109,6 +112,12 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of a header is a number that a float can be; NaN and infinity are none."""
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and abs(value) <= sys.float_info.max
+
+
 def _update(path: Path, header: dict[str, Any]) -> None:
     """Change the header that an older version wrote into one of this version.
 
@@ -124,21 +133,26 @@ def _update(path: Path, header: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if _HEADER not in metadata:
-            raise ValueError(f"{path} is a safetensors file, but no checkpoint of msflow_ext")
-        text = metadata[_HEADER]
+        text = metadata.get(_HEADER)
         # An older file holds the header alone; whatever else stands there must be the checksum.
-        if metadata.keys() != {_HEADER} and metadata.get(_DIGEST) != _digest(text, tensors):
-            raise ValueError(f"{path} is damaged: its content does not match its checksum")
-        header = json.loads(text)
-    except (SafetensorError, json.JSONDecodeError) as error:
+        whole = metadata.keys() == {_HEADER} or (
+            text is not None and metadata.get(_DIGEST) == _digest(text, tensors)
+        )
+        header = json.loads(text) if text is not None and whole else {}
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file makes its readers raise nearly anything
         raise ValueError(f"{path} is damaged, or is not a checkpoint: {error}") from None
+    if text is None:
+        raise ValueError(f"{path} is a safetensors file, but no checkpoint of msflow_ext")
+    if not whole:
+        raise ValueError(f"{path} is damaged: its content does not match its checksum")
     if not isinstance(header, dict):
         raise ValueError(f"{path} is damaged: its header is no JSON object")
     return header, tensors
@@ -164,23 +178,61 @@ def restore(
     Raises:
         ValueError: a tensor is missing, is not wanted, or has another shape; it is named.
     """
-    moments: dict[int, dict[str, Tensor]] = {}
-    weights: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name.startswith(_OPTIMIZER):
-            _, i, moment = name.split(".")
-            moments.setdefault(int(i), {})[moment] = tensor
-        else:
-            weights[name] = tensor
+    check_tensors(path, tensors, model)
+    weights = {name: t for name, t in tensors.items() if not name.startswith(_OPTIMIZER)}
+    moments = _moments(path, tensors, optimizer) if optimizer is not None else {}
+    model.load_state_dict(weights)
+    if optimizer is not None:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """ValueError if the weights among the tensors of the checkpoint ``path`` are not those of a model, wherever that is.
+
+    They have its names and shapes, are of real numbers where the model's are, and a permutation is one.
+    """
+    weights = {name: t for name, t in tensors.items() if not name.startswith(_OPTIMIZER)}
     kind, wanted = type(model).__name__, model.state_dict()
     for name, own in wanted.items():
         if name not in weights:
             raise ValueError(f"{path} lacks {name}, which {kind} needs")
-        if weights[name].shape != own.shape:
-            came, want = tuple(weights[name].shape), tuple(own.shape)
-            raise ValueError(f"{path}: {name} is {came}, {kind} needs {want}")
+        came = weights[name]
+        if came.shape != own.shape:
+            raise ValueError(
+                f"{path}: {name} is {tuple(came.shape)}, {kind} needs {tuple(own.shape)}"
+            )
+        if came.is_floating_point() != own.is_floating_point():
+            raise ValueError(f"{path}: {name} is {came.dtype}, {kind} needs {own.dtype}")
+        if name.rpartition(".")[2].startswith("perm") and not _is_permutation(came):
+            raise ValueError(
+                f"{path}: {name} must hold every number from 0 to {len(came) - 1} once"
+            )
     if surplus := sorted(weights.keys() - wanted.keys()):
         raise ValueError(f"{path} has {surplus[0]}, which {kind} does not know")
-    model.load_state_dict(weights)
-    if optimizer is not None:
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
+
+def _is_permutation(tensor: Tensor) -> bool:
+    return torch.equal(tensor.sort().values, torch.arange(len(tensor), dtype=tensor.dtype))
+
+
+def _moments(
+    path: Path, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[int, dict[str, Tensor]]:
+    """The state of an optimiser by the number of the parameter.
+
+    Raises:
+        ValueError: it is of other parameters, or has another shape than its parameter.
+    """
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if match := re.fullmatch(rf"{re.escape(_OPTIMIZER)}(\d{{1,9}})\.(\w+)", name):
+            i = int(match[1])
+            if i >= len(parameters) or tensor.shape not in ((), parameters[i].shape):
+                raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, of no parameter")
+            moments.setdefault(i, {})[match[2]] = tensor
+        elif name.startswith(_OPTIMIZER):
+            raise ValueError(f"{path} has {name}, which no optimiser knows")
+    if moments and any(moments.get(i, {}).keys() != ADAM for i in range(len(parameters))):
+        raise ValueError(f"{path} must hold {', '.join(sorted(ADAM))} of every parameter, or none")
+    return moments

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from msflow_ext.data import DataSet
 from msflow_ext.distributed.ranks import Ranks, join, own_device
 from msflow_ext.evaluation.evaluator import Evaluation
 from msflow_ext.features import Features
-from msflow_ext.files import read_json, write_text
+from msflow_ext.files import locked, read_json, write_text
 from msflow_ext.hardware import has_bfloat16, pick_device
 from msflow_ext.metrics import RESULTS
 from msflow_ext.runs.checkpoint import CHECKPOINT, Saver, restore
@@ -73,23 +73,37 @@ def train(
         ValueError: the folder holds a run and neither ``resume`` nor ``overwrite`` is given, or that run is
             another one; no training images, or too few to hold some out, or fewer than processes; an
             image that cannot be decoded; processes that are not given the same.
-        OSError: the folder cannot be written. ConnectionError: another process has ended.
+        BlockingIOError: another training writes into the folder. OSError: it cannot be written.
+        ConnectionError: another process has ended.
         ProcessFailed: another process has one of these errors.
         TrainingDiverged: a loss, a gradient or a score is not finite; the last checkpoint is kept.
     """
     recipe = recipe or Recipe()
     ranks = join(device) if ranks is None else ranks
+    with ranks.agreed():
+        _check_images(model, dataset, recipe, ranks, baseline)
     progress = progress and ranks.first
-    session = Session.open(
-        model, dataset, Path(run), recipe, device, ranks, resume=resume, overwrite=overwrite
-    )
-    if session is not None:
-        with session.features(progress) as parts:
-            session.write_settings(settings or {}, overwrite=overwrite)
-            final = session.fit(parts, progress)
-            outcome = Outcome.of(final, model, parts, baseline=baseline)
-        session.finish(outcome)
-    return ranks.broadcast(read_json(Path(run) / METRICS) if ranks.first else {})
+    with _writing(Path(run), ranks):
+        session = Session.open(
+            model, dataset, Path(run), recipe, device, ranks, resume=resume, overwrite=overwrite
+        )
+        if session is not None:
+            with session.features(progress) as parts:
+                session.write_settings(settings or {}, overwrite=overwrite)
+                final = session.fit(parts, progress)
+                outcome = Outcome.of(final, model, parts, baseline=baseline)
+            session.finish(outcome)
+        return ranks.broadcast(read_json(Path(run) / METRICS) if ranks.first else {})
+
+
+@contextmanager
+def _writing(run: Path, ranks: Ranks) -> Iterator[None]:
+    """The processes of this training are the only ones that write into the folder; the first keeps the lock for all."""
+    with ExitStack() as stack:
+        with ranks.agreed():
+            if ranks.first:
+                stack.enter_context(locked(run))
+        yield
 
 
 @dataclass
@@ -132,7 +146,6 @@ class Session:
         with ranks.agreed():
             if resume and overwrite:
                 raise ValueError("resume and overwrite exclude each other")
-            _check_images(dataset, recipe, ranks)
             device = pick_device(own_device(device))
         if recipe.precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
             log.warning(
@@ -163,11 +176,17 @@ class Session:
         """Write ``config.yaml``; ``overwrite``: instead of the run that is there, as all images are known to be sound."""
         import yaml
 
+        class Dumper(yaml.SafeDumper):
+            """Write a list that two settings share twice: readers take no aliases."""
+
+            def ignore_aliases(self, data: Any) -> bool:
+                return True
+
         with self.ranks.agreed():
             if self.ranks.first:
                 if overwrite:
                     clear_run(self.run)
-                text = yaml.safe_dump(dict(settings), sort_keys=False)
+                text = yaml.dump(dict(settings), Dumper=Dumper, sort_keys=False)
                 write_text(self.run / "config.yaml", text)
 
     def fit(self, parts: Parts, progress: bool) -> Evaluation:
@@ -275,13 +294,22 @@ class Session:
         return TrainingDiverged(f"training stopped in epoch {epoch}: {what}; {rest}")
 
 
-def _check_images(dataset: DataSet, recipe: Recipe, ranks: Ranks) -> None:
-    """ValueError if there are too few images to train on."""
+def _check_images(
+    model: Any, dataset: DataSet, recipe: Recipe, ranks: Ranks, baseline: bool
+) -> None:
+    """ValueError if there are too few images to train on, or for what is asked for besides."""
     if not dataset.train:
         raise ValueError(f"{dataset.name} {dataset.category} has no images to train on")
     kept, _ = recipe.split(len(dataset.train))
     if len(kept) < ranks.size:
         raise ValueError(f"{ranks.size} processes are more than the {len(kept)} training images")
+    whiten = getattr(model, "whitening", None) is not None
+    for name, asked, least in (("baseline", baseline, 2), ("whiten", whiten, 3)):
+        if asked and len(kept) < least:
+            more = f"train without it, or give {least} images that are not held out"
+            raise ValueError(
+                f"{name} must have {least} training images or more, got {len(kept)}: {more}"
+            )
 
 
 def _brief(metrics: Mapping[str, float | None]) -> str:

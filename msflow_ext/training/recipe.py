@@ -128,7 +128,7 @@ class Recipe:
             raise ValueError(
                 f"hold_out {self.hold_out:g} of {images} training images is {held} to hold out and "
                 f"{images - held} to train on, false_alarms {self.false_alarms:g} needs {wanted} or "
-                "more to hold out, and at least 1 to train on"
+                f"more to hold out, and at least 1 to train on{_offer(images, held, wanted)}"
             )
         order = np.random.default_rng((self.seed, 0, 1)).permutation(images).tolist()
         return sorted(order[held:]), sorted(order[:held])
@@ -159,11 +159,26 @@ class Recipe:
             yield batch
 
 
+def _offer(images: int, held: int, wanted: int) -> str:
+    """Which values would hold out enough of so many images."""
+    if images < 2:
+        return "; 2 images are the fewest"
+    rate = ""
+    if wanted >= images:
+        wanted = min(max(held, 1), images - 1)
+        rate = f" with false_alarms {math.ceil(1000 / (wanted + 1)) / 1000:g}"
+    shares = (round(wanted / images, digits) for digits in (2, 3, 6, 12))
+    share = next(share for share in shares if round(share * images) == wanted)
+    return f"; hold_out {share:g}{rate} would do"
+
+
 #: What numbers must be, in words and as a condition, and which attributes must be so.
 _EXPECTED: dict[tuple[str, Callable[[Any], bool]], tuple[str, ...]] = {
     ("1 or more", lambda x: x >= 1): ("epochs", "batch_size", "eval_every", "workers"),
     ("above 0", lambda x: 0 < x < math.inf): ("lr", "clip", "warmup_from", "decay"),
-    ("0 or more", lambda x: 0 <= x < math.inf): ("weight_decay", "noise", "seed"),
+    ("0 or more", lambda x: 0 <= x < math.inf): ("weight_decay", "noise"),
+    ("a whole number from 0 to 2**64 - 1", lambda x: x % 1 == 0 and 0 <= x < 2**64): ("seed",),
+    ("at most 2**31 - 1", lambda x: x < 2**31): ("epochs", "batch_size", "eval_every", "workers"),
     ("a share from 0 to 1", lambda x: 0 <= x <= 1): ("warmup",),
     ("shares from 0 to 1", lambda x: all(0 <= share <= 1 for share in x)): ("milestones",),
     ("a share from 0 to below 1", lambda x: 0 <= x < 1): ("hold_out",),

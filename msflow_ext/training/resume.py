@@ -15,7 +15,7 @@ from torch import Tensor
 from msflow_ext.data import DataSet
 from msflow_ext.files import check_writable
 from msflow_ext.hardware import versions
-from msflow_ext.runs.checkpoint import CHECKPOINT, previous, read_checkpoint
+from msflow_ext.runs.checkpoint import CHECKPOINT, is_number, previous, read_checkpoint
 from msflow_ext.runs.curves import CURVES
 from msflow_ext.runs.folder import METRICS
 
@@ -66,6 +66,7 @@ def open_run(
     if overwrite or not old:
         return state, {}
     saved, tensors = read_checkpoint(run / CHECKPOINT)
+    _check_progress(run / CHECKPOINT, saved)
     for part in ("model", "config", "recipe", "data"):
         if saved.get(part) != state[part]:
             there, here = _first_difference(saved.get(part), state[part])
@@ -73,6 +74,23 @@ def open_run(
                 f"{run / CHECKPOINT} cannot be resumed: its {part} has {there}, this one {here}"
             )
     return saved, tensors
+
+
+def _check_progress(path: Path, saved: Mapping[str, Any]) -> None:
+    """ValueError if a checkpoint does not say how far its training is."""
+    losses: Any = saved.get("losses")
+    seconds: Any = saved.get("seconds")
+    epoch, tests = saved.get("epoch"), saved.get("evaluations")
+    counted = isinstance(epoch, int) and isinstance(losses, list) and len(losses) == epoch
+    if not counted or not all(map(is_number, losses)):
+        raise ValueError(f"{path} is damaged: epoch {epoch!r} and losses must tell its epochs")
+    if not is_number(seconds) or seconds < 0:
+        raise ValueError(f"{path} is damaged: seconds must be a number from 0 up, got {seconds!r}")
+    for test in tests if isinstance(tests, list) else [None]:
+        if not isinstance(test, dict) or "epoch" not in test:
+            raise ValueError(f"{path} is damaged: evaluations must be objects with an epoch")
+        if not all(value is None or is_number(value) for value in test.values()):
+            raise ValueError(f"{path} is damaged: evaluations must hold numbers")
 
 
 def open_run_together(

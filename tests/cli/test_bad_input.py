@@ -15,7 +15,7 @@ from PIL import Image
 
 import msflow_ext as mx
 from msflow_ext import cli
-from msflow_ext.files import check_writable, write_text
+from msflow_ext.files import LOCK, check_writable, locked, write_text
 from msflow_ext.runs.checkpoint import save_checkpoint
 from msflow_ext.runs.score_table import Row, read_scores
 
@@ -208,8 +208,53 @@ def test_a_full_disk_is_one_sentence_and_what_was_written_before_stays(
     last = ended.stderr.splitlines()[-1]
     assert last.startswith(f"msflow: error: {out / file} cannot be written: ")
     assert "too large" in last
-    assert (out / kept).exists()
+    assert out.exists() == bool(kept)
+    assert (out / kept).exists() or not kept
     assert not [*out.rglob("*.tmp"), *out.rglob("*.cache")]
+
+
+HUGE = "99999999999999999999999"
+
+
+@pytest.mark.family("early refusals")
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--seed", HUGE], f"seed must be a whole number from 0 to 2**64 - 1, got {HUGE}"),
+        (["--seeds", "1", HUGE], f"seed must be a whole number from 0 to 2**64 - 1, got {HUGE}"),
+        (["--split-seeds", "1", "-1", "--layout", "folder"], "--split-seeds must be 0 or more"),
+        (["--batch-size", HUGE], "batch_size must be at most 2**31 - 1"),
+        (["--epochs", HUGE], "epochs must be at most 2**31 - 1"),
+        (["--threads", HUGE], "--threads must be at most 2**31 - 1"),
+        (["--image-size", HUGE], "image_size must be from 1 to 16384 pixels"),
+    ],
+    ids=str,
+)
+def test_a_number_of_more_bits_than_there_are_is_one_sentence(
+    data, tmp_path, capsys, flags, sentence
+):
+    chosen = ["--data", data, "--layout", "mvtec", "--category", "cup", "--out", tmp_path / "out"]
+    if "folder" in flags:
+        chosen = ["--data", data, "--out", tmp_path / "out"]
+    assert sentence in fails(capsys, *TRAIN, *chosen, *flags)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="seed must be a number of at most 64 bits"):
+        mx.MSFlow("test_efficientnet", pretrained=False, seed=2**64)
+
+
+@pytest.mark.family("writers")
+def test_a_folder_that_another_process_writes_is_refused_before_any_work(
+    run, data, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    watch = ["predict", "--run", run, data / "cup/test", "--out", out, "--watch"]
+    archive = ["predict", "--run", run, data / "cup/test", "--out", out, "--engine", "local"]
+    series = [*TRAIN, "--data", data, "--layout", "mvtec", "--category", "cup,cup2", "--out", out]
+    with locked(out):
+        for command in (*_commands(run, data, out), watch, archive, series):
+            sentence = fails(capsys, *command)
+            assert f"{out} is being written by another process: wait until it ends" in sentence
+        assert [path.name for path in out.iterdir()] == [LOCK]
 
 
 def test_what_cannot_be_replaced_stays(tmp_path):

@@ -232,7 +232,7 @@ def test_a_mistake_is_one_sentence_that_names_it(arguments, sentence, data, run,
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--image-size", "0"], "image_size must be at least 1 pixel, got 0"),
+        (["--image-size", "0"], "image_size must be from 1 to 16384 pixels, got 0"),
         (["--epochs", "0"], "epochs must be 1 or more, got 0"),
         (["--backbone", "resnet1"], "resnet1"),
         (["--weights", "nowhere.pth"], "nowhere.pth"),

@@ -168,7 +168,7 @@ def test_the_printed_configuration_reads_back_as_the_same_options(
     flags += ["--seed", "3", "--data", "elpv", "--baseline"]
     assert cli.main(["train", "--out", "x", *flags, "--print_config"]) == 0
     again = configured(tmp_path, capsys.readouterr().out + "out: runs/x\n")
-    assert {**vars(again), "config": None} == vars(parsed(*flags))
+    assert {**vars(again), "config": None, "out": "runs/x"} == vars(parsed(*flags))
 
 
 def test_the_configuration_of_an_older_run_is_read(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ seeds: [1, 2]
 blocks: [1, 2, 3]
 standardize: true
 fit: pad
-out_indices: &maps [1, 2, 3]
+out_indices: [1, 2, 3]
 backbone: test_efficientnet
 """
 

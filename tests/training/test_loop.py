@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,14 @@ def test_a_finished_run_reports_the_last_epoch_and_the_best_one_beside_it(finish
         "report.html",
         "scores.csv",
     }
+
+
+@pytest.mark.family("run files")
+@pytest.mark.skipif(sys.platform == "win32", reason="no umask")
+def test_every_file_of_a_run_has_the_mode_that_the_umask_gives(finished_run):
+    os.umask(umask := os.umask(0))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in finished_run.rglob("*.*")}
+    assert set(modes.values()) == {0o666 & ~umask}, modes
 
 
 def test_the_loss_is_in_nats_per_latent_dimension(squares, finished_run, build_model):
@@ -208,6 +218,46 @@ def test_too_few_images_to_hold_out_stop_a_run_before_it_begins(tmp_path, square
     with pytest.raises(ValueError, match=wanted):
         train(build_model(), squares, tmp_path / "run", Recipe(hold_out=0.5), device="cpu")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.family("early refusals")
+@pytest.mark.parametrize(
+    ("name", "images", "recipe", "sentence"),
+    [
+        (
+            "baseline",
+            1,
+            {},
+            "baseline must have 2 training images or more, got 1: train without it",
+        ),
+        ("baseline", 2, {"hold_out": 0.5, "false_alarms": 0.5}, "baseline must have 2 .*, got 1"),
+        ("whiten", 2, {}, "whiten must have 3 training images or more, got 2: train without it"),
+        ("whiten", 4, {"hold_out": 0.5, "false_alarms": 0.4}, "whiten must have 3 .*, got 2"),
+    ],
+)
+def test_what_needs_more_images_says_so_before_the_first_epoch(
+    tmp_path, monkeypatch, squares, build_model, name, images, recipe, sentence
+):
+    monkeypatch.setattr(loop, "features_of_parts", None)
+    model = build_model(standardize=True, whiten=name == "whiten")
+    data = DataSet("squares", "few", squares.train[:images], squares.test)
+    options = {"device": "cpu", "baseline": name == "baseline"}
+    with pytest.raises(ValueError, match=sentence):
+        train(model, data, tmp_path / "run", Recipe(**recipe), **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.family("early refusals")
+@pytest.mark.parametrize(("name", "images"), [("baseline", 2), ("whiten", 3), ("neither", 1)])
+def test_the_fewest_images_that_are_asked_for_are_enough(
+    tmp_path, squares, build_model, name, images
+):
+    model = build_model(standardize=True, whiten=name == "whiten")
+    data = DataSet("squares", "few", squares.train[:images], squares.test)
+    recipe = Recipe(epochs=1, batch_size=2)
+    options = {"device": "cpu", "baseline": name == "baseline"}
+    metrics = train(model, data, tmp_path / "run", recipe, **options)
+    assert metrics["image_auroc"] is not None
 
 
 def test_a_reversible_run_ends_where_a_lean_one_does(tmp_path, finished_run, squares, build_model):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +56,31 @@ def test_as_many_images_are_held_out_as_the_rate_needs_and_one_is_left():
     for hold_out, images in ((0.5, 4), (0.9, 4)):
         with pytest.raises(ValueError, match=r"false_alarms 0\.25 needs 3 or more to hold out"):
             Recipe(hold_out=hold_out, false_alarms=0.25).split(images)
+
+
+@pytest.mark.family("early refusals")
+@pytest.mark.parametrize("images", [2, 3, 7, 10, 40, 1000])
+@pytest.mark.parametrize("hold_out", [0.001, 0.3, 0.999])
+@pytest.mark.parametrize("false_alarms", [0.001, 0.05, 0.3])
+def test_values_that_are_offered_for_holding_out_do_what_they_promise(
+    images, hold_out, false_alarms
+):
+    recipe = Recipe(hold_out=hold_out, false_alarms=false_alarms)
+    try:
+        kept, held = recipe.split(images)
+    except ValueError as error:
+        words = re.findall(r"(hold_out|false_alarms) ([\d.e-]+)", str(error).partition("; ")[2])
+        offered = {name: float(value) for name, value in words}
+        assert "hold_out" in offered
+        kept, held = replace(recipe, **offered).split(images)
+    assert len(kept) >= 1
+    assert len(held) >= 1
+
+
+@pytest.mark.family("early refusals")
+def test_one_image_is_too_few_to_hold_out_any():
+    with pytest.raises(ValueError, match="; 2 images are the fewest"):
+        Recipe(hold_out=0.5, false_alarms=0.5).split(1)
 
 
 def test_the_noise_of_a_part_of_a_batch_is_that_of_its_places_in_the_whole():
@@ -137,7 +164,14 @@ def test_the_order_is_a_new_permutation_each_epoch_and_depends_on_the_seed():
         ({"noise": float("nan")}, "noise must be 0 or more, got nan"),
         ({"schedule": "steep"}, "schedule must be one of steps, cosine, got 'steep'"),
         ({"milestones": (0.5, 1.5)}, r"milestones must be shares from 0 to 1, got \(0.5, 1.5\)"),
-        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"seed": -1}, r"seed must be a whole number from 0 to 2\*\*64 - 1, got -1"),
+        (
+            {"seed": 2**64},
+            r"seed must be a whole number from 0 to 2\*\*64 - 1, got 18446744073709551616",
+        ),
+        ({"seed": 0.5}, r"seed must be a whole number from 0 to 2\*\*64 - 1, got 0.5"),
+        ({"epochs": 2**31}, r"epochs must be at most 2\*\*31 - 1, got 2147483648"),
+        ({"batch_size": 10**30}, r"batch_size must be at most 2\*\*31 - 1, got 1"),
         ({"precision": "float8"}, "precision must be one of float32, bfloat16, got 'float8'"),
         ({"cache": "tape"}, "cache must be one of memory, disk, off, got 'tape'"),
         ({"hold_out": 1.0}, "hold_out must be a share from 0 to below 1, got 1.0"),

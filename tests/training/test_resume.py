@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from msflow_ext.data import DataSet, Item
 from msflow_ext.files import write_text
@@ -54,6 +55,28 @@ def test_a_killed_run_resumes_to_the_bits_of_an_undisturbed_one(
     wanted = json.loads((tmp_path / "undisturbed" / "metrics.json").read_text())
     for name in ("losses", "evaluations", "best"):
         assert metrics[name] == wanted[name]
+
+
+@pytest.mark.family("writers")
+@pytest.mark.parametrize("again", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_two_trainings_do_not_write_into_one_folder(
+    tmp_path, monkeypatch, squares, build_model, again
+):
+    run, recipe, said = tmp_path / "run", Recipe(epochs=1), []
+
+    def start_another(*args: Any, **options: Any) -> Any:
+        with pytest.raises(
+            BlockingIOError, match="run is being written by another process"
+        ) as error:
+            train(build_model(), squares, run, Recipe(epochs=1, seed=7), device="cpu", **again)
+        said.append(error)
+        return train_epoch(*args, **options)
+
+    monkeypatch.setattr(loop, "train_epoch", start_another)
+    train(build_model(), squares, run, recipe, device="cpu")
+    assert len(said) == 1
+    assert read_checkpoint(run / "model.safetensors")[0]["recipe"]["seed"] == recipe.seed
+    assert not list(run.glob(".*"))
 
 
 def _results(run: Path) -> tuple[Any, ...]:
@@ -223,3 +246,63 @@ def test_a_measure_that_older_evaluations_lack_has_its_best_among_the_others() -
     best = summary(state, {"image_auroc": 0.8, "aupimo": 0.5})["best"]
     assert (best["image_auroc"], best["aupimo"]) == (0.9, 0.5)
     assert best["epochs"] == {"image_auroc": 1, "aupimo": 2}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, squares, build_model) -> Path:
+    """The checkpoint of a training that ended before its results were written; not to be written to."""
+    run = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "write_results", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            train(build_model(), squares, run, Recipe(epochs=2, batch_size=4), device="cpu")
+    return run / "model.safetensors"
+
+
+@pytest.mark.family("crafted files")
+@pytest.mark.parametrize(
+    "crafted",
+    [
+        *({"epoch": value} for value in (None, -1, 1, "2", 1.5, [])),
+        *({"losses": value} for value in (None, [], ["a", "b"], 3, [[1.0], 2])),
+        *({"seconds": value} for value in (None, "a", -1.0, 1e400, [])),
+        *({"evaluations": value} for value in (None, 3, [1], [{}], [{"epoch": 1, "aupro": "x"}])),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_whose_progress_is_of_other_types_is_not_resumed(
+    tmp_path, squares, build_model, interrupted, crafted
+):
+    header, tensors = read_checkpoint(interrupted)
+    save_file(tensors, tmp_path / interrupted.name, {"msflow_ext": json.dumps(header | crafted)})
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: "):
+        train(build_model(), squares, tmp_path, Recipe(epochs=2, batch_size=4), resume=True)
+
+
+@pytest.mark.family("crafted files")
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda t: {"optimizer.0.exp_avg": t["optimizer.0.exp_avg"][None]},
+            "exp_avg is .* of no parameter",
+        ),
+        (lambda t: {"optimizer.999.step": t["optimizer.0.step"]}, "optimizer.999.step is .* of no"),
+        (
+            lambda t: {"optimizer.x.step": t["optimizer.0.step"]},
+            "has optimizer.x.step, which no optimiser",
+        ),
+        (
+            lambda t: {"optimizer.0.more": t["optimizer.0.step"]},
+            "must hold exp_avg, exp_avg_sq, step",
+        ),
+    ],
+)
+def test_the_state_of_another_optimizer_is_not_resumed(
+    tmp_path, squares, build_model, interrupted, change, sentence
+):
+    header, tensors = read_checkpoint(interrupted)
+    tensors = {**tensors, **{name: t.clone() for name, t in change(tensors).items()}}
+    save_file(tensors, tmp_path / interrupted.name, {"msflow_ext": json.dumps(header)})
+    with pytest.raises(ValueError, match=sentence):
+        train(build_model(), squares, tmp_path, Recipe(epochs=2, batch_size=4), resume=True)

@@ -84,13 +84,29 @@ class Archive:
 
         Raises:
             RuntimeError: such shards are not written. What else a task raises stops the work; finished
-                shards are kept.
+                shards are kept. BlockingIOError: another process writes into the folder.
         """
+        store = Store(self.job.out)
+        with store.locked():
+            lost = self._score_missing(store, engine, progress)
+        if lost:
+            shard, error = lost[0]
+            raise RuntimeError(
+                f"{len(lost)} of {len(self.shards)} shards were not written, first "
+                f"{store.path(shard.name)} ({shard.paths[0]} to {shard.paths[-1]}): {error}; "
+                "the same command again tries these only"
+            )
+        return [each for shard in self.shards for each in _errors(store, shard)]
+
+    def _score_missing(
+        self, store: Store, engine: Engine, progress: bool
+    ) -> list[tuple[Shard, TaskLost]]:
+        """Write the shards that are not there; those whose workers died."""
         from tqdm import tqdm
 
         missing = [shard for shard in self.shards if shard.number not in self.finished]
         before = self.images - sum(len(shard.paths) for shard in missing)
-        store, lost = Store(self.job.out), []
+        lost: list[tuple[Shard, TaskLost]] = []
         engine, off = (engine if missing else one_by_one), None if progress else True
         try:
             with (
@@ -107,14 +123,7 @@ class Archive:
         finally:
             _detector.cache_clear()
             store.clear_unfinished()
-        if lost:
-            shard, error = lost[0]
-            raise RuntimeError(
-                f"{len(lost)} of {len(self.shards)} shards were not written, first "
-                f"{store.path(shard.name)} ({shard.paths[0]} to {shard.paths[-1]}): {error}; "
-                "the same command again tries these only"
-            )
-        return [each for shard in self.shards for each in _errors(store, shard)]
+        return lost
 
 
 def prepare(
@@ -147,7 +156,8 @@ def prepare(
         FileNotFoundError: a file or the run is not there.
         ValueError: no images, or one twice; ``out`` holds the scores of other images, of another
             model or with other settings, or something else; a damaged shard.
-        OSError: ``out`` cannot be written. ModuleNotFoundError: pyarrow is not installed.
+        BlockingIOError: another process writes into ``out``. OSError: it cannot be written.
+        ModuleNotFoundError: pyarrow is not installed.
     """
     scoring = scoring or Scoring()
     if shard_size < 1 or scoring.batch_size < 1:
@@ -158,14 +168,9 @@ def prepare(
     store, images = Store(str(out)), manifest.listed(source)
     sha256 = manifest.file_digest(manifest.checkpoint_of(run))
     settings = {**asdict(scoring), "maps": maps, "shard_size": shard_size}
-    wanted, names = manifest.described(images, sha256, settings), store.names()
-    if manifest.MANIFEST in names:
-        manifest.check(store, wanted, images)
-    elif foreign := sorted(n for n in names if n.endswith((".parquet", CHECKPOINT))):
-        what = f"{store.path(foreign[0])} is there without {manifest.MANIFEST}"
-        raise ValueError(f"{what}: choose another --out")
-    else:
-        manifest.write(store, wanted, images)
+    wanted = manifest.described(images, sha256, settings)
+    with store.locked():
+        names = _claimed(store, wanted, images)
     digest = manifest.digest(wanted)
     paths = [path for path, _ in images]
     starts = range(0, len(paths), shard_size)
@@ -177,6 +182,19 @@ def prepare(
             raise ValueError(f"{what}: remove it, and it is made again")
     job = Job(str(run), sha256, str(out), scoring, maps, digest, device, threads, on_error)
     return Archive(job, parts, frozenset(shard.number for shard in finished))
+
+
+def _claimed(store: Store, wanted: dict[str, Any], images: manifest.Images) -> set[str]:
+    """The files that are there, once the manifest says that they are of these images."""
+    names = store.names()
+    if manifest.MANIFEST in names:
+        manifest.check(store, wanted, images)
+    elif foreign := sorted(n for n in names if n.endswith((".parquet", CHECKPOINT))):
+        what = f"{store.path(foreign[0])} is there without {manifest.MANIFEST}"
+        raise ValueError(f"{what}: choose another --out")
+    else:
+        manifest.write(store, wanted, images)
+    return names
 
 
 def score_shard(job: Job, shard: Shard) -> None:

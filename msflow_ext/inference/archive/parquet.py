@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from msflow_ext.files import locked
 
 _OWNER = b"msflow_ext"  # the key of our metadata in a Parquet file
 
@@ -25,6 +28,14 @@ class Store:
     def __init__(self, place: str) -> None:
         self.place = place.rstrip("/")
         self._files, self._root = _opened(place)
+
+    def locked(self) -> AbstractContextManager[object]:
+        """Keep other processes from writing here, see :func:`msflow_ext.files.locked`; a bucket knows no locks."""
+        from pyarrow.fs import LocalFileSystem
+
+        return (
+            locked(Path(self._root)) if isinstance(self._files, LocalFileSystem) else nullcontext()
+        )
 
     def names(self) -> set[str]:
         """The files that are there, without those that a killed process left unfinished."""

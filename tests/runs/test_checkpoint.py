@@ -1,0 +1,44 @@
+"""A checkpoint leaves nothing beside it, however its writer ends."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+from torch import nn
+
+from msflow_ext.files import LOCK, locked
+from msflow_ext.runs.checkpoint import previous, read_checkpoint, save_checkpoint
+
+
+@pytest.mark.family("run files")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the writer is forked and ends at once")
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.parametrize("then", ["saved again", "locked"])
+def test_what_a_killed_writer_of_weights_left_is_removed(tmp_path, monkeypatch, then):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, {"epoch": 1}, nn.Linear(2, 2))
+
+    def killed(tensors: Any, target: Any, **_: Any) -> None:
+        Path(target).with_name(".tmpa1b2c3").write_bytes(b"part")  # as the library calls its own
+        os._exit(9)
+
+    child = os.fork()
+    if not child:
+        try:
+            monkeypatch.setattr(safetensors.torch, "save_file", killed)
+            save_checkpoint(path, {"epoch": 2}, nn.Linear(2, 2))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert read_checkpoint(path)[0] == {"epoch": 1}
+    assert list(tmp_path.rglob(".tmpa1b2c3"))
+    if then == "locked":
+        with locked(tmp_path):
+            assert {each.name for each in tmp_path.rglob("*")} == {path.name, LOCK}
+    else:
+        save_checkpoint(path, {"epoch": 3}, nn.Linear(2, 2))
+        assert {each.name for each in tmp_path.rglob("*")} == {path.name, previous(path).name}
