@@ -54,9 +54,9 @@ def _score(options: Any, out: Path) -> int:
     from msflow_ext.inference.output import TABLE
     from msflow_ext.runs.score_table import Row, write_scores
 
-    images = _images(options)
     scoring = _scoring(options)
     detector = scoring.load(options.run, options.device)
+    images = _images(options)
     output.remove_earlier(out, images.values())
     # Of a process that is killed, this table tells which pictures may be its own.
     write_scores(out / TABLE, [Row(name, error=output.NOT_SCORED) for name in images])

@@ -74,7 +74,7 @@ def test_broken_images_have_a_line_and_a_row_each_and_the_status_is_1(
     assert said.out == f"5 images: {out / 'scores.csv'}\n"
     assert "3 of 5 have no score, see column error" in said.err
     for row in rows:
-        wrong = f"{photos / row.name} is not an image"
+        wrong = f"{photos / row.name} is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP"
         assert row.error == ("" if row.name in ("a.png", "c.png") else wrong)
         assert (f"{row.name} is skipped: {wrong}" in said.err) == bool(row.error)
     assert {name for name in pictures(out) if "maps" in name} == {"maps/a.png", "maps/c.png"}
@@ -222,6 +222,10 @@ def test_an_earlier_heat_map_that_is_to_be_scored_is_not_removed(predict, tmp_pa
     picture(out / "maps/a.png")
     write_scores(out / "scores.csv", [Row("a.png", score=1.0)])
     assert predict(out, out / "maps/a.png") == 2
+    assert f"writes images into {out / 'maps'}, which is read" in capsys.readouterr().err
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/link.png").symlink_to(out / "maps/a.png")
+    assert predict(out, tmp_path / "in") == 2
     assert "which is an image to score" in capsys.readouterr().err
     assert (out / "maps/a.png").exists()
 

@@ -276,7 +276,7 @@ def test_a_folder_is_watched_until_a_signal_and_again_after_it(run, tmp_path, ca
         started.kill()
     assert started.returncode == 1
     assert said == f"3 images: {out / 'scores.csv'}\n"
-    wrong = f"{folder / 'broken.png'} is not an image"
+    wrong = f"{folder / 'broken.png'} is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP"
     assert [line for line in errors.splitlines() if "broken" in line] == [
         f"broken.png is skipped: {wrong}"
     ]
