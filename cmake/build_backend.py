@@ -24,14 +24,14 @@ def build_wheel(*arguments: Any, **options: Any) -> str:
         with _recorded():
             return _build.build_wheel(*arguments, **options)
     finally:
-        LOG.unlink()
+        LOG.unlink(missing_ok=True)
 
 
 def build_editable(*arguments: Any, **options: Any) -> str:
     with _recorded():
         wheel = _build.build_editable(*arguments, **options)
     if not wheel.endswith("none-any.whl"):  # otherwise the package in the tree keeps it
-        LOG.unlink()
+        LOG.unlink(missing_ok=True)
     return wheel
 
 
