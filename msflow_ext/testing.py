@@ -21,7 +21,10 @@ OPS = (*CUDA, "winograd")
 
 
 def info() -> dict[str, Any]:
-    """Versions, what is compiled, and the backend of each op per device with the reason for it."""
+    """Versions, what is compiled, and the backend of each op per device with the reason for it.
+
+    If the compiler failed when the package was installed, ``"compiler"`` holds the last lines that it wrote.
+    """
     cpu, installed = "native" if _backend.C is not None else "reference", versions()
     return {
         "msflow_ext": installed.get("msflow-ext"),
@@ -31,6 +34,7 @@ def info() -> dict[str, Any]:
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "kernels": _backend.STATUS,
+        **({"compiler": log} if (log := _backend.compile_log()) else {}),
         "cuda_architectures": getattr(_backend.C, "cuda_architectures", ""),
         "backends": {
             op: {

@@ -140,9 +140,10 @@ HD void multiply(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-#if defined(__GNUC__) && defined(__x86_64__)
+#if defined(__GNUC__) && defined(__x86_64__) && !defined(__clang__)
 struct MultiplyPairs {
   // Inline assembly, because a template without the target attribute cannot use the intrinsic.
+  // clang refuses 512-bit operands there as well.
   HD static void add(Floats16& sum, const Floats16& a, const Floats16& b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   }
@@ -150,8 +151,10 @@ struct MultiplyPairs {
 AVX512 void multiply_pairs(int64_t begin, int64_t end, void* context) {
   multiply<MultiplyPairs, Floats16, 8, 2>(*static_cast<const Job*>(context), begin, end);
 }
+bool has_pairs() { return has_avx512() && SUPPORTS("avx512bf16"); }
 #else
 constexpr Body multiply_pairs = nullptr;
+bool has_pairs() { return false; }
 #endif
 
 // The number of sums hides the latency of their additions: sixteen 512-bit registers, or eight
@@ -195,8 +198,6 @@ const Bodies portable{{BODY(input_float_float, Floats8), BODY(input_bfloat16_flo
                       multiply_portable,
                       {BODY(output_float, Floats8), BODY(output_bfloat16, Floats8)}};
 const Body input_pairs[] = BODY(input_bfloat16_bfloat16, Floats16);
-
-bool has_pairs() { return has_avx512() && SUPPORTS("avx512bf16"); }
 
 }  // namespace
 

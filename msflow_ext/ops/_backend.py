@@ -28,11 +28,23 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 View = tuple[int, int, int, int, int] | None
 
 
+_COMPILE_LOG = Path(__file__).with_name("compile_log.txt")  # written by cmake/build_backend.py
+
+
+def compile_log() -> list[str]:
+    """Return the last lines that the compiler wrote if it failed when this package was installed; none otherwise."""
+    if not _COMPILE_LOG.is_file():
+        return []
+    text = _COMPILE_LOG.read_text(encoding="utf-8", errors="replace")
+    return text.partition(" - retrying due to override")[0].splitlines()[-20:]
+
+
 def _load() -> tuple[ModuleType | None, str]:
     try:
         from msflow_ext.ops import _C  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
-        return None, f"not compiled ({error})"
+        failed = "its compiler failed when msflow_ext was installed" if compile_log() else error
+        return None, f"not compiled ({failed})"
     parallel_for = _parallel_for()
     if parallel_for is None:
         return _C, "compiled; one thread, because this torch has no torch_parallel_for"
@@ -193,7 +205,11 @@ def _warn_once() -> None:
     global _warned
     if not _warned and _forced is None and not torch.compiler.is_compiling():
         _warned = True
-        warnings.warn(f"msflow_ext runs its slower reference: kernels {STATUS}", stacklevel=4)
+        warnings.warn(
+            f"msflow_ext runs its slower reference: kernels {STATUS}. Install a C++17 compiler (g++, clang++ or Visual "
+            "Studio's), then msflow_ext again; `msflow info` shows why the last attempt failed.",
+            stacklevel=4,
+        )
 
 
 def strides(x: Tensor) -> tuple[int, int, int] | None:

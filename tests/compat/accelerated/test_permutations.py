@@ -36,16 +36,16 @@ def doubled(w: Tensor) -> None:
     w[0].copy_(w[1])
 
 
-def in_place(p: Tensor, change: Callable[[Tensor], None]) -> None:
+def in_place(p: Tensor, change: Callable[[Tensor], Any]) -> None:
     with torch.no_grad():
         change(p)
 
 
-def by_data(p: Tensor, change: Callable[[Tensor], None]) -> None:
+def by_data(p: Tensor, change: Callable[[Tensor], Any]) -> None:
     change(p.data)
 
 
-def by_new_data(p: Tensor, change: Callable[[Tensor], None]) -> None:
+def by_new_data(p: Tensor, change: Callable[[Tensor], Any]) -> None:
     new = p.detach().clone()
     change(new)
     p.data = new

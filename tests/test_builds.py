@@ -1,0 +1,124 @@
+"""A build without kernels is seen: the compiler's last lines, the sentence at run time, and where it is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from msflow_ext import ops, testing
+from msflow_ext.ops import _backend
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+pytestmark = pytest.mark.family("builds")
+
+ROOT = Path(__file__).parents[1]
+LOG = Path("msflow_ext/ops/compile_log.txt")
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``build(hook, during)``: the backend's hook, in a folder where scikit-build-core runs ``during()``."""
+    monkeypatch.chdir(tmp_path)
+    LOG.parent.mkdir(parents=True)
+
+    def run(hook: str, during: Callable[[], str]) -> str:
+        core, module = types.ModuleType("scikit_build_core"), types.ModuleType("build")
+        vars(core)["build"] = module
+        for name in ("build_wheel", "build_editable"):
+            vars(module)[name] = lambda *arguments: during()
+        monkeypatch.setitem(sys.modules, "scikit_build_core", core)
+        monkeypatch.setitem(sys.modules, "scikit_build_core.build", module)
+        spec = importlib.util.spec_from_file_location("backend", ROOT / "cmake/build_backend.py")
+        assert spec is not None and spec.loader is not None
+        backend = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(backend)
+        return getattr(backend, hook)("dist")
+
+    return run
+
+
+def compile_in_vain() -> str:
+    """What scikit-build-core does where the compiler fails: it packs the log into a pure wheel."""
+    os.system("echo 'kernel.cpp:1: error: out of letters'; echo to stderr >&2")
+    print("*** CMake build failed - retrying due to override...", flush=True)
+    Path("packed.txt").write_text(LOG.read_text())
+    return "msflow_ext-0-py3-none-any.whl"
+
+
+def compile_well() -> str:
+    return "msflow_ext-0-cp311-cp311-linux_x86_64.whl"
+
+
+def test_what_the_compiler_says_is_shown_and_packed(build: Any, capfd: Any) -> None:
+    assert build("build_wheel", compile_in_vain) == "msflow_ext-0-py3-none-any.whl"
+    said = "kernel.cpp:1: error: out of letters\nto stderr\n"
+    assert Path("packed.txt").read_text().startswith(said)
+    assert said in capfd.readouterr().out
+    assert not LOG.exists()
+
+
+def test_a_package_in_the_tree_keeps_what_the_compiler_said_until_it_works(build: Any) -> None:
+    build("build_editable", compile_in_vain)
+    assert "out of letters" in LOG.read_text()
+    build("build_editable", compile_well)
+    assert not LOG.exists()
+
+
+def test_a_build_that_ends_in_an_error_leaves_nothing(build: Any) -> None:
+    def fail() -> str:
+        raise SystemExit(1)
+
+    for hook in ("build_wheel", "build_editable"):
+        with pytest.raises(SystemExit):
+            build(hook, fail)
+    assert os.write(1, b"") == 0  # the outputs are back
+    build("build_wheel", compile_well)
+    assert not LOG.exists()
+
+
+def test_info_and_status_say_what_the_compiler_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "compile_log.txt"
+    lines = [f"line {i}" for i in range(50)] + ["kernel.cpp:1: error: out of letters", "*** failed"]
+    log.write_text("\n".join(lines) + " - retrying due to override...\n*** Making wheel...\n")
+    monkeypatch.setattr(_backend, "_COMPILE_LOG", log)
+    assert testing.info()["compiler"] == lines[-20:]
+    monkeypatch.setitem(sys.modules, "msflow_ext.ops._C", None)
+    monkeypatch.delattr(sys.modules["msflow_ext.ops"], "_C", raising=False)
+    status = "not compiled (its compiler failed when msflow_ext was installed)"
+    assert _backend._load() == (None, status)
+    log.unlink()
+    assert "compiler" not in testing.info()
+    module, status = _backend._load()
+    assert module is None and status.startswith("not compiled (") and "_C" in status
+
+
+def test_the_warning_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "C", None)
+    monkeypatch.setattr(_backend, "_warned", False)
+    monkeypatch.setattr(_backend, "_forced", None)
+    with pytest.warns(UserWarning, match=r"Install a C\+\+17 compiler .*, then msflow_ext again"):
+        ops.half_square_norm(torch.ones(1, 2, 3))
+
+
+def test_a_wheel_without_kernels_is_for_users_alone() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]
+    (override,) = settings["overrides"]
+    required = ("CIBUILDWHEEL", "CONDA_BUILD", "MSFLOW_EXT_REQUIRE_NATIVE")
+    assert override["if"] == {"failed": True, "env": dict.fromkeys(required, False)}
+    assert override["wheel"] == {"cmake": False, "exclude": []}
+    assert settings["wheel"]["exclude"] == override["sdist"]["include"] == [LOG.as_posix()]
+    assert all(name in settings["messages"]["after-failure"] for name in required)
