@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -96,6 +97,31 @@ def test_an_image_that_was_damaged_comes_again_when_it_changes(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"1")
     assert names(tmp_path, idle, idle, lambda: path.write_bytes(b"22"), idle, idle) == ["a.png"] * 2
+
+
+@pytest.mark.family("folders")
+def test_pictures_that_are_written_into_the_folder_are_not_taken(tmp_path):
+    out = tmp_path / "out"
+    for name in ("a.png", "out/maps/a.png.png", "out/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    found = arrivals(tmp_path, (), Script(idle, idle), apart=[out / "maps", out / "masks"])
+    assert [name for name, _ in found] == ["a.png", "out/b.png"]
+
+
+@pytest.mark.family("folders")
+def test_what_a_watch_passes_over_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("msflow_ext"), "propagate", True)
+    (tmp_path / "notes.txt").touch()
+    later = [
+        (tmp_path / "upload.part").touch,
+        lambda: (tmp_path / "gone.png").symlink_to("nowhere.png"),
+    ]
+    assert names(tmp_path, *later, idle, idle) == []
+    assert caplog.messages == [
+        f"{tmp_path}: 1 passed over: notes.txt",
+        f"{tmp_path}: 1 passed over: gone.png (a link to nowhere)",
+    ]
 
 
 def test_a_folder_that_goes_away_is_named(tmp_path):
@@ -348,3 +374,18 @@ def test_a_folder_that_cannot_be_watched_is_named(run, tmp_path, capsys, paths, 
     chosen = ["predict", "--run", str(run), "--watch", "--out", str(tmp_path / out)]
     assert cli.main([*chosen, *(str(tmp_path / path) for path in paths)]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.family("folders")
+def test_a_command_never_scores_its_own_pictures(run, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "in/results"
+    picture(folder / "a.png")
+    for target in (out, out, folder / "others", folder, folder):
+        chosen = ["predict", "--run", str(run), str(folder), "--out", str(target)]
+        assert cli.main([*chosen, "--device", "cpu"]) == 0
+        assert rows(target) == ["a.png"]
+        assert (target / "maps/a.png.png").is_file()
+    (out / "scores.csv").unlink()  # as after a power cut
+    by_shell = [str(folder / "a.png"), str(out), "--out", str(out), "--score-only"]
+    assert cli.main(["predict", "--run", str(run), *by_shell, "--device", "cpu"]) == 0
+    assert rows(out) == [str(folder / "a.png")]

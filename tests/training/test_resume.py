@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -18,7 +19,7 @@ from msflow_ext.runs.checkpoint import read_checkpoint
 from msflow_ext.training import features as training_features
 from msflow_ext.training import finish, loop
 from msflow_ext.training.loop import Recipe, TrainingDiverged, train, train_epoch
-from msflow_ext.training.resume import summary
+from msflow_ext.training.resume import initial_state, summary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 64
@@ -306,3 +307,15 @@ def test_the_state_of_another_optimizer_is_not_resumed(
     save_file(tensors, tmp_path / interrupted.name, {"msflow_ext": json.dumps(header)})
     with pytest.raises(ValueError, match=sentence):
         train(build_model(), squares, tmp_path, Recipe(epochs=2, batch_size=4), resume=True)
+
+
+@pytest.mark.family("folders")
+def test_names_in_no_utf_8_have_a_digest_and_those_in_utf_8_the_one_they_always_had() -> None:
+    def digest(*names: str) -> str:
+        items = tuple(Item(name, 0, "good", Path(f"{name}.png")) for name in names)
+        data = DataSet("folder", "parts", items, ())
+        state = initial_state(SimpleNamespace(config={}), data, Recipe(epochs=1))
+        return state["data"]["sha256"]
+
+    assert digest("Gu\udcdf") != digest("Gu\udcdc")
+    assert digest("Guß") == hashlib.sha256("Guß 0\n".encode()).hexdigest()
