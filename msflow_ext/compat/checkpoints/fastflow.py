@@ -67,8 +67,10 @@ def head_from_state_dict(
         ValueError: keys missing, unexpected or misshapen, all named.
     """
     state = _flows_and_norms(state)
-    head = FastFlowHead(**_sizes(state), clamp=clamp, clamp_form=clamp_form)
-    expected = _named(head, index_permutations=False)
+    sizes = _sizes(state)
+    with torch.device("meta"):  # no storage before all shapes are those of the file
+        blank = FastFlowHead(**sizes, clamp=clamp, clamp_form=clamp_form)
+        expected = _named(blank, index_permutations=False)
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
     weights = [key for key in expected if key in state and "w_perm" not in key]
@@ -80,6 +82,7 @@ def head_from_state_dict(
     problems += [f"{k} is {state[k].dtype}" for k in weights if not state[k].is_floating_point()]
     if problems:
         raise ValueError("the state dict does not fit: " + "; ".join(problems))
+    head = FastFlowHead(**sizes, clamp=clamp, clamp_form=clamp_form)
     own = {}
     for key, value in head.state_dict().items():
         if key.endswith(".perm"):
@@ -154,6 +157,10 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     if not steps or sorted(steps) != list(range(len(steps))) or len(set(steps.values())) != 1:
         raise ValueError(
             f"the state dict must hold flows of one length, got steps by scale {steps}"
+        )
+    if steps[0] > len(state):
+        raise ValueError(
+            f"the state dict does not fit: {len(state)} tensors are not {steps[0]} steps"
         )
 
     def shape(scale: int, step: int, name: str) -> tuple[int, ...]:

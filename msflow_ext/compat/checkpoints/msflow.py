@@ -88,11 +88,11 @@ def head_from_state_dict(
         channels.append(_size(state, f"{first}.global_scale", 1))
         hidden = _size(state, f"{first}.subnet.conv1.weight", 1)
         conds.append(hidden - (channels[-1] - channels[-1] // 2))
-    head = MSFlowHead(
-        channels, blocks=blocks, cond_channels=conds, clamp=clamp, clamp_form=clamp_form, seed=0
-    )
+    options = {"blocks": blocks, "cond_channels": conds, "clamp": clamp, "clamp_form": clamp_form}
     order = _fusion_order(state, channels, fusion_order)
-    expected = to_official_state_dict(head, fusion_order=order)
+    with torch.device("meta"):  # no storage before all shapes are those of the file
+        blank = MSFlowHead(channels, **options, seed=0)
+        expected = to_official_state_dict(blank, fusion_order=order)
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
     problems += [
@@ -106,7 +106,7 @@ def head_from_state_dict(
     dtype = state[first].dtype
     if not dtype.is_floating_point:
         raise ValueError(f"{first} must be floating-point numbers, got {dtype}")
-    head.to(dtype)
+    head = MSFlowHead(channels, **options, seed=0).to(dtype)
     head.load_state_dict(_from_official(state, head, order))
     return head
 
