@@ -194,18 +194,16 @@ def memory_format(request: pytest.FixtureRequest) -> Layout:
 
 
 @pytest.fixture(scope="module")
-def start() -> Iterator[Callable[[Any], str]]:
-    """``start(application)`` serves it on a thread until the module's tests end, and returns its address."""
-    import uvicorn
-
-    from msflow_ext.serving import configuration
+def start() -> Iterator[Callable[..., str]]:
+    """``start(application, limits)`` serves it on a thread until the module's tests end, and returns its address."""
+    from msflow_ext.serving import Limits, Server
 
     with ExitStack() as stack:
 
-        def begin(application: Any) -> str:
-            server = uvicorn.Server(configuration(application))
+        def begin(application: Any, limits: Limits | None = None) -> str:
             listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            thread = threading.Thread(target=server.run, args=([listening],))
+            server = Server(application, listening, limits or Limits())
+            thread = threading.Thread(target=server.run)
             thread.start()
             stack.callback(thread.join)
             stack.callback(setattr, server, "should_exit", True)

@@ -2,19 +2,19 @@
 
 ``POST /predict`` takes one image file, as its body or in a form (``multipart/form-data``), and answers JSON::
 
-    {"score": 1.7, "label": 1, "p_value": 0.02, "mask": "iVBORw...", "heat_map": "iVBORw..."}
+    {"score": 1.7, "label": 1, "threshold": 1.5, "mask": "iVBORw...", "heat_map": "iVBORw...", ...}
 
-The meaning is that of :class:`msflow_ext.inference.Result`; ``mask`` (white where anomalous; null
-without a threshold) and ``heat_map`` (colour over the image, the mask outlined) are PNG in base64,
-of the size that the model sees. ``GET /`` is a page to drop images on, ``GET /health`` tells that
-the service answers, ``GET /metrics`` is for Prometheus. A refusal is ``{"error": "one sentence"}``.
-With a token, ``/predict`` and ``/metrics`` want the header ``Authorization: Bearer TOKEN``.
+The meaning is that of :class:`msflow_ext.inference.Result`; ``GET /openapi.json`` and ``GET /docs`` say what each field
+holds. ``GET /`` is a page to drop images on, ``GET /health`` tells that the service answers, ``GET /metrics`` is for
+Prometheus. A refusal is ``{"error": "one sentence"}``. With a token, ``/predict`` and ``/metrics`` want the header
+``Authorization: Bearer TOKEN``. Requests that name another host than the service's are refused.
 """
 
 from __future__ import annotations
 
 from msflow_ext.serving.application import application
-from msflow_ext.serving.server import configuration, serve
+from msflow_ext.serving.connections import Server
+from msflow_ext.serving.server import serve
 from msflow_ext.serving.service import Limits
 
 try:
@@ -28,4 +28,4 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-__all__ = ["Limits", "application", "configuration", "serve"]
+__all__ = ["Limits", "Server", "application", "serve"]

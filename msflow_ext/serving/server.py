@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import math
 import os
 import signal
 import socket
 import ssl
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-from fastapi import FastAPI
-
 from msflow_ext.inference.detector import load
 from msflow_ext.serving.application import application
+from msflow_ext.serving.connections import Server
 from msflow_ext.serving.service import Limits
 
 logger = logging.getLogger(__name__)
@@ -28,22 +26,29 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     token: str | None = None,
+    allow_hosts: Iterable[str] = (),
     limits: Limits | None = None,
     device: str | None = None,
     false_alarms: float | None = None,
     precision: str | None = None,
     ssl_certfile: str | Path | None = None,
     ssl_keyfile: str | Path | None = None,
-) -> None:
-    """Serve a run until SIGINT or SIGTERM; answers that are in work are finished.
+) -> int:
+    """Serve a run until SIGINT or SIGTERM; answers that are in work are finished while the grace lasts.
 
     Args:
         run, device, false_alarms, precision: see :func:`msflow_ext.inference.load`.
         host: name or address to listen at.
         port: 0 for any free one; the log says which.
         token: that requests must bring; by default the environment's ``MSFLOW_TOKEN``, if any.
+        allow_hosts: names besides ``host``, loopback's and this machine's that requests may carry in ``Host`` and
+            ``Origin``, such as the name that a proxy is asked by; ``"*"`` for any.
+        limits: of images, connections and time.
         ssl_certfile, ssl_keyfile: PEM files of a certificate and its key, without a passphrase, for HTTPS; the key
             may lie in the first.
+
+    Returns:
+        How many images are still in work, on threads that end by themselves.
 
     Raises:
         ValueError: a host that others can reach, without a token; a token that is not of ASCII
@@ -59,26 +64,21 @@ def serve(
         raise ValueError(f"others can reach host {host}: give --token, or set MSFLOW_TOKEN")
     secured = _certificate(ssl_certfile, ssl_keyfile)
     detector = load(run, device, false_alarms=false_alarms, precision=precision)
-    app = application(detector, token, limits, name=Path(run).resolve().name)
+    name, hosts = Path(run).resolve().name, (host, socket.gethostname())
+    app = application(detector, token, limits, name=name, hosts=hosts, allow_hosts=allow_hosts)
     with socket.create_server(address[:2], family=family) as listening:
-        name = f"[{address[0]}]" if family == socket.AF_INET6 else address[0]
+        shown = f"[{address[0]}]" if family == socket.AF_INET6 else address[0]
         scheme, port = "https" if secured else "http", listening.getsockname()[1]
-        logger.info("serving %s at %s://%s:%d/", run, scheme, name, port)
-        grace = math.ceil(limits.timeout)
-        server = uvicorn.Server(configuration(app, timeout_graceful_shutdown=grace, **secured))
+        logger.info("serving %s at %s://%s:%d/", run, scheme, shown, port)
+        server = Server(app, listening, limits, **secured)
 
         def stop(*_: Any) -> None:
             server.should_exit = True
 
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again at its end
             signal.signal(number, stop)
-        server.run(sockets=[listening])
-
-
-def configuration(app: FastAPI, **options: Any) -> uvicorn.Config:
-    """How uvicorn serves the application: one protocol, and no log but ours."""
-    fixed: dict[str, Any] = {"http": "h11", "ws": "none", "lifespan": "on", "log_config": None}
-    return uvicorn.Config(app, access_log=False, server_header=False, **fixed, **options)
+        server.run()
+    return app.state.service.in_work
 
 
 def _certificate(certfile: str | Path | None, keyfile: str | Path | None) -> dict[str, Any]:

@@ -107,4 +107,7 @@ def test_the_command_serves_until_it_is_told_to_stop(run, number):
         finally:
             service.send_signal(number)
         assert service.wait(30) == 0
-        assert service.stderr.read() == ""
+        lines = service.stderr.read().splitlines()
+    pattern = r"\d{4}-\d\d-\d\dT[\d:]{8}Z 127\.0\.0\.1 \"POST /predict\" (\d+) \d+ bytes \d+ ms"
+    statuses = [found[1] for line in lines if (found := re.fullmatch(pattern, line))]
+    assert statuses == ["200", "401", "413"] and len(lines) == 3  # an access log, and nothing else

@@ -179,21 +179,27 @@ def test_an_upload_of_100_mb_is_refused_without_being_read(url, declared):
 
 
 def test_a_declared_length_is_refused_before_any_of_the_body_arrives(url):
-    answer = raw(url, b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
+    answer = raw(
+        url, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000\r\n\r\n"
+    )
     assert b" 413 " in answer and b"too large" in answer
 
 
 def test_a_client_that_still_sends_does_not_lose_the_refusal(detector, start):
     url = httpx.URL(start(serving.application(detector, "geheim")))
     with socket.create_connection(("127.0.0.1", url.port or 0)) as client:
-        client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n1234")
+        client.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n1234"
+        )
         answer = b""
         while not answer.endswith(b"}"):
             answer += client.recv(1 << 16)
         client.sendall(b"56789")
         assert b" 401 " in answer and client.recv(1) == b""  # else ConnectionResetError
     with socket.create_connection(("127.0.0.1", url.port or 0)) as client:
-        client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n1234")
+        client.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n1234"
+        )
         began = time.monotonic()
         while client.recv(1 << 16):
             pass
@@ -231,7 +237,7 @@ def test_only_the_right_token_opens_the_service(detector, start):
 def test_a_client_that_hangs_up_does_no_harm(detector, start):
     limits = serving.Limits(concurrency=1)
     url = start(serving.application(detector, limits=limits))
-    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
     for whole, part in ((png(), 20), (png(), None)):
         with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0)) as client:
             client.sendall(head % len(whole) + whole[:part])
@@ -278,7 +284,7 @@ def test_a_full_service_refuses_at_once_and_a_slow_model_meets_the_time_limit(st
 
 def test_a_body_that_does_not_arrive_meets_the_time_limit(detector, start):
     url = start(serving.application(detector, limits=serving.Limits(timeout=0.3)))
-    answer = raw(url, b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhi")
+    answer = raw(url, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nhi")
     assert b" 408 " in answer and b"the image did not arrive within 0.3 s" in answer
 
 

@@ -1,0 +1,300 @@
+"""A client that is late, silent or one of too many loses its connection; others are answered meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from msflow_ext import serving
+from msflow_ext.inference.detector import Detector
+from msflow_ext.serving import connections
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.family("service")]
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+PATIENT: dict[str, Any] = {"timeout": 60.0, "head_timeout": 60.0, "idle_timeout": 60.0}
+PATIENCE = 20.0  # seconds for what takes tenths of one on an idle machine
+
+
+def connect(url: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), PATIENCE)
+
+
+def rest(client: socket.socket) -> bytes:
+    """All that the service still says; TimeoutError if it does not end the connection."""
+    try:
+        return b"".join(iter(lambda: client.recv(1 << 16), b""))
+    except ConnectionResetError:
+        return b"reset"
+
+
+def trickle(client: socket.socket, piece: bytes) -> None:
+    """Send a piece now and then, until the service ends the connection; fails if it never does."""
+    client.settimeout(0.05)
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            client.sendall(piece)
+            if client.recv(1 << 16) == b"":
+                return
+        except TimeoutError:
+            pass
+        except (ConnectionResetError, BrokenPipeError):
+            return
+    pytest.fail("the connection is still open")
+
+
+@pytest.fixture(scope="module")
+def hasty(start: Callable[..., str]) -> str:
+    """A service that waits 0.3 s for a head or a body, and longer for nothing."""
+    limits = serving.Limits(timeout=0.8, head_timeout=0.3, idle_timeout=0.3)
+    return start(serving.application(Detector(None), limits=limits), limits)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\n", b"\r\n", HEALTH],
+    ids=["nothing", "line", "head", "blank", "answered"],
+)
+def test_a_connection_that_sends_no_whole_head_is_ended(hasty, sent):
+    with connect(hasty) as client:
+        client.sendall(sent)
+        answer = rest(client)
+    assert (b" 200 " in answer) == (sent == HEALTH)
+
+
+@pytest.mark.parametrize(
+    ("first", "piece"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ", b"a"),
+        (b"", b"\r\n"),
+        (HEALTH.replace(b"\r\n\r\n", b"\r\nContent-Length: 100000\r\n\r\n"), b"a"),
+        (HEALTH.replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n"), b"1\r\na\r\n"),
+        (HEALTH + b"GET /", b"a"),
+        (HEAD % 100000, b"a"),
+    ],
+    ids=["head", "blank-lines", "body-of-a-get", "chunks-of-a-get", "second-head", "image"],
+)
+def test_a_client_that_always_sends_a_little_is_ended_all_the_same(hasty, first, piece):
+    with connect(hasty) as client:
+        client.sendall(first)
+        trickle(client, piece)
+
+
+def test_a_client_that_does_not_read_its_answers_is_ended(hasty):
+    with connect(hasty) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        client.settimeout(0.2)
+        end, gone = time.monotonic() + PATIENCE, False
+        while not gone and time.monotonic() < end:  # many answers are asked for, none is read
+            try:
+                client.sendall(page * 500)
+            except TimeoutError:
+                continue
+            except (ConnectionResetError, BrokenPipeError):
+                gone = True
+    assert gone, "the connection is still open"
+
+
+@pytest.mark.parametrize("head", [HEAD % 9, HEAD % 0], ids=["length", "chunked"])
+def test_a_body_of_which_nothing_more_arrives_is_refused(hasty, head):
+    if b" 0\r\n" in head:
+        head = head.replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + b"9\r\n"
+    with connect(hasty) as client:
+        client.sendall(head + b"ab")
+        answer = rest(client)
+    assert b" 408 " in answer and b"nothing of the image arrived for 0.3 s" in answer
+
+
+@contextmanager
+def held(url: str, count: int, sent: bytes = b"") -> Iterator[list[socket.socket]]:
+    """So many connections that have sent this and nothing more."""
+    with ExitStack() as stack:
+        clients = [stack.enter_context(connect(url)) for _ in range(count)]
+        for client in clients:
+            client.sendall(sent)
+        yield clients
+
+
+def is_open(client: socket.socket) -> bool:
+    client.setblocking(False)
+    try:
+        return client.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", HEALTH[:20], HEAD % 1000 + b"ab"], ids=["nothing", "head", "body"]
+)
+def test_a_full_house_of_silent_clients_keeps_nobody_out(start, sent):
+    limits = serving.Limits(concurrency=2, connections=4, **PATIENT)
+    url = start(serving.application(Detector(None), limits=limits), limits)
+    with held(url, 12, sent) as clients:
+        for path in ("health", "metrics"):
+            assert httpx.get(f"{url}{path}", timeout=PATIENCE).status_code == 200
+        until = time.monotonic() + PATIENCE
+        while sum(map(is_open, clients)) > 3:  # the oldest were cut, and one for the last request
+            assert time.monotonic() < until, "more connections are open than the limit says"
+            time.sleep(0.02)
+        assert not is_open(clients[0])
+
+
+def test_stalled_bodies_hold_no_places(start):
+    limits = serving.Limits(concurrency=1, **PATIENT)
+    url = start(serving.application(Detector(None), limits=limits), limits)
+    with held(url, 20, HEAD % 1000 + b"ab"):
+        answer = httpx.post(f"{url}predict", content=b"no image", timeout=PATIENCE)
+    assert answer.status_code == 400  # not 503
+
+
+def test_bodies_that_arrive_take_so_much_memory_and_no_more(start):
+    limits = serving.Limits(concurrency=2, max_bytes=1000, **PATIENT)
+    url = start(serving.application(Detector(None), limits=limits), limits)
+    with held(url, 2, HEAD % 1000 + bytes(999)) as clients:
+        until = time.monotonic() + PATIENCE
+        while (answer := httpx.post(f"{url}predict", content=b"no image")).status_code != 503:
+            assert time.monotonic() < until, "the two bodies are not counted"
+        assert "too many large images" in answer.json()["error"]
+        for client in clients:
+            client.sendall(b"\0")
+            assert b" 400 " in client.recv(1 << 16)  # they were taken, and are no images
+    assert httpx.post(f"{url}predict", content=b"no image").status_code == 400
+
+
+class Scarce:
+    """An event loop's accept in a process that may open no more files."""
+
+    def __init__(self, accept: Callable[..., object], times: int) -> None:
+        self._accept, self.left = accept, times
+
+    async def __call__(self, listening: socket.socket) -> object:
+        if self.left:
+            self.left -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return await self._accept(listening)  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def test_an_accept_that_fails_makes_room_and_is_tried_again_without_a_traceback(caplog):
+    limits = serving.Limits(**PATIENT)
+
+    async def attempts() -> None:
+        loop = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            server = connections.Server(serving.application(Detector(None)), listening, limits)
+            ended = asyncio.create_task(server.serve())
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}/health"
+            async with httpx.AsyncClient(timeout=PATIENCE) as client:
+                assert (await client.get(url)).status_code == 200
+            with held(url, 3):
+                while len(server.server_state.connections) < 3:
+                    await asyncio.sleep(0.01)
+                loop.sock_accept = failing = Scarce(loop.sock_accept, 3)  # pyright: ignore
+                for _ in range(2):  # the first one is met by the accept that began before
+                    async with httpx.AsyncClient(timeout=PATIENCE) as client:
+                        assert (await client.get(url)).status_code == 200
+            assert failing.left == 0
+            server.should_exit = True
+            await ended
+
+    asyncio.run(attempts())
+    said = [each for each in caplog.records if "connections are open" in each.getMessage()]
+    assert len(said) == 1 and "Too many open files" in said[0].getMessage()
+    assert not [each for each in caplog.records if each.exc_info]
+
+
+# ---- the command, with few files and signals ----
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))
+from msflow_ext.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@contextmanager
+def command(run, *flags: str, script: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The service in a process of its own, and its address; its log is read at the end."""
+    words = ["-c", script] if script else ["-m", "msflow_ext"]
+    words += ["serve", "--run", str(run), "--port", "0", "--device", "cpu", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": ""}
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", *words], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stderr
+        line = process.stderr.readline()
+        found = re.search(r"http://\S+/", line)
+        try:
+            assert found, line + process.stderr.read()
+            yield process, found[0]
+        finally:
+            process.kill()
+
+
+def stop(process: subprocess.Popen[str]) -> tuple[float, str]:
+    """Seconds from SIGTERM to the end, and the rest of the log."""
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert process.stderr
+    return time.monotonic() - begin, process.stderr.read()
+
+
+def test_idle_connections_beyond_the_limit_of_files_lock_nobody_out(run):
+    with command(run, script=LIMITED) as (process, url), held(url, 120):
+        for _ in range(3):
+            assert httpx.get(f"{url}health", timeout=PATIENCE).status_code == 200
+        _, log = stop(process)
+    assert "at most 48 connections at once, not 256: only 96 files may be open" in log
+    assert "Traceback" not in log and len(log.splitlines()) < 10
+
+
+def test_sigterm_ends_within_the_grace_whatever_is_open_or_in_work(run):
+    Image.fromarray(np.zeros((7999, 8000), np.uint8)).save(large := io.BytesIO(), "PNG")
+    body = large.getvalue()  # takes seconds to decode
+    with command(run, "--grace", "0.5") as (process, url), ExitStack() as stack:
+        for count, sent in ((3, b""), (3, HEAD % 9 + b"ab"), (8, HEAD % len(body) + body)):
+            stack.enter_context(held(url, count, sent))
+        until = time.monotonic() + PATIENCE
+        while "msflow_requests_in_flight 11.0" not in httpx.get(f"{url}metrics").text:
+            assert time.monotonic() < until
+        seconds, log = stop(process)
+    assert "images given up in work: 4" in log and "Traceback" not in log
+    assert log.count(" cut ") == 8 and log.count(" 499 ") == 3
+    assert seconds < 8, "the default is in force, or a thread is waited for"
+
+
+def test_sigterm_lets_an_image_finish_that_is_in_work(run):
+    Image.fromarray(np.zeros((3000, 4000), np.uint8)).save(large := io.BytesIO(), "PNG")
+    with command(run) as (process, url), connect(url) as client:
+        client.sendall(HEAD % len(large.getvalue()) + large.getvalue()[:-1])
+        until = time.monotonic() + PATIENCE
+        while "msflow_requests_in_flight 1.0" not in httpx.get(f"{url}metrics").text:
+            assert time.monotonic() < until
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        client.sendall(large.getvalue()[-1:])
+        assert b"HTTP/1.1 200 " in rest(client)
+        _, log = stop(process)
+    assert "Traceback" not in log and "given up" not in log
