@@ -1,4 +1,4 @@
-"""Invertible layers on split halves: a coupling block, a chain of them, and chains that save no activations."""
+"""Invertible layers on split halves: a coupling block, and a chain of them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from msflow_ext import ops
+from msflow_ext.activations import in_turn, reversible
 from msflow_ext.ops._shapes import accumulation_dtype
 
 
@@ -65,9 +65,7 @@ class AffineCoupling(nn.Module):
 
     def affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Positive global scale, offset and permutation, ``(channels,)`` each, for a stream of ``dtype``."""
-        wide = accumulation_dtype(dtype)
-        scale = 0.1 * F.softplus(self.global_scale.to(wide), beta=0.5)
-        return scale, self.global_offset.to(wide), self.perm
+        return *_affine(self.global_scale, self.global_offset, dtype), self.perm
 
     def forward(
         self,
@@ -110,13 +108,21 @@ class AffineCoupling(nn.Module):
         return x1, x2, log_det
 
     def retrace(
-        self, y1: Tensor, y2: Tensor, *cond: Tensor, then: Tensor | None = None
-    ) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor]]:
-        """The inputs that :meth:`forward` had, as leaves of a graph, and its results in that graph."""
-        affine = self._affine(y2.dtype, then)
+        self,
+        ask: Callable[[Tensor], Tensor],
+        y1: Tensor,
+        y2: Tensor,
+        affine: tuple[Tensor, Tensor, Tensor],
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """The inputs that :meth:`forward` had, as leaves of a graph, and its results in that graph.
+
+        Args:
+            ask: the subnet, of ``x1`` alone.
+            affine: scale, offset and permutation.
+        """
         known = [t.detach() for t in affine]
         x1 = ops.passive_half(y1, y2, self.passive, *known).detach().requires_grad_()
-        a = self.subnet(x1, *cond)
+        a = ask(x1)
         options = {"clamp": self.clamp, "clamp_form": self.clamp_form}
         x2, _ = ops.affine_coupling_inverse(y1, y2, a.detach(), *known, **options)
         x2.requires_grad_()
@@ -142,7 +148,7 @@ class Flow(nn.Module):
     """A chain of :class:`AffineCoupling` steps on one scale whose state stays in two halves throughout.
 
     Attributes:
-        memory: ``"lean"``, or ``"reversible"`` to save no activations: see :func:`reversible`.
+        memory: ``"lean"``, or ``"reversible"`` to save no activations: see :func:`msflow_ext.activations.reversible`.
     """
 
     memory = "lean"
@@ -185,7 +191,7 @@ class Flow(nn.Module):
 
 
 class _Bound:
-    """A step with its condition and the form of its results, as :func:`reversible` wants it."""
+    """A step with its condition and the form of its results: a :class:`~msflow_ext.activations.Step`."""
 
     def __init__(
         self,
@@ -196,108 +202,37 @@ class _Bound:
         split: int | None = None,
         copy: bool = False,
     ) -> None:
-        self.step, self.cond, self.then = step, cond, then
+        self.step, self.cond = step, cond
         self.form = {"then": then, "split": split, "copy": copy}
+
+    @property
+    def subnet(self) -> nn.Module:
+        return self.step.subnet
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        step, then = self.step, self.form["then"]
+        return [step.global_scale, step.global_offset, *self.cond, step.perm] + (
+            [] if then is None else [then]
+        )
 
     def __call__(self, x1: Tensor, x2: Tensor, seen: Tensor | None = None) -> tuple[Tensor, ...]:
         return self.step(x1, x2, *self.cond, seen=seen, **self.form)
 
-    def retrace(self, y1: Tensor, y2: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        return self.step.retrace(y1, y2, *self.cond, then=self.then)
-
-    def parameters(self) -> list[Tensor]:
-        return [p for p in self.step.parameters() if p.requires_grad]
-
-
-def in_turn(steps: Sequence[Any], state: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Steps one after the other: the last state, and the sum of their ``log_det``."""
-    total: Tensor | float = 0.0
-    for step in steps:
-        *state, log_det = step(*state)
-        total = total + log_det
-    return *state, total  # type: ignore[return-value]
+    def retrace(
+        self, ask: Callable[..., Any], results: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        y1, y2 = results
+        scale, offset = _affine(*tensors[:2], dtype=y2.dtype)
+        cond, (perm, *then) = tensors[2 : 2 + len(self.cond)], tensors[2 + len(self.cond) :]
+        affine = (scale, offset, perm[then[0]] if then else perm)
+        return self.step.retrace(lambda x1: ask(x1, *cond), y1, y2, affine)
 
 
-def reversible(steps: Sequence[Any], state: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """:func:`in_turn`, with nothing saved for the backward pass but the last state.
-
-    The backward pass computes each step's inputs from its results, by the inverse, then the step once more: about a
-    third more work, and a small fraction of the memory. Inputs come back with the rounding of the inverse, hence
-    float32 and float64 only.
-
-    Args:
-        steps: callables ``(*state) -> (*state, log_det)`` with ``retrace(*results) -> (inputs, (*results, log_det))``,
-            inputs as leaves of the graph that results hang in, and ``parameters()``.
-        state: tensors of one dtype.
-
-    Raises:
-        TypeError: half precision, as a dtype or by autocast.
-    """
-    if torch.is_autocast_enabled(state[0].device.type) or state[0].dtype.itemsize < 4:
-        raise TypeError(
-            "memory='reversible' needs float32 or float64, because half precision forgets the inputs; use memory='lean'"
-        )
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return in_turn(steps, state)
-    parameters = [p for step in steps for p in step.parameters()]
-    return _Reversible.apply(steps, len(state), *state, *parameters)  # type: ignore[return-value]
-
-
-class _Reversible(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, steps: Sequence[Any], count: int, *tensors: Tensor) -> Any:
-        results = in_turn(steps, tensors[:count])
-        ctx.steps = steps
-        ctx.save_for_backward(*results[:-1])
-        return results
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        *grad_state, grad_log_det = grads
-        state = [t.detach() for t in ctx.saved_tensors]
-        found: list[Tensor | None] = []
-        for step in reversed(ctx.steps):
-            parameters = step.parameters()
-            with torch.enable_grad():
-                inputs, results = step.retrace(*state)
-            pairs = zip(results, (*grad_state, grad_log_det), strict=True)
-            outputs, upstream = zip(*((r, g) for r, g in pairs if r.requires_grad), strict=True)
-            grad_state = torch.autograd.grad(
-                outputs, [*inputs, *parameters], upstream, allow_unused=True
-            )
-            found = [*grad_state[len(inputs) :], *found]
-            grad_state = grad_state[: len(inputs)]
-            state = [x.detach() for x in inputs]
-        return None, None, *grad_state, *found
-
-
-def recomputed(function: Callable[[Tensor], Any], make: Callable[[], Tensor]) -> Any:
-    """``function(make())``, whose input, and views of it, are made again in the backward pass instead of being kept.
-
-    For inputs that are cheap to make from what is kept anyway.
-    """
-    x = make()
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return function(x)
-    address, device = x.untyped_storage().data_ptr(), x.device.type
-    autocast = torch.autocast(
-        device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    )
-
-    def pack(saved: Tensor) -> Any:
-        if saved.untyped_storage().data_ptr() != address:
-            return saved
-        return saved.shape, saved.stride(), saved.storage_offset()
-
-    def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        with torch.no_grad(), autocast:
-            return make().as_strided(*packed)
-
-    with saved_tensors_hooks(pack, unpack):
-        return function(x)
+def _affine(scale: Tensor, offset: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Positive scale, and offset, of the parameters for a stream of ``dtype``."""
+    wide = accumulation_dtype(dtype)
+    return 0.1 * F.softplus(scale.to(wide), beta=0.5), offset.to(wide)
 
 
 def inverse_softplus_scale(scale: float) -> float:

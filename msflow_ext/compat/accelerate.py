@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from msflow_ext.activations import is_plain
 from msflow_ext.compat.accelerated.blocks import (
     BlockFacts,
     FastBlock,
@@ -15,7 +16,7 @@ from msflow_ext.compat.accelerated.blocks import (
     FastSequence,
     FastSubnet,
 )
-from msflow_ext.compat.accelerated.swap import Accelerated, is_plain, switch, switch_back
+from msflow_ext.compat.accelerated.swap import Accelerated, switch, switch_back
 from msflow_ext.compat.accelerated.verify import (
     MismatchError,
     UntriedError,

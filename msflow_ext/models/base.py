@@ -18,6 +18,7 @@ from msflow_ext.choices import ANOMALY_MAPS, CLAMP_FORMS, MEMORY, SCORES
 from msflow_ext.models.anomaly_map import ClampedMap
 from msflow_ext.models.backbone import Backbone
 from msflow_ext.models.gaussians import Total, Whitening, alone
+from msflow_ext.ops._backend import is_transformed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -297,11 +298,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 def refuse_non_finite(log_det: Tensor, features: Sequence[Tensor]) -> None:
     """Non-finite features show in ``log_det``, where looking costs nothing; other causes are the caller's."""
-    if (
-        log_det.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
-    ):
+    if log_det.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed(log_det):
         return
     if bool(torch.isfinite(log_det).all()):
         return

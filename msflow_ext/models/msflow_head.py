@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msflow_ext import ops
-from msflow_ext.flows import AffineCoupling, Flow, FlowOutput, in_turn, recomputed, reversible
+from msflow_ext.activations import in_turn, is_plain, recomputed, reversible
+from msflow_ext.flows import AffineCoupling, Flow, FlowOutput
 from msflow_ext.models.base import FlowHead, refuse_non_finite, seeded
 from msflow_ext.models.conv.training import TrainedConv2d, laid_out
 from msflow_ext.models.positional_encoding import positional_encoding
 from msflow_ext.ops import accumulation_dtype
+from msflow_ext.ops._backend import is_transformed
 
 if TYPE_CHECKING:
     from msflow_ext.models.optimized.msflow import OptimizedMSFlowHead
@@ -142,7 +144,9 @@ class ConditionalFlow(Flow):
     def _encoding(self, x: Tensor) -> Tensor:
         """The condition for the size of ``x``, computed once per size, dtype and device."""
         height, width = x.shape[2:]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_transformed(
+            x
+        ):  # nothing of a graph or of fake tensors stays
             return positional_encoding(self.cond_channels, height, width).to(x.device, x.dtype)
         key = (height, width, x.dtype, x.device)
         if key not in self._encodings:
@@ -182,17 +186,33 @@ class ConditionedSubnet(nn.Module):
 
     def forward(self, x1: Tensor, cond: Tensor) -> Tensor:
         h = self.conv_x(x1)
-        wide = accumulation_dtype(h.dtype)
+        bias_map = partial(_share, self.conv_cond)
+        norm, conv = self.norm, self.conv_cond
+        if not (type(norm) is ChannelNorm and is_plain(norm) and _is_plain_conv(conv)):
+            return self.conv_out(norm(h, conv(cond).to(accumulation_dtype(h.dtype))))
+        vectors, share = (norm.weight, norm.bias), (cond, conv.weight, conv.bias)
+        if torch.compiler.is_compiling() or len(x1) >= _SHARING:
+            return recomputed(self.conv_out, _normed, h, *vectors, bias_map(*share))
 
-        def share() -> Tensor:
-            return self.conv_cond(cond).to(wide)
+        def normed(h: Tensor, weight: Tensor, bias: Tensor, *share: Tensor) -> Tensor:
+            return recomputed(partial(_normed, h, weight, bias), bias_map, *share)
 
-        kept = share() if torch.compiler.is_compiling() or len(x1) >= _SHARING else None
+        return recomputed(self.conv_out, normed, h, *vectors, *share)
 
-        def normed() -> Tensor:
-            return recomputed(partial(self.norm, h), share) if kept is None else self.norm(h, kept)
 
-        return recomputed(self.conv_out, normed)
+def _share(conv: nn.Conv2d, cond: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The condition's share of the first convolution, in the accumulation dtype."""
+    share = conv._conv_forward(cond, weight, bias)
+    return share.to(accumulation_dtype(share.dtype))
+
+
+def _normed(h: Tensor, weight: Tensor, bias: Tensor, bias_map: Tensor | None = None) -> Tensor:
+    wide = accumulation_dtype(h.dtype)
+    return ops.channel_norm(h, weight.to(wide), bias.to(wide), bias_map)
+
+
+def _is_plain_conv(conv: nn.Module) -> bool:
+    return type(conv) is nn.Conv2d and is_plain(conv)
 
 
 class ChannelNorm(nn.Module):
@@ -204,8 +224,7 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, bias_map: Tensor | None = None) -> Tensor:
-        wide = accumulation_dtype(x.dtype)
-        return ops.channel_norm(x, self.weight.to(wide), self.bias.to(wide), bias_map)
+        return _normed(x, self.weight, self.bias, bias_map)
 
 
 class FusionFlow(nn.Module):
@@ -271,23 +290,24 @@ class _CoupleFirst:
     Its state is first and second half of each scale in turn.
     """
 
+    tensors = ()
+
     def __init__(self, fusion: FusionFlow) -> None:
-        self.fusion = fusion
+        self.fusion, self.subnet = fusion, fusion.subnet_2
 
     def __call__(self, *state: Tensor) -> tuple[Tensor, ...]:
-        return self._couple(state, self.fusion.subnet_2(state[1::2]))
+        return self._couple(state, self.subnet(state[1::2]))
 
-    def retrace(self, *results: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    def retrace(
+        self, ask: Callable[..., Any], results: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         x2 = [t.detach().requires_grad_() for t in results[1::2]]
-        asked = self.fusion.subnet_2(x2)
+        asked = ask(x2)
         inputs = []
         for y, right, a in zip(results[::2], x2, asked, strict=True):
             left, _ = self.fusion._uncouple(y, a.detach())
             inputs += [left.requires_grad_(), right]
         return inputs, self._couple(inputs, asked)
-
-    def parameters(self) -> list[Tensor]:
-        return [p for p in self.fusion.subnet_2.parameters() if p.requires_grad]
 
     def _couple(self, state: Sequence[Tensor], asked: Sequence[Tensor]) -> tuple[Tensor, ...]:
         results, total = [], []
@@ -301,13 +321,17 @@ class _CoupleFirst:
 class _CoupleSecond:
     """Step of the fusion flow: the second half of every scale, by the first halves of all; its results are whole."""
 
+    tensors = ()
+
     def __init__(self, fusion: FusionFlow) -> None:
-        self.fusion = fusion
+        self.fusion, self.subnet = fusion, fusion.subnet_1
 
     def __call__(self, *state: Tensor) -> tuple[Tensor, ...]:
-        return self._couple(state, self.fusion.subnet_1(state[::2]))
+        return self._couple(state, self.subnet(state[::2]))
 
-    def retrace(self, *results: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    def retrace(
+        self, ask: Callable[..., Any], results: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         if any(bool((z.abs() >= self.fusion.limit).any()) for z in results):
             raise RuntimeError(
                 f"memory='reversible': latent values beyond {self.fusion.limit:.0e} are cut off and cannot be inverted; "
@@ -315,15 +339,12 @@ class _CoupleSecond:
             )
         halves = [z.tensor_split(2, 1) for z in results]
         y1 = [y.detach().requires_grad_() for y, _ in halves]
-        asked = self.fusion.subnet_1(y1)
+        asked = ask(y1)
         inputs = []
         for left, (_, y2), a in zip(y1, halves, asked, strict=True):
             right, _ = self.fusion._uncouple(y2, a.detach())
             inputs += [left, right.requires_grad_()]
         return inputs, self._couple(inputs, asked)
-
-    def parameters(self) -> list[Tensor]:
-        return [p for p in self.fusion.subnet_1.parameters() if p.requires_grad]
 
     def _couple(self, state: Sequence[Tensor], asked: Sequence[Tensor]) -> tuple[Tensor, ...]:
         z, total = [], []
@@ -354,6 +375,6 @@ class CrossScaleSubnet(nn.Module):
         mixed = ops.pool_and_concatenate(x, size)
         mixed = F.relu(self.conv2(self.norm(self.conv1(mixed))))
         return [
-            recomputed(conv, partial(ops.upsample_and_add, t, m))
+            recomputed(conv, ops.upsample_and_add, t, m)
             for t, m, conv in zip(x, mixed.split(self.channels, 1), self.conv_out, strict=True)
         ]

@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,17 +77,30 @@ C, STATUS = _load()
 def backend(name: str) -> Iterator[None]:
     """Run the ops in this context on ``"native"`` kernels or on their ``"reference"``.
 
-    Outside, an op runs on kernels where :func:`is_native` finds some, otherwise on its reference.
+    Outside, an op runs on kernels where :func:`is_native` finds some, otherwise on its reference. Other threads and
+    asyncio tasks are not affected.
 
     Raises:
         ValueError: ``name`` is neither. RuntimeError: ``"native"`` where nothing is compiled.
     """
-    global _forced
-    before, _forced = _forced, _checked(name, "backend: name")
+    with forcing(_checked(name, "backend: name")):
+        yield
+
+
+@contextlib.contextmanager
+def forcing(name: str | None) -> Iterator[None]:
+    """As :func:`backend`; None leaves the choice to :func:`is_native`."""
+    before = _forced.get()
+    _forced.set(name)
     try:
         yield
     finally:
-        _forced = before
+        _forced.set(before)
+
+
+def forced() -> str | None:
+    """Return the backend that :func:`backend` or the environment demands here, or None."""
+    return _forced.get()
 
 
 def _checked(name: str, source: str) -> str:
@@ -97,9 +111,10 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_forced: str | None = os.environ.get("MSFLOW_EXT_BACKEND") or None
-if _forced is not None:
-    _checked(_forced, "MSFLOW_EXT_BACKEND")
+_by_environment: str | None = os.environ.get("MSFLOW_EXT_BACKEND") or None
+if _by_environment is not None:
+    _checked(_by_environment, "MSFLOW_EXT_BACKEND")
+_forced: ContextVar[str | None] = ContextVar("backend", default=_by_environment)
 
 
 def is_native(*tensors: Tensor | None, cuda: bool = True) -> bool:
@@ -107,10 +122,10 @@ def is_native(*tensors: Tensor | None, cuda: bool = True) -> bool:
 
     ``cuda`` says whether the op has CUDA kernels.
 
-    Graphs that leave PyTorch (export, ONNX, tracing), functorch transforms, forward-mode differentiation,
-    tensor subclasses, float16 on the CPU, GPUs without a build and other devices use the reference.
+    Graphs that leave PyTorch (export, ONNX, tracing), what :func:`is_transformed` names, float16 on the CPU, GPUs
+    without a build and other devices use the reference.
     """
-    if C is None or _forced == "reference":
+    if C is None or _forced.get() == "reference":
         if C is None:
             _warn_once()
         return False
@@ -121,7 +136,7 @@ def is_native(*tensors: Tensor | None, cuda: bool = True) -> bool:
             return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    return not _needs_reference(tensors)
+    return not is_transformed(*tensors)
 
 
 def _has_cuda_kernels(tensor: Tensor) -> bool:
@@ -133,8 +148,12 @@ def _has_cuda_kernels(tensor: Tensor) -> bool:
     return tensor.is_cpu and _emulated
 
 
-def _needs_reference(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Return whether a tensor subclass, a transform or a tracer must see the reference's operations."""
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Return whether something must see every operation, or tensors may not hold numbers.
+
+    That is so under functorch transforms (also for batched gradients), forward-mode differentiation, tracers, ``make_fx``
+    and ``FakeTensorMode``, and for tensor subclasses. What is computed then must not be kept for later.
+    """
     for tensor in tensors:
         if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
             return True
@@ -142,7 +161,20 @@ def _needs_reference(tensors: tuple[Tensor | None, ...]) -> bool:
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
+        or (torch._C._len_torch_dispatch_stack() > 0 and _is_traced_by_mode())
+        or any(map(torch._C._dispatch_tls_is_dispatch_key_included, _TRANSFORMS))
     )
+
+
+# Tracing before autograd, and the older vmap, which batches gradients (is_grads_batched).
+_TRANSFORMS: Any = tuple(map(torch._C._parse_dispatch_key, ("PreDispatch", "VmapMode")))
+_MODES = torch._C._TorchDispatchModeKey
+
+
+def _is_traced_by_mode() -> bool:
+    """Return whether a dispatch mode of PyTorch's own traces or has no data; others only watch."""
+    modes = (_MODES.PROXY, _MODES.FAKE, _MODES.FUNCTIONAL)
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
 
 
 def cuda_problem(device: int) -> str | None:
@@ -203,7 +235,7 @@ _warned = False
 
 def _warn_once() -> None:
     global _warned
-    if not _warned and _forced is None and not torch.compiler.is_compiling():
+    if not _warned and _forced.get() is None and not torch.compiler.is_compiling():
         _warned = True
         warnings.warn(
             f"msflow_ext runs its slower reference: kernels {STATUS}. Install a C++17 compiler (g++, clang++ or Visual "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msflow_ext.ops._backend import in_memory
+from msflow_ext.ops._backend import in_memory, is_transformed
 
 
 class NativeOp:
@@ -68,6 +68,8 @@ class NativeOp:
     def backward(self, grads: Any, extra: Any, *args: Any) -> tuple[Tensor | None, ...]:
         if self.allocate_grads is None or self.run_backward is None or torch.is_grad_enabled():
             return self._differentiate_reference(grads, *args)
+        if is_transformed(*grads, *args[: self.tensors]):  # batched or dual gradients from above
+            return self._differentiate_reference(grads, *args)
         args = self._in_memory(args)
         grads = [in_memory(g) for g in grads]
         results = self.allocate_grads(*args)
@@ -82,7 +84,7 @@ class NativeOp:
         """Return the gradients of the reference, which are differentiable if grad mode is on."""
         create_graph = torch.is_grad_enabled()
         tensors, rest = args[: self.tensors], args[self.tensors :]
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(args[0].device.type, enabled=False):
             # Views, because one argument may be computed from another, and these are partial derivatives.
             tensors = [None if t is None else t.view_as(t) for t in tensors]
             results = self.reference(*tensors, *rest)
@@ -162,8 +164,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         op: NativeOp = ctx.op
-        tensors, extra = ctx.saved_tensors[: op.tensors], ctx.saved_tensors[op.tensors :]
-        out = op.backward(grads, extra, *tensors, *ctx.rest)
+        saved = ctx.saved_tensors  # each access unpacks them once more, which checkpointing refuses
+        out = op.backward(grads, saved[op.tensors :], *saved[: op.tensors], *ctx.rest)
         needed = ctx.needs_input_grad[1 : 1 + op.tensors]
         out = (g if n else None for g, n in zip(out, needed, strict=True))
         return (None, *out, *[None] * len(ctx.rest))

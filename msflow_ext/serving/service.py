@@ -172,7 +172,7 @@ class Service:
             raise HTTPException(400, f"the image has {got} pixels, {wanted}")
         try:
             (result,) = self._model.submit(self._detector.predict, image, workers=1).result()
-            return self._document(image.size, result, with_image)
+            return self._document(image.size, result.shown(), with_image)
         except Exception:
             logger.exception("an image of %d bytes could not be scored", len(body))
             raise HTTPException(500, "the image could not be scored, the log says why") from None

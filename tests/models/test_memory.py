@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from msflow_ext import FastFlowHead, MSFlowHead, ops
+from msflow_ext.activations import recomputed
 from msflow_ext.bench import memory
-from msflow_ext.flows import recomputed
 from msflow_ext.models.msflow_head import ConditionedSubnet, CrossScaleSubnet
 from msflow_ext.testing import relative_error
 
@@ -172,12 +172,12 @@ def test_what_is_recomputed_is_not_kept(normal: Normal) -> None:
     x, weight = normal(10, 10).requires_grad_(), nn.Parameter(normal(10, 10))
     calls = []
 
-    def make_input() -> Tensor:
+    def make_input(x: Tensor) -> Tensor:
         calls.append(torch.is_grad_enabled())
         return 2 * x
 
     def run() -> None:
-        recomputed(lambda y: y @ weight, make_input).sum().backward()
+        recomputed(lambda y: y @ weight, make_input, x).sum().backward()
 
     assert memory.saved(run) == 4  # the sum
     assert calls == [True, False]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from msflow_ext import ops
-from msflow_ext.compat.accelerated.swap import Accelerated, is_plain, is_transformed, leaves_pytorch
+from msflow_ext.activations import is_plain
+from msflow_ext.compat.accelerated.swap import Accelerated, is_transformed, leaves_pytorch
 from msflow_ext.compat.freia import hard_permutation
 from msflow_ext.ops import accumulation_dtype
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+
+from msflow_ext.ops._backend import is_transformed as sees_every_operation
 
 
 class Accelerated(nn.Module):
@@ -51,19 +52,6 @@ def _revived(form: type[Accelerated], original: type[nn.Module]) -> Any:
     return object.__new__(made)
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether to call the module is to call its class's forward, and no hook sees it."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
-        or torch_module._has_any_global_hook()
-    )
-
-
 def leaves_pytorch(x: Any) -> bool:
     """True where the result becomes a graph for others (export, ONNX, tracing), who know the original's operators."""
     if torch.compiler.is_compiling():
@@ -76,5 +64,5 @@ def leaves_pytorch(x: Any) -> bool:
 
 
 def is_transformed() -> bool:
-    """True where no value of a tensor can be looked at: ``torch.compile`` and ``torch.func``."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """True where no value of a tensor can be looked at: ``torch.compile``, ``torch.func``, ``FakeTensorMode``."""
+    return torch.compiler.is_compiling() or sees_every_operation()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from msflow_ext import ops
 from msflow_ext.hardware import has_bfloat16
 from msflow_ext.models.conv.winograd import winograd_form
+from msflow_ext.ops._backend import is_transformed
 
 _DECIDING = Lock()
 
@@ -64,6 +65,10 @@ class PackedConv2d(nn.Module):
             x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
         elif self.border:
             x = F.pad(x, self.border, mode=self.mode)
+        if self.convolve is None and is_transformed(
+            x, self.weight
+        ):  # no graph or fake tensor decides
+            return self._direct(x, self.dtype, pack=False)(x, other)
         if self.convolve is None:
             with _DECIDING:
                 if self.convolve is None:  # or another thread has decided meanwhile
@@ -85,13 +90,13 @@ class PackedConv2d(nn.Module):
             return partial(_between_casts, self._direct(x.float(), torch.float32))
         return self._direct(x, self.dtype)
 
-    def _direct(self, x: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
+    def _direct(self, x: Tensor, dtype: torch.dtype, *, pack: bool = True) -> Callable[..., Tensor]:
         assert self.weight is not None
         options = (self.padding, self.stride, self.dilation, self.groups)
         bias = None if self.bias is None else self.bias.to(dtype)
         weight = self.weight.to(dtype, memory_format=torch.channels_last)
         known = dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu"
-        if known and not isinstance(self.padding, str):
+        if pack and known and not isinstance(self.padding, str):
             try:
                 packed = torch.ops.mkldnn._reorder_convolution_weight(
                     weight, *options, list(x.shape)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from msflow_ext import ops
-from msflow_ext.flows import recomputed
+from msflow_ext.activations import recomputed
 from msflow_ext.models.conv.winograd import Form, winograd_form
+from msflow_ext.ops._backend import is_transformed
 
 # A step transforms the weight twice; so many positions are to share that (8x8 576 -> 1024, 8 images, AVX2: 1.4x).
 _SHARING = 512
@@ -20,8 +21,8 @@ _SHARING = 512
 class TrainedConv2d(nn.Conv2d):
     """A convolution whose training on the CPU takes Winograd's form where it pays; else what it inherits.
 
-    Derivatives of derivatives, compiled and exported graphs and everything without a gradient take the direct
-    convolution.
+    Derivatives of derivatives, function transforms, compiled and exported graphs and everything without a gradient take
+    the direct convolution.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -37,6 +38,8 @@ def training_form(x: Tensor, conv: nn.Conv2d) -> Form | None:
     """As :func:`winograd_form`, for a step of training: where enough positions share the weight's transforms."""
     weight = conv.weight
     if not (torch.is_grad_enabled() and weight.requires_grad) or torch.compiler.is_compiling():
+        return None
+    if is_transformed(x, weight):
         return None
     if x.device.type != "cpu" or x.size(0) * x.size(2) * x.size(3) < _SHARING:
         return None
@@ -57,15 +60,12 @@ def laid_out(function: Callable[[Tensor], Any], x: Tensor, conv: nn.Conv2d) -> A
     if training_form(x, conv) is None or x.is_contiguous(memory_format=torch.channels_last):
         return function(x)
     if x.requires_grad or x.is_inference():
-        return function(x.contiguous(memory_format=torch.channels_last))
-    version = x._version
+        return function(_channels_last(x))
+    return recomputed(function, _channels_last, x)
 
-    def copy() -> Tensor:
-        if x._version != version:
-            raise RuntimeError("features were modified in place before the backward pass")
-        return x.contiguous(memory_format=torch.channels_last)
 
-    return recomputed(function, copy)
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class _Convolution(torch.autograd.Function):
@@ -81,7 +81,9 @@ class _Convolution(torch.autograd.Function):
         (grad,) = grads
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # somebody differentiates this once more
+        if torch.is_grad_enabled() or is_transformed(
+            grad
+        ):  # somebody differentiates this once more
             grad_x = conv2d_input(x.shape, weight.to(x.dtype), grad, padding=1) if wants_x else None
             slope = conv2d_weight(x, weight.shape, grad, padding=1) if wants_weight else None
         else:

@@ -21,6 +21,7 @@ from msflow_ext.models.optimized.head import (
 )
 from msflow_ext.models.positional_encoding import positional_encoding
 from msflow_ext.ops import accumulation_dtype
+from msflow_ext.ops._backend import is_transformed
 
 
 class OptimizedMSFlowHead(OptimizedHead):
@@ -82,17 +83,24 @@ class _OptimizedSubnet:
         self.wide = accumulation_dtype(dtype)
 
     def __call__(self, x1: Tensor) -> Tensor:
-        bias_map = self._map(x1.size(2), x1.size(3))
+        height, width = x1.shape[2:]
+        kept = not is_transformed(
+            x1, self.conv_cond.weight
+        )  # nothing of a graph or of fake tensors
+        bias_map = self._map(height, width) if kept else self._made_map(height, width)
         return self.conv_out(ops.channel_norm(self.conv_x(x1), *self.norm, bias_map))
 
     def _map(self, height: int, width: int) -> Tensor:
         """The condition's share of the first convolution, once per size."""
         if (height, width) not in self.maps:
-            weight = self.conv_cond.weight
-            encoding = positional_encoding(self.cond_channels, height, width).to(weight)
-            bias_map = self.conv_cond(encoding).to(self.wide)
-            self.maps[height, width] = bias_map.contiguous(memory_format=torch.channels_last)
+            self.maps[height, width] = self._made_map(height, width)
         return self.maps[height, width]
+
+    def _made_map(self, height: int, width: int) -> Tensor:
+        weight = self.conv_cond.weight
+        encoding = positional_encoding(self.cond_channels, height, width).to(weight)
+        bias_map = self.conv_cond(encoding).to(self.wide)
+        return bias_map.contiguous(memory_format=torch.channels_last)
 
 
 class _OptimizedCrossScale:

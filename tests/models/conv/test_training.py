@@ -204,7 +204,7 @@ def test_the_copy_of_features_in_the_convolutions_format_is_not_kept_but_made_ag
     loss = laid_out(halves, x, conv)
     assert made[-1]() is None
     x.add_(1)
-    with pytest.raises(RuntimeError, match="features were modified in place before the backward"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
