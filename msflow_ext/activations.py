@@ -182,14 +182,10 @@ class _Visit:
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        parameters, self.buffers = (
-            dict(named()) for named in (step.subnet.named_parameters, step.subnet.named_buffers)
-        )
-        self.names, self.own, self.changing = (
-            list(parameters),
-            len(step.tensors),
-            list(self.buffers),
-        )
+        parameters = dict(step.subnet.named_parameters())
+        self.buffers = dict(step.subnet.named_buffers())
+        self.names, self.changing = list(parameters), list(self.buffers)
+        self.own = len(step.tensors)
         self.inputs = [*step.tensors, *parameters.values()]
         self.modes = [module.training for module in step.subnet.modules()]
         self.random: _Random | None = None

@@ -53,7 +53,7 @@ class FlowHead(nn.Module):
     Attributes:
         memory: what the backward pass of training rests on. ``"lean"``: saved activations, without those that are
             cheap to compute again. ``"reversible"``: the latent tensors alone, from which the inverse recovers the
-            rest; float32 or float64, and slower.
+            rest; float32 or float64, slower, and without forward hooks in subnets.
     """
 
     def __init__(self, channels: Sequence[int], *, clamp: float, clamp_form: str) -> None:
