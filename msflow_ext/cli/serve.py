@@ -21,7 +21,7 @@ def serve(options: Any) -> int:
         host=options.host,
         port=options.port,
         token=options.token,
-        allow_hosts=options.allow_host,
+        allow_hosts=options.allow_host or (),
         limits=limits,
         device=options.device,
         false_alarms=options.false_alarms,
@@ -59,7 +59,6 @@ def serve_flags(part: Any) -> None:
     server.add_argument(
         "--allow-host",
         action="append",
-        default=[],
         metavar="NAME",
         help="Name or address besides --host and this machine's own that requests and web pages may name the service "
         "by; may be given several times; * for any.",

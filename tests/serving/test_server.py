@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -58,11 +59,12 @@ def test_a_wrong_certificate_or_key_is_a_sentence(run, certificate, tmp_path, ca
         assert sentence in capsys.readouterr().err
 
 
-def test_the_command_serves_https_with_a_certificate(run, certificate):
+@pytest.mark.family("service")
+def test_the_command_serves_https_with_a_certificate_and_ends_silent_handshakes(run, certificate):
     pem, key = certificate
     command = [sys.executable, "-W", "error", "-m", "msflow_ext", "serve", "--run", str(run)]
     command += ["--port", "0", "--device", "cpu", "--ssl-certfile", str(pem)]
-    command += ["--ssl-keyfile", str(key)]
+    command += ["--ssl-keyfile", str(key), "--head-timeout", "3"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": ""}
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=alone, cwd=run
@@ -75,6 +77,10 @@ def test_the_command_serves_https_with_a_certificate(run, certificate):
             trusted = ssl.create_default_context(cafile=pem)
             answer = httpx.post(f"{found[0]}predict", content=png(), verify=trusted, timeout=30)
             assert answer.json()["label"] == 1
+            with socket.create_connection(
+                ("127.0.0.1", httpx.URL(found[0]).port or 0), 30
+            ) as silent:
+                assert silent.recv(1) == b""  # the handshake is a part of the first head's time
             with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
                 httpx.get(f"{found[0]}health")
             with pytest.raises(httpx.HTTPError):
@@ -82,8 +88,10 @@ def test_the_command_serves_https_with_a_certificate(run, certificate):
         finally:
             service.send_signal(signal.SIGTERM)
         assert service.wait(30) == 0
+        assert "Traceback" not in service.stderr.read()
 
 
+@pytest.mark.family("service")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
 def test_the_command_serves_until_it_is_told_to_stop(run, number):
     command = [sys.executable, "-W", "error", "-m", "msflow_ext", "serve", "--run", str(run)]
