@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import os
 import shlex
 import shutil
@@ -11,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from msflow_ext.models.optimized.head import OptimizedHead
 TOLERANCE = 1e-4
 #: The results of a graph.
 OUTPUTS: tuple[str, ...] = ("score", "anomaly_map")
+#: What follows the name of an output that was read as its runtime does without settings.
+BY_DEFAULT = " by default"
 
 
 def export(
@@ -41,20 +45,23 @@ def export(
 
     The graph maps ``images (N, 3, S, S)`` float32, RGB in 0..1, N of any size, to ``score (N,)`` and
     ``anomaly_map (N, S, S)``, both float32; normalisation and aggregation are inside. The file is read back and
-    compared, as one image and as a batch of others, on three seeded random images and on ``images``.
+    compared, as one image and as a batch of others, on three seeded random images and on ``images``. It carries what
+    deployment needs, see :func:`metadata`: the metadata of an ONNX file or of an AOTInductor package, text by text;
+    ``rt_info`` of OpenVINO below ``msflow_ext``; of ``"torch"`` the extra file ``metadata.json``.
 
     Args:
         source: a run folder or checkpoint file, what :func:`msflow_ext.load` made of it, or a model; left untouched.
         format: ``"torch"``, for ``torch.export.load``; ``"aoti"``, the same compiled by AOTInductor for CPUs with the
             instructions of this one, for C++ (``docs/cpp``) or ``torch._inductor.aoti_load_package``; ``"onnx"``; or
             ``"openvino"``, float32. OpenVINO itself computes in bfloat16 on CPUs that can, unless
-            ``INFERENCE_PRECISION_HINT`` is ``"f32"``.
+            ``INFERENCE_PRECISION_HINT`` is ``"f32"``; of images with NaN its results may be finite.
         out: new file, ``.pt2``, ``.onnx`` or ``.xml``, the latter with its weights beside it in ``.bin``.
         images: ``(N, 3, S, S)`` real images to compare on besides.
 
     Returns:
         For each output the largest difference from the detector on the CPU, over the largest absolute value that the
-        detector gave on all these images.
+        detector gave on all these images. For ``"openvino"`` that is with ``INFERENCE_PRECISION_HINT`` ``"f32"``, and
+        ``"score by default"`` and ``"anomaly_map by default"`` are the differences without it, which have no limit.
 
     Raises:
         ValueError: an unknown format, a file name or images that do not fit.
@@ -66,7 +73,10 @@ def export(
     """
     out = Path(out)
     chosen = _checked(format, out)
+    if isinstance(source, (str, Path)):
+        source = detector.load(source, "cpu")
     model = _model_of(source)
+    facts = metadata(source)
     seen = _images(model.image_size, images)
     check_writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,8 +84,11 @@ def export(
         built = Path(folder) / out.name
         wanted = _in_two_batches(_Graph(model), seen)
         try:
-            chosen.write(_program(model), built)
+            chosen.write(_program(model), built, facts)
             got = _in_two_batches(chosen.read(built), seen)
+            default = chosen.read_by_default and _in_two_batches(
+                chosen.read_by_default(built), seen
+            )
         except OSError as error:
             if error.errno in FULL:
                 raise OSError(f"{out} cannot be written: {error.strerror}") from error
@@ -91,10 +104,49 @@ def export(
                     f"{out} was not written: its {name} would differ from the run's by {difference:.1e} of the "
                     f"largest value, {TOLERANCE:.0e} is granted"
                 )
+        for name, values, expected in zip(OUTPUTS, default or (), wanted, strict=bool(default)):
+            found[f"{name}{BY_DEFAULT}"] = _difference(values, expected)
         for suffix in chosen.suffixes:
             with replacing(out.with_suffix(suffix)) as temporary:
                 os.replace(built.with_suffix(suffix), temporary)
     return found
+
+
+def metadata(source: detector.Detector | AnomalyModel) -> dict[str, str]:
+    """What an exported file says of itself, as texts: JSON where they are no words.
+
+    * ``model``, ``backbone``, ``image_size`` (pixels), ``fit``: how a file becomes the square input, ``resize`` or ``pad``.
+    * ``input_name``, ``input_layout``, ``input_channels``, ``input_dtype``, ``input_range``; ``outputs``.
+    * ``normalization``: ``inside``, by ``mean`` and ``std`` of the channels: the input is not normalised.
+    * ``threshold``: an image with a larger score is defective; ``pixel_threshold``: a larger value of the map is;
+      ``false_alarms``: the share of normal images that may exceed them; ``null`` where the run knows none.
+    * ``colours``: the range of map values that heat maps show, or ``null``.
+    * ``package``, ``version``: what wrote it.
+    """
+    model: Any = source.model if isinstance(source, detector.Detector) else source
+    known = ("fit", "threshold", "pixel_threshold", "false_alarms", "colours")
+    facts: dict[str, Any] = {
+        "model": type(model).__name__,
+        "backbone": model.backbone.name,
+        "image_size": model.image_size,
+        "input_name": "images",
+        "input_layout": "NCHW",
+        "input_channels": "RGB",
+        "input_dtype": "float32",
+        "input_range": [0.0, 1.0],
+        "normalization": "inside",
+        "mean": model.backbone.mean.flatten().tolist(),
+        "std": model.backbone.std.flatten().tolist(),
+        "outputs": list(OUTPUTS),
+        **{name: getattr(source, name, None) for name in known},
+        "package": "msflow_ext",
+        "version": sys.modules[
+            "msflow_ext"
+        ].__version__,  # no module imports the package's __init__
+    }
+    return {
+        name: each if isinstance(each, str) else json.dumps(each) for name, each in facts.items()
+    }
 
 
 class _Graph(nn.Module):
@@ -133,10 +185,8 @@ def _compiler() -> str:
     return next(iter(shlex.split(os.environ.get("CXX", ""))), default)
 
 
-def _model_of(source: str | Path | detector.Detector | AnomalyModel) -> AnomalyModel:
+def _model_of(source: detector.Detector | AnomalyModel) -> AnomalyModel:
     """A copy of the model on the CPU, of which nothing is trained."""
-    if isinstance(source, (str, Path)):
-        source = detector.load(source, "cpu")
     model = source.model if isinstance(source, detector.Detector) else source
     if not isinstance(model, AnomalyModel) or isinstance(model.head, OptimizedHead):
         raise TypeError(
@@ -188,19 +238,23 @@ _BATCH = ({0: torch.export.Dim("batch")},)
 
 @dataclass(frozen=True)
 class _Format:
-    """Suffixes of its files, the one that readers open last; what must be installed; how to write and read it."""
+    """Suffixes of its files, the one that readers open last; what must be installed; how to write and read it.
+
+    ``read`` computes in float32; ``read_by_default`` is the reader without settings, where that is another.
+    """
 
     suffixes: tuple[str, ...]
     needs: tuple[str, ...]
-    write: Callable[[torch.export.ExportedProgram, Path], None]
+    write: Callable[[torch.export.ExportedProgram, Path, dict[str, str]], None]
     read: Callable[[Path], Callable[[Tensor], Sequence[Any]]]
     compiled: bool = False
+    read_by_default: Callable[[Path], Callable[[Tensor], Sequence[Any]]] | None = None
 
 
-def _write_torch(program: torch.export.ExportedProgram, path: Path) -> None:
+def _write_torch(program: torch.export.ExportedProgram, path: Path, facts: dict[str, str]) -> None:
     # Into memory first: where its own writer finds the disk full, it ends the process.
     written = io.BytesIO()
-    torch.export.save(program, written)
+    torch.export.save(program, written, extra_files={"metadata.json": json.dumps(facts)})
     path.write_bytes(written.getbuffer())
 
 
@@ -208,13 +262,11 @@ def _read_torch(path: Path) -> Callable[[Tensor], Sequence[Any]]:
     return torch.export.load(path).module()
 
 
-def _write_aoti(program: torch.export.ExportedProgram, path: Path) -> None:
+def _write_aoti(program: torch.export.ExportedProgram, path: Path, facts: dict[str, str]) -> None:
     from torch._inductor import aoti_compile_and_package
 
-    assert program.example_inputs is not None
-    side = program.example_inputs[0][0].shape[-1]
     settings = {
-        "aot_inductor.metadata": {"image_size": str(side)},
+        "aot_inductor.metadata": facts,
         "cpp.dynamic_threads": True,  # the caller's, not as many as compiled it
     }
     written = io.BytesIO()
@@ -229,7 +281,10 @@ def _read_aoti(path: Path) -> Callable[[Tensor], Sequence[Any]]:
 
 
 def _write_onnx(
-    program: torch.export.ExportedProgram, path: Path, external_data: bool = False
+    program: torch.export.ExportedProgram,
+    path: Path,
+    facts: dict[str, str],
+    external_data: bool = False,
 ) -> None:
     graph = torch.onnx.export(
         program,
@@ -240,6 +295,7 @@ def _write_onnx(
         verbose=False,
     )
     assert graph is not None
+    graph.model.metadata_props.update(facts)
     graph.save(path, external_data=external_data)
     if not external_data and len(list(path.parent.iterdir())) > 1:
         raise ValueError(
@@ -254,20 +310,25 @@ def _read_onnx(path: Path) -> Callable[[Tensor], Sequence[Any]]:
     return lambda images: session.run(OUTPUTS, {"images": images.numpy()})
 
 
-def _write_openvino(program: torch.export.ExportedProgram, path: Path) -> None:
+def _write_openvino(
+    program: torch.export.ExportedProgram, path: Path, facts: dict[str, str]
+) -> None:
     """By way of ONNX, whose converter keeps the names and knows more operators."""
     import openvino
 
     onnx = path.with_suffix(".onnx")
-    _write_onnx(program, onnx, external_data=True)
-    openvino.save_model(openvino.convert_model(onnx), path, compress_to_fp16=False)
+    _write_onnx(program, onnx, facts, external_data=True)
+    model = openvino.convert_model(onnx)
+    for name, fact in facts.items():
+        model.set_rt_info(fact, ["msflow_ext", name])
+    openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def _read_openvino(path: Path) -> Callable[[Tensor], Sequence[Any]]:
+def _read_openvino(path: Path, hint: str | None = "f32") -> Callable[[Tensor], Sequence[Any]]:
     import openvino
 
-    exactly = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.compile_model(path, "CPU", exactly)
+    settings = {"INFERENCE_PRECISION_HINT": hint} if hint else {}
+    compiled = openvino.compile_model(path, "CPU", settings)
 
     def run(images: Tensor) -> Sequence[Any]:
         found = compiled(images.numpy())
@@ -281,5 +342,11 @@ FORMATS = {
     "torch": _Format((".pt2",), (), _write_torch, _read_torch),
     "aoti": _Format((".pt2",), (), _write_aoti, _read_aoti, compiled=True),
     "onnx": _Format((".onnx",), (*_ONNX, "onnxruntime"), _write_onnx, _read_onnx),
-    "openvino": _Format((".bin", ".xml"), (*_ONNX, "openvino"), _write_openvino, _read_openvino),
+    "openvino": _Format(
+        (".bin", ".xml"),
+        (*_ONNX, "openvino"),
+        _write_openvino,
+        _read_openvino,
+        read_by_default=partial(_read_openvino, hint=None),
+    ),
 }

@@ -104,6 +104,17 @@ torch.save([tuple(model(images)) for images in torch.load(given)], result)
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.family("exports")
+def test_the_package_carries_what_deployment_needs(run, package):
+    from torch._inductor import aoti_load_package
+
+    found = aoti_load_package(str(package)).get_metadata()
+    wanted = export.metadata(mx.load(run, "cpu"))
+    assert wanted["image_size"] == "32" and wanted.items() <= found.items()
+
+
+@needs_compiler
+@pytest.mark.slow
 def test_the_example_in_cpp_says_of_images_what_the_run_says(run, package, score, tmp_path):
     images = [ppm(tmp_path / f"{seed}.ppm", seed=seed) for seed in range(3)]
     done = score(package, *images)

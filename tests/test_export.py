@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import msflow_ext as mx
 from msflow_ext import cli
-from msflow_ext.export import export
+from msflow_ext.export import export, metadata
 from msflow_ext.runs.checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,6 +116,83 @@ def test_an_openvino_file_has_its_weights_beside_it(tmp_path, images):
     compiled = openvino.compile_model(tmp_path / "m.xml", "CPU", exactly)
     found = compiled(images.numpy())
     assert_equal([found["score"], found["anomaly_map"]], outputs(model, images))
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> mx.inference.Detector:
+    """A detector with thresholds."""
+    known: dict[str, Any] = {"threshold": 1.5, "pixel_threshold": 0.25, "false_alarms": 0.05}
+    return mx.inference.Detector(small("FastFlow"), colours=[0.0, 2.0], fit="pad", **known)
+
+
+FACTS = {
+    "model": "FastFlow",
+    "backbone": "test_efficientnet",
+    "image_size": "64",
+    "fit": "pad",
+    "input_layout": "NCHW",
+    "input_range": "[0.0, 1.0]",
+    "normalization": "inside",
+    "threshold": "1.5",
+    "pixel_threshold": "0.25",
+    "false_alarms": "0.05",
+    "colours": "[0.0, 2.0]",
+    "version": mx.__version__,
+}
+
+
+@pytest.mark.family("exports")
+def test_a_program_carries_what_deployment_needs(calibrated, run, tmp_path):
+    export(calibrated, "torch", tmp_path / "m.pt2")
+    extra = {"metadata.json": ""}
+    torch.export.load(tmp_path / "m.pt2", extra_files=extra)
+    found = json.loads(extra["metadata.json"])
+    assert FACTS.items() <= found.items()
+    mean, std = (json.loads(found[name]) for name in ("mean", "std"))
+    backbone = calibrated.model.backbone
+    assert mean == pytest.approx(backbone.mean.flatten().tolist())
+    assert std == pytest.approx(backbone.std.flatten().tolist())
+    bare = metadata(mx.load(run, "cpu"))
+    assert (bare["model"], bare["threshold"], bare["false_alarms"]) == ("MSFlow", "null", "null")
+
+
+@pytest.mark.family("exports")
+def test_an_onnx_file_carries_what_deployment_needs(calibrated, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export(calibrated, "onnx", tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert FACTS.items() <= session.get_modelmeta().custom_metadata_map.items()
+
+
+@pytest.mark.family("exports")
+def test_openvino_carries_what_deployment_needs_and_both_figures_are_given(
+    calibrated, tmp_path, images
+):
+    openvino = pytest.importorskip("openvino")
+    found = export(calibrated, "openvino", tmp_path / "m.xml", images=images)
+    model = openvino.Core().read_model(tmp_path / "m.xml")
+    assert {name: model.get_rt_info(["msflow_ext", name]).astype(str) for name in FACTS} == FACTS
+    outputs_of = ("score", "anomaly_map")
+    assert list(found) == [*outputs_of, *(f"{name} by default" for name in outputs_of)]
+    compiled = openvino.compile_model(tmp_path / "m.xml", "CPU")
+    for name, wanted in zip(outputs_of, outputs(calibrated.model, images), strict=True):
+        difference = np.abs(compiled(images.numpy())[name] - wanted).max() / np.abs(wanted).max()
+        assert found[name] <= 1e-4 and found[f"{name} by default"] >= difference * 0.5
+
+
+@pytest.mark.family("exports")
+def test_the_command_prints_the_figure_of_the_hint_and_that_of_the_default(
+    run, tmp_path, capsys, monkeypatch
+):
+    found = {"score": 1e-7, "anomaly_map": 2e-7}
+    found |= {"score by default": 0.03, "anomaly_map by default": 0.02}
+    monkeypatch.setattr("msflow_ext.export.export", lambda *_, **__: found)
+    path = tmp_path / "m.xml"
+    assert cli.main(["export", "--run", str(run), "--format", "openvino", "--out", str(path)]) == 0
+    exact, default = capsys.readouterr().out.splitlines()
+    assert "1.0e-07 of score, 2.0e-07 of anomaly_map with INFERENCE_PRECISION_HINT f32" in exact
+    assert "3.0e-02 of score by default, 2.0e-02 of anomaly_map by default" in default
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ def export(options: Any) -> int:
     import torch
 
     from msflow_ext.data import Images
+    from msflow_ext.export import BY_DEFAULT
     from msflow_ext.export import export as write
     from msflow_ext.inference.detector import load
 
@@ -28,11 +30,23 @@ def export(options: Any) -> int:
         images = torch.stack([seen[i] for i in range(2)])
     found = write(detector, options.format, options.out, images=images)
     compared = "random images" if images is None else "random and test images"
-    texts = ", ".join(f"{difference:.1e} of {name}" for name, difference in found.items())
+    default = {name: found[name] for name in found if name.endswith(BY_DEFAULT)}
+    exact = {name: found[name] for name in found if name not in default}
+    hint = " with INFERENCE_PRECISION_HINT f32" if default else ""
     print(
-        f"{options.out}: differs from the run on {compared} by at most {texts}, relative to the largest value"
+        f"{options.out}: differs from the run on {compared} by at most {_listed(exact)}{hint}, "
+        "relative to the largest value"
     )
+    if default:
+        print(
+            f"loaded without that hint, as OpenVINO does by default: {_listed(default)} "
+            "(bfloat16 on CPUs that can)"
+        )
     return 0
+
+
+def _listed(differences: Mapping[str, float]) -> str:
+    return ", ".join(f"{each:.1e} of {name}" for name, each in differences.items())
 
 
 def export_flags(part: Any) -> None:

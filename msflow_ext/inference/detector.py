@@ -132,6 +132,7 @@ def load(
         pixel_threshold=calibration.pixel_threshold(rate) if calibration else None,
         calibration=calibration,
         colours=stored.colours,
+        false_alarms=rate if calibration else None,
         fit=stored.fit,
     )
 
@@ -148,6 +149,7 @@ class Detector:
         pixel_threshold: pixels above it make the mask; None for no masks.
         calibration: what held-out normal images scored, for p-values; None for none.
         colours: the range of map values that the run's heat maps show; None if not known.
+        false_alarms: share of normal images that may exceed the thresholds; None if not known.
         fit: how images become square, see :class:`msflow_ext.data.Images`.
     """
 
@@ -159,6 +161,7 @@ class Detector:
         pixel_threshold: float | None = None,
         calibration: Calibration | None = None,
         colours: Sequence[float] | None = None,
+        false_alarms: float | None = None,
         fit: str = "resize",
     ) -> None:
         self.model = model
@@ -166,6 +169,7 @@ class Detector:
         self.pixel_threshold = pixel_threshold
         self.calibration = calibration
         self.colours = colours
+        self.false_alarms = false_alarms
         self.fit = fit
         self._replayed = Replayed(model)
 
