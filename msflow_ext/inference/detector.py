@@ -22,6 +22,7 @@ from msflow_ext.evaluation.calibration import Calibration
 from msflow_ext.hardware import pick_device
 from msflow_ext.inference import tiling
 from msflow_ext.inference.cuda_graphs import Replayed
+from msflow_ext.models.base import refuse_range
 from msflow_ext.models.fastflow import FastFlow
 from msflow_ext.models.msflow import MSFlow
 from msflow_ext.runs.checkpoint import CHECKPOINT, read_checkpoint, restore
@@ -174,9 +175,10 @@ class Detector:
 
         Args:
             source: a file; a folder, searched with all its folders; a PIL image; an array ``(H, W)``
-                or ``(H, W, 3)`` as :func:`msflow_ext.data.load_image` takes it; a float tensor
-                ``(3, S, S)`` or ``(N, 3, S, S)``, RGB in 0..1, of the model's size, or with ``tile``
-                of any; or an iterable of these.
+                or ``(H, W, 3)`` in the order RGB (OpenCV's are BGR), as
+                :func:`msflow_ext.data.load_image` takes it; a float tensor ``(3, S, S)`` or
+                ``(N, 3, S, S)``, RGB in 0..1, of the model's size, or with ``tile`` of any; or an
+                iterable of these. Patterns such as ``"*.png"`` are not expanded.
             batch_size: images, or tiles of one image, per call of the model.
             workers: threads that decode images.
             tile: whether to cut images into tiles.
@@ -184,7 +186,8 @@ class Detector:
 
         Raises:
             FileNotFoundError: no such file or folder.
-            ValueError: a file that is no image, a folder without images, a wrong shape or overlap.
+            ValueError: a file that is no image, a folder without images, a wrong shape or overlap,
+                a tensor outside 0..1.
             TypeError: a source of another type.
             FloatingPointError: a score or a map is not finite; its image is named.
         """
@@ -217,7 +220,10 @@ class Detector:
 
         if tile:
             for (image,) in decoded(own_size, chunks(1), workers):
-                yield self._tiled(names.popleft(), image, shared, batch_size)
+                name = names.popleft()
+                if image.is_floating_point():
+                    refuse_range(image, f"{name}: a tensor")
+                yield self._tiled(name, image, shared, batch_size)
             return
         for chunk in decoded(self._decode, chunks(batch_size), workers):
             scores, maps = self._score([pixels for pixels, _ in chunk])
@@ -266,6 +272,7 @@ class Detector:
             )
         if not image.isfinite().all():
             raise ValueError(f"{name}: a tensor must be finite, it holds NaN or infinite values")
+        refuse_range(image, f"{name}: a tensor")
         return image.float(), (slice(0, size), slice(0, size))
 
     def _result(
