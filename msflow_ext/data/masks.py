@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from msflow_ext.data.dataset import SUFFIXES
-from msflow_ext.data.decoding import Picture, Source, decode, source_name
+from msflow_ext.data.pictures import Picture, Source, decode, source_name
 
 
 @dataclass(frozen=True)
