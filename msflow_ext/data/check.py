@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from msflow_ext.data.dataset import DataSet, Item, unread
-from msflow_ext.data.decoding import decode, source_name, to_rgb
 from msflow_ext.data.images import Images, placed
 from msflow_ext.data.masks import Mask, check_size, decode_mask, resize
+from msflow_ext.data.pictures import decode, source_name, to_rgb
 from msflow_ext.data.walk import few, summary
 from msflow_ext.text_table import one_line, text_table
 
@@ -163,8 +163,14 @@ def _doubtful(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) ->
     """What may be meant otherwise: a sentence of each kind, with the names of the images."""
     deep = [each.brightest for each in seen if each.brightest is not None]
     brightest = max(deep, default=255)
+    several = [
+        f"{source_name(item.image)} ({each.images})"
+        for item, each in zip(items, seen, strict=True)
+        if each.images > 1
+    ]
+    if several:
+        yield f"{len(several)} files hold several images, of which the first is read: {_few(several)}"
     for sentence, flag in (
-        ("files hold several images, of which the first is read", lambda s: s.images > 1),
         (
             f"images have 16 bits, of which 65535 is white, and at most {brightest / 255:.1%} of it",
             lambda s: s.brightest is not None and brightest < DARK,

@@ -12,7 +12,8 @@ from torch import Tensor
 from msflow_ext.choices import FITS
 from msflow_ext.data import masks
 from msflow_ext.data.dataset import Item
-from msflow_ext.data.decoding import Source, decode, load_image
+from msflow_ext.data.decoding import load_image
+from msflow_ext.data.pictures import Source, decode
 
 if TYPE_CHECKING:
     from PIL import Image

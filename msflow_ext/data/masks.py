@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from msflow_ext.data.decoding import Picture, Source, decode, source_name
+from msflow_ext.data.pictures import Picture, Source, decode, source_name
 from msflow_ext.data.walk import walk
 
 

@@ -27,6 +27,7 @@ from msflow_ext.hardware import pick_device
 from msflow_ext.inference import tiling
 from msflow_ext.inference.cuda_graphs import Replayed
 from msflow_ext.inference.stored import read_stored
+from msflow_ext.models.base import refuse_range
 from msflow_ext.runs.checkpoint import CHECKPOINT
 
 #: What a single image may cause: damaged, vanished, too large, of another type, a score of NaN.
@@ -199,9 +200,10 @@ class Detector:
 
         Args:
             source: a file; a folder, searched with all its folders; a PIL image; an array ``(H, W)``
-                or ``(H, W, 3)`` as :func:`msflow_ext.data.load_image` takes it; a float tensor
-                ``(3, S, S)`` or ``(N, 3, S, S)``, RGB in 0..1, of the model's size, or with ``tile``
-                of any; or an iterable of these.
+                or ``(H, W, 3)`` in the order RGB (OpenCV's are BGR), as
+                :func:`msflow_ext.data.load_image` takes it; a float tensor ``(3, S, S)`` or
+                ``(N, 3, S, S)``, RGB in 0..1, of the model's size, or with ``tile`` of any; or an
+                iterable of these. Patterns such as ``"*.png"`` are not expanded.
             batch_size: images, or tiles of one image, per call of the model.
             workers: threads that decode images.
             tile: whether to cut images into tiles.
@@ -211,7 +213,8 @@ class Detector:
 
         Raises:
             FileNotFoundError: no such file or folder.
-            ValueError: a file that is no image, a folder without images, a wrong shape or overlap.
+            ValueError: a file that is no image, a folder without images, a wrong shape or overlap,
+                a tensor outside 0..1.
             TypeError: a source, ``batch_size`` or ``workers`` of another type.
             FloatingPointError: a score or a map is not finite; its image is named.
         """
@@ -279,6 +282,8 @@ class Detector:
         """The result of an image ``(3, H, W)``, from tiles that overlap by so many pixels."""
         if isinstance(image, Exception):
             raise image
+        if image.is_floating_point():
+            refuse_range(image, f"{name}: a tensor")
         side = self.model.image_size
         whole, inside = tiling.padded(image, side)
         height, width = whole.shape[1:]
@@ -312,6 +317,7 @@ class Detector:
             )
         if not image.isfinite().all():
             raise ValueError(f"{name}: a tensor must be finite, it holds NaN or infinite values")
+        refuse_range(image, f"{name}: a tensor")
         return image.float(), (slice(0, size), slice(0, size)), (size, size)
 
     def _result(

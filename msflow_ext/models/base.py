@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+ROUNDING = 1e-3  # a quarter of a gray level
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a detector says of a batch of images.
@@ -185,7 +188,12 @@ class AnomalyModel(nn.Module, ABC):
         }
 
     def forward(self, images: Tensor) -> Prediction:
-        """Score RGB ``images (N, 3, S, S)`` in 0..1; normalisation happens inside."""
+        """Score RGB ``images (N, 3, S, S)`` in 0..1; normalisation happens inside.
+
+        Raises:
+            ValueError: images outside 0..1, such as 0..255 or normalised ones. On a GPU, and in a graph that
+                is traced or compiled, nobody looks: that would wait for the device, or be no part of the graph.
+        """
         return self.predict_features(self.features(images))
 
     @torch.no_grad()
@@ -197,6 +205,8 @@ class AnomalyModel(nn.Module, ABC):
     @torch.no_grad()
     def plain_features(self, images: Tensor) -> list[Tensor]:
         """The feature maps before they are whitened, where they are."""
+        if _can_be_read(images):
+            refuse_range(images, "images")
         pooled = [self.pool(f) for f in self.backbone(images)]
         return self.standardized(pooled) if self.standardize else pooled
 
@@ -294,6 +304,28 @@ def seeded(seed: int | None) -> Iterator[None]:
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+def refuse_range(images: Tensor, name: str) -> None:
+    """ValueError unless ``images`` are in 0..1, up to rounding: others score like none that a model has seen."""
+    if not images.numel():
+        return
+    low, high = (end.item() for end in images.detach().aminmax())
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN is not, either
+        raise ValueError(f"{name} must be RGB in 0..1, got {low:.3g}..{high:.3g}")
+
+
+def _can_be_read(images: Tensor) -> bool:
+    """Whether to look at values costs nothing that counts: on the CPU, in no graph, of a tensor with values."""
+    return (
+        images.device.type == "cpu"
+        and images.is_floating_point()
+        and not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and type(images).__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
 
 
 def refuse_non_finite(log_det: Tensor, features: Sequence[Tensor]) -> None:

@@ -39,6 +39,7 @@ def render_page(template: str, **values: Any) -> str:
         "duration": duration,
         "name": metric_name,
         "points": points,
+        "place": place,
     }
     pages.globals["ramp"] = RAMP
     return pages.get_template(template).render(values)
@@ -85,6 +86,12 @@ def plain(value: Any) -> str:
         return ", ".join(map(plain, value))
     words = {None: "none", True: "yes", False: "no"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def place(value: float | None, colours: tuple[float, float]) -> float | None:
+    """Where a value of a map lies on the colour scale, in percent of its length; None for none."""
+    low, high = colours
+    return None if value is None else round(100 * min(max((value - low) / (high - low), 0), 1), 1)
 
 
 def duration(seconds: float) -> str:

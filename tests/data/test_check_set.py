@@ -91,8 +91,8 @@ def test_a_file_of_several_images_is_warned_of_by_name(tmp_path, name):
     more = [first.rotate(90), first.rotate(180)]
     first.save(tmp_path / name, save_all=True, append_images=more)
     item = Item("scar/0", 1, "scar", tmp_path / name, SPOT)
-    sentence = "1 files hold several images, of which the first is read: scar/0"
-    assert doubts(item) == [sentence]
+    sentence = "1 files hold several images, of which the first is read: "
+    assert doubts(item) == [f"{sentence}{tmp_path / name} (3)"]
 
 
 @pytest.mark.family("image files")

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
-from msflow_ext.data import Images, Item, load_mask
+from msflow_ext.data import Images, Item, decoding, load_mask
 from msflow_ext.data.masks import decode_mask, read_mask, resize
 
 RNG = np.random.default_rng(0)
@@ -160,6 +160,7 @@ def test_what_a_lossy_format_adds_is_no_defect(tmp_path, suffix, quality):
     sharp = drawn(2).resize((128, 128), Image.Resampling.NEAREST)
     sharp.save(tmp_path / f"m.{suffix}", quality=quality)
     mask = decode_mask(tmp_path / f"m.{suffix}")
+    np.testing.assert_array_equal(decoding.read_mask(tmp_path / f"m.{suffix}"), mask.marks)
     assert mask.soft
     assert ndimage.label(mask.marks, np.ones((3, 3)))[1] == 2  # pyright: ignore[reportIndexIssue]
     assert (mask.marks != np.asarray(sharp).astype(bool)).mean() < 0.002

@@ -75,6 +75,25 @@ def test_a_stream_reads_no_further_than_two_batches(detector):
     stream.close()
 
 
+@pytest.mark.family("value ranges")
+@pytest.mark.parametrize("tile", [False, True], ids=["whole", "tiles"])
+@pytest.mark.parametrize(
+    ("scale", "shift", "told"),
+    [(255, 0, "0..255"), (2, -1, "-1..1"), (1, 0.01, "0.01..1.01"), (4.4, -2.1, "-2.1..2.3")],
+)
+def test_a_tensor_outside_0_to_1_is_refused_with_its_range(detector, tile, scale, shift, told):
+    image = torch.linspace(0, 1, 64 * 64).view(64, 64).expand(3, 64, 64)
+    assert len(detector.predict(image, tile=tile)) == 1
+    with pytest.raises(ValueError, match=rf"^image 1: a tensor must be RGB in 0\.\.1, got {told}$"):
+        detector.predict([image, image * scale + shift], tile=tile)
+
+
+@pytest.mark.family("value ranges")
+def test_a_tile_of_nan_is_refused_before_it_is_scored(detector):
+    with pytest.raises(ValueError, match=r"image 0: a tensor must be .* got nan\.\.nan"):
+        detector.predict(torch.full((3, 80, 80), torch.nan), tile=True)
+
+
 def test_labels_and_masks_need_thresholds(detector, folder):
     plain = detector.predict(folder)
     assert {(r.label, r.mask) for r in plain} == {(None, None)}
