@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,7 +173,7 @@ def test_a_folder_in_another_is_read_without_it_and_the_same_folder_twice_is_ref
 ):
     for name in ("a", "b", "bad/c", "bad/masks/c"):
         save(tmp_path / f"{name}.png")
-    folders = {"normal": ".", "abnormal": "bad", "masks": "bad/masks"}
+    folders: dict[str, Any] = {"normal": ".", "abnormal": "bad", "masks": "bad/masks"}
     data = open_dataset(tmp_path, "folder", **folders)
     assert sorted(Path(str(i.image)).name for i in (*data.train, *data.test)) == [
         "a.png",
@@ -180,7 +181,11 @@ def test_a_folder_in_another_is_read_without_it_and_the_same_folder_twice_is_ref
         "c.png",
     ]
     (tmp_path / "link").symlink_to("bad")
-    for twice in ({"normal": "bad", "abnormal": "link"}, {**folders, "masks": "./bad"}):
+    same: list[dict[str, Any]] = [
+        {"normal": "bad", "abnormal": "link"},
+        {**folders, "masks": "./bad"},
+    ]
+    for twice in same:
         with pytest.raises(ValueError, match="must be different folders"):
             open_dataset(tmp_path, "folder", **twice)
 
