@@ -169,7 +169,7 @@ def _doubtful(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) ->
         if each.images > 1
     ]
     if several:
-        yield f"{len(several)} files hold several images, of which the first is read: {_few(several)}"
+        yield f"{len(several)} files hold several images, of which the first is read: {few(several)}"
     for sentence, flag in (
         (
             f"images have 16 bits, of which 65535 is white, and at most {brightest / 255:.1%} of it",

@@ -62,7 +62,7 @@ def test_what_the_model_saw_comes_when_it_is_asked_for(url, detector):
     answer = httpx.post(f"{url}predict?image=true", content=png()).json()
     (seen,) = detector.predict(Image.open(io.BytesIO(png())))
     picture = Image.open(io.BytesIO(base64.b64decode(answer["image"])))
-    assert np.array_equal(np.asarray(picture), seen.image)
+    assert np.array_equal(np.asarray(picture), seen.shown().image)
     wrong = httpx.post(f"{url}predict?image=maybe", content=png())
     assert wrong.status_code == 422
     assert wrong.json() == {"error": "image must be true or false, got 'maybe'"}
