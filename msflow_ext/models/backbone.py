@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import warnings
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from msflow_ext.choices import PADDING_MODES
-from msflow_ext.hardware import has_bfloat16
 from msflow_ext.models.pretrained import (
     PACKAGED,
     load_packaged,
@@ -21,16 +18,15 @@ from msflow_ext.models.pretrained import (
     packaged_classifier,
     timm_name,
 )
+from msflow_ext.ops._backend import is_transformed
+
+if TYPE_CHECKING:
+    from msflow_ext.models.optimized.backbone import OptimizedBackbone
 
 __all__ = ["PACKAGED", "Backbone", "load_packaged", "packaged_classifier"]
 
-#: What bfloat16 may do to a backbone's features, in their standard deviations.
-MOST_ROUNDING = 0.02
-
 #: Side of an image in pixels; one such image takes 3 GB.
 LARGEST = 2**14
-
-log = logging.getLogger(__name__)
 
 
 class Backbone(nn.Module):
@@ -120,7 +116,7 @@ class Backbone(nn.Module):
                 sides of at least ``2 * strides[-1]`` pixels, and the sides of the maps are rounded up.
 
         Raises:
-            ValueError: shapes.  TypeError: no floating-point tensor.
+            ValueError: shapes; on the CPU, images that are not finite.  TypeError: no floating-point tensor.
         """
         if not isinstance(images, Tensor) or not images.is_floating_point():
             came = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -133,50 +129,30 @@ class Backbone(nn.Module):
                 f"images must be (N, 3, H, W) with {wanted} for {self.name}, "
                 f"got {tuple(images.shape)}"
             )
-        return self.network(((images - self.mean) / self.std).to(self.mean.dtype))
+        normalized = (images - self.mean) / self.std
+        if not shows_finite(normalized.sum()) and not normalized.isfinite().all():
+            raise ValueError("images must be finite, they hold NaN or infinite values")
+        return self._maps(normalized)
+
+    def _maps(self, normalized: Tensor) -> list[Tensor]:
+        return self.network(normalized.to(self.mean.dtype))
 
     def grids(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """``(height, width)`` of every map of an image of this size, found by looking at a blank one."""
         blank = self.mean.new_zeros(1, 3, *_sides(image_size))
         return [(m.size(2), m.size(3)) for m in self(blank)]
 
-    def optimize(self, image_size: int, dtype: torch.dtype | None = None) -> Backbone:
+    def optimize(self, image_size: int, dtype: torch.dtype | None = None) -> OptimizedBackbone:
         """A copy for inference: batch norms folded, convolutions prepacked, channels_last, float32 or bfloat16.
 
         Looks at a random image of side ``image_size`` (at most 256 pixels): whether folding changes the features, and
-        whether bfloat16 does by more than ``MOST_ROUNDING`` of their deviation. Then the copy stays in float32, and a
+        whether bfloat16 does by more than 2% of their deviation. Then the copy stays in float32, and a
         warning is logged: flows that were trained on other features tell good from bad less well. So does a transformer
         on a processor without instructions for bfloat16, where it would take five times as long.
         """
-        from msflow_ext.models.optimized.backbone import optimize_network
+        from msflow_ext.models.optimized.backbone import OptimizedBackbone
 
-        dtype = dtype or torch.float32
-        transformer = self.image_size is not None
-        if dtype is torch.bfloat16 and transformer and self.mean.is_cpu and not has_bfloat16():
-            dtype = torch.float32
-        form = copy.copy(self)
-        form._modules = {}
-        form._buffers = dict(self._buffers)
-        form.mean, form.std = (
-            t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (self.mean, self.std)
-        )
-        side = max(2 * self.strides[-1], min(image_size, 256))
-        sides = self.image_size or (side, side)
-        example = torch.randn(1, 3, *sides, generator=torch.Generator().manual_seed(0))
-        example = example.to(self.mean)  # its device, its dtype
-        form.network = optimize_network(self.network, example, dtype)
-        if dtype is torch.bfloat16:
-            # A copy, because the sizes of this example must not decide anything.
-            found = copy.deepcopy(form.network)(example.to(dtype))
-            error = _deviation(found, self.network(example))
-            if error > MOST_ROUNDING:
-                log.warning(
-                    "features of %s err by %.0f%% in bfloat16: its backbone stays in float32",
-                    self.name,
-                    100 * error,
-                )
-                return self.optimize(image_size)
-        return form
+        return OptimizedBackbone(self, image_size, dtype)
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode, whatever ``mode`` says."""
@@ -188,11 +164,11 @@ class Backbone(nn.Module):
         return min(height, width) >= 2 * self.strides[-1]
 
 
-@torch.no_grad()
-def _deviation(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Root mean square of the difference over the standard deviation, of the worst scale."""
-    pairs = [(a.double(), b.double()) for a, b in zip(found, wanted, strict=True)]
-    return max(float((a - b).square().mean().sqrt() / b.std()) for a, b in pairs)
+def shows_finite(x: Tensor) -> bool:
+    """Whether a small tensor is finite; True where looking would wait for a GPU or break a graph."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed(x):
+        return True
+    return bool(x.isfinite().all())
 
 
 class _Blocks(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from msflow_ext import ops
 from msflow_ext.choices import ANOMALY_MAPS, CLAMP_FORMS, MEMORY, SCORES
 from msflow_ext.models.anomaly_map import ClampedMap
-from msflow_ext.models.backbone import Backbone
+from msflow_ext.models.backbone import Backbone, shows_finite
 from msflow_ext.models.gaussians import Total, Whitening, alone
 from msflow_ext.ops._backend import is_transformed
 
@@ -279,12 +279,19 @@ class AnomalyModel(nn.Module, ABC):
 
         Batch norms of the backbone are folded, all convolutions prepacked, everything runs channels_last in ``dtype``:
         float32 (None) or bfloat16; a backbone that bfloat16 spoils stays in float32, see :meth:`Backbone.optimize`.
-        Statistics and weights are those of this moment.
+
+        The copy shares nothing with this model. It has the same ``state_dict``, can be copied and pickled, and packs
+        again after its weights changed: see :class:`~msflow_ext.models.optimized.packing.Optimized`. An image has the
+        same score alone and in any batch.
         """
-        form = copy.copy(self)
-        form._modules = dict(self._modules)
-        form.backbone = self.backbone.optimize(self.image_size, dtype)
-        form.head = self.head.optimize(dtype)
+        parts: dict[int, Any] = {
+            id(self.backbone): self.backbone.optimize(self.image_size, dtype),
+            id(self.head): self.head.optimize(dtype),
+        }
+        with torch.inference_mode(False):
+            form = copy.deepcopy(self, parts)  # with these in the place of the originals
+        if form.whitening is not None:
+            form.whitening.one_by_one = True
         return form.eval()
 
 
@@ -321,18 +328,13 @@ def _can_be_read(images: Tensor) -> bool:
         images.device.type == "cpu"
         and images.is_floating_point()
         and not torch.compiler.is_compiling()
-        and not torch._C._get_tracing_state()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and type(images).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and not is_transformed(images)
     )
 
 
 def refuse_non_finite(log_det: Tensor, features: Sequence[Tensor]) -> None:
     """Non-finite features show in ``log_det``, where looking costs nothing; other causes are the caller's."""
-    if log_det.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed(log_det):
-        return
-    if bool(torch.isfinite(log_det).all()):
+    if shows_finite(log_det):
         return
     for i, f in enumerate(features):
         if not bool(torch.isfinite(f).all()):

@@ -109,7 +109,12 @@ class Whitening(nn.Module):
     Args:
         channels: of each scale.
         sizes: ``(height, width)`` of each scale.
+
+    Attributes:
+        one_by_one: whether each image is whitened by itself, so that a batch does not change its rounding.
     """
+
+    one_by_one = False
 
     def __init__(self, channels: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
         super().__init__()
@@ -188,6 +193,9 @@ class Whitening(nn.Module):
         found = [tuple(x.shape[1:]) for x in maps]
         if found != self.scales:
             raise ValueError(f"maps must be {self.scales} (channels, height, width), got {found}")
+        if self.one_by_one and len(maps[0]) > 1:
+            single = [self([x[n : n + 1] for x in maps]) for n in range(len(maps[0]))]
+            return [torch.cat(scale) for scale in zip(*single, strict=True)]
         whitened = []
         for i, (y, side) in enumerate(zip(self.joined(maps), self.sides, strict=True)):
             parts = cells(y - self.get_buffer(f"mean{i}"), side)

@@ -218,7 +218,7 @@ def test_a_transformer_refuses_images_of_another_size():
 
 @pytest.mark.parametrize(("dtype", "granted"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 def test_the_inference_form_of_a_transformer_gives_its_maps(monkeypatch, dtype, granted):
-    monkeypatch.setattr("msflow_ext.models.backbone.has_bfloat16", lambda: True)
+    monkeypatch.setattr("msflow_ext.models.optimized.backbone.has_bfloat16", lambda: True)
     backbone = Backbone("test_vit", image_size=64, pretrained=False)
     x = torch.rand(2, 3, 64, 64)
     (feature,) = backbone.optimize(64, dtype)(x)
@@ -299,6 +299,8 @@ def test_a_transformer_stays_in_float32_where_the_processor_has_no_bfloat16(monk
     images = torch.rand(1, 3, 64, 64)
     transformer = Backbone("test_vit", pretrained=False, image_size=64)
     for has, dtype in ((False, torch.float32), (True, torch.bfloat16)):
-        monkeypatch.setattr("msflow_ext.models.backbone.has_bfloat16", lambda has=has: has)
+        monkeypatch.setattr(
+            "msflow_ext.models.optimized.backbone.has_bfloat16", lambda has=has: has
+        )
         form = transformer.optimize(64, torch.bfloat16)
         assert {f.dtype for f in form(images)} == {dtype}

@@ -266,7 +266,9 @@ def _compiled_permutation(w: Tensor, w_inv: Tensor) -> Tensor:
     index = w.flatten(1).argmax(1)
     matrix = nn.functional.one_hot(index, len(w))
     fits = (w.flatten(1) == matrix).all() & (w_inv.flatten(1) == matrix.mT).all()
-    torch._assert_async(fits, "w_perm is no permutation any more: call accelerate() again")
+    torch.ops.aten._assert_async.msg(
+        fits, "w_perm is no permutation any more: call accelerate() again"
+    )
     return index
 
 

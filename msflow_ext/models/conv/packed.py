@@ -18,7 +18,8 @@ from msflow_ext.hardware import has_bfloat16
 from msflow_ext.models.conv.winograd import winograd_form
 from msflow_ext.ops._backend import is_transformed
 
-_DECIDING = Lock()
+_PACKING = Lock()
+_MOST = 4
 
 #: Activations that may follow in the same pass: the library's name and numbers for it, and torch's function.
 ACTIVATIONS: dict[str, tuple[str, list[float], Callable[[Tensor], Tensor]]] = {
@@ -33,22 +34,26 @@ ACTIVATIONS: dict[str, tuple[str, list[float], Callable[[Tensor], Tensor]]] = {
 class PackedConv2d(nn.Module):
     """A convolution in the form that is fastest for its sizes, with the weight as that form wants it.
 
-    The first input decides: Winograd's form where it pays (:func:`~msflow_ext.models.conv.winograd.winograd_form`; its
+    The size of a map decides, and not how many maps there are: one image alone and in a batch has the same bits.
+    Winograd's form is taken where it pays for one image (:func:`~msflow_ext.models.conv.winograd.winograd_form`; its
     weight takes 1.8 or 4 times the memory), else the layout that the library would otherwise make at every call. That
     layout comes from what torch's own freezing emits, which is private: where it is missing or refuses, plain
     ``conv2d`` on a channels_last weight is the same convolution. Where the processor has no instructions for bfloat16,
     such a convolution is one in float32 between two casts.
 
+    Packed weights of the last ``_MOST`` sizes are kept. A copy and a pickle hold none of them and pack anew.
+
     Args:
-        conv: any ``Conv2d``, or timm's ``Conv2dSame``, which pads as TensorFlow does; a snapshot is taken.
+        conv: any ``Conv2d``, or timm's ``Conv2dSame``, which pads as TensorFlow does; its weight is shared and must not
+            change.
         dtype: of input and output.
         activation: one of ``ACTIVATIONS``, in the same pass.
     """
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, activation: str = "none") -> None:
         super().__init__()
-        self.weight: Tensor | None = conv.weight.detach().clone()
-        self.bias = None if conv.bias is None else conv.bias.detach().clone()
+        self.weight: Tensor = conv.weight.detach()
+        self.bias = None if conv.bias is None else conv.bias.detach()
         self.border: list[int] = []
         self.padding: Any = conv.padding
         if conv.padding_mode != "zeros":  # as Conv2d does: pad first, then convolve without padding
@@ -57,7 +62,7 @@ class PackedConv2d(nn.Module):
         self.kernel_size, self.same = conv.kernel_size, isinstance(conv, Conv2dSame)
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
         self.dtype, self.activation = dtype, activation
-        self.convolve: Callable[..., Tensor] | None = None
+        self._forms: dict[tuple[int, ...], Callable[..., Tensor]] = {}
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """``activation(conv(x) + other)``; ``other`` has the result's shape."""
@@ -65,21 +70,28 @@ class PackedConv2d(nn.Module):
             x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
         elif self.border:
             x = F.pad(x, self.border, mode=self.mode)
-        if self.convolve is None and is_transformed(
-            x, self.weight
-        ):  # no graph or fake tensor decides
+        convolve = self._forms.get(tuple(x.shape[2:]))
+        if convolve is not None:
+            return convolve(x, other)
+        if is_transformed(x, self.weight):  # nothing of a graph or of fake tensors is kept
             return self._direct(x, self.dtype, pack=False)(x, other)
-        if self.convolve is None:
-            with _DECIDING:
-                if self.convolve is None:  # or another thread has decided meanwhile
-                    self.convolve = self._form(x)
-                    self.weight = self.bias = None
-        return self.convolve(x, other)
+        return self._packed_for(x)(x, other)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_forms": {}}
+
+    def _packed_for(self, x: Tensor) -> Callable[..., Tensor]:
+        size = tuple(x.shape[2:])
+        with _PACKING:
+            if size not in self._forms:  # or another thread has packed meanwhile
+                if len(self._forms) == _MOST:
+                    self._forms.pop(next(iter(self._forms)))
+                self._forms[size] = self._form(x)
+            return self._forms[size]
 
     def _form(self, x: Tensor) -> Callable[..., Tensor]:
-        assert self.weight is not None
         options = (self.padding, self.stride, self.dilation, self.groups)
-        form = winograd_form(x, x.dtype, self.weight, *options)
+        form = winograd_form(x.size(2) * x.size(3), x.dtype, self.weight, *options)
         if form is not None:
             wide = ops.accumulation_dtype(self.dtype)
             bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
@@ -91,7 +103,6 @@ class PackedConv2d(nn.Module):
         return self._direct(x, self.dtype)
 
     def _direct(self, x: Tensor, dtype: torch.dtype, *, pack: bool = True) -> Callable[..., Tensor]:
-        assert self.weight is not None
         options = (self.padding, self.stride, self.dilation, self.groups)
         bias = None if self.bias is None else self.bias.to(dtype)
         weight = self.weight.to(dtype, memory_format=torch.channels_last)
@@ -99,7 +110,7 @@ class PackedConv2d(nn.Module):
         if pack and known and not isinstance(self.padding, str):
             try:
                 packed = torch.ops.mkldnn._reorder_convolution_weight(
-                    weight, *options, list(x.shape)
+                    weight, *options, [1, *x.shape[1:]]
                 )
             except (AttributeError, RuntimeError):
                 pass

@@ -41,12 +41,13 @@ def training_form(x: Tensor, conv: nn.Conv2d) -> Form | None:
         return None
     if is_transformed(x, weight):
         return None
-    if x.device.type != "cpu" or x.size(0) * x.size(2) * x.size(3) < _SHARING:
+    positions = x.size(0) * x.size(2) * x.size(3)
+    if x.device.type != "cpu" or positions < _SHARING:
         return None
     if (conv.padding, conv.padding_mode, weight.dtype) != ((1, 1), "zeros", torch.float32):
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return winograd_form(x, dtype, weight, (1, 1), conv.stride, conv.dilation, conv.groups)
+    return winograd_form(positions, dtype, weight, (1, 1), conv.stride, conv.dilation, conv.groups)
 
 
 def laid_out(function: Callable[[Tensor], Any], x: Tensor, conv: nn.Conv2d) -> Any:

@@ -13,7 +13,7 @@ Form = tuple[int, torch.dtype]
 
 
 def winograd_form(
-    x: Tensor,
+    positions: int,
     dtype: torch.dtype,
     weight: Tensor,
     padding: tuple[int, int] | str,
@@ -21,7 +21,7 @@ def winograd_form(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Form | None:
-    """Tile and factors' dtype for inputs like ``x`` in ``dtype``, None where the direct convolution is the faster one.
+    """Tile and factors' dtype for so many positions in ``dtype``, None where the direct convolution is the faster one.
 
     * The kernels are for the CPU.
     * The transforms handle every channel, the products every pair of channels: they pay from 32 channels on, in
@@ -34,14 +34,13 @@ def winograd_form(
     """
     c_out, c_in, *kernel = weight.shape
     factors = factor_dtypes()
-    if x.device.type != "cpu":
+    if weight.device.type != "cpu":
         return None
     if (dtype not in factors and dtype is not torch.bfloat16) or not factors:
         return None
     if (kernel, tuple(stride), tuple(dilation), groups) != ([3, 3], (1, 1), (1, 1), 1):
         return None
     half = dtype is torch.bfloat16 and torch.bfloat16 in factors
-    positions = x.size(0) * x.size(2) * x.size(3)
     if isinstance(padding, str) or min(c_in, c_out) < (64 if half else 32) or positions < 64:
         return None
     if half and has_amx():

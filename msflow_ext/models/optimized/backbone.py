@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import operator
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from msflow_ext.hardware import has_bfloat16
 from msflow_ext.models.conv.packed import PackedConv2d
+from msflow_ext.models.optimized.packing import Optimized
 
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 
@@ -35,6 +39,64 @@ ACTIVATION_NAMES: dict[Any, str] = {
     nn.SiLU: "silu",
     nn.Hardswish: "hardswish",
 }
+
+
+#: What bfloat16 may do to a backbone's features, in their standard deviations.
+MOST_ROUNDING = 0.02
+
+log = logging.getLogger(__name__)
+
+
+class OptimizedBackbone(Optimized):
+    """A copy of a backbone for inference: see :meth:`~msflow_ext.models.backbone.Backbone.optimize`.
+
+    Args:
+        backbone: the original, left untouched.
+        image_size: side of the images in pixels.
+        dtype: float32 (None) or bfloat16.
+    """
+
+    # Of the original's class:
+    name: str
+    mean: Tensor
+    network: nn.Module
+    strides: tuple[int, ...]
+    image_size: tuple[int, int] | None
+
+    def __init__(self, backbone: nn.Module, image_size: int, dtype: torch.dtype | None) -> None:
+        super().__init__(backbone, dtype or torch.float32)
+        side = max(2 * self.strides[-1], min(image_size, 256))
+        self._example = self.image_size or (side, side)
+        self.packed()
+
+    def _pack(self) -> tuple[nn.Module, torch.dtype]:
+        """The network, and the dtype that it takes."""
+        dtype, cpu = self.dtype, self.mean.is_cpu
+        if dtype is torch.bfloat16 and self.image_size is not None and cpu and not has_bfloat16():
+            dtype = torch.float32
+        example = torch.randn(1, 3, *self._example, generator=torch.Generator().manual_seed(0))
+        example = example.to(self.mean)  # its device, its dtype
+        network = optimize_network(self.network, example, dtype)
+        if dtype is torch.bfloat16:
+            # A copy, with which the weights go that are packed for this size.
+            found = copy.deepcopy(network)(example.to(dtype))
+            error = _deviation(found, self.network(example))
+            if error > MOST_ROUNDING:
+                text = "features of %s err by %.0f%% in bfloat16: its backbone stays in float32"
+                log.warning(text, self.name, 100 * error)
+                dtype = torch.float32
+                network = optimize_network(self.network, example, dtype)
+        return network, dtype
+
+    def _maps(self, normalized: Tensor) -> list[Tensor]:
+        network, dtype = self.packed()
+        return network(normalized.to(dtype))
+
+
+def _deviation(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Root mean square of the difference over the standard deviation, of the worst scale."""
+    pairs = [(a.double(), b.double()) for a, b in zip(found, wanted, strict=True)]
+    return max(float((a - b).square().mean().sqrt() / b.std()) for a, b in pairs)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,33 +19,31 @@ from msflow_ext.models.optimized.head import (
 
 
 class OptimizedFastFlowHead(OptimizedHead):
-    """A snapshot of a :class:`~msflow_ext.FastFlowHead` for inference: it takes and returns what the original does.
+    """A copy of a :class:`~msflow_ext.FastFlowHead` for inference: it takes and returns what the original does.
 
     Args:
         head: the original, left untouched.
-        dtype: of the arithmetic in convolutions and of the state between them; the original's by default. The
-            LayerNorms stay in the original's.
+        dtype: of the arithmetic in convolutions and of the state between them; the weights' by default. The
+            LayerNorms stay in the weights'.
     """
 
-    @torch.no_grad()
-    def __init__(self, head: Any, dtype: torch.dtype | None = None) -> None:
-        super().__init__(head, dtype)
-        self.norms = copy.deepcopy(head.norms)
-        self._flows = [
+    norms: Any
+
+    def _pack(self) -> list[OptimizedFlow]:
+        return [
             OptimizedFlow(
                 flow, [_optimized(step.subnet, self.dtype) for step in flow.steps], self.dtype
             )
-            for flow in head.flows
+            for flow in self.flows
         ]
 
     def run(
         self, features: Sequence[Tensor], couple: Coupling, end: Coupling
     ) -> tuple[list[Tensor], Tensor | None]:
-        self._check(features)
         if self.norms:
-            pairs: Any = zip(features, self.norms, strict=True)
+            pairs = zip(features, self.norms, strict=True)
             features = [norm(f.to(norm.weight.dtype)) for f, norm in pairs]
-        results = each_scale(lambda flow, x: flow(x, couple, end), self._flows, features)
+        results = each_scale(lambda flow, x: flow(x, couple, end), self.packed(), features)
         return [result for result, _ in results], total(log_det for _, log_det in results)
 
 

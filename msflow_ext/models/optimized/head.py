@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,34 +11,38 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from msflow_ext import ops
 from msflow_ext.flows import AffineCoupling, Flow, FlowOutput
+from msflow_ext.models.base import refuse_non_finite
+from msflow_ext.models.optimized.packing import Optimized
 from msflow_ext.ops._backend import is_channels_last
 
 # Called as :func:`~msflow_ext.ops.affine_coupling`; the last of its results is ``log_det``, or None.
 Coupling = Callable[..., tuple[Any, ...]]
 
 
-class OptimizedHead(nn.Module, ABC):
-    """A snapshot of a head for inference: it takes and returns what the original does.
+class OptimizedHead(Optimized):
+    """A copy of a head for inference: it takes and returns what the original does, without gradients.
 
     Args:
         head: the original, left untouched; its later changes do not show.
-        dtype: of the arithmetic in convolutions and of the state between them; the original's by default.
+        dtype: of the arithmetic in convolutions and of the state between them; the weights' by default.
     """
 
+    # Of the original's class:
+    _check_features: Callable[[Sequence[Tensor]], None]
+    flows: Any
+
     def __init__(self, head: Any, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.dtype: torch.dtype = next(head.parameters()).dtype if dtype is None else dtype
-        if self.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            raise TypeError(f"optimize: dtype must be a floating dtype, got {dtype}")
-        self._check = head._check_features
+        super().__init__(head, next(head.parameters()).dtype if dtype is None else dtype)
+        self.packed()
 
     @torch.no_grad()
     def forward(self, features: Sequence[Tensor]) -> FlowOutput:
         """Latent tensors, in the dtype and memory format of the features, and ``log_det``."""
+        self._check(features)
         z, log_det = self.run(features, ops.affine_coupling, latent)
         assert log_det is not None
         like = zip(z, features, strict=True)
@@ -47,6 +51,7 @@ class OptimizedHead(nn.Module, ABC):
     @torch.no_grad()
     def log_likelihood(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Log-likelihood maps ``[(N, H_i, W_i)]``, float32 or wider, without a ``log_det`` on the way."""
+        self._check(features)
         return self.run(features, partial(ops.affine_coupling, log_det=False), likelihood)[0]
 
     @abstractmethod
@@ -54,6 +59,11 @@ class OptimizedHead(nn.Module, ABC):
         self, features: Sequence[Tensor], couple: Coupling, end: Coupling
     ) -> tuple[list[Tensor], Tensor | None]:
         """What ``end`` makes of the last coupling of each scale, as it comes, and ``log_det``; ``couple`` does the rest."""
+
+    def _check(self, features: Sequence[Tensor]) -> None:
+        self._check_features(features)
+        if features[0].is_cpu:  # an activation on the way may turn NaN into 0
+            refuse_non_finite(torch.stack([f.detach().sum().double() for f in features]), features)
 
 
 def latent(x1: Tensor, x2: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:

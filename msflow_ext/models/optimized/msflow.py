@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,46 +25,53 @@ from msflow_ext.ops._backend import is_transformed
 
 
 class OptimizedMSFlowHead(OptimizedHead):
-    """A snapshot of an :class:`~msflow_ext.MSFlowHead` for inference: it takes and returns what the original does.
+    """A copy of an :class:`~msflow_ext.MSFlowHead` for inference: it takes and returns what the original does.
 
     Everything that does not depend on the image is computed once: the condition's share of each first convolution, the
     global scales, the permutations with the fusion flow's folded into the step before it, and the layout in which the
-    convolutions want their weights. Later changes of the original do not show.
+    convolutions want their weights.
 
     Args:
         head: the original, left untouched.
-        dtype: of the arithmetic in convolutions and of the state between them; the original's by default.
+        dtype: of the arithmetic in convolutions and of the state between them; the weights' by default.
     """
 
-    @torch.no_grad()
-    def __init__(self, head: Any, dtype: torch.dtype | None = None) -> None:
-        super().__init__(head, dtype)
-        perms = head.fusion.perms()
-        self._flows = [
-            _optimized(flow, perm, self.dtype) for flow, perm in zip(head.flows, perms, strict=True)
-        ]
-        self._subnet_1 = _OptimizedCrossScale(head.fusion.subnet_1, self.dtype)
-        self._subnet_2 = _OptimizedCrossScale(head.fusion.subnet_2, self.dtype)
-        self._clamp, self._limit = head.clamp, head.fusion.limit
+    fusion: Any
+    clamp: float
+
+    def _pack(self) -> _Packed:
+        perms = self.fusion.perms()
+        return _Packed(
+            [_optimized(flow, p, self.dtype) for flow, p in zip(self.flows, perms, strict=True)],
+            _OptimizedCrossScale(self.fusion.subnet_1, self.dtype),
+            _OptimizedCrossScale(self.fusion.subnet_2, self.dtype),
+        )
 
     def run(
         self, features: Sequence[Tensor], couple: Coupling, end: Coupling
     ) -> tuple[list[Tensor], Tensor | None]:
-        self._check(features)
-        results = each_scale(lambda flow, x: flow(x, couple, couple), self._flows, features)
+        packed: _Packed = self.packed()
+        results = each_scale(lambda flow, x: flow(x, couple, couple), packed.flows, features)
         halves = [(x1, x2) for x1, x2, _ in results]
         log_dets = [log_det for _, _, log_det in results]
-        options: Any = {"clamp": self._clamp, "clamp_form": "atan"}
+        options: Any = {"clamp": self.clamp, "clamp_form": "atan"}
         found, y1 = [], []
-        for (x1, _), a in zip(halves, self._subnet_2([x2 for _, x2 in halves]), strict=True):
+        for (x1, _), a in zip(halves, packed.subnet_2([x2 for _, x2 in halves]), strict=True):
             _, y, log_det = couple(x1[:, :0], x1, a, **options)
             y1.append(y)
             log_dets.append(log_det)
-        for y, (_, x2), a in zip(y1, halves, self._subnet_1(y1), strict=True):
-            result, log_det = end(y, x2, a, limit=self._limit, **options)
+        for y, (_, x2), a in zip(y1, halves, packed.subnet_1(y1), strict=True):
+            result, log_det = end(y, x2, a, limit=self.fusion.limit, **options)
             found.append(result)
             log_dets.append(log_det)
         return found, total(log_dets)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    flows: list[OptimizedFlow]
+    subnet_1: _OptimizedCrossScale
+    subnet_2: _OptimizedCrossScale
 
 
 def _optimized(flow: Any, perm: Tensor, dtype: torch.dtype) -> OptimizedFlow:
@@ -75,7 +82,7 @@ def _optimized(flow: Any, perm: Tensor, dtype: torch.dtype) -> OptimizedFlow:
 class _OptimizedSubnet:
     def __init__(self, subnet: Any, cond_channels: int, dtype: torch.dtype) -> None:
         self.cond_channels = cond_channels
-        self.conv_cond = copy.deepcopy(subnet.conv_cond)
+        self.conv_cond = subnet.conv_cond
         self.maps: dict[tuple[int, int], Tensor] = {}
         self.conv_x = PackedConv2d(subnet.conv_x, dtype)
         self.norm = _vectors(subnet.norm, dtype)

@@ -1,0 +1,133 @@
+"""What optimized modules share: weights of their own, and what runs is packed from them."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cache
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_PACKING = Lock()
+
+
+class Optimized(nn.Module, ABC):
+    """A copy of a module for inference: it runs what :meth:`_pack` makes of its weights.
+
+    Parameters and buffers are copies, with the names and dtypes that they have in the original. They alone are in a
+    ``state_dict``, a copy and a pickle. After they changed (by ``load_state_dict``, in place, on another device), the next
+    call packs again. A change through ``tensor.data`` is not seen, as autograd does not see it.
+
+    The copy is of the original's class too: ``OptimizedHead(head)`` is an ``OptimizedHead`` and what ``head`` is.
+
+    Args:
+        original: left untouched; it may be optimized itself.
+        dtype: of the arithmetic, not of the weights.
+
+    Raises:
+        TypeError: no floating dtype; later on, a conversion to another dtype, such as ``half()``.
+    """
+
+    def __new__(cls, original: nn.Module, *_: Any, **__: Any) -> Self:
+        return object.__new__(_both(cls, type(original)))
+
+    def __init__(self, original: nn.Module, dtype: torch.dtype) -> None:
+        if dtype not in FLOATING:
+            raise TypeError(f"optimize: dtype must be a floating dtype, got {dtype}")
+        with torch.inference_mode(False):  # such copies can be written to later
+            vars(self).update(vars(copy.deepcopy(original)))
+        self.dtype = dtype
+        self._kept: _Kept | None = None
+        self.requires_grad_(False).eval()
+
+    @abstractmethod
+    def _pack(self) -> Any:
+        """What runs, made of the parameters and buffers."""
+
+    def packed(self) -> Any:
+        """What runs: another object after the weights changed."""
+        kept = self._kept
+        if kept is None or kept.is_stale():
+            with _PACKING:
+                kept = self._kept
+                if kept is None or kept.is_stale():  # or another thread has packed meanwhile
+                    kept = self._kept = self._packed_now()
+        return kept.packed
+
+    def _packed_now(self) -> _Kept:
+        device = next(self.parameters()).device.type
+        plain = torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False)
+        with plain[0], plain[1], plain[2]:
+            kept = _Kept(self)
+            kept.packed = self._pack()
+        return kept
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        wanted = {fn(torch.zeros(1, dtype=dtype)).dtype for dtype in FLOATING}
+        weights = {t.dtype for t in self.parameters()} | {self.dtype}
+        if len(wanted) == 1 and wanted != weights:
+            raise TypeError(
+                f"dtype must be {self.dtype}, which this model was optimized for, got {wanted.pop()}: "
+                "call optimize(dtype) for another one"
+            )
+        self._kept = None
+        return super()._apply(fn, recurse)
+
+    def __reduce__(self) -> Any:
+        return _blank, type(self).__bases__, {**self.__dict__, "_kept": None}
+
+
+@cache
+def _both(optimized: type[Any], original: type[Any]) -> type[Any]:
+    """The class of an optimized copy."""
+    if issubclass(original, optimized):
+        return original
+    return type(f"Optimized{original.__name__}", (optimized, original), {})
+
+
+def _blank(optimized: type[Any], original: type[Any]) -> Any:
+    """An object without state, for copies and pickles."""
+    return object.__new__(_both(optimized, original))
+
+
+class _Kept:
+    """What was packed, and the tensors that it was packed from, as they were then."""
+
+    packed: Any
+
+    def __init__(self, module: nn.Module) -> None:
+        self._places = [
+            (place, name)
+            for part in module.modules()
+            for place in (part._parameters, part._buffers)
+            for name, tensor in place.items()
+            if tensor is not None
+        ]
+        self._tensors = self._now()
+        self._versions = _versions(self._tensors)
+
+    def is_stale(self) -> bool:
+        """Whether a tensor has been replaced or changed in place."""
+        now = self._now()
+        return list(map(id, now)) != list(map(id, self._tensors)) or (
+            _versions(now) != self._versions
+        )
+
+    def _now(self) -> list[Any]:
+        return [place.get(name) for place, name in self._places]
+
+
+def _versions(tensors: list[Any]) -> list[int]:
+    try:
+        return [tensor._version for tensor in tensors]
+    except (AttributeError, RuntimeError):  # None, or made in inference mode, which counts none
+        return []
