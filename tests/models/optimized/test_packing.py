@@ -83,7 +83,7 @@ def test_another_dtype_is_refused_by_name(kind: str) -> None:
 def test_images_and_features_that_are_not_finite_are_refused(kind: str) -> None:
     model = make(kind)
     for each in (model, model.optimize()):
-        with pytest.raises(ValueError, match="NaN"):
+        with pytest.raises(ValueError, match=r"images must be RGB in 0\.\.1, got nan"):
             scores(each, torch.full_like(IMAGES, float("nan")))
         features = each.features(IMAGES)
         features[0][0, 0, 0, 0] = float("inf")
