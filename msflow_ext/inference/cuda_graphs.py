@@ -8,9 +8,10 @@ from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msflow_ext.models.optimized.head import side_by_side
+from msflow_ext.models.optimized.packing import Optimized
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -97,6 +98,7 @@ class Replayed:
         self._record, self._on, self._most = record, on, most
         self._seen: set[Any] = set()
         self._graphs: dict[Any, Callable[[Tensor], Any]] = {}
+        self._packed: list[Any] = []  # what the graphs read, kept as long as they are
         self._turn = Lock()
 
     @torch.inference_mode()
@@ -112,6 +114,10 @@ class Replayed:
 
     def _run(self, images: Tensor) -> Callable[[Tensor], Any]:
         """The graph for such images, if there is one or should be one now, else the model."""
+        packed = _packed(self.model)
+        if list(map(id, packed)) != list(map(id, self._packed)):  # of weights that were replaced
+            self._packed = packed
+            self._graphs.clear()
         kind = _kind(images)
         if kind in self._seen and kind not in self._graphs and len(self._graphs) < self._most:
             try:
@@ -126,6 +132,12 @@ class Replayed:
 
     def __reduce__(self) -> Any:  # a copy records its own
         return Replayed, (self.model,)
+
+
+def _packed(model: Any) -> list[Any]:
+    """What optimized parts of a model run at present."""
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    return [part.packed() for part in parts if isinstance(part, Optimized)]
 
 
 def _list(tensors: Tensors) -> list[Tensor]:

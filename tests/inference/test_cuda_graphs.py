@@ -125,6 +125,22 @@ def test_the_second_batch_of_a_shape_is_recorded_and_what_comes_once_is_not() ->
     assert record.shapes == [(8, 3, 4, 4), (1, 3, 4, 4)]
 
 
+@pytest.mark.family("optimized models")
+def test_graphs_of_weights_that_were_replaced_are_recorded_again() -> None:
+    options: Any = {"image_size": 64, "pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8}
+    model = mx.MSFlow("test_efficientnet", seed=1, **options).eval().optimize()
+    record, images = Recorder(), torch.rand(2, 3, 64, 64)
+    replayed = Replayed(model, record=record, on="cpu")
+    for _ in range(3):
+        replayed(images, CPU)
+    assert len(record.shapes) == 1
+    model.load_state_dict({k: v + 0.01 for k, v in model.state_dict().items()})
+    scores, _ = replayed(images, CPU)
+    assert len(record.shapes) == 2
+    with torch.inference_mode():
+        assert torch.equal(scores, model(images).score)
+
+
 def test_only_so_many_shapes_keep_a_graph() -> None:
     record = Recorder()
     replayed = Replayed(Sums(), record=record, on="cpu", most=2)

@@ -1,0 +1,62 @@
+"""A detector with a precision says the same of an image in every batch, copy and process."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from msflow_ext.inference.detector import Detector, load
+
+pytestmark = [
+    pytest.mark.family("optimized models"),
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.parametrize("precision", ["float32", "bfloat16"]),
+]
+ROUNDING = 2e-6  # of float32, in sums of another order
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("photos")
+    for i in range(9):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def scores(detector: Detector, photos: Path, batch_size: int = 4) -> list[float]:
+    return [result.score for result in detector.predict(photos, batch_size=batch_size)]
+
+
+def _send_scores(connection, content: bytes, photos: Path) -> None:
+    torch.set_num_threads(1)
+    connection.send(scores(pickle.loads(content), photos))
+
+
+def test_copies_pickles_and_other_processes_score_alike(run, photos, precision):
+    detector = load(run, device="cpu", precision=precision)
+    wanted = scores(detector, photos)
+    for twin in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+        assert scores(twin, photos) == wanted
+    here, there = multiprocessing.Pipe()
+    arguments = there, pickle.dumps(detector), photos
+    process = multiprocessing.get_context("spawn").Process(target=_send_scores, args=arguments)
+    process.start()
+    assert here.poll(120)
+    assert here.recv() == wanted
+    process.join()
+
+
+@pytest.mark.parametrize("first", [1, 2, 9])
+def test_what_came_first_changes_no_score(run, photos, precision, first):
+    detector = load(run, device="cpu", precision=precision)
+    scores(detector, photos, first)
+    alone = scores(load(run, device="cpu", precision=precision), photos, 1)
+    for size in (1, 3, 8):
+        assert scores(detector, photos, size) == pytest.approx(alone, rel=ROUNDING)
