@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from msflow_ext.files import read_json
+from msflow_ext.runs.checkpoint import is_number
 from msflow_ext.runs.curves import Curve, read_curves
 from msflow_ext.runs.folder import METRICS, bare_name, map_paths
 from msflow_ext.runs.score_table import read_scores
@@ -65,6 +66,11 @@ def _read(folder: Path, name: str) -> TestedRun:
     for part in ("best", *SETTINGS):
         if not isinstance(metrics.get(part), dict):
             raise ValueError(f"{folder / METRICS} is damaged: it has no {part}")
+    decisions = metrics.get("decisions") or {}
+    if not isinstance(decisions, dict) or not is_number(
+        decisions.get("threshold") if decisions else 0.0
+    ):
+        raise ValueError(f"{folder / METRICS} is damaged: its decisions have no threshold")
     table = folder / "scores.csv"
     rows = read_scores(table)
     if not rows:
@@ -77,9 +83,8 @@ def _read(folder: Path, name: str) -> TestedRun:
     maps = tuple(map_paths(folder, (image for image, *_ in images)))
     verdicts = [row.verdict for row in rows]
     flagged = None if None in verdicts else np.array(verdicts, bool)
-    threshold = (metrics.get("decisions") or {}).get("threshold")
-    if flagged is None and threshold is not None:  # of a version that wrote no verdicts
-        flagged = scores > threshold
+    if flagged is None and decisions:  # of a version that wrote no verdicts
+        flagged = scores > decisions["threshold"]
     curves = read_curves(folder)
     return TestedRun(name, folder, metrics, images, maps, scores, aupimo, flagged, curves)
 

@@ -86,6 +86,21 @@ def test_a_difference_has_its_sign_unless_it_rounds_to_nothing(difference, text)
     assert comparison.points(difference) == text
 
 
+@pytest.mark.family("crafted files")
+@pytest.mark.parametrize("decisions", [[1], "high", {"threshold": None}, {"threshold": "2"}, {}])
+def test_decisions_without_a_threshold_are_damage(write_run, decisions):
+    runs = [write_run("a"), write_run("b")]
+    path = runs[1] / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"decisions": decisions}))
+    if not decisions:  # nothing was decided
+        assert read_runs(runs)[1].flagged is None
+        return
+    with pytest.raises(
+        ValueError, match=r"metrics\.json is damaged: its decisions have no threshold"
+    ):
+        read_runs(runs)
+
+
 def test_only_settings_that_differ_are_named(write_run):
     runs = [write_run("a"), write_run("b", recipe={"lr": 2e-4, "clip": 2.0})]
     found = comparison.settings(read_runs(runs))

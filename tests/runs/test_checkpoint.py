@@ -42,3 +42,16 @@ def test_what_a_killed_writer_of_weights_left_is_removed(tmp_path, monkeypatch, 
     else:
         save_checkpoint(path, {"epoch": 3}, nn.Linear(2, 2))
         assert {each.name for each in tmp_path.rglob("*")} == {path.name, previous(path).name}
+
+
+@pytest.mark.family("folders")
+def test_a_run_in_a_folder_whose_name_is_not_utf_8_is_read(tmp_path):
+    folder = tmp_path / os.fsdecode(b"Gu\xdf")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    save_checkpoint(folder / "model.safetensors", {"epoch": 1}, nn.Linear(2, 2))
+    header, tensors = read_checkpoint(folder / "model.safetensors")
+    assert header == {"epoch": 1}
+    assert tensors["weight"].shape == (2, 2)
