@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from contextlib import suppress
 from typing import Any, BinaryIO
@@ -62,11 +63,11 @@ def read_tags(file: BinaryIO) -> Tags | None:
     start, count, entry = (8, "Q", "HHQ8s") if 43 in header[2:4] else (4, "H", "HHI4s")
     tags: Tags = {}
     with suppress(struct.error):  # cut off
-        file.seek(*struct.unpack_from(order + ("Q" if count == "Q" else "I"), header, start))
+        _seek(file, *struct.unpack_from(order + ("Q" if count == "Q" else "I"), header, start))
         (entries,) = _unpack(file, order + count)
         for _ in range(min(entries, _MOST_ENTRIES)):
             tag, kind, length, value = _unpack(file, order + entry)
-            if tag in _TAGS:
+            if tag in _TAGS and length:
                 tags[tag] = _values(
                     file, order, _TYPES.get(kind, "B"), min(length, _MOST_VALUES), value
                 )
@@ -124,10 +125,16 @@ def _values(file: BinaryIO, order: str, kind: str, length: int, value: bytes) ->
     if struct.calcsize(layout) <= len(value):
         return struct.unpack_from(layout, value)
     place = file.tell()
-    file.seek(*struct.unpack(order + ("Q" if len(value) == 8 else "I"), value))
+    _seek(file, *struct.unpack(order + ("Q" if len(value) == 8 else "I"), value))
     numbers = _unpack(file, layout)
     file.seek(place)
     return numbers
+
+
+def _seek(file: BinaryIO, place: int) -> None:
+    if place > file.seek(0, os.SEEK_END):
+        raise struct.error(f"nothing is at {place}")
+    file.seek(place)
 
 
 def _unpack(file: BinaryIO, layout: str) -> tuple[Any, ...]:

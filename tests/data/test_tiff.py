@@ -1,5 +1,6 @@
 """A TIFF file of any layout decodes to the pixels that were written, or is refused by name."""
 
+import contextlib
 import io
 import itertools
 
@@ -251,4 +252,28 @@ def test_a_tag_that_points_nowhere_does_not_hide_a_layout():
     bits = content.index(bytes((2, 1, 3, 0)))  # of a sample: three numbers, elsewhere in the file
     content[bits + 8 : bits + 12] = (2**31).to_bytes(4, "little")
     with pytest.raises(ValueError, match=r"is a TIFF file|cannot be decoded"):
+        load_bytes(bytes(content), HEIGHT * WIDTH)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"MM+\0\0\0\xff\xff\x1c\x01" + bytes(8),  # a BigTIFF whose tags lie beyond any file
+        b"II+\0\x08\0\0\0" + b"\xff" * 8,
+        b"II*\0" + b"\xff" * 4,
+    ],
+)
+def test_tags_that_lie_beyond_any_file_are_refused(content, tmp_path):
+    (tmp_path / "a.tif").write_bytes(content)
+    for read in (lambda: load_bytes(content, 100), lambda: load_image(tmp_path / "a.tif")):
+        with pytest.raises(ValueError, match=r"TIFF|cannot be decoded|is not an image"):
+            read()
+
+
+@pytest.mark.parametrize("tag", [258, 259, 262, 277, 284, 320, 338, 339])
+def test_a_tag_without_values_is_read_or_refused(tag):
+    content = bytearray(written(pixels("uint8", 1)[1], photometric=1, extratags=[(tag, 3, 1, 1)]))
+    place = content.find(tag.to_bytes(2, "little") + (3).to_bytes(2, "little"))
+    content[place + 4 : place + 8] = bytes(4)
+    with contextlib.suppress(ValueError):
         load_bytes(bytes(content), HEIGHT * WIDTH)
