@@ -21,8 +21,6 @@ Normal = Callable[..., Tensor]
 
 F64 = torch.float64
 MEMORY = pytest.mark.parametrize("kind", ["lean", "reversible"])
-family = pytest.mark.family("gradients")
-transforms = pytest.mark.family("transforms")
 
 HEADS: dict[str, Callable[[], Any]] = {
     "msflow": lambda: MSFlowHead((6, 8), blocks=(1, 2), cond_channels=4, seed=0),
@@ -64,7 +62,7 @@ def assert_close(got: Any, wanted: Any, bound: float = 1e-9) -> None:
         assert relative_error(g, w) <= bound
 
 
-@family
+@pytest.mark.family("gradients")
 @MEMORY
 @pytest.mark.parametrize("n", [2, 6])  # with and without the condition's share kept
 @each_head
@@ -81,7 +79,7 @@ def test_functional_call_gets_the_gradients_of_the_parameters_it_was_given(
     assert_close(got, gradients(module.head, x))
 
 
-@transforms
+@pytest.mark.family("transforms")
 @MEMORY
 @each_head
 def test_function_transforms_of_a_head_give_its_gradients(
@@ -101,7 +99,7 @@ def test_function_transforms_of_a_head_give_its_gradients(
     assert_close([g[1] for g in both.values()], wanted)
 
 
-@transforms
+@pytest.mark.family("transforms")
 @MEMORY
 def test_batched_gradients_of_a_head_are_those_one_by_one(normal: Normal, kind: str) -> None:
     head, x = HEADS["msflow"]().double(), draw(normal)
@@ -114,7 +112,7 @@ def test_batched_gradients_of_a_head_are_those_one_by_one(normal: Normal, kind: 
         assert_close([g[i] for g in got], wanted)
 
 
-@family
+@pytest.mark.family("gradients")
 @MEMORY
 @pytest.mark.parametrize("name", ["winograd", *HEADS])
 def test_a_parameter_changed_before_the_backward_pass_is_refused(
@@ -134,7 +132,7 @@ def test_a_parameter_changed_before_the_backward_pass_is_refused(
             loss.backward()
 
 
-@family
+@pytest.mark.family("gradients")
 @MEMORY
 @each_head
 def test_checkpointing_a_head_keeps_its_gradients(normal: Normal, name: str, kind: str) -> None:
@@ -145,7 +143,7 @@ def test_checkpointing_a_head_keeps_its_gradients(normal: Normal, name: str, kin
     assert_close(got, gradients(head, x))
 
 
-@family
+@pytest.mark.family("gradients")
 def test_a_checkpoint_around_recomputation_keeps_nothing_alive(normal: Normal) -> None:
     x, weight = normal(30, 30).requires_grad_(), nn.Parameter(normal(30, 30))
 
@@ -161,7 +159,7 @@ def test_a_checkpoint_around_recomputation_keeps_nothing_alive(normal: Normal) -
     assert relative_error(x.grad, (2 * x.exp() * weight.sum(1)).detach()) <= 1e-5
 
 
-@family
+@pytest.mark.family("gradients")
 def test_recomputation_in_place_and_in_another_layout(normal: Normal) -> None:
     x, weight = normal(4, 6).requires_grad_(), nn.Parameter(normal(6, 4))
     layouts = iter([lambda t: t, lambda t: t.t().contiguous().t()])
@@ -176,7 +174,7 @@ def test_recomputation_in_place_and_in_another_layout(normal: Normal) -> None:
     assert torch.allclose(weight.grad, (6 * x).T @ torch.ones(4, 4))  # type: ignore[arg-type]
 
 
-@family
+@pytest.mark.family("gradients")
 def test_a_hooked_norm_is_run_once_and_still_gets_its_gradient(normal: Normal) -> None:
     head, x, calls = HEADS["msflow"]().double(), draw(normal), []
     wanted = gradients(head, x)
@@ -224,13 +222,13 @@ def x(normal: Normal) -> Tensor:
     return normal(2, 6, 4, 4, dtype=F64)
 
 
-@family
+@pytest.mark.family("gradients")
 def test_reversible_differentiates_a_learned_condition(x: Tensor, normal: Normal) -> None:
     c = normal(2, 3, 4, 4, dtype=F64).requires_grad_()
     both(lambda kind: list(torch.autograd.grad(loss(flow(kind, cond=3), x, c), c)))
 
 
-@family
+@pytest.mark.family("gradients")
 def test_reversible_draws_the_noise_of_the_forward_pass_again_and_no_other(x: Tensor) -> None:
     after = []
 
@@ -247,7 +245,7 @@ def test_reversible_draws_the_noise_of_the_forward_pass_again_and_no_other(x: Te
     assert torch.equal(*after)
 
 
-@family
+@pytest.mark.family("gradients")
 def test_reversible_updates_running_statistics_once(x: Tensor) -> None:
     def run(kind: str) -> list[Tensor]:
         made = flow(kind, norm=True).train()
@@ -257,7 +255,7 @@ def test_reversible_updates_running_statistics_once(x: Tensor) -> None:
     both(run)
 
 
-@family
+@pytest.mark.family("gradients")
 def test_reversible_iterates_a_spectral_norm_once(x: Tensor) -> None:
     def run(kind: str) -> list[Tensor]:
         made = flow(kind)
@@ -268,7 +266,7 @@ def test_reversible_iterates_a_spectral_norm_once(x: Tensor) -> None:
     both(run)
 
 
-@family
+@pytest.mark.family("gradients")
 def test_reversible_takes_the_training_mode_of_the_forward_pass(x: Tensor) -> None:
     def run(kind: str) -> list[Tensor]:
         made = flow(kind, drop=0.5).train()
@@ -282,7 +280,7 @@ def test_reversible_takes_the_training_mode_of_the_forward_pass(x: Tensor) -> No
     both(run)
 
 
-@family
+@pytest.mark.family("gradients")
 def test_reversible_ignores_autocast_and_freezing_after_the_forward_pass(x: Tensor) -> None:
     def run(kind: str) -> list[Tensor]:
         made = flow(kind).float()
@@ -298,7 +296,7 @@ def test_reversible_ignores_autocast_and_freezing_after_the_forward_pass(x: Tens
     assert_close(run("reversible"), run("lean"), 1e-4)
 
 
-@family
+@pytest.mark.family("gradients")
 def test_reversible_refuses_what_it_cannot_differentiate(x: Tensor) -> None:
     made = flow("reversible")
     subnet: Any = made.steps[1].subnet
@@ -325,7 +323,7 @@ class Outside(nn.Module):
         return h * self.factor[0]
 
 
-@transforms
+@pytest.mark.family("transforms")
 @pytest.mark.parametrize("optimized", [False, True])
 @each_head
 def test_fake_tensors_leave_nothing_in_a_head(normal: Normal, name: str, optimized: bool) -> None:
