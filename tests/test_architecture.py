@@ -23,7 +23,7 @@ CONTENTS = {"data", "files", "hardware", "metrics", "models", "runs"}  # what mo
 MAY_IMPORT: dict[str, set[str]] = {
     "ops": set(),
     "choices": set(),
-    "data": {"choices", "text_table"},
+    "data": {"choices", "files", "text_table"},
     "distributed": {"errors"},
     "errors": set(),
     "files": set(),

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msflow_ext.files import LOCK
 from msflow_ext.text_table import one_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp")
@@ -145,6 +146,8 @@ class _Walk:
         ours = any(entry.name in BESIDE_PICTURES for entry in entries)
         for entry in entries:
             name = prefix + entry.name
+            if entry.name == LOCK:
+                continue  # of a command that writes here, this one perhaps
             if entry.name.startswith("."):
                 self.found.passed_over[name + "/" * _is_folder(entry)] = ""
             elif _is_folder(entry):

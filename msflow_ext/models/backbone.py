@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +177,10 @@ class _Blocks(nn.Module):
 
 
 def _sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    sides = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
+    several = isinstance(image_size, Sequence) and not isinstance(image_size, str)
+    sides: Any = image_size if several else (image_size, image_size)
+    if not all(isinstance(each, Integral) for each in sides):
+        raise TypeError(f"image_size must be whole numbers of pixels, got {image_size!r}")
     if len(sides) != 2 or not 1 <= min(sides) <= max(sides) <= LARGEST:
         raise ValueError(f"image_size must be from 1 to {LARGEST} pixels, got {image_size}")
     return int(sides[0]), int(sides[1])

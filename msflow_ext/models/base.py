@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -298,7 +299,11 @@ class AnomalyModel(nn.Module, ABC):
 def side(image_size: int | None, backbone: Backbone) -> int:
     """The side of the images in pixels: what is asked for, else the one that the backbone takes, else 256."""
     if image_size is not None:
-        return image_size
+        try:
+            return operator.index(image_size)
+        except TypeError:
+            text = f"image_size must be a whole number, the side of a square, got {image_size!r}"
+            raise TypeError(text) from None
     return 256 if backbone.image_size is None else backbone.image_size[0]
 
 

@@ -220,7 +220,7 @@ class FastFlow(AnomalyModel):
         seed: int | None = None,
     ) -> None:
         preset = PRESETS.get(backbone, {})
-        size = preset.get("image_size") if image_size is None else int(image_size)
+        size = preset.get("image_size") if image_size is None else image_size
         network = Backbone(
             backbone,
             out_indices=preset.get("out_indices") if out_indices is None else out_indices,

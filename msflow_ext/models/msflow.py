@@ -82,7 +82,7 @@ class MSFlow(AnomalyModel):
         seed: int | None = None,
     ) -> None:
         preset = PRESETS.get(backbone, OTHER)
-        size = preset["image_size"] if image_size is None else int(image_size)
+        size = preset["image_size"] if image_size is None else image_size
         network = Backbone(
             backbone,
             out_indices=len(blocks) if out_indices is None else out_indices,

@@ -99,3 +99,10 @@ def test_a_compiled_model_is_one_graph(model: AnomalyModel) -> None:
     features = torch.compile(model.plain_features, backend="eager", fullgraph=True)
     for found, wanted in zip(features(IMAGES), model.plain_features(IMAGES), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kind", [MSFlow, FastFlow])
+@pytest.mark.parametrize("image_size", [(64, 64), 64.0, "64", [64]], ids=str)
+def test_an_image_size_that_is_no_whole_number_is_refused_by_name(kind, image_size) -> None:
+    with pytest.raises((TypeError, ValueError), match="image_size must be"):
+        kind("test_efficientnet", image_size=image_size, pretrained=False)
