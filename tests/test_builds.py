@@ -109,7 +109,6 @@ def test_info_and_status_say_what_the_compiler_said(
 def test_the_warning_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "C", None)
     monkeypatch.setattr(_backend, "_warned", False)
-    monkeypatch.setattr(_backend, "_forced", None)
     with pytest.warns(UserWarning, match=r"Install a C\+\+17 compiler .*, then msflow_ext again"):
         ops.half_square_norm(torch.ones(1, 2, 3))
 

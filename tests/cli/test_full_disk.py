@@ -38,7 +38,7 @@ def said(tmp_path_factory, run) -> tuple[Path, list[str]]:
         "compare": ["compare", str(run), str(folder / "other"), "--out", str(out / "page.html")],
     }
     command = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out, done.stderr.splitlines()
 

@@ -121,9 +121,10 @@ print(sorted(seen))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of addresses is Linux's")
-def test_whatever_memory_is_left_a_result_is_right_or_an_exception() -> None:
+def test_whatever_memory_is_left_a_result_is_right_or_an_exception(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LIMITED],
+        cwd=tmp_path,  # not beside the sources, which would hide the installed package
         env={**os.environ, "OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,

@@ -240,7 +240,11 @@ def command(run, *flags: str, script: str = "") -> Iterator[tuple[subprocess.Pop
     words += ["serve", "--run", str(run), "--port", "0", "--device", "cpu", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": ""}
     with subprocess.Popen(
-        [sys.executable, "-W", "error", *words], stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-W", "error", *words],
+        cwd=run,  # not beside the sources, which would hide the installed package
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as process:
         assert process.stderr
         line = process.stderr.readline()
@@ -295,6 +299,7 @@ def test_sigterm_lets_an_image_finish_that_is_in_work(run):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         client.sendall(large.getvalue()[-1:])
-        assert b"HTTP/1.1 200 " in rest(client)
+        answer = rest(client)
         _, log = stop(process)
+    assert b"HTTP/1.1 200 " in answer, log
     assert "Traceback" not in log and "given up" not in log
