@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
+from msflow_ext.version import __version__ as __version__
 
 # Names are resolved on first use, so that `import msflow_ext` costs nothing beyond torch.
 _HOME = {

@@ -33,7 +33,7 @@ def recomputed(
         RuntimeError: in the backward pass, if a saved tensor was modified in place.
     """
     x = make(*inputs)
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _backend.is_transformed(x):
+    if not torch.is_grad_enabled() or _backend.hides_values(x):
         return function(x)
     recipe = _Recipe(make, x, inputs)
     with saved_tensors_hooks(recipe.pack, recipe.unpack):
@@ -168,9 +168,7 @@ def reversible(steps: Sequence[Any], state: State) -> tuple[Tensor, ...]:
         raise TypeError(
             "memory='reversible' needs float32 or float64, because half precision forgets the inputs; use memory='lean'"
         )
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return in_turn(steps, state)
-    if _backend.is_transformed(*state):
+    if not torch.is_grad_enabled() or _backend.hides_values(*state):
         return in_turn(steps, state)
     visits = [_Visit(step) for step in steps]
     tensors = [t for visit in visits for t in visit.inputs]
@@ -302,7 +300,7 @@ class _Random:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Draw the same numbers inside, and go on outside as if none were drawn."""
+        """Draw the same numbers inside; outside, the generators continue as if none were drawn."""
         kind = self.kind if self.devices else "cuda"
         with torch.random.fork_rng(self.devices, device_type=kind):
             torch.set_rng_state(self.cpu)

@@ -25,6 +25,7 @@ from msflow_ext.files import FULL, check_writable, replacing
 from msflow_ext.inference import detector
 from msflow_ext.models.base import AnomalyModel
 from msflow_ext.models.optimized.head import OptimizedHead
+from msflow_ext.version import __version__
 
 #: How far a graph may be from the run; relative, as :func:`export` measures it.
 TOLERANCE = 1e-4
@@ -140,9 +141,7 @@ def metadata(source: detector.Detector | AnomalyModel) -> dict[str, str]:
         "outputs": list(OUTPUTS),
         **{name: getattr(source, name, None) for name in known},
         "package": "msflow_ext",
-        "version": sys.modules[
-            "msflow_ext"
-        ].__version__,  # no module imports the package's __init__
+        "version": __version__,
     }
     return {
         name: each if isinstance(each, str) else json.dumps(each) for name, each in facts.items()

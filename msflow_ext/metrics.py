@@ -98,8 +98,8 @@ def aupimo_per_image(
 
     :math:`T_i` is the fraction of image i's defective pixels that reach a threshold, F that of all
     pixels of the normal images. Where scores tie, T is linear in F, so that constant maps score as
-    little as random ones: 4e-5 for the default bounds. At least ``1 / L`` pixels of normal images
-    are wanted for a fine curve, 100,000 by default.
+    little as random ones: 4e-5 for the default bounds. A fine curve needs at least ``1 / L`` pixels of
+    normal images, 100,000 by default.
 
     Shapes:
         masks, maps: ``(N, H, W)``.

@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
     "hardware": set(),
     "text_table": set(),
+    "version": set(),
     "activations": {"ops"},
     "flows": {"activations", "ops"},
     "metrics": {"ops"},
@@ -42,8 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"choices", "distributed", "errors", "evaluation", "features", "reports"},
     "inference": (CONTENTS - {"metrics"})
     | {"choices", "distributed", "errors", "evaluation", "reports"},
-    "serving": {"data", "inference", "reports"},
-    "export": {"files", "inference", "models"},
+    "serving": {"data", "inference", "reports", "version"},
+    "export": {"files", "inference", "models", "version"},
     "compat": {
         "activations",
         "files",
@@ -59,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {"compat", "hardware", "models", "ops", "training"},
     "cli": {"bench", "choices", "compat", "data", "distributed", "errors", "evaluation", "export"}
     | {"features", "files", "inference", "metrics", "models", "reports", "runs", "serving"}
-    | {"testing", "text_table", "training"},
+    | {"testing", "text_table", "training", "version"},
     "__main__": {"cli"},
 }
 

@@ -43,7 +43,7 @@ def mode(path: Path) -> int:
 @pytest.mark.family("run files")
 @pytest.mark.skipif(sys.platform == "win32", reason="no umask")
 @pytest.mark.parametrize("value", [0o002, 0o022, 0o077], ids=oct)
-def test_a_file_has_the_mode_that_the_umask_gives_whoever_wrote_it(tmp_path, value):
+def test_a_file_has_the_mode_that_the_umask_gives(tmp_path, value):
     with umask(value):
         write_bytes(tmp_path / "new/bytes", b"1")
         with replacing(tmp_path / "weights") as temporary:

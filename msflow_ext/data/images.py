@@ -67,9 +67,11 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
 
         They keep the image's own aspect, whatever the fit: the longer side is ``size``.
         """
-        whole = Images(self.items, self.size, "pad")
-        box, mask = whole.box(index), whole.mask(index)
-        return to_pixels(whole[index])[box], None if mask is None else mask[box]
+        image = load_image(self.items[index].image)
+        box = placed(*image.size, self.size, "pad")
+        picture = resized(np.asarray(image), *in_aspect(image.height, image.width, self.size))
+        mask = Images(self.items, self.size, "pad").mask(index)
+        return picture, None if mask is None else mask[box]
 
     def box(self, index: int) -> Box:
         """The rows and columns of the square that show the image; the others are padding."""

@@ -209,7 +209,7 @@ class Detector:
             tile: whether to cut images into tiles.
             overlap: of neighbouring tiles, as a share of their side, at least; 0 <= overlap < 1.
             on_error: ``"stop"`` to raise the error of the first image that cannot be scored, or
-                ``"skip"`` to give it a result with this ``error`` and to go on.
+                ``"skip"`` to give it a result with this ``error`` and to continue.
 
         Raises:
             FileNotFoundError: no such file or folder.
@@ -315,8 +315,6 @@ class Detector:
                 f"{name}: a tensor must be (3, {size}, {size}) of floating point, "
                 f"got {tuple(image.shape)} of {image.dtype}"
             )
-        if not image.isfinite().all():
-            raise ValueError(f"{name}: a tensor must be finite, it holds NaN or infinite values")
         refuse_range(image, f"{name}: a tensor")
         return image.float(), (slice(0, size), slice(0, size)), (size, size)
 

@@ -129,8 +129,8 @@ class ScoreLog:
             begin = text[: text.find(b"\n") + 1].decode("utf-8", "replace")
             if begin != csv_line(HEADER):
                 raise ValueError(
-                    f"{path} begins with {begin.strip()}, as an older version or another program "
-                    f"writes it, {','.join(HEADER)} is wanted: choose another --out"
+                    f"{path} must begin with {','.join(HEADER)}, got {begin.strip()}, as an older version or "
+                    "another program writes it: choose another --out"
                 )
             for row in read_scores(path, size):
                 self._note(row)

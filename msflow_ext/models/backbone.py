@@ -116,7 +116,7 @@ class Backbone(nn.Module):
                 sides of at least ``2 * strides[-1]`` pixels, and the sides of the maps are rounded up.
 
         Raises:
-            ValueError: shapes; on the CPU, images that are not finite.  TypeError: no floating-point tensor.
+            ValueError: shapes.  TypeError: no floating-point tensor.
         """
         if not isinstance(images, Tensor) or not images.is_floating_point():
             came = images.dtype if isinstance(images, Tensor) else type(images).__name__

@@ -19,7 +19,7 @@ from msflow_ext.choices import ANOMALY_MAPS, CLAMP_FORMS, MEMORY, SCORES
 from msflow_ext.models.anomaly_map import ClampedMap
 from msflow_ext.models.backbone import Backbone
 from msflow_ext.models.gaussians import Total, Whitening, alone
-from msflow_ext.ops._backend import is_transformed
+from msflow_ext.ops._backend import hides_values
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -192,8 +192,8 @@ class AnomalyModel(nn.Module, ABC):
         """Score RGB ``images (N, 3, S, S)`` in 0..1; normalisation happens inside.
 
         Raises:
-            ValueError: images outside 0..1, such as 0..255 or normalised ones. On a GPU, and in a graph that
-                is traced or compiled, nobody looks: that would wait for the device, or be no part of the graph.
+            ValueError: images outside 0..1, such as 0..255 or normalised ones. Values are not checked on a GPU, where
+                that would wait for the device, and in a graph that is traced or compiled.
         """
         return self.predict_features(self.features(images))
 
@@ -206,7 +206,7 @@ class AnomalyModel(nn.Module, ABC):
     @torch.no_grad()
     def plain_features(self, images: Tensor) -> list[Tensor]:
         """The feature maps before they are whitened, where they are."""
-        if _can_be_read(images):
+        if images.is_cpu and images.is_floating_point() and not hides_values(images):
             refuse_range(images, "images")
         pooled = [self.pool(f) for f in self.backbone(images)]
         return self.standardized(pooled) if self.standardize else pooled
@@ -327,19 +327,9 @@ def refuse_range(images: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be RGB in 0..1, got {low:.3g}..{high:.3g}")
 
 
-def _can_be_read(images: Tensor) -> bool:
-    """Whether to look at values costs nothing that counts: on the CPU, in no graph, of a tensor with values."""
-    return (
-        images.device.type == "cpu"
-        and images.is_floating_point()
-        and not torch.compiler.is_compiling()
-        and not is_transformed(images)
-    )
-
-
 def refuse_non_finite(log_det: Tensor, features: Sequence[Tensor]) -> None:
     """Non-finite features show in ``log_det``, where looking costs nothing; other causes are the caller's."""
-    if log_det.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed(log_det):
+    if log_det.device.type != "cpu" or hides_values(log_det):
         return
     if bool(torch.isfinite(log_det).all()):
         return

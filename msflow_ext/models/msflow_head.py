@@ -18,7 +18,7 @@ from msflow_ext.models.base import FlowHead, refuse_non_finite, seeded
 from msflow_ext.models.conv.training import TrainedConv2d, laid_out
 from msflow_ext.models.positional_encoding import positional_encoding
 from msflow_ext.ops import accumulation_dtype
-from msflow_ext.ops._backend import is_transformed
+from msflow_ext.ops._backend import hides_values
 
 if TYPE_CHECKING:
     from msflow_ext.models.optimized.msflow import OptimizedMSFlowHead
@@ -144,9 +144,7 @@ class ConditionalFlow(Flow):
     def _encoding(self, x: Tensor) -> Tensor:
         """The condition for the size of ``x``, computed once per size, dtype and device."""
         height, width = x.shape[2:]
-        if torch.compiler.is_compiling() or is_transformed(
-            x
-        ):  # nothing of a graph or of fake tensors stays
+        if hides_values(x):  # nothing of a graph or of fake tensors stays
             return positional_encoding(self.cond_channels, height, width).to(x.device, x.dtype)
         key = (height, width, x.dtype, x.device)
         if key not in self._encodings:

@@ -166,6 +166,11 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     )
 
 
+def hides_values(*tensors: Tensor | None) -> bool:
+    """Return whether the numbers in tensors must not be looked at: as :func:`is_transformed`, and while compiling."""
+    return torch.compiler.is_compiling() or is_transformed(*tensors)
+
+
 # Tracing before autograd, and the older vmap, which batches gradients (is_grads_batched).
 _TRANSFORMS: Any = tuple(map(torch._C._parse_dispatch_key, ("PreDispatch", "VmapMode")))
 _MODES = torch._C._TorchDispatchModeKey

@@ -63,8 +63,8 @@ def heat_map(
     """Lay ``anomaly_map`` over ``image`` as colour, and draw the outline of ``mask`` on top.
 
     ``low`` and below is the dark end of the ramp, ``high`` and above the yellow one. ``alpha`` 0 is
-    the image alone, 1 the colours alone; between them the hotter a pixel is, the more its colour
-    covers the image, so that the hottest place is yellow whatever lies under it.
+    the image alone, 1 the colours alone. Between them a higher value covers more of the image, so
+    that the highest values are yellow on any image.
 
     Shapes:
         image: ``(H, W, 3)``, uint8, RGB.
@@ -87,9 +87,8 @@ def heat_map(
     level = np.clip((values - low) / (high - low), 0.0, 1.0)
     anchors = np.linspace(0.0, 1.0, len(RAMP))
     colours = np.stack([np.interp(level, anchors, channel) for channel in np.transpose(RAMP)], -1)
-    cover = alpha ** (
-        1.5 - 1.45 * level[..., None]
-    )  # at one half: 0.35 of the coldest, 0.97 of the hottest
+    # With alpha 0.5 the lowest values cover 0.35 of the image, the highest 0.97.
+    cover = alpha ** (1.5 - 1.45 * level[..., None])
     blend = np.rint((1.0 - cover) * image + cover * colours).astype(np.uint8)
     return mask_contour(blend, np.zeros(values.shape, bool) if mask is None else mask)
 
@@ -180,7 +179,7 @@ def read_panels(path: Path) -> list[Image]:
     step = width + _gap(width)
     count, rest = divmod(strip.width + step - width, step)
     if rest or count < 2:
-        raise ValueError(f"{path}: two or three panels are wanted, got {strip.size}")
+        raise ValueError(f"{path} must hold two or three panels, got {strip.size}")
     return [strip.crop((k * step, 0, k * step + width, strip.height)) for k in range(count)]
 
 

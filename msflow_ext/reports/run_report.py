@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from msflow_ext.evaluation.calibration import counted, exceeds, explained
+from msflow_ext.evaluation.calibration import KINDS, exceeds, explained
 from msflow_ext.metrics import auroc, roc_curve
 from msflow_ext.reports import charts
 from msflow_ext.reports.gallery import MOST, Picture, draw_layers, worst_first
@@ -74,11 +74,11 @@ def write_report(path: str | Path, run: ReportedRun) -> None:
         Path(path),
         "report.html",
         run=run,
-        decided=run.decisions and (counted(run.decisions["on_test"]), explained(run.decisions)),
+        outcomes=KINDS,
+        explained=run.decisions and explained(run.decisions),
         score=score_format(run.scores),
         counts=counts,
         head=_head(run, counts),
-        confusion=_confusion(run),
         charts=[
             charts.histogram(good, defective, run.scores, threshold),
             charts.roc(_rocs(run, good, defective)),
@@ -134,16 +134,6 @@ def _flagged(run: ReportedRun, i: int) -> bool | None:
     """Whether an image is over the threshold of the run; None without one."""
     decisions = run.decisions
     return None if decisions is None else bool(exceeds(run.scores[i], decisions["threshold"]))
-
-
-def _confusion(run: ReportedRun) -> list[tuple[str, list[tuple[int, int]]]]:
-    """For good and for defective images: how many of how many are passed, and how many are flagged."""
-    rows = []
-    for wanted, kind in enumerate(("good", "defective")):
-        verdicts = [_flagged(run, i) for i, label in enumerate(run.labels) if label == wanted]
-        cells = [(verdicts.count(verdict), len(verdicts)) for verdict in (False, True)]
-        rows.append((kind, cells))
-    return rows if run.decisions else []
 
 
 def _kinds(run: ReportedRun, good: np.ndarray) -> list[dict[str, Any]]:

@@ -67,9 +67,7 @@ def _read(folder: Path, name: str) -> TestedRun:
         if not isinstance(metrics.get(part), dict):
             raise ValueError(f"{folder / METRICS} is damaged: it has no {part}")
     decisions = metrics.get("decisions") or {}
-    if not isinstance(decisions, dict) or not is_number(
-        decisions.get("threshold") if decisions else 0.0
-    ):
+    if not isinstance(decisions, dict) or (decisions and not is_number(decisions.get("threshold"))):
         raise ValueError(f"{folder / METRICS} is damaged: its decisions have no threshold")
     table = folder / "scores.csv"
     rows = read_scores(table)
@@ -83,7 +81,7 @@ def _read(folder: Path, name: str) -> TestedRun:
     maps = tuple(map_paths(folder, (image for image, *_ in images)))
     verdicts = [row.verdict for row in rows]
     flagged = None if None in verdicts else np.array(verdicts, bool)
-    if flagged is None and decisions:  # of a version that wrote no verdicts
+    if flagged is None and decisions:  # an older version wrote no verdicts, and decided so
         flagged = scores > decisions["threshold"]
     curves = read_curves(folder)
     return TestedRun(name, folder, metrics, images, maps, scores, aupimo, flagged, curves)

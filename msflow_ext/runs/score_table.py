@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from msflow_ext.files import replacing
+from msflow_ext.files import write_text
 from msflow_ext.runs.csv_cells import csv_line, csv_rows
 
 
@@ -57,9 +57,7 @@ def write_scores(path: str | Path, rows: Iterable[Row]) -> None:
     Raises:
         ValueError: as :func:`row_line`.
     """
-    text = csv_line(HEADER) + "".join(map(row_line, rows))
-    with replacing(Path(path)) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
+    write_text(Path(path), csv_line(HEADER) + "".join(map(row_line, rows)))
 
 
 def read_scores(path: str | Path, size: int | None = None) -> list[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
@@ -25,6 +24,7 @@ from msflow_ext.serving.access_log import AccessLog
 from msflow_ext.serving.answers import IMAGE, Answer, Health, refusals, text
 from msflow_ext.serving.hosts import Hosts
 from msflow_ext.serving.service import LINGER, Limits, Service
+from msflow_ext.version import __version__
 
 
 class Refusal(JSONResponse):
@@ -80,7 +80,6 @@ def application(
     """
     limits = limits or Limits()
     service = Service(detector, token, limits)
-    version = sys.modules["msflow_ext"].__version__  # no module imports the package's __init__
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -89,7 +88,7 @@ def application(
 
     app = FastAPI(
         title=f"msflow_ext: {name}",
-        version=version,
+        version=__version__,
         description="A trained run: an image in, its score, label, mask and heat map out.",
         lifespan=lifespan,
         openapi_url=None,  # ours are below: FastAPI's pages load scripts from a network,
@@ -101,7 +100,7 @@ def application(
     app.state.service = service
     app.add_middleware(AccessLog)
     _add_refusals(app, limits)
-    about = {"run": name, "version": version}
+    about = {"run": name, "version": __version__}
     seen = _add_predict(app, service, about, bool(token))
     _add_metrics(app, service, seen, bool(token))
     _add_pages(app, detector, about, bool(token))

@@ -114,7 +114,7 @@ class Server(uvicorn.Server):
     """uvicorn with limits for connections.
 
     When all are taken, a new one takes the place of the one whose client has been waited for longest: clients that
-    do nothing lock nobody out. asyncio's own accept writes a traceback for each refusal, thousands a second.
+    do nothing keep no other client out. asyncio's own accept writes a traceback for each refusal, thousands a second.
 
     Args:
         app: what answers.
@@ -210,7 +210,7 @@ class Server(uvicorn.Server):
 
 
 def _most_connections(limits: Limits) -> int:
-    """As many as are wanted, or as the limit of open files allows."""
+    """The limit that was asked for, or the one that the limit of open files allows."""
     try:
         import resource
     except ImportError:  # Windows, which has no such limit

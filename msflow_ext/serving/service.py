@@ -82,7 +82,7 @@ class Service:
         self._model = ThreadPoolExecutor(1, "msflow-model")
 
     def close(self) -> None:
-        """Begin no more work; what is in work goes on."""
+        """Start no new work; images in work are finished."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def check_token(self, request: Request) -> None:
@@ -95,7 +95,7 @@ class Service:
 
     @property
     def in_work(self) -> int:
-        """How many images wait or are in work, those that nobody waits for any more included."""
+        """How many images wait or are in work, also those whose client has gone."""
         return len(self._working)
 
     async def answer(self, request: Request, with_image: bool = False) -> dict[str, Any]:
@@ -178,7 +178,7 @@ class Service:
             raise HTTPException(500, "the image could not be scored, the log says why") from None
 
     def _document(self, size: tuple[int, int], result: Result, with_image: bool) -> dict[str, Any]:
-        """The answer but for what is the same for all images."""
+        """The part of the answer that depends on the image."""
         from PIL import Image
 
         low, high = self._detector.colours or colour_range([result.map])

@@ -76,10 +76,10 @@ def test_all_runs_of_a_folder_are_evaluated_into_one_table(run, data, tmp_path, 
     assert "table.md" in str(sorted(out.iterdir()))
     assert "wants --out, another folder" in fails(*command)
     assert "wants --out, another folder" in fails(*command, "--out", str(runs))
-    shutil.copytree(runs / "cup", runs / "twin")
+    shutil.copytree(runs / "cup", runs / "duplicate")
     assert "are of one category and seeds" in fails(*elsewhere)
-    (runs / "twin" / "metrics.json").unlink()
-    assert f"{runs / 'twin'} is not a finished run" in fails(*elsewhere)
+    (runs / "duplicate" / "metrics.json").unlink()
+    assert f"{runs / 'duplicate'} is not a finished run" in fails(*elsewhere)
     nothing = ["evaluate", "--run", str(root), "--category", "all", "--out", str(out)]
     assert f"{root} has no runs below it" in fails(*nothing)
 

@@ -171,7 +171,11 @@ def test_a_palette_16_bit_and_rotated_image_look_alike_from_file_and_from_pillow
         (np.zeros((4, 4)), TypeError, "must be bool, uint8 or uint16, got float64"),
         (Image.new("I", (4, 4)), TypeError, "must be bool, uint8 or uint16, got int32"),
         (Image.new("F", (4, 4)), TypeError, "must be bool, uint8 or uint16, got float32"),
-        (torch.full((3, 64, 64), float("nan")), ValueError, "image 0: a tensor must be finite"),
+        (
+            torch.full((3, 64, 64), float("nan")),
+            ValueError,
+            r"image 0: a tensor must be RGB in 0\.\.1, got nan",
+        ),
         (7, TypeError, "source must be a path, .* got int"),
         (b"\x89PNG", TypeError, "source must be a path, .* got bytes"),
         ([io.BytesIO(b"\x89PNG")], TypeError, "source must be a path, .* got BytesIO"),

@@ -47,8 +47,8 @@ print([result.score for result in detector.predict(sys.argv[2], batch_size=4)])
 def test_copies_pickles_and_other_processes_score_alike(run, photos, precision, tmp_path):
     detector = load(run, device="cpu", precision=precision)
     wanted = scores(detector, photos)
-    for twin in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
-        assert scores(twin, photos) == wanted
+    for duplicate in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+        assert scores(duplicate, photos) == wanted
     (tmp_path / "detector").write_bytes(pickle.dumps(detector))
     command = [sys.executable, "-c", OTHER, str(tmp_path / "detector"), str(photos)]
     # Not beside the sources, which would hide the installed package.

@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
 )
 def test_a_table_of_an_older_version_or_another_program_is_refused(tmp_path, text):
     (tmp_path / "log.csv").write_text(text)
-    sentence = r"log\.csv begins with .*, name,defect,truth,.* is wanted: choose another --out"
+    sentence = r"log\.csv must begin with name,defect,truth,.*, got .*: choose another --out"
     with pytest.raises(ValueError, match=sentence):
         ScoreLog(tmp_path / "log.csv")
     assert (tmp_path / "log.csv").read_text() == text

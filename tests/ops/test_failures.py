@@ -211,7 +211,7 @@ def refuse():
 
 
 @pytest.mark.parametrize("steps", ["load refuse load", "refuse load refuse"])
-def test_another_interpreter_is_refused_and_the_main_one_goes_on(steps: str) -> None:
+def test_another_interpreter_is_refused_and_the_main_one_still_works(steps: str) -> None:
     other = OTHER_INTERPRETER.replace("PATH", repr(C.__file__))
     code = INTERPRETERS.replace("PATH", repr(C.__file__)).replace("OTHER", repr(other))
     code += "".join(f"{step}()\n" for step in steps.split())

@@ -325,5 +325,5 @@ def test_panels_of_files_without_a_width_are_square_and_other_pictures_are_refus
     Image.new("RGB", (130 + 2 + 130, 130)).save(tmp_path / "older.png")
     assert [panel.size for panel in read_panels(tmp_path / "older.png")] == [(130, 130)] * 2
     Image.new("RGB", (50, 20)).save(tmp_path / "other.png")
-    with pytest.raises(ValueError, match="two or three panels are wanted"):
+    with pytest.raises(ValueError, match="must hold two or three panels"):
         read_panels(tmp_path / "other.png")

@@ -36,7 +36,7 @@ def test_lightness_rises_with_the_value_from_one_end_of_the_ramp_to_the_other():
     assert (row[200:] == row[-1]).all()
 
 
-def test_alpha_zero_is_the_image_and_the_hotter_a_pixel_the_more_colour_it_has():
+def test_alpha_zero_is_the_image_and_a_higher_value_has_more_colour():
     image = np.zeros((1, 50, 3), np.uint8)
     values = np.linspace(0.0, 1.0, 50)[None]
     none, half, full = (
@@ -49,7 +49,7 @@ def test_alpha_zero_is_the_image_and_the_hotter_a_pixel_the_more_colour_it_has()
 
 
 @pytest.mark.family("pages")
-def test_the_hottest_pixel_is_warmer_than_the_coolest_whatever_lies_under_them():
+def test_the_highest_value_has_a_warmer_colour_than_the_lowest_on_any_image():
     corners = np.stack(np.meshgrid(*[[0, 255]] * 3), -1).reshape(1, -1, 3).astype(np.uint8)
 
     def warmth(value: float) -> np.ndarray:

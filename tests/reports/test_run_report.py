@@ -108,9 +108,8 @@ def test_metrics_are_percent_with_two_decimals_and_unknown_ones_say_so(tmp_path,
 def test_a_threshold_is_drawn_and_what_it_does_is_told(tmp_path, a_run, page_of):
     page, _ = page_of(a_run(decisions={**DECISIONS, "threshold": 0.55}), tmp_path)
     assert "Threshold 0.550" in page.within("th")
-    told = "Over the threshold: 1 of 3 good images (33.3%, 95% interval 0.8% to 90.6%)"
-    assert told in " ".join(page.within("p"))
-    assert "5.0% false alarms by 24 good images" in " ".join(page.within("span"))
+    assert "33.3%, 95%: 0.84% to 90.6%" in page.within("small")
+    assert "5.0% false alarms by 24 good images" in " ".join(page.within("p"))
     (line,) = (points_of(a) for a in page.all("polyline", **{"class": "threshold"}))
     assert line[0, 0] == line[1, 0]
     assert not page_of(a_run(), tmp_path)[0].all("polyline", **{"class": "threshold"})
@@ -242,7 +241,9 @@ def test_the_head_says_model_run_and_date(tmp_path, a_run, page_of):
 def test_the_confusion_at_the_threshold_is_counted_and_every_image_has_its_verdict(
     tmp_path, a_run, page_of
 ):
-    run = a_run(scores=[0.1, 0.2, 0.9, 0.5, 0.6, 0.7], decisions={**DECISIONS, "threshold": 0.55})
+    scores = [0.1, 0.2, 0.9, 0.5, 0.6, 0.7]
+    on_test = rates([0, 0, 0, 1, 1, 1], np.array(scores), 0.55)
+    run = a_run(scores=scores, decisions={**DECISIONS, "threshold": 0.55, "on_test": on_test})
     page, html = page_of(run, tmp_path)
     cells = [text for text in page.within("td") if re.fullmatch(r"\d of \d", text)]
     assert cells == ["2 of 3", "1 of 3", "1 of 3", "2 of 3"]

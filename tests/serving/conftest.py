@@ -1,7 +1,14 @@
-"""What the tests of the service share: the checkpoint that they serve."""
+"""What the tests of the service share: the checkpoint that they serve, and the command in a process of its own."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,3 +26,32 @@ def run(untrained_run) -> Path:
         recipe={"false_alarms": 0.1},
         calibration=vars(Calibration.of(values, values[:, None, None])),
     )
+
+
+@pytest.fixture
+def command(run) -> Callable[..., AbstractContextManager[tuple[subprocess.Popen[str], str]]]:
+    """``command("--port", "0")``: the service in a process of its own, and its address; its log is read at the end."""
+    return partial(_command, run)
+
+
+@contextmanager
+def _command(
+    run: Path, *flags: str, token: str = "", script: str = ""
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    words = ["-c", script] if script else ["-m", "msflow_ext"]
+    words += ["serve", "--run", str(run), "--port", "0", "--device", "cpu", *flags]
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", *words],
+        cwd=run,  # not beside the sources, which would hide the installed package
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": token},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr
+        line = process.stderr.readline()
+        found = re.search(r"https?://127\.0\.0\.1:\d+/", line)
+        try:
+            assert found, line + process.stderr.read()
+            yield process, found[0]
+        finally:
+            process.kill()

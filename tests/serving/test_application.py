@@ -87,7 +87,7 @@ def test_every_path_is_in_the_document_with_its_meaning(document, url):
     assert "securitySchemes" not in document["components"]
 
 
-def test_a_token_is_in_the_document_where_it_is_wanted(start):
+def test_a_token_is_in_the_document_where_it_is_required(start):
     document = httpx.get(
         f"{start(serving.application(Detector(None), 'geheim'))}openapi.json"
     ).json()

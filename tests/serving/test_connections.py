@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import io
-import os
-import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -147,7 +144,7 @@ def is_open(client: socket.socket) -> bool:
 @pytest.mark.parametrize(
     "sent", [b"", HEALTH[:20], HEAD % 1000 + b"ab"], ids=["nothing", "head", "body"]
 )
-def test_a_full_house_of_silent_clients_keeps_nobody_out(start, sent):
+def test_silent_clients_on_all_connections_keep_no_other_client_out(start, sent):
     limits = serving.Limits(concurrency=2, connections=4, **PATIENT)
     url = start(serving.application(Detector(None), limits=limits), limits)
     with held(url, 12, sent) as clients:
@@ -233,29 +230,6 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@contextmanager
-def command(run, *flags: str, script: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The service in a process of its own, and its address; its log is read at the end."""
-    words = ["-c", script] if script else ["-m", "msflow_ext"]
-    words += ["serve", "--run", str(run), "--port", "0", "--device", "cpu", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": ""}
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", *words],
-        cwd=run,  # not beside the sources, which would hide the installed package
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as process:
-        assert process.stderr
-        line = process.stderr.readline()
-        found = re.search(r"http://\S+/", line)
-        try:
-            assert found, line + process.stderr.read()
-            yield process, found[0]
-        finally:
-            process.kill()
-
-
 def stop(process: subprocess.Popen[str]) -> tuple[float, str]:
     """Seconds from SIGTERM to the end, and the rest of the log."""
     begin = time.monotonic()
@@ -265,8 +239,8 @@ def stop(process: subprocess.Popen[str]) -> tuple[float, str]:
     return time.monotonic() - begin, process.stderr.read()
 
 
-def test_idle_connections_beyond_the_limit_of_files_lock_nobody_out(run):
-    with command(run, script=LIMITED) as (process, url), held(url, 120):
+def test_idle_connections_beyond_the_limit_of_files_keep_no_client_out(command):
+    with command(script=LIMITED) as (process, url), held(url, 120):
         for _ in range(3):
             assert httpx.get(f"{url}health", timeout=PATIENCE).status_code == 200
         _, log = stop(process)
@@ -274,10 +248,10 @@ def test_idle_connections_beyond_the_limit_of_files_lock_nobody_out(run):
     assert "Traceback" not in log and len(log.splitlines()) < 10
 
 
-def test_sigterm_ends_within_the_grace_whatever_is_open_or_in_work(run):
+def test_sigterm_ends_within_the_grace_whatever_is_open_or_in_work(command):
     Image.fromarray(np.zeros((7999, 8000), np.uint8)).save(large := io.BytesIO(), "PNG")
     body = large.getvalue()  # takes seconds to decode
-    with command(run, "--grace", "0.5") as (process, url), ExitStack() as stack:
+    with command("--grace", "0.5") as (process, url), ExitStack() as stack:
         for count, sent in ((3, b""), (3, HEAD % 9 + b"ab"), (8, HEAD % len(body) + body)):
             stack.enter_context(held(url, count, sent))
         until = time.monotonic() + PATIENCE
@@ -289,9 +263,9 @@ def test_sigterm_ends_within_the_grace_whatever_is_open_or_in_work(run):
     assert seconds < 8, "the default is in force, or a thread is waited for"
 
 
-def test_sigterm_lets_an_image_finish_that_is_in_work(run):
+def test_sigterm_lets_an_image_finish_that_is_in_work(command):
     Image.fromarray(np.zeros((3000, 4000), np.uint8)).save(large := io.BytesIO(), "PNG")
-    with command(run) as (process, url), connect(url) as client:
+    with command() as (process, url), connect(url) as client:
         client.sendall(HEAD % len(large.getvalue()) + large.getvalue()[:-1])
         until = time.monotonic() + PATIENCE
         while "msflow_requests_in_flight 1.0" not in httpx.get(f"{url}metrics").text:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -60,60 +58,40 @@ def test_a_wrong_certificate_or_key_is_a_sentence(run, certificate, tmp_path, ca
 
 
 @pytest.mark.family("service")
-def test_the_command_serves_https_with_a_certificate_and_ends_silent_handshakes(run, certificate):
+def test_the_command_serves_https_with_a_certificate_and_ends_silent_handshakes(
+    command, certificate
+):
     pem, key = certificate
-    command = [sys.executable, "-W", "error", "-m", "msflow_ext", "serve", "--run", str(run)]
-    command += ["--port", "0", "--device", "cpu", "--ssl-certfile", str(pem)]
-    command += ["--ssl-keyfile", str(key), "--head-timeout", "3"]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": ""}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=alone, cwd=run
-    ) as service:
-        assert service.stderr
-        line = service.stderr.readline()
-        found = re.search(r"https://127\.0\.0\.1:\d+/", line)
-        try:
-            assert found, line + service.stderr.read()
-            trusted = ssl.create_default_context(cafile=pem)
-            answer = httpx.post(f"{found[0]}predict", content=png(), verify=trusted, timeout=30)
-            assert answer.json()["label"] == 1
-            with socket.create_connection(
-                ("127.0.0.1", httpx.URL(found[0]).port or 0), 30
-            ) as silent:
-                assert silent.recv(1) == b""  # the handshake is a part of the first head's time
-            with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-                httpx.get(f"{found[0]}health")
-            with pytest.raises(httpx.HTTPError):
-                httpx.get(f"{found[0].replace('https', 'http')}health")
-        finally:
-            service.send_signal(signal.SIGTERM)
+    files = ("--ssl-certfile", str(pem), "--ssl-keyfile", str(key))
+    with command(*files, "--head-timeout", "3") as (service, url):
+        assert url.startswith("https://")
+        trusted = ssl.create_default_context(cafile=pem)
+        answer = httpx.post(f"{url}predict", content=png(), verify=trusted, timeout=30)
+        assert answer.json()["label"] == 1
+        with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), 30) as silent:
+            assert silent.recv(1) == b""  # the handshake is a part of the first head's time
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx.get(f"{url}health")
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"{url.replace('https', 'http')}health")
+        service.send_signal(signal.SIGTERM)
         assert service.wait(30) == 0
         assert "Traceback" not in service.stderr.read()
 
 
 @pytest.mark.family("service")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
-def test_the_command_serves_until_it_is_told_to_stop(run, number):
-    command = [sys.executable, "-W", "error", "-m", "msflow_ext", "serve", "--run", str(run)]
-    command += ["--port", "0", "--device", "cpu", "--max-bytes", "9000", "--precision", "bfloat16"]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": "geheim"}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=alone, cwd=run
-    ) as service:  # not beside the sources, which would hide the installed package
-        assert service.stderr
-        line = service.stderr.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+/", line)
-        try:
-            assert found, line + service.stderr.read()
-            for content, token, status in (
-                (png(), "geheim", 200),
-                (png(), "other", 401),
-                (bytes(9001), "geheim", 413),
-            ):
-                answer = httpx.post(f"{found[0]}predict", content=content, headers=bearer(token))
-                assert answer.status_code == status
-        finally:
-            service.send_signal(number)
+def test_the_command_serves_until_it_is_told_to_stop(command, number):
+    flags = ("--max-bytes", "9000", "--precision", "bfloat16")
+    with command(*flags, token="geheim") as (service, url):
+        for content, token, status in (
+            (png(), "geheim", 200),
+            (png(), "other", 401),
+            (bytes(9001), "geheim", 413),
+        ):
+            answer = httpx.post(f"{url}predict", content=content, headers=bearer(token))
+            assert answer.status_code == status
+        service.send_signal(number)
         assert service.wait(30) == 0
         lines = service.stderr.read().splitlines()
     pattern = r"\d{4}-\d\d-\d\dT[\d:]{8}Z 127\.0\.0\.1 \"POST /predict\" (\d+) \d+ bytes \d+ ms"

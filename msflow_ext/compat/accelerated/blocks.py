@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from msflow_ext import ops
 from msflow_ext.activations import is_plain
-from msflow_ext.compat.accelerated.swap import Accelerated, is_transformed, leaves_pytorch
+from msflow_ext.compat.accelerated.swap import Accelerated, leaves_pytorch
 from msflow_ext.compat.freia import hard_permutation
 from msflow_ext.ops import accumulation_dtype
+from msflow_ext.ops._backend import hides_values
 
 LIMIT = 1e6  # beyond which CS-Flow's coupling cuts off
 
@@ -217,7 +218,7 @@ def splits_conv1(subnet: Any, x1: Tensor, c: Tensor) -> bool:
 
 def once(c: Tensor) -> Tensor:
     """The condition of one sample if all samples have the same and it is cheap to see, all of them else."""
-    cheap = c.device.type == "cpu" and not is_transformed() and not c.requires_grad
+    cheap = c.device.type == "cpu" and not hides_values() and not c.requires_grad
     return c[:1] if cheap and len(c) and c.equal(c[:1].expand_as(c)) else c
 
 
@@ -260,7 +261,7 @@ def permutation(block: Any) -> Tensor | None:
 
 
 def _compiled_permutation(w: Tensor, w_inv: Tensor) -> Tensor:
-    """The permutation in a graph, which cannot go on in two ways: other matrices than permutations are an error."""
+    """The permutation in a graph. A graph has no second branch, so a matrix that is no permutation is an error."""
     if w.dim() == 1:
         return w
     index = w.flatten(1).argmax(1)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from msflow_ext.ops._backend import is_transformed as sees_every_operation
-
 
 class Accelerated(nn.Module):
     """Stands before a module's own class while it is accelerated; the module stays the same object."""
@@ -61,8 +59,3 @@ def leaves_pytorch(x: Any) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     )
-
-
-def is_transformed() -> bool:
-    """True where no value of a tensor can be looked at: ``torch.compile``, ``torch.func``, ``FakeTensorMode``."""
-    return torch.compiler.is_compiling() or sees_every_operation()
