@@ -35,7 +35,7 @@ class Answer(BaseModel):
         "the image."
     )
     colour_range: Range = Field(
-        description="Values of the anomaly map at the dark and at the pale end of heat_map's colours."
+        description="Values of the anomaly map at the dark and at the yellow end of heat_map's colours."
     )
     mask: str | None = Field(
         description="PNG in base64, white where anomalous; null without a pixel threshold."
