@@ -1,8 +1,8 @@
-"""Pages and charts from documents of results: in benchmarks/results, and between the markers of both READMEs."""
+"""Pages and charts from documents of results: in benchmarks/results, and between the markers of pages."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,20 @@ from benchmarks import charts, comparisons, results, tables
 from msflow_ext.bench import baseline, quantiles, ratio
 
 Row = dict[str, Any]
-README = Path(__file__).parents[1] / "README.md"
+Table = tuple[tuple[str, str], ...]
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 GUIDE = Path(__file__).parent / "README.md"
+#: Pages of the documentation that hold generated tables.
+SPEED, ACCURACY, SETTINGS = (
+    ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "accuracy", "choose-settings")
+)
+#: Files of the repository by an absolute address, which a package index can show as well.
+RAW = "https://github.com/msflow-ext/msflow_ext/raw/main"
 MARKERS = "<!-- {}:begin -->", "<!-- {}:end -->"
 
-#: What the README shows: a title, and the case.
-HEADLINES = (
+#: What the page of benchmarks shows: a title, and the case.
+HEADLINES: Table = (
     ("Flows, one image", "flows 512 px b1"),
     ("Image to scores, one image", "pipeline wide_resnet50_2 512 px b1"),
     ("Training step, 8 images", f"{comparisons.STEP} b8"),
@@ -24,6 +32,9 @@ HEADLINES = (
     ("AUPRO, 83 images", "AUPRO 83 images 512 px"),
 )
 HEADLINE_CASES = {case for _, case in HEADLINES}
+CLAIM = HEADLINES[1][1]
+#: What the README shows.
+SHORT = HEADLINES[:3]
 CHARTS = {"flows": 0, "pipeline": 1, "training": 2}
 
 #: Groups whose few providers stand side by side; elsewhere the cases do.
@@ -43,7 +54,7 @@ OTHERS = ("flows", "pipeline", "training step", "training run", tables.LATENCY)
 
 
 def write(document: dict[str, Any]) -> Iterator[str]:
-    """Write the page of a document, and from all documents the charts and the README's block; yield the files."""
+    """Write the page of a document, and from all documents the charts and generated blocks; yield the files."""
     page = results.file_for(document["machine"]).with_suffix(".md")
     page.write_text("\n".join(markdown(document)) + "\n")
     yield str(page)
@@ -57,9 +68,24 @@ def write(document: dict[str, Any]) -> Iterator[str]:
                 path = results.FOLDER / f"{name}.svg"
                 path.write_text(chart(f"{title}, 512 px: {tables.threads(threads)}", row))
                 yield str(path)
-    update(README, "benchmarks", "\n".join(headlines(documents)))
-    update(GUIDE, "comparisons", "\n".join(comparisons.legend()))
-    yield from map(str, (README, GUIDE))
+    for path, name, lines in blocks(documents):
+        update(path, name, "\n".join(lines))
+        yield str(path)
+
+
+def blocks(documents: Sequence[dict[str, Any]]) -> Iterator[tuple[Path, str, Iterable[str]]]:
+    """Yield page, marker and lines of each block that comes from the times."""
+    yield README, "headline", claim(documents)
+    yield README, "speed", _renamed(short(documents))
+    yield SPEED, "benchmarks", _renamed(headlines(documents))
+    yield GUIDE, "comparisons", comparisons.legend()
+    if SETTINGS.exists():
+        yield SETTINGS, "settings", settings(documents)
+
+
+def _renamed(lines: Iterable[str]) -> Iterator[str]:
+    """The lines with today's name of the reference implementation, which older results call official."""
+    return (line.replace("official", "reference") for line in lines)
 
 
 def speeds(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -111,42 +137,90 @@ def markdown(document: dict[str, Any]) -> Iterator[str]:
         yield from ("", "## Not timed", "", *refused)
 
 
+def claim(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The README's first sentence: from an image to its scores on the machine with the most instructions."""
+    for document in speeds(documents)[:1]:
+        threads = usual_threads(document, HEADLINE_CASES)
+        compared = _compared(document, CLAIM, threads)
+        if compared:
+            reference, other, ours = (ms for _, ms in compared)
+            cores = "one CPU core" if threads == 1 else f"{threads} CPU cores"
+            yield f"**From photo to heat map in {tables.time(quantiles(ours)[0])} on {cores}:"
+            yield f"{ratio(reference, ours):.1f} times as fast as the reference implementation,"
+            yield f"{ratio(other, ours):.1f} times as fast as the fastest alternative.**"
+
+
+def short(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The README's table of speed: the machine with the most instructions."""
+    for document in speeds(documents)[:1]:
+        threads = usual_threads(document, HEADLINE_CASES)
+        yield f"Images of 512 px on {machine_line(document['machine'])}, {tables.threads(threads)}:"
+        yield ""
+        yield from _speed_table(document, threads, SHORT)
+
+
 def headlines(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The README's block, from documents in the order of their dates."""
-    yield "Images of 512 px; `benchmarks/README.md` says how this was measured, and how to repeat it."
+    """The block of the page of benchmarks, from documents in the order of their dates."""
+    yield "### Compared with alternatives"
     for document in speeds(documents):
         threads = usual_threads(document, HEADLINE_CASES)
         yield from ("", f"{machine_line(document['machine'])}, {tables.threads(threads)}:", "")
-        yield from _speed_table(document, threads)
+        yield from _speed_table(document, threads, HEADLINES)
     for name in CHARTS:
         if (results.FOLDER / f"{name}.svg").exists():
-            yield from ("", f"![Time of {name} by provider](benchmarks/results/{name}.svg)")
-    for table in (tables.models, tables.latency):
+            yield from ("", f"![Time of {name} by provider]({RAW}/benchmarks/results/{name}.svg)")
+    for title, table in (
+        ("Whole models", tables.models),
+        ("Whole training runs", tables.training_runs),
+        ("Models of anomalib, before and after accelerate()", tables.accelerated),
+        ("One detector in several runtimes", tables.latency),
+    ):
         found = ((document, list(table(document))) for document in reversed(documents))
         document, lines = next((each for each in found if each[1]), (None, []))
         if document:
-            yield from ("", f"{machine_line(document['machine'])}:", *lines)
+            yield from ("", f"### {title}", "", f"{machine_line(document['machine'])}:", *lines)
 
 
-def _speed_table(document: dict[str, Any], threads: int) -> Iterator[str]:
+def settings(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What training and predictions need: the newest times of whole models on each kind of processor."""
+    newest = {
+        tuple(document["machine"]["flags"]): document
+        for document in documents
+        if any(tables.settings(document))
+    }
+    for flags in sorted(newest, key=len, reverse=True):
+        facts = newest[flags]["machine"]
+        yield from (f"{machine_line(facts)}:", *tables.settings(newest[flags]), "")
+    if newest:
+        yield f"Minutes of training on {tables.IMAGES} images, without tests: an estimate from single steps of"
+        yield "the preset `paper`. GB are weights, optimizer and working memory, without PyTorch itself."
+
+
+def _speed_table(document: dict[str, Any], threads: int, shown: Table) -> Iterator[str]:
     yield "| | reference | fastest alternative | ours | times faster than the reference | than the alternative |"
     yield "|---|---:|---:|---:|---:|---:|"
-    for title, case in HEADLINES:
-        row = _find(document, case, threads)
-        if row is None:
-            continue
-        reference, times = baseline(row), tables.timed(row)
-        ours = tables.fastest(times, [n for n in times if n.startswith("ours")])
-        other = tables.fastest(
-            times, [n for n in times if not n.startswith("ours") and n != "copy"]
-        )
-        if not ours or not other:
-            continue
-        cells = [
-            *(f"{tables.time(quantiles(times[n])[0])}, {n}" for n in (reference, other, ours)),
-            *(f"{ratio(times[n], times[ours]):.1f}x" for n in (reference, other)),
-        ]
-        yield f"| {title} | {' | '.join(cells)} |"
+    for title, case in shown:
+        compared = _compared(document, case, threads)
+        if compared:
+            reference, other, ours = (ms for _, ms in compared)
+            cells = [
+                *(f"{tables.time(quantiles(ms)[0])}, {name}" for name, ms in compared),
+                *(f"{ratio(ms, ours):.1f}x" for ms in (reference, other)),
+            ]
+            yield f"| {title} | {' | '.join(cells)} |"
+
+
+def _compared(document: dict[str, Any], case: str, threads: int) -> list[tuple[str, list[float]]]:
+    """Name and times of the reference, the fastest alternative and the fastest of ours; [] without all three."""
+    row = _find(document, case, threads)
+    if row is None:
+        return []
+    times = tables.timed(row)
+    ours = tables.fastest(times, [n for n in times if n.startswith("ours")])
+    other = tables.fastest(times, [n for n in times if not n.startswith("ours") and n != "copy"])
+    if not ours or not other:
+        return []
+    return [(name, times[name]) for name in (baseline(row), other, ours)]
 
 
 def update(path: Path, name: str, block: str) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from msflow_ext.bench import baseline, quantiles, ratio
+from msflow_ext.models import fastflow, msflow
+from msflow_ext.training.recipe import PRESETS
 
 Row = dict[str, Any]
 
 #: What the names of cases begin with that have a table of their own.
 LATENCY, MODEL_IMAGE, MODEL_STEP = "latency", "model image", "model step"
 MODEL_BATCH = 8  # images of a model's training step
+IMAGES = 100  # on which the table of settings trains
 
 
 def by_case(rows: Sequence[Row]) -> Iterator[str]:
@@ -67,6 +70,84 @@ def models(document: dict[str, Any]) -> Iterator[str]:
             cells = [parameters, f"{found['flops'] / 1e9:.1f}"]
             cells += _time_and_memory(row) + _time_and_memory(rows.get(f"{MODEL_STEP} {name}"))
             yield f"| {name} | {' | '.join(cells)} |"
+
+
+def named(document: dict[str, Any], *groups: str) -> Iterator[str]:
+    """By number of threads the cases whose names begin so, a line per provider; empty without any."""
+    rows = [row for row in document["rows"] if row["case"].startswith(groups)]
+    if rows:
+        yield from ("", *by_provider(rows))
+
+
+def training_runs(document: dict[str, Any]) -> Iterator[str]:
+    """Whole training runs."""
+    return named(document, "training run ")
+
+
+def accelerated(document: dict[str, Any]) -> Iterator[str]:
+    """Models of anomalib before and after ``accelerate()``."""
+    kinds = (
+        f"{what} {model} "
+        for what in ("flows", "training step")
+        for model in ("FastFlow", "U-Flow")
+    )
+    return named(document, *kinds)
+
+
+def settings(document: dict[str, Any]) -> Iterator[str]:
+    """Per model and backbone: minutes of training with each preset, and memory; empty where no models were timed.
+
+    The minutes are those of all steps and of the features of ``IMAGES`` images, without tests. Steps were timed with
+    the flows of the preset paper; MSFlow's are smaller in robust.
+    """
+    steps = [row for row in document["rows"] if row["case"].startswith(f"{MODEL_STEP} ")]
+    count = max((row["threads"] for row in steps), default=0)
+    rows = {row["case"]: row for row in document["rows"] if row["threads"] == count}
+    lines = []
+    for case, step in rows.items():
+        name = case.removeprefix(f"{MODEL_STEP} ")
+        image = rows.get(f"{MODEL_IMAGE} {name}")
+        if name != case and image and timed(step) and timed(image):
+            lines.append(f"| {_with_size(name)} | {' | '.join(_needs(name, image, step))} |")
+    if lines:
+        cells = [f"minutes of `{preset}`{', at most' * (preset != 'paper')}" for preset in PRESETS]
+        what = " | ".join((*cells, "GB in training", "ms an image", "GB in prediction"))
+        yield from ("", f"| model, backbone, image; {threads(count)} | {what} |")
+        yield "|---|" + "---:|" * (len(cells) + 3)
+        yield from lines
+
+
+def _needs(name: str, image: Row, step: Row) -> Iterator[str]:
+    """Minutes by preset, and memory and time of training and prediction: of the fastest provider of each."""
+    (image_ms, image_mb), (step_ms, step_mb) = map(_fastest, (image, step))
+    for preset in PRESETS.values():
+        epochs = preset[name.split()[0].lower()].recipe.epochs
+        ms = epochs * IMAGES / MODEL_BATCH * step_ms + IMAGES * image_ms
+        yield _two_digits(ms / 6e4)
+    trained, frozen = image["facts"]["trained"], image["facts"]["frozen"]
+    yield _two_digits(
+        (16 * trained + 4 * frozen) / 1e9 + step_mb / 1e3
+    )  # weights, gradients and Adam's two
+    yield _digits(image_ms)
+    yield _two_digits(4 * (trained + frozen) / 1e9 + image_mb / 1e3)
+
+
+def _with_size(name: str) -> str:
+    """The name of a case with the side of the images, which a default leaves out."""
+    if name.endswith(" px"):
+        return name
+    model, backbone = name.split()
+    size = (
+        {"MSFlow": msflow, "FastFlow": fastflow}[model].PRESETS.get(backbone, {}).get("image_size")
+    )
+    return f"{name} {size or backbone.rpartition('_')[2]} px"
+
+
+def _fastest(row: Row) -> tuple[float, float]:
+    """Milliseconds and peak megabytes of a row's fastest provider."""
+    times = timed(row)
+    best = min(times, key=lambda name: quantiles(times[name])[0])
+    return quantiles(times[best])[0], row["providers"][best].get("peak_mb") or 0.0
 
 
 def latency(document: dict[str, Any]) -> Iterator[str]:
@@ -126,6 +207,11 @@ def _time_and_memory(row: Row | None) -> list[str]:
 def _digits(value: float) -> str:
     """Three digits, or all that stand before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _two_digits(value: float) -> str:
+    """Two digits, or all that stand before the point."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _rate(found: dict[str, Any], batch: int) -> str:

@@ -1,99 +1,267 @@
-"""What the README and the docstrings show runs as it stands there, on a run and photos of that name."""
+"""A stranger who pastes the README's lines gets what it says, and the examples of docstrings give what they say."""
 
 from __future__ import annotations
 
 import doctest
+import os
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
+import msflow_ext
 from msflow_ext import cli
 from msflow_ext.evaluation import calibration
 from msflow_ext.inference import detector
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-TRAIN = "train --layout folder --normal normal --abnormal odd --hold-out 0.5 --false-alarms 0.4 --out runs/mine"
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+HOME = "https://github.com/msflow-ext/msflow_ext"
+NOT_PASTED = ("git ", "python3 -m venv ", ". .venv/bin/activate", "pip install ")
+#: Extras of those who change the package.
+DEVELOPERS = {"test", "bench", "dev", "docs"}
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
+def lines() -> list[str]:
+    """Every line that the README tells the reader to type."""
+    return [line for line in "".join(blocks("sh")).splitlines() if line.strip()]
+
+
 def commands() -> list[str]:
-    """The lines of the README that begin with a command of ours, without their comments."""
-    lines = "\n".join(blocks("sh")).splitlines()
-    return [line.partition("#")[0].strip() for line in lines if line.startswith("msflow ")]
+    """The lines that run msflow."""
+    return [line for line in lines() if line.startswith("msflow ")]
+
+
+def paste(line: str) -> int | str | None:
+    """The exit status of a line of msflow."""
+    program, *arguments = shlex.split(line, comments=True)
+    assert program == "msflow"
+    try:
+        return cli.main(arguments)
+    except SystemExit as ended:
+        return ended.code
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a stranger has done: the folder, and what each line printed."""
+
+    folder: Path
+    printed: str
+    environment: dict[str, str]
+
+
+def photos(folder: Path) -> None:
+    """Write 30 good photos, some odd ones and two new ones of other sizes."""
+    rng = np.random.default_rng(0)
+    sizes = {f"normal/part {i:02}.png": (96, 128) for i in range(30)}
+    sizes |= {f"odd/{i}.jpg": (96, 128) for i in range(4)}
+    sizes |= {"photos/large.jpg": (90, 160), "photos/small.png": (64, 64)}
+    for name, size in sizes.items():
+        pixels = rng.integers(90, 110, (*size, 3), dtype=np.uint8)
+        if name.startswith("odd/"):
+            pixels[20:60, 30:70] = 255
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / name)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A folder with ``runs/mine``, trained on ``normal/`` and tested on ``odd/`` too, and two photos."""
-    folder, rng = tmp_path_factory.mktemp("guide"), np.random.default_rng(0)
-    sizes = {f"normal/{i}.png": (64, 64) for i in range(10)}
-    sizes |= {f"odd/{i}.png": (64, 64) for i in range(3)}
-    sizes |= {"photos/large.jpg": (90, 160), "photos/small.png": (64, 64)}
-    for name, size in sizes.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(90, 110, size, dtype=np.uint8)).save(folder / name)
-    small = ["--backbone", "efficientnet_lite0", "--image-size", "64", "--epochs", "1"]
+def visit(tmp_path_factory: pytest.TempPathFactory) -> Visit:
+    """The README's lines pasted one after another into a shell, by someone with 30 good photos and no network."""
+    folder, bin_folder = (tmp_path_factory.mktemp(name) for name in ("stranger", "bin"))
+    photos(folder)
+    program = bin_folder / "msflow"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m msflow_ext "$@"\n')
+    program.chmod(0o755)
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+    environment = {
+        **os.environ,
+        **nowhere,
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(msflow_ext.__file__).parents[1]),
+        "HF_HOME": str(bin_folder),
+        "TORCH_HOME": str(bin_folder),
+        "COLUMNS": "80",
+    }
+    script = "set -e\n" + "\n".join(commands())
+    done = subprocess.run(
+        ["sh", "-c", script], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return Visit(folder, done.stdout, environment)
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme_make_a_report_predictions_and_an_onnx_file(visit: Visit) -> None:
+    promised = re.search(r"^You now have (.*)$", README, re.MULTILINE)
+    assert promised
+    names = re.findall(r"`([^`]+)`", promised[1])
+    assert {Path(name).suffix for name in names} >= {".html", ".csv", ".onnx"}
+    for name in names:
+        found = visit.folder / name
+        assert found.stat().st_size > 0
+        assert not found.is_dir() or len(list(found.iterdir())) == 2, name  # as many as photos
+    scores = (visit.folder / "results" / "scores.csv").read_text()
+    assert "large.jpg" in scores and "small.png" in scores
+
+
+@pytest.mark.slow
+def test_the_lines_print_what_the_readme_shows(visit: Visit) -> None:
+    def shape(text: str) -> list[str]:
+        return [
+            " ".join(re.sub(r"-?\d[\d.]*%?|nan", "#", line).split()) for line in text.splitlines()
+        ]
+
+    (shown,) = blocks("text")
+    printed = shape(visit.printed)
+    for line in shape(shown):
+        assert line in printed, f"{line!r} is not in {printed}"
+    assert len(shown.splitlines()) >= 3
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs_after_its_lines(visit: Visit) -> None:
+    (shown,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", shown],
+        cwd=visit.folder,
+        env=visit.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["large.jpg", "small.png"]
+    assert len(shown.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "msflow trian --out runs/mine",
+        "msflow train --layout folder --normal nowhere --out runs/mine",
+        "msflow train --layout folder --normal normal --no-such-flag --out runs/mine",
+        "msflow predict --run runs/none photos --out results",
+    ],
+)
+def test_a_line_that_does_not_work_is_found(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert paste(line) not in (0, None)
+
+
+def test_every_line_is_run_here_or_known() -> None:
+    for line in lines():
+        assert line.startswith(("msflow ", *NOT_PASTED)), line
+    assert {line.split()[1] for line in commands()} >= {"info", "train", "predict", "export"}
+
+
+@pytest.mark.parametrize("line", [line for line in lines() if ".venv/bin/msflow " in line])
+def test_the_demo_has_the_flags_that_the_readme_gives_it(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = line.partition(".venv/bin/msflow ")[2]
+    assert paste(f"msflow {command.split()[0]} --help") == 0
+    known = capsys.readouterr().out
+    flags = re.findall(r"--[a-z-]+", command)
+    assert flags
+    for flag in flags:
+        assert re.search(rf"{flag}\b(?!-)", known), flag
+
+
+# ---- what cannot be run here: installations ----
+
+
+def extras() -> set[str]:
+    """The extras that pyproject.toml defines."""
+    table = PROJECT.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    return set(re.findall(r"^([a-z-]+) = ", table, re.MULTILINE))
+
+
+def test_the_readme_installs_extras_that_exist() -> None:
+    named = {name for each in re.findall(r'"\.\[([^]]+)\]"', README) for name in each.split(",")}
+    assert {"demo", "export"} <= named <= extras()
+
+
+def test_the_table_of_extras_has_each_one_that_a_user_may_want() -> None:
+    rows = re.findall(r"^\| (`[a-z`, ]+`) \| ", README, re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(.+?)`", row)} == extras() - DEVELOPERS
+
+
+def test_ci_runs_the_command_of_the_readme_that_passes_the_tests() -> None:
+    (command,) = (line for line in lines() if "pytest" in line)
+    run = ROOT / ".ci" / "run"
+    if not run.is_file():
+        pytest.skip("the source distribution has no .ci")
+    assert command in run.read_text().splitlines()
+
+
+# ---- pictures and links ----
+
+
+def addresses() -> Iterator[str]:
+    """Where the README's links and pictures lead."""
+    return (match[1] for match in re.finditer(r"\]\(([^)]+)\)", README))
+
+
+def test_a_package_index_can_show_every_picture_and_link() -> None:
+    assert len(list(addresses())) > 5
+    for address in addresses():
+        assert address.startswith((f"{HOME}/raw/main/docs/images/", f"{HOME}/blob/main/")), address
+    urls = PROJECT.partition("[project.urls]\n")[2].partition("\n[")[0]
+    assert not urls or f'"{HOME}"' in urls
+
+
+def test_every_picture_is_in_the_tree_and_small() -> None:
+    pictures = [each for each in addresses() if "/raw/main/" in each]
+    assert len(pictures) == 2
+    for address in pictures:
+        assert 0 < (ROOT / address.partition("/raw/main/")[2]).stat().st_size < 400_000
+
+
+@pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="there is no documentation here")
+def test_every_page_that_the_readme_links_to_exists() -> None:
+    for address in addresses():
+        assert (ROOT / re.split(r"/(?:raw|blob)/main/", address)[1].partition("#")[0]).is_file()
+
+
+# ---- docstrings ----
+
+
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the docstrings assume it: ``runs/mine``, and two photos."""
+    folder = tmp_path_factory.mktemp("documented")
+    photos(folder)
+    flags = (
+        "--hold-out 0.5 --false-alarms 0.4 --backbone efficientnet_lite0 --image-size 64 --epochs 1"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert cli.main([*TRAIN.split(), *small, "--device", "cpu"]) == 0
+        assert paste(f"msflow train --layout folder --normal normal {flags} --out runs/mine") == 0
     return folder
 
 
-def test_the_examples_of_the_docstrings_give_what_they_say(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+@pytest.mark.usefixtures("one_thread")
+def test_the_examples_of_the_docstrings_give_what_they_say(
+    documented: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(documented)
     for module in (detector, calibration):
         runner = doctest.DocTestRunner()
         for example in doctest.DocTestFinder().find(module):
             runner.run(example)
         assert runner.failures == 0
         assert runner.tries >= 3
-
-
-def test_the_readme_predicts_with_a_trained_run(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    paragraphs = "".join(blocks("python")).split("\n\n")
-    shown = [each for each in paragraphs if re.match(r"import |\w*detector\b", each)]
-    assert any("mx.load(" in each for each in shown)
-    exec("\n".join(shown), {})
-    assert capsys.readouterr().out.startswith("large.jpg ")
-
-
-def test_the_readme_reads_a_report(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    (shown,) = (block for block in blocks("python") if "scores.csv" in block)
-    exec(shown, named := {})
-    auroc, *_, last = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"image_auroc [01]\.\d+", auroc)
-    assert "'detected'" in last
-    detected = named["decisions"]["on_test"]["detected"]
-    assert len(named["missed"]) == round(3 * (1 - detected))
-    assert len(named["rows"]) > 3
-
-
-def test_the_readme_builds_a_flow_on_a_subnet_of_its_own():
-    (shown,) = (block for block in blocks("python") if "class Subnet" in block)
-    exec(shown, named := {})
-    x, found, flow = named["x"], named["found"], named["flow"]
-    assert found.score.shape == (2,) and found.anomaly_map.shape == (2, 128, 128)
-    torch.testing.assert_close(named["again"], x, rtol=0, atol=1e-4)
-    assert all(p.grad is not None and p.grad.any() for p in flow.parameters())
-
-
-@pytest.mark.parametrize("command", commands())
-def test_the_commands_of_the_readme_have_the_flags_that_it_gives_them(command, capsys):
-    words = command.split()[1:]
-    name = [word for word in words[:2] if word in ("data", "check") or word in cli.COMMANDS]
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*name, "--help"])
-    assert ended.value.code == 0
-    known = capsys.readouterr().out
-    for flag in re.findall(r"--[a-z-]+", command):
-        assert re.search(rf"{flag}\b(?!-)", known), flag

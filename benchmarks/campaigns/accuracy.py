@@ -1,4 +1,7 @@
-"""Train on the data sets that packages ship and tabulate the accuracy: `python -m benchmarks.campaigns.accuracy`."""
+"""Train on the data sets that packages ship and tabulate the accuracy: `python -m benchmarks.campaigns.accuracy`.
+
+The tables go into docs/accuracy.md, and the one of the presets also into the README.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks import report, results
+from benchmarks.campaigns import ablate
 from msflow_ext import cli
 from msflow_ext.bench import machine
 from msflow_ext.metrics import RESULTS
@@ -23,9 +28,33 @@ SERIES = (
 )
 MODEL = ("--backbone", "efficientnet_lite0", "--image-size", "192", "--baseline")
 
+#: Lines of the table of presets: a title, the variant of the ablations, how its images and its pixels are scored.
+METHODS = (
+    (
+        "MSFlow, `--preset robust`",
+        "MSFlow robust, whitened across scales",
+        "smoothed score 1%",
+        "smoothed",
+    ),
+    ("FastFlow, `--preset robust`", "FastFlow robust", "smoothed score", "smoothed"),
+    ("MSFlow, `--preset paper`", "MSFlow paper", "log 3%", "additive"),
+    ("PaDiM-style Gaussian", "Gaussian", "paper", "paper"),
+)
+#: Its columns: a title, the data, and which of its numbers.
+COLUMNS = (
+    ("solar cells, mono: image AUROC", "mono", 0),
+    ("solar cells, poly: image AUROC", "poly", 0),
+    ("brick: image AUROC", "brick", 0),
+    ("brick: pixel AUROC", "brick", 1),
+    ("brick: AUPRO", "brick", 2),
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options, more = parser().parse_known_args(arguments)
+    if options.report:
+        _write_blocks(newest())
+        return 0
     facts = machine.facts()
     document: dict[str, Any] = {"machine": facts, "commands": [], "runs": [], "lines": []}
     worst = 0
@@ -56,18 +85,55 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--out", type=Path, default=Path("runs/accuracy"), help="for the run folders"
     )
+    text = "only write the tables of the newest results into the pages"
+    found.add_argument("--report", action="store_true", help=text)
     return found
 
 
 def write(document: dict[str, Any]) -> None:
-    """Write the results, and their table into the README."""
+    """Write the results, and the tables into the pages."""
     print(results.write(results.file_for(document["machine"], "accuracy"), document))
-    report.update(report.README, "accuracy", "\n".join(markdown(document)))
-    print(report.README)
+    _write_blocks(document)
+
+
+def newest() -> dict[str, Any]:
+    """Return the accuracy that was measured last; ValueError if there is none."""
+    found = map(results.read, results.FOLDER.glob("accuracy-*.json"))
+    return max(found, key=lambda document: document["machine"]["date"])
+
+
+def _write_blocks(document: dict[str, Any]) -> None:
+    for page, name, lines in blocks(document):
+        report.update(page, name, "\n".join(lines))
+        print(page)
+
+
+def blocks(document: dict[str, Any]) -> Iterator[tuple[Path, str, Iterable[str]]]:
+    """Yield page, marker and lines of each block that tells an accuracy."""
+    yield report.ACCURACY, "accuracy", markdown(document)
+    for page in (report.ACCURACY, report.README):
+        yield page, "presets", presets(ablate.rows(ablate.FILE))
+
+
+def presets(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The table of presets, from the rows of the ablations: mean and standard deviation over the seeds, in percent."""
+    yield f"| percent | {' | '.join(title for title, *_ in COLUMNS)} |"
+    yield "|---|" + "---:|" * len(COLUMNS)
+    for title, variant, *ways in METHODS:
+        mine = [row for row in rows if row["variant"] == variant]
+        cells = (_percent(mine, data, ways[i > 0], i) for _, data, i in COLUMNS)
+        yield f"| {title} | {' | '.join(cells)} |"
+
+
+def _percent(rows: Sequence[dict[str, Any]], data: str, way: str, i: int) -> str:
+    """Mean and standard deviation of a number over the rows of a data set; a dash without rows."""
+    values = [row["scores"][way][i] for row in rows if row["data"] == data]
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * fmean(values):.1f}{spread}" if values else "-"
 
 
 def markdown(document: dict[str, Any]) -> Iterator[str]:
-    """The README's table: a line per category and method, the last epoch in percent."""
+    """The table of the packaged sets: a line per category and method, the last epoch in percent."""
     lines = [Line(**each) for each in document["lines"]]
     lines = [each for each in lines if BEST not in each.source and each.category != MEAN]
     trained = [run["metrics"] for run in document["runs"]]

@@ -9,7 +9,7 @@ The steps, in this order:
 * run the CUDA tests and compute-sanitizer.
 
 Each step writes its result to `results/gpu-<device>-<date>.json` when it ends. A run with `--file` continues that file and
-repeats only the build and steps that failed. At the end the results go into the README; `--file FILE --report` repeats
+repeats only the build and steps that failed. At the end the results go into docs/benchmarks.md; `--file FILE --report` repeats
 this without a GPU.
 """
 
@@ -93,7 +93,11 @@ def parser() -> argparse.ArgumentParser:
     add("--file", type=Path, help="file of results to continue (default: in benchmarks/results)")
     add("--steps", nargs="*", choices=list(STEPS), help="steps to run (default: all)")
     add("--minutes", type=float, default=10.0, help="no step begins after so many minutes")
-    add("--report", action="store_true", help="only write the results of --file into the README")
+    add(
+        "--report",
+        action="store_true",
+        help="only write the results of --file into docs/benchmarks.md",
+    )
     return found
 
 

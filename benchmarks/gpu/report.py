@@ -1,4 +1,4 @@
-"""Write what was found on a GPU between the README's markers: the end of `python -m benchmarks.gpu`."""
+"""Write what was found on a GPU between the markers of docs/benchmarks.md: the end of `python -m benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from benchmarks.report import README, update
+from benchmarks.report import SPEED, update
 
 CORRECT = ("check", "tests", "memcheck", "racecheck", "synccheck", "initcheck")
 
@@ -39,8 +39,8 @@ COMPARISONS = (
 
 
 def write(document: Mapping[str, Any]) -> None:
-    """Put the block of a document of results into the README."""
-    update(README, "gpu", "\n".join(block(document)))
+    """Put the block of a document of results into docs/benchmarks.md."""
+    update(SPEED, "gpu", "\n".join(block(document)))
 
 
 def block(document: Mapping[str, Any]) -> Iterator[str]:

@@ -41,9 +41,12 @@ def test_the_accuracy_of_the_packaged_sets_is_one_table(
         return 0
 
     monkeypatch.setattr(accuracy.cli, "main", train)
-    page, results = tmp_path / "README.md", tmp_path / "results"
-    page.write_text("<!-- accuracy:begin -->\n<!-- accuracy:end -->\n")
-    monkeypatch.setattr(accuracy.report, "README", page)
+    page, readme, results = (tmp_path / name for name in ("accuracy.md", "README.md", "results"))
+    presets = "<!-- presets:begin -->\n<!-- presets:end -->\n"
+    page.write_text(f"<!-- accuracy:begin -->\n<!-- accuracy:end -->\n{presets}")
+    readme.write_text(presets)
+    monkeypatch.setattr(accuracy.report, "ACCURACY", page)
+    monkeypatch.setattr(accuracy.report, "README", readme)
     monkeypatch.setattr(accuracy.results, "FOLDER", results)
     assert accuracy.main(["--out", str(tmp_path / "runs")]) == 0
     assert [arguments[2] for arguments in asked] == ["elpv", "textures"]
@@ -54,8 +57,31 @@ def test_the_accuracy_of_the_packaged_sets_is_one_table(
     assert "| elpv a, 4 epochs | MSFlow | 95.00 ± 0.40 | - | - |" in text
     assert "resnet18 at 192 px" in text
     assert "97.00" not in text
+    assert (
+        "\n".join(accuracy.presets(accuracy.ablate.rows(accuracy.ablate.FILE)))
+        in readme.read_text()
+    )
     with pytest.raises(SystemExit, match="no results"):
         load("results").newest()
+
+
+def test_the_table_of_presets_has_mean_and_deviation_of_several_seeds(load: Load) -> None:
+    accuracy = load("campaigns.accuracy")
+    title, variant, score, pixels = accuracy.METHODS[0]
+    rows = [
+        {"variant": variant, "data": data, "scores": {score: [auroc], pixels: [0.5, 0.9, 0.8]}}
+        for data, auroc in (
+            ("mono", 0.9),
+            ("mono", 1.0),
+            ("brick", 1.0),
+            ("brick", 1.0),
+            ("poly", 1.0),
+        )
+    ]
+    _, _, first, *others = accuracy.presets(rows)
+    assert first == f"| {title} | 95.0 ± 7.1 | 100.0 | 100.0 ± 0.0 | 90.0 ± 0.0 | 80.0 ± 0.0 |"
+    assert len(others) == len(accuracy.METHODS) - 1
+    assert others[0].endswith(" | - | - | - | - | - |")
 
 
 def test_bulk_scoring_is_measured_and_tabled(

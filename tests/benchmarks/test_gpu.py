@@ -46,8 +46,8 @@ class InsteadOfCUDA(TorchFunctionMode):
 
 @pytest.fixture
 def gpu(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    (tmp_path / "README.md").write_text("<!-- gpu:begin -->\nnot yet\n<!-- gpu:end -->\n")
-    monkeypatch.setattr(load("gpu.report"), "README", tmp_path / "README.md")
+    (tmp_path / "benchmarks.md").write_text("<!-- gpu:begin -->\nnot yet\n<!-- gpu:end -->\n")
+    monkeypatch.setattr(load("gpu.report"), "SPEED", tmp_path / "benchmarks.md")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU, 1 GB")
     return load("gpu.__main__")
@@ -139,7 +139,7 @@ def test_what_was_measured_is_kept_and_not_repeated(
     assert found["device"] == "A GPU, 1 GB" and found["first"]["ms"] == 1
     assert found["second"]["error"] == "RuntimeError: CUDA: out of memory"
     assert gpu.main(file) == 0 and calls == ["first", "second", "second"]
-    assert "On one A GPU, 1 GB" in (tmp_path / "README.md").read_text()
+    assert "On one A GPU, 1 GB" in (tmp_path / "benchmarks.md").read_text()
 
 
 def test_the_kernels_are_not_loaded_before_they_are_built() -> None:
@@ -200,7 +200,7 @@ def test_a_report_needs_no_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "found.json").write_text('{"device": "A GPU", "date": "today"}')
     assert gpu.main(["--file", str(tmp_path / "found.json"), "--report"]) == 0
-    assert "On one A GPU, today" in (tmp_path / "README.md").read_text()
+    assert "On one A GPU, today" in (tmp_path / "benchmarks.md").read_text()
 
 
 def test_without_a_build_nothing_is_measured(

@@ -49,9 +49,18 @@ def test_every_comparison_has_a_case_with_both_providers(load: Load) -> None:
         assert any(fnmatchcase(name, each.ours) for name in names), each
 
 
-def test_the_guide_lists_the_comparisons(load: Load) -> None:
-    text = load("report").GUIDE.read_text()
-    assert "\n".join(load("comparisons").legend()) in text, "run python -m benchmarks --report"
+def test_the_pages_hold_what_the_newest_results_say(load: Load) -> None:
+    report, accuracy = load("report"), load("campaigns.accuracy")
+    documents = load("results").times()
+    if not documents:
+        pytest.skip("the source distribution has no results")
+    found = [*report.blocks(documents), *accuracy.blocks(accuracy.newest())]
+    assert {name for _, name, _ in found} >= {"headline", "speed", "benchmarks", "presets"}
+    for page, name, lines in found:
+        begin, end = (marker.format(name) for marker in report.MARKERS)
+        block = "\n".join((begin, *lines, end))
+        said = "run python -m benchmarks --report, and campaigns.accuracy --report"
+        assert block in page.read_text(encoding="utf-8"), f"{page.name}, {name}: {said}"
 
 
 def test_only_documents_of_times_are_read_as_such(
@@ -120,6 +129,45 @@ def test_the_readme_has_the_newest_speeds_of_each_kind_of_processor(load: Load) 
     text = "\n".join(report.headlines(documents))
     assert [text.count(f" {ratio}x ") for ratio in ("2.0", "5.0", "2.5")] == [0, 2, 2]
     assert text.index("avx512f") < text.index("5.0x") < text.index("2.5x")
+
+
+def test_the_first_sentence_of_the_readme_has_the_times_of_the_largest_processor(
+    load: Load,
+) -> None:
+    report = load("report")
+    times = {"official fp32": 900.0, "compile bf16": 300.0, "ours fp32": 200.0, "ours bf16": 100.0}
+    providers = {name: {"ms": [ms]} for name, ms in times.items()}
+    row = {"case": report.CLAIM, "threads": 1, "providers": providers}
+    facts = {"cpu": "C", "flags": ["avx2"], "date": "1"}
+    (first, *rest) = report.claim([{"machine": facts, "rows": [row]}])
+    assert "in 100 ms on one CPU core" in first
+    assert [words.split()[0] for words in rest] == ["9.0", "3.0"]
+    assert list(report.claim([])) == []
+
+
+def test_the_table_of_settings_has_minutes_of_each_preset_and_gigabytes(load: Load) -> None:
+    def row(case: str, ms: float, mb: float) -> dict[str, Any]:
+        providers = {
+            "ours fp32": {"ms": [2 * ms], "peak_mb": 9e9},
+            "ours bf16": {"ms": [ms], "peak_mb": mb},
+        }
+        facts = {"trained": 10**8, "frozen": 10**8}
+        return {"case": case, "threads": 2, "providers": providers, "facts": facts}
+
+    rows = []
+    for name in ("MSFlow efficientnet_lite0 192 px", "FastFlow deit_base_distilled_patch16_384"):
+        rows += [row(f"model image {name}", 600.0, 200.0), row(f"model step {name}", 48.0, 1000.0)]
+    rows.append({**rows[0], "threads": 1})
+    _, title, _, *lines = load("tables").settings({"rows": rows})
+    assert title.startswith(
+        "| model, backbone, image; 2 threads | minutes of `paper` | minutes of `robust`, "
+    )
+    # A minute for the features, and 1250 steps of 48 ms for 100 epochs; FastFlow's paper has 500. Adam needs 16 bytes a weight.
+    assert lines == [
+        "| MSFlow efficientnet_lite0 192 px | 2 | 2 | 3 | 600 | 1 |",
+        "| FastFlow deit_base_distilled_patch16_384 384 px | 6 | 2 | 3 | 600 | 1 |",
+    ]
+    assert list(load("tables").settings({"rows": rows[:1]})) == []
 
 
 def test_a_report_stands_between_the_markers_and_nowhere_else(load: Load, tmp_path: Path) -> None:
