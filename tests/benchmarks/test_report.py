@@ -145,6 +145,17 @@ def test_the_first_sentence_of_the_readme_has_the_times_of_the_largest_processor
     assert list(report.claim([])) == []
 
 
+def test_the_page_of_settings_gets_its_table_where_there_is_one(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = load("report")
+    page = tmp_path / "choose-settings.md"
+    monkeypatch.setattr(report, "SETTINGS", page)
+    assert "settings" not in [name for _, name, _ in report.blocks([])]
+    page.touch()
+    assert (page, "settings") in [(path, name) for path, name, _ in report.blocks([])]
+
+
 def test_the_table_of_settings_has_minutes_of_each_preset_and_gigabytes(load: Load) -> None:
     def row(case: str, ms: float, mb: float) -> dict[str, Any]:
         providers = {
