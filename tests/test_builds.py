@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import tomllib
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,6 @@ import torch
 
 from msflow_ext import ops, testing
 from msflow_ext.ops import _backend
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomli")
 
 pytestmark = pytest.mark.family("builds")
 

@@ -240,7 +240,7 @@ def test_a_model_that_an_exporter_cannot_read_is_named(tmp_path, monkeypatch):
 
 
 def test_weights_too_large_for_one_onnx_file_are_refused(tmp_path, monkeypatch):
-    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
     exporter = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
     monkeypatch.setattr(exporter, 1000)
     with pytest.raises(RuntimeError, match="weights are more than one ONNX file holds"):

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial, wraps
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benchmarks.gpu: torch sees no CUDA device", file=sys.stderr)
         return 2
     name = torch.cuda.get_device_name()
-    today = datetime.now(timezone.utc).date().isoformat()
+    today = datetime.now(UTC).date().isoformat()
     file = options.file or results.FOLDER / f"gpu-{results.slug(name)}-{today}.json"
     document: Measured = {"device": name, "date": today}
     if file.exists():

@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def facts() -> dict[str, Any]:
         "kernels": _backend.STATUS,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -9,7 +9,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,6 @@ from msflow_ext.models.anomaly_map import ClampedMap
 from msflow_ext.models.backbone import Backbone
 from msflow_ext.models.gaussians import Total, Whitening, alone
 from msflow_ext.ops._backend import hides_values
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 ROUNDING = 1e-3  # a quarter of a gray level
 

@@ -114,7 +114,7 @@ class Service:
         try:
             waiting = asyncio.shield(asyncio.wrap_future(work))
             return await asyncio.wait_for(waiting, end - time.monotonic())
-        except asyncio.TimeoutError:
+        except TimeoutError:
             work.cancel()
             raise HTTPException(504, self._too_late("was not scored")) from None
 
@@ -137,7 +137,7 @@ class Service:
                 self._check_size(size)
                 if self._arriving > limits.concurrency * limits.max_bytes:
                     raise HTTPException(503, "too many large images at once, try again")
-        except asyncio.TimeoutError:
+        except TimeoutError:
             text = f"nothing of the image arrived for {limits.idle_timeout:g} s"
             if time.monotonic() >= end:
                 text = self._too_late("did not arrive")

@@ -7,13 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
