@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import results
+from benchmarks import report, results
 from benchmarks.campaigns.ablations import variants
 from msflow_ext import FastFlow, MSFlow, metrics, ops
 from msflow_ext.data import DataSet, Images, open_dataset
@@ -31,55 +31,56 @@ from msflow_ext.training.recipe import PRESETS
 
 Row = dict[str, Any]
 FILE = results.FOLDER / "ablations.jsonl"
+PAGE = Path(__file__).parents[2] / "docs" / "notes" / "accuracy.md"
 BACKBONE, SIZE = "efficientnet_lite0", 192
 EPOCHS = {"mono": 24, "poly": 24, "brick": 40}
 BATCH = 16  # of tests
 BASELINES = ("Gaussian", "1-NN")
 
-#: Columns of a table: data, ways to score of which a row has one, and which of its numbers. Rows with a position base,
-#: a Gaussian at every position behind the flow, are of 2026-11 and before: it was removed, as it gained nothing.
+#: Ways to score: of the ways behind a title, a row has one.
+#: A row with a position base (a Gaussian per position behind the flow) is older: it gained nothing and was removed.
+SCORES: dict[str, Sequence[str]] = {
+    "paper's score": ("paper", "log 3%"),
+    "NLL, top 1%": ("nll 1%",),
+    "NLL, top 3%": ("nll 3%",),
+    "NLL, top 10%": ("nll 10%",),
+    "NLL, top 3%, Gaussian per position": ("nll 3%, position base",),
+    "map, top 3%": ("clamped score",),
+    "map, top 3%, Gaussian per position": ("clamped score, position base",),
+    "map, top 1%": ("clamped score 1%",),
+    "map, top 1%, Gaussian per position": ("clamped score 1%, position base",),
+    "smoothed map, top 3%": ("smoothed score",),
+    "smoothed map, top 1%": ("smoothed score 1%",),
+    "smoothed map, top 1%, Gaussian per position": ("smoothed score 1%, position base",),
+    "additive map, top 3%": ("additive score",),
+}
+MAPS: dict[str, Sequence[str]] = {
+    "additive": ("paper", "additive"),
+    "additive, Gaussian per position": ("additive, position base",),
+    "multiplicative": ("multiplicative",),
+    "softly limited": ("clamped",),
+    "smoothed": ("smoothed",),
+    "smoothed, Gaussian per position": ("smoothed, position base",),
+}
+
+#: A column of a table: data, ways to score, and which number of a way.
 Column = tuple[str, Sequence[str], int]
-SCORES: dict[str, Column] = {
-    f"{data}, {title}": (data, how, 0)
-    for data in EPOCHS
-    for title, how in {
-        "paper's score": ("paper", "log 3%"),
-        "NLL": ("nll 3%",),
-        "NLL, position base": ("nll 3%, position base",),
-        "map": ("clamped score",),
-        "map, position base": ("clamped score, position base",),
-        "map, hottest 1%": ("clamped score 1%",),
-        "map, hottest 1%, position base": ("clamped score 1%, position base",),
-        "map, smoothed": ("smoothed score",),
-        "map, smoothed, hottest 1%": ("smoothed score 1%",),
-        "map, smoothed, hottest 1%, position base": ("smoothed score 1%, position base",),
-        "additive map": ("additive score",),
-    }.items()
-}
-MAPS: dict[str, Column] = {
-    f"brick, {way}, {metric}": ("brick", ("paper", way) if way == "additive" else (way,), i)
-    for way in (
-        "additive",
-        "multiplicative",
-        "clamped",
-        "smoothed",
-        "smoothed, position base",
-        "additive, position base",
-    )
-    for i, metric in ((1, "pixel AUROC"), (2, "AUPRO"))
-}
-TOP_K: dict[str, Column] = {
-    f"{data}, NLL top {share}": (data, (f"nll {share}",), 0)
-    for data in EPOCHS
-    for share in ("1%", "3%", "10%")
+TABLES: dict[str, dict[str, Column]] = {
+    **{
+        f"Image AUROC, {data}": {title: (data, how, 0) for title, how in SCORES.items()}
+        for data in EPOCHS
+    },
+    **{
+        f"{metric} of maps, brick": {title: ("brick", how, i) for title, how in MAPS.items()}
+        for i, metric in ((1, "Pixel AUROC"), (2, "AUPRO"))
+    },
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     o = parser().parse_args(arguments)
     if o.table:
-        for columns in (SCORES, MAPS, TOP_K):
-            print("\n".join((*table(rows(o.file), columns), "")))
+        report.update(PAGE, "ablations", "\n".join(tables(rows(o.file))))
         return 0
     done = {(row["variant"], row["data"], row["seed"]) for row in rows(o.file)}
     for seed, data, name in product(o.seeds, o.data, o.variants or [*BASELINES, *variants()]):
@@ -107,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, help="instead of the variant's or the data set's")
     add("--brick", type=Path, help="folder in the layout of MVTec (default: the texture's own)")
     add("--file", type=Path, default=FILE, help="rows that are there are not computed again")
-    add("--table", action="store_true", help="print the rows as Markdown, and stop")
+    add("--table", action="store_true", help="write the tables in docs/notes/accuracy.md, and stop")
     return found
 
 
@@ -115,13 +116,22 @@ def rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def tables(found: Sequence[Row]) -> Iterator[str]:
+    """Yield the lines of all tables, each under its title."""
+    for title, columns in TABLES.items():
+        yield from ("", f"### {title}", "", *table(found, columns))
+    yield ""
+
+
 def table(found: Sequence[Row], columns: Mapping[str, Column]) -> Iterator[str]:
-    """Percent, mean and spread over (so many) seeds, a line per variant."""
+    """Yield a line per variant with a number: percent, mean and spread over (so many) seeds."""
     yield f"| variant | {' | '.join(columns)} |"
     yield "|---|" + "---:|" * len(columns)
     for name in dict.fromkeys(row["variant"] for row in found):
         mine = [row for row in found if row["variant"] == name]
-        yield f"| {name} | {' | '.join(_cell(mine, *column) for column in columns.values())} |"
+        cells = [_cell(mine, *column) for column in columns.values()]
+        if set(cells) != {"-"}:
+            yield f"| {name} | {' | '.join(cells)} |"
 
 
 def run(name: str, data: str, seed: int, brick: Path | None, epochs: int | None) -> Row:

@@ -207,7 +207,7 @@ _WHITENED: dict[str, Any] = {
     "smoothing": 4.0,
 }
 
-#: What the papers train with, and what was better and steadier on average on other data (``benchmarks/NOTES.md``).
+#: What the papers train with, and what was better and steadier on average on other data (``docs/notes/accuracy.md``).
 PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {
         "msflow": Preset(Recipe()),

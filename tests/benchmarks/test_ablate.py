@@ -1,4 +1,4 @@
-"""The ablations change what they say and nothing else, and their rows are computed once."""
+"""Every variant changes one thing, a row is computed once, and the notes show all rows."""
 
 from __future__ import annotations
 
@@ -55,10 +55,12 @@ def test_reflection_by_hand_is_that_of_the_backbone(load: Load) -> None:
         assert not torch.allclose(zero, want)
 
 
-def test_ablations_skip_rows_that_exist_and_average_over_seeds(
-    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_rows_that_exist_are_not_computed_again_and_seeds_are_averaged(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ablate, file = load("campaigns.ablate"), tmp_path / "rows.jsonl"
+    ablate, file, page = load("campaigns.ablate"), tmp_path / "rows.jsonl", tmp_path / "page.md"
+    page.write_text("<!-- ablations:begin -->\n<!-- ablations:end -->\n")
+    monkeypatch.setattr(ablate, "PAGE", page)
     monkeypatch.setattr(
         ablate, "run", lambda *_: {"scores": {"nll 3%": [0.9 + 0.01 * next(count)]}}
     )
@@ -66,10 +68,18 @@ def test_ablations_skip_rows_that_exist_and_average_over_seeds(
     command = ["MSFlow paper", "--data", "mono", "--file", str(file), "--seeds"]
     assert ablate.main([*command, "0"]) == ablate.main([*command, "0", "1", "2"]) == 0
     assert next(count) == 3
-    capsys.readouterr()
     assert ablate.main(["--file", str(file), "--table"]) == 0
-    head, _, line, *_ = capsys.readouterr().out.splitlines()
-    assert head.startswith(
-        "| variant | mono, paper's score | mono, NLL | mono, NLL, position base |"
+    lines = page.read_text().splitlines()
+    assert lines[2:4] == ["### Image AUROC, mono", ""]
+    assert lines[4].startswith("| variant | paper's score | NLL, top 1% | NLL, top 3% |")
+    assert lines[6].startswith("| MSFlow paper | - | - | 91.0 +- 1.0 (3) | - |")
+    assert sum(line.startswith("| MSFlow paper") for line in lines) == 1
+
+
+def test_the_tables_of_the_notes_hold_every_row_of_the_results(load: Load) -> None:
+    ablate = load("campaigns.ablate")
+    written = ablate.PAGE.read_text().partition("<!-- ablations:begin -->\n")[2]
+    expected = "\n".join(ablate.tables(ablate.rows(ablate.FILE)))
+    assert written.startswith(f"{expected}\n<!-- ablations:end -->"), (
+        "run python -m benchmarks.campaigns.ablate --table"
     )
-    assert line.startswith("| MSFlow paper | - | 91.0 +- 1.0 (3) | - |")
