@@ -78,6 +78,8 @@ def test_rows_that_exist_are_not_computed_again_and_seeds_are_averaged(
 
 def test_the_tables_of_the_notes_hold_every_row_of_the_results(load: Load) -> None:
     ablate = load("campaigns.ablate")
+    if not ablate.FILE.exists():
+        pytest.skip("a source distribution holds no results")
     written = ablate.PAGE.read_text().partition("<!-- ablations:begin -->\n")[2]
     expected = "\n".join(ablate.tables(ablate.rows(ablate.FILE)))
     assert written.startswith(f"{expected}\n<!-- ablations:end -->"), (
