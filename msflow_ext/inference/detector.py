@@ -98,13 +98,6 @@ def load(
 
     It has thresholds if its training held normal images out (``Recipe(hold_out=...)``).
 
-    >>> detector = load("runs/mine")
-    >>> [result.name for result in detector.predict("photos")]
-    ['large.jpg', 'small.png']
-    >>> stricter = load("runs/mine", false_alarms=0.2)  # fewer normal images are labelled 1
-    >>> stricter.threshold >= detector.threshold
-    True
-
     Args:
         path: what training wrote; an unfinished run gives the model of its last checkpoint.
         device: where to compute; by default on the GPU if there is one.
@@ -116,6 +109,14 @@ def load(
         FileNotFoundError: nothing there.
         ValueError: not a checkpoint, or a damaged one; ``false_alarms`` for a model without held-out
             images, or with too few of them; another ``precision``.
+
+    Examples:
+        >>> detector = load("runs/mine")
+        >>> [result.name for result in detector.predict("photos")]
+        ['large.jpg', 'small.png']
+        >>> stricter = load("runs/mine", false_alarms=0.2)  # fewer normal images are labelled 1
+        >>> stricter.threshold >= detector.threshold
+        True
     """
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -194,10 +195,6 @@ class Detector:
         hold for tiles: label, mask and p-value are None. To judge tiles by thresholds of your own,
         set these, and ``calibration`` to None.
 
-        >>> (large,) = load("runs/mine").predict("photos/large.jpg", tile=True)
-        >>> large.map.shape, large.label
-        ((90, 160), None)
-
         Args:
             source: a file; a folder, searched with all its folders; a PIL image; an array ``(H, W)``
                 or ``(H, W, 3)`` in the order RGB (OpenCV's are BGR), as
@@ -217,6 +214,11 @@ class Detector:
                 a tensor outside 0..1.
             TypeError: a source, ``batch_size`` or ``workers`` of another type.
             FloatingPointError: a score or a map is not finite; its image is named.
+
+        Examples:
+            >>> (large,) = load("runs/mine").predict("photos/large.jpg", tile=True)
+            >>> large.map.shape, large.label
+            ((90, 160), None)
         """
         options = {"batch_size": batch_size, "workers": workers, "tile": tile, "overlap": overlap}
         return list(self.stream(source, **options, on_error=on_error))

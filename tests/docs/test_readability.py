@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,7 @@ import pytest
 textstat = pytest.importorskip("textstat", reason="textstat is not installed")
 
 ROOT = Path(__file__).parents[2]
-OLD = "cli.md"  # until command-line.md takes its place
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = [page for page in PAGES if page.name != OLD]
 GRADE = 11.0  # of Flesch and Kincaid: years of school
 WORDS = 30  # of a sentence
 
@@ -45,14 +42,6 @@ def prose(text: str) -> list[str]:
     paragraphs = (" ".join(each.split()) for each in re.split(r"\n\s*\n", text))
     sentences = (re.split(r"(?<=[.!?])[\"')]?\s+(?=[\"'(]?[A-Zc\d])", each) for each in paragraphs)
     return [each for parts in sentences for each in parts if words(each)]
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """textstat 0.7.9 and later ask a server for a dictionary of syllables; without it they hyphenate."""
-    counts = sys.modules.get("textstat.backend.counts._count_syllables")
-    if counts and hasattr(counts, "get_cmudict"):
-        monkeypatch.setattr(counts, "get_cmudict", lambda _: None)
 
 
 def words(sentence: str) -> list[str]:
