@@ -27,7 +27,7 @@ PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 HOME = "https://github.com/msflow-ext/msflow_ext"
 NOT_PASTED = ("git ", "python3 -m venv ", ". .venv/bin/activate", "pip install ")
 #: Extras of those who change the package.
-DEVELOPERS = {"test", "bench", "dev", "docs"}
+DEVELOPERS = {"test", "dev", "docs"}
 
 
 def blocks(language: str) -> list[str]:

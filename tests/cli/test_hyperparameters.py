@@ -148,7 +148,7 @@ def test_text_means_the_same_in_a_file_as_on_the_command_line(tmp_path: Path) ->
 
 def test_the_configuration_in_the_documentation_is_read(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (shown,) = re.findall(r"^```yaml config\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     options = configured(tmp_path, "out: x\n" + shown)
     assert recipe_of(options) == Recipe(epochs=50, milestones=(0.6, 0.8), clip=None)
     assert (options.layout, options.normal, options.baseline) == ("folder", "good", True)

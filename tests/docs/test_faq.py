@@ -15,7 +15,7 @@ QUOTED = [
     fragment.strip()
     for quoted in re.findall(r"\*\*([^*]+)\*\*", PAGE.read_text("utf-8"))
     for code in re.findall(r"`([^`]+)`", quoted)
-    if " " in code
+    if " " in code and not code.startswith("-")
     for fragment in code.split("...")
     if fragment.strip()
 ]

@@ -18,7 +18,10 @@ import yaml
 
 from msflow_ext import cli
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),  # of anomalib and Lightning
+]
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^( *)```(?P<info>[^\n`]+)\n(?P<text>.*?)^\1```$", re.DOTALL | re.MULTILINE)
 SHOWN = {"bibtex", "cpp", "dockerfile", "html", "ini", "mermaid", "text", "toml"}  # not executed
@@ -91,7 +94,14 @@ def parse_yaml(block: Block) -> None:
     assert yaml.safe_load(block.text)
     if "config" in block.options:
         Path("config-of-the-page.yaml").write_text(block.text, encoding="utf-8")
-        words = ["train", "--config", "config-of-the-page.yaml", "--print-config"]
+        words = [
+            "train",
+            "--config",
+            "config-of-the-page.yaml",
+            "--out",
+            "runs/x",
+            "--print-config",
+        ]
         assert status(words) == 0
 
 
