@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+from starlette.routing import Route
+
 import msflow_ext as mx
 from msflow_ext import cli
 from msflow_ext.serving import Limits, application
@@ -31,7 +33,8 @@ def test_the_page_describes_every_field_of_an_answer():
 
 def test_the_page_lists_every_path_of_the_service():
     service = application(mx.inference.Detector(None))
-    paths = {f"{m} {r.path}" for r in service.routes for m in getattr(r, "methods", ())}
+    routes = [route for route in service.routes if isinstance(route, Route)]
+    paths = {f"{method} {route.path}" for route in routes for method in route.methods or ()}
     assert set(first_cells("## HTTP")) == paths
 
 
