@@ -116,13 +116,16 @@ def service(run: Path) -> Iterator[str]:
         assert process.stderr
         line = process.stderr.readline()
         found = re.search(r"http://\S+", line)
+        log = threading.Thread(target=sys.stderr.writelines, args=(process.stderr,))
         try:
             if found is None:
                 raise SystemExit(f"the service did not start: {line}{process.stderr.read()}")
-            threading.Thread(target=sys.stderr.writelines, args=(process.stderr,)).start()
+            log.start()
             yield found[0]
         finally:
             process.terminate()
+            if log.ident is not None:
+                log.join()  # its log ends before the pipe is closed
     if process.returncode:
         raise SystemExit(f"the service ended with status {process.returncode}")
 
