@@ -76,16 +76,11 @@ def write(document: dict[str, Any]) -> Iterator[str]:
 def blocks(documents: Sequence[dict[str, Any]]) -> Iterator[tuple[Path, str, Iterable[str]]]:
     """Yield page, marker and lines of each block that comes from the times."""
     yield README, "headline", claim(documents)
-    yield README, "speed", _renamed(short(documents))
-    yield SPEED, "benchmarks", _renamed(headlines(documents))
+    yield README, "speed", short(documents)
+    yield SPEED, "benchmarks", headlines(documents)
     yield GUIDE, "comparisons", comparisons.legend()
     if SETTINGS.exists():
         yield SETTINGS, "settings", settings(documents)
-
-
-def _renamed(lines: Iterable[str]) -> Iterator[str]:
-    """The lines with today's name of the reference implementation, which older results call official."""
-    return (line.replace("official", "reference") for line in lines)
 
 
 def speeds(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -44,7 +44,8 @@ def newest() -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    """Return the document at ``path``; files written before December 2026 call the reference implementation official."""
+    return json.loads(path.read_text().replace('"official', '"reference'))
 
 
 def write(path: Path, document: dict[str, Any]) -> Path:

@@ -108,7 +108,7 @@ def _imported(path: Path, package: Path, names: set[str]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    wanted = page()
+    expected = page()
     if sys.argv[1:] == ["--check"]:
-        sys.exit(PAGE.read_text("utf-8") != wanted and f"{PAGE} is out of date: run {__file__}")
-    PAGE.write_text(wanted, encoding="utf-8")
+        sys.exit(PAGE.read_text("utf-8") != expected and f"{PAGE} is out of date: run {__file__}")
+    PAGE.write_text(expected, encoding="utf-8")

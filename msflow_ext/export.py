@@ -83,7 +83,7 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder, torch.no_grad():
         built = Path(folder) / out.name
-        wanted = _in_two_batches(_Graph(model), seen)
+        expected = _in_two_batches(_Graph(model), seen)
         try:
             chosen.write(_program(model), built, facts)
             got = _in_two_batches(chosen.read(built), seen)
@@ -98,15 +98,15 @@ def export(
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             name = f"{type(model).__name__} on {model.backbone.name}"
             raise RuntimeError(f"{name} cannot be exported to {format}: {reason}") from error
-        found = dict(zip(OUTPUTS, map(_difference, got, wanted), strict=True))
+        found = dict(zip(OUTPUTS, map(_difference, got, expected), strict=True))
         for name, difference in found.items():
             if not difference <= TOLERANCE:
                 raise RuntimeError(
                     f"{out} was not written: its {name} would differ from the run's by {difference:.1e} of the "
-                    f"largest value, {TOLERANCE:.0e} is granted"
+                    f"largest value, more than {TOLERANCE:.0e}"
                 )
-        for name, values, expected in zip(OUTPUTS, default or (), wanted, strict=bool(default)):
-            found[f"{name}{BY_DEFAULT}"] = _difference(values, expected)
+        for name, values, truth in zip(OUTPUTS, default or (), expected, strict=bool(default)):
+            found[f"{name}{BY_DEFAULT}"] = _difference(values, truth)
         for suffix in chosen.suffixes:
             with replacing(out.with_suffix(suffix)) as temporary:
                 os.replace(built.with_suffix(suffix), temporary)
@@ -216,11 +216,11 @@ def _in_two_batches(run: Callable[[Tensor], Sequence[Any]], images: Tensor) -> l
     return [torch.cat([torch.as_tensor(part) for part in pair]) for pair in pairs]
 
 
-def _difference(got: Tensor, wanted: Tensor) -> float:
-    if got.shape != wanted.shape:
+def _difference(got: Tensor, expected: Tensor) -> float:
+    if got.shape != expected.shape:
         return float("inf")
-    smallest = torch.finfo(wanted.dtype).tiny
-    return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(smallest))
+    smallest = torch.finfo(expected.dtype).tiny
+    return float((got - expected).abs().max() / expected.abs().max().clamp_min(smallest))
 
 
 def _program(model: AnomalyModel) -> torch.export.ExportedProgram:

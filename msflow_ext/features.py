@@ -244,15 +244,15 @@ class Features:
     def _allocate(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
         shapes = [(len(self.own), *shape) for shape in shapes]
         sizes = [math.prod(shape) for shape in shapes]
-        wanted, left = sum(sizes) * dtype.itemsize, free_memory()
-        fits = left is None or wanted * self.ranks.size <= left / 2  # all may be on one machine
+        expected, left = sum(sizes) * dtype.itemsize, free_memory()
+        fits = left is None or expected * self.ranks.size <= left / 2  # all may be on one machine
         if self._file is None or (self._cache == "memory" and fits):
             self._file = None
             return [torch.empty(shape, dtype=dtype) for shape in shapes]
         free = shutil.disk_usage(self._file.parent).free
-        if wanted > free:
-            raise OSError(f"{self._file} needs {wanted:,} bytes, the disk has {free:,} left")
-        _reserve(self._file, wanted)
+        if expected > free:
+            raise OSError(f"{self._file} needs {expected:,} bytes, the disk has {free:,} left")
+        _reserve(self._file, expected)
         whole = torch.from_file(str(self._file), shared=True, size=sum(sizes), dtype=dtype)
         return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
 

@@ -30,13 +30,13 @@ class FlowOutput:
 
 
 class AffineCoupling(nn.Module):
-    r"""One flow step: couple the active half to the passive one, scale and shift all channels, permute them.
+    r"""One flow step: couple the transformed half to the conditioning one, scale and shift all channels, permute them.
 
     It is FrEIA's ``AllInOneBlock`` with a softplus global affine and a fixed permutation, on halves instead of whole
     tensors, so that a chain of them neither splits nor concatenates.
 
     Args:
-        channels: channels of both halves; ``channels - channels // 2`` are passive.
+        channels: channels of both halves; ``channels - channels // 2`` are conditioning.
         subnet: module ``(x1, *cond) -> (N, 2 * (channels // 2), *)``.
         clamp, clamp_form: see :func:`msflow_ext.ops.affine_coupling`.
         generator: draws the permutation.
@@ -55,7 +55,7 @@ class AffineCoupling(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = channels
-        self.passive = channels - channels // 2
+        self.conditioning = channels - channels // 2
         self.clamp = clamp
         self.clamp_form = clamp_form
         self.subnet = subnet
@@ -96,7 +96,7 @@ class AffineCoupling(nn.Module):
     def inverse(self, y1: Tensor, y2: Tensor, *cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(x1, x2, log_det)`` of the inverse."""
         affine = self.affine(y1.dtype)
-        x1 = ops.passive_half(y1, y2, self.passive, *affine)
+        x1 = ops.conditioning_half(y1, y2, self.conditioning, *affine)
         x2, log_det = ops.affine_coupling_inverse(
             y1,
             y2,
@@ -121,7 +121,7 @@ class AffineCoupling(nn.Module):
             affine: scale, offset and permutation.
         """
         known = [t.detach() for t in affine]
-        x1 = ops.passive_half(y1, y2, self.passive, *known).detach().requires_grad_()
+        x1 = ops.conditioning_half(y1, y2, self.conditioning, *known).detach().requires_grad_()
         a = ask(x1)
         options = {"clamp": self.clamp, "clamp_form": self.clamp_form}
         x2, _ = ops.affine_coupling_inverse(y1, y2, a.detach(), *known, **options)
@@ -169,20 +169,20 @@ class Flow(nn.Module):
 
         ``then`` permutes the result's channels once more, ``split`` says how many of them ``y1`` has: all by default.
         """
-        passive = self.channels - self.channels // 2
+        conditioning = self.channels - self.channels // 2
         reverses = self.memory == "reversible"
         run = reversible if reverses else in_turn
         copy = not reverses and torch.is_autocast_enabled(x.device.type)
         steps = [_Bound(step, cond, copy=copy) for step in self.steps]
         split = self.channels if split is None else split
         steps[-1] = _Bound(self.steps[-1], cond, then=then, split=split)
-        y1, y2, log_det = run(steps, [x[:, :passive], x[:, passive:]])
+        y1, y2, log_det = run(steps, [x[:, :conditioning], x[:, conditioning:]])
         return y1, y2, log_det
 
     def inverse(self, y: Tensor, *cond: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``y (N, C, *)`` back to ``(x, log_det)`` of the inverse."""
-        passive = self.channels - self.channels // 2
-        x1, x2 = y[:, :passive], y[:, passive:]
+        conditioning = self.channels - self.channels // 2
+        x1, x2 = y[:, :conditioning], y[:, conditioning:]
         total: Tensor | float = 0.0
         for step in reversed(self.steps):
             x1, x2, log_det = step.inverse(x1, x2, *cond)  # type: ignore[operator]

@@ -62,7 +62,7 @@ def _cuda() -> str:
 
 
 def tolerance(dtype: torch.dtype, terms: int = 1) -> float:
-    """Relative error granted to a result of ``dtype`` that sums ``terms`` numbers: ``16 eps sqrt(terms)``.
+    """Relative error allowed in a result of ``dtype`` that sums ``terms`` numbers: ``16 eps sqrt(terms)``.
 
     Half precision is summed in float32 and rounded once, when it is stored: that rounding comes on top.
     """
@@ -71,16 +71,16 @@ def tolerance(dtype: torch.dtype, terms: int = 1) -> float:
     return 16 * torch.finfo(wide).eps * max(1, terms) ** 0.5 + rounding
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> float:
+def relative_error(got: Tensor, expected: Tensor) -> float:
     """Largest deviation, in units of the largest magnitude wanted or 1; 0 for empty tensors."""
-    if got.shape != wanted.shape:
+    if got.shape != expected.shape:
         raise ValueError(
-            f"relative_error: shapes differ, {tuple(got.shape)} and {tuple(wanted.shape)}"
+            f"relative_error: shapes differ, {tuple(got.shape)} and {tuple(expected.shape)}"
         )
-    if wanted.numel() == 0:
+    if expected.numel() == 0:
         return 0.0
-    got, wanted = got.detach().double(), wanted.detach().double()
-    return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1))
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).abs().max() / expected.abs().max().clamp_min(1))
 
 
 def check() -> list[tuple[str, float, float]]:
@@ -100,9 +100,9 @@ def check() -> list[tuple[str, float, float]]:
             with ops.backend("native"):
                 got = run(*tensors)
             with ops.backend("reference"):
-                wanted = run(*(t.double() if t.is_floating_point() else t for t in tensors))
+                expected = run(*(t.double() if t.is_floating_point() else t for t in tensors))
             bound = max(tolerance(g.dtype, tensors[0][0].numel()) for g in got)
-            errors = [relative_error(g, w) for g, w in zip(got, wanted, strict=True)]
+            errors = [relative_error(g, w) for g, w in zip(got, expected, strict=True)]
             error = math.nan if any(map(math.isnan, errors)) else max(errors)
             rows.append((case + where, error, bound))
     return rows
@@ -117,7 +117,7 @@ def _devices() -> list[torch.device]:
 
 # Channels of both halves and positions: tails everywhere, and sizes that move in whole packets of 16 bytes.
 _SIZES = {"": (9, 8, (7, 9)), " in packets": (16, 16, (8, 8))}
-_LAYOUTS = {"planar": torch.contiguous_format, "interleaved": torch.channels_last}
+_LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def _cases(cuda: bool) -> Iterator[tuple[str, Any, list[Tensor]]]:
@@ -282,7 +282,7 @@ def _gradients(function: Any) -> Any:
     def run(*tensors: Tensor) -> list[Tensor]:
         leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
         total = sum(result.square().sum() for result in function(*leaves))
-        wanted = [t for t in leaves if t.requires_grad]
-        return list(torch.autograd.grad(total, wanted))  # type: ignore[arg-type]
+        expected = [t for t in leaves if t.requires_grad]
+        return list(torch.autograd.grad(total, expected))  # type: ignore[arg-type]
 
     return run

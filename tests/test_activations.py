@@ -57,8 +57,8 @@ def gradients(head: Any, x: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(head.loss(x), list(head.parameters())))
 
 
-def assert_close(got: Any, wanted: Any, bound: float = 1e-9) -> None:
-    for g, w in zip(got, wanted, strict=True):
+def assert_close(got: Any, expected: Any, bound: float = 1e-9) -> None:
+    for g, w in zip(got, expected, strict=True):
         assert relative_error(g, w) <= bound
 
 
@@ -92,11 +92,11 @@ def test_function_transforms_of_a_head_give_its_gradients(
     def loss(given: dict[str, Tensor], x: list[Tensor]) -> Tensor:
         return torch.func.functional_call(module, given, (x,))
 
-    wanted = gradients(module.head, x)
-    assert_close(torch.func.grad(loss)(given, x).values(), wanted)
+    expected = gradients(module.head, x)
+    assert_close(torch.func.grad(loss)(given, x).values(), expected)
     stacked = {k: torch.stack((v, v)) for k, v in given.items()}
     both = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None))(stacked, x)
-    assert_close([g[1] for g in both.values()], wanted)
+    assert_close([g[1] for g in both.values()], expected)
 
 
 @pytest.mark.family("transforms")
@@ -108,8 +108,8 @@ def test_batched_gradients_of_a_head_are_those_one_by_one(normal: Normal, kind: 
     upstream = torch.eye(2, dtype=F64)
     got = torch.autograd.grad(losses, leaves, upstream, is_grads_batched=True, retain_graph=True)
     for i in range(2):
-        wanted = torch.autograd.grad(losses[i], leaves, retain_graph=True)
-        assert_close([g[i] for g in got], wanted)
+        expected = torch.autograd.grad(losses[i], leaves, retain_graph=True)
+        assert_close([g[i] for g in got], expected)
 
 
 @pytest.mark.family("gradients")
@@ -177,10 +177,10 @@ def test_recomputation_in_place_and_in_another_layout(normal: Normal) -> None:
 @pytest.mark.family("gradients")
 def test_a_hooked_norm_is_run_once_and_still_gets_its_gradient(normal: Normal) -> None:
     head, x, calls = HEADS["msflow"]().double(), draw(normal), []
-    wanted = gradients(head, x)
+    expected = gradients(head, x)
     head.flows[0].steps[0].subnet.norm.register_forward_hook(lambda *_: calls.append(1))
     head.flows[0].steps[0].subnet.conv_cond.register_forward_hook(lambda *_: calls.append(2))
-    assert_close(gradients(head, x), wanted)
+    assert_close(gradients(head, x), expected)
     assert sorted(calls) == [1, 2]
 
 

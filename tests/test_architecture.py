@@ -110,14 +110,16 @@ SNIPPETS = {
 }
 
 
-@pytest.mark.parametrize(("text", "wanted"), SNIPPETS.items(), ids=SNIPPETS)
-def test_every_way_to_write_an_import_is_seen(text: str, wanted: set[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("text", "expected"), SNIPPETS.items(), ids=SNIPPETS)
+def test_every_way_to_write_an_import_is_seen(
+    text: str, expected: set[str], tmp_path: Path
+) -> None:
     package = tmp_path / "msflow_ext"
     (package / "ops").mkdir(parents=True)
     for file in ("__init__.py", "ops/__init__.py", "ops/norm.py"):
         (package / file).touch()
     (package / "mine.py").write_text(text)
-    assert rooms.rooms(rooms.imports(package))["mine"] == wanted
+    assert rooms.rooms(rooms.imports(package))["mine"] == expected
 
 
 def test_a_circle_is_refused() -> None:

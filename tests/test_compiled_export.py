@@ -98,8 +98,10 @@ torch.save([tuple(model(images)) for images in torch.load(given)], result)
     for batch, found in zip(batches, torch.load(result), strict=True):
         with torch.no_grad():
             prediction = mx.load(run, "cpu").model(batch)
-        for got, wanted in zip(found, (prediction.score, prediction.anomaly_map), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+        for got, expected in zip(found, (prediction.score, prediction.anomaly_map), strict=True):
+            torch.testing.assert_close(
+                got, expected, rtol=0, atol=1e-4 * float(expected.abs().max())
+            )
 
 
 @needs_compiler
@@ -109,8 +111,8 @@ def test_the_package_carries_what_deployment_needs(run, package):
     from torch._inductor import aoti_load_package
 
     found = aoti_load_package(str(package)).get_metadata()
-    wanted = export.metadata(mx.load(run, "cpu"))
-    assert wanted["image_size"] == "32" and wanted.items() <= found.items()
+    expected = export.metadata(mx.load(run, "cpu"))
+    assert expected["image_size"] == "32" and expected.items() <= found.items()
 
 
 @needs_compiler
@@ -121,13 +123,13 @@ def test_the_example_in_cpp_says_of_images_what_the_run_says(run, package, score
     assert done.returncode == 0, done.stderr
     pixels = [np.asarray(Image.open(path)) for path in images]  # PPM is no kind that predict reads
     results, lines = mx.load(run, "cpu").predict(pixels), done.stdout.splitlines()
-    for path, line, wanted in zip(images, lines, results, strict=True):
+    for path, line, expected in zip(images, lines, results, strict=True):
         parts = re.fullmatch(LINE, line)
         assert parts, line
         name, found, x, y = parts.groups()
         assert name == str(path)
-        assert float(found) == pytest.approx(wanted.score, rel=1e-4)
-        assert wanted.map[int(y), int(x)] == pytest.approx(wanted.map.max(), rel=1e-4)
+        assert float(found) == pytest.approx(expected.score, rel=1e-4)
+        assert expected.map[int(y), int(x)] == pytest.approx(expected.map.max(), rel=1e-4)
 
 
 @needs_compiler

@@ -59,8 +59,8 @@ def outputs(model: Any, images: Tensor) -> list[np.ndarray]:
     return [found.score.numpy(), found.anomaly_map.numpy()]
 
 
-def assert_equal(got: Any, wanted: Any) -> None:
-    for g, w in zip(got, wanted, strict=True):
+def assert_equal(got: Any, expected: Any) -> None:
+    for g, w in zip(got, expected, strict=True):
         assert np.asarray(g).dtype == np.float32
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-4 * np.abs(w).max())
 
@@ -101,10 +101,10 @@ def test_an_onnx_file_stands_alone_with_the_documented_inputs_and_outputs(tmp_pa
         "score": ["batch"],
         "anomaly_map": ["batch", 64, 64],
     }
-    wanted = outputs(model, images)
-    assert_equal(session.run(None, {"images": images.numpy()}), wanted)
+    expected = outputs(model, images)
+    assert_equal(session.run(None, {"images": images.numpy()}), expected)
     single = {"images": images[:1].numpy()}
-    assert_equal(session.run(None, single), [w[:1] for w in wanted])
+    assert_equal(session.run(None, single), [w[:1] for w in expected])
 
 
 def test_an_openvino_file_has_its_weights_beside_it(tmp_path, images):
@@ -176,8 +176,10 @@ def test_openvino_carries_what_deployment_needs_and_both_figures_are_given(
     outputs_of = ("score", "anomaly_map")
     assert list(found) == [*outputs_of, *(f"{name} by default" for name in outputs_of)]
     compiled = openvino.compile_model(tmp_path / "m.xml", "CPU")
-    for name, wanted in zip(outputs_of, outputs(calibrated.model, images), strict=True):
-        difference = np.abs(compiled(images.numpy())[name] - wanted).max() / np.abs(wanted).max()
+    for name, expected in zip(outputs_of, outputs(calibrated.model, images), strict=True):
+        difference = (
+            np.abs(compiled(images.numpy())[name] - expected).max() / np.abs(expected).max()
+        )
         assert found[name] <= 1e-4 and found[f"{name} by default"] >= difference * 0.5
 
 

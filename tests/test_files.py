@@ -94,8 +94,8 @@ def test_a_link_in_the_place_of_the_temporary_folder_is_not_followed(tmp_path):
 def test_a_folder_that_is_being_written_is_refused_and_free_again_at_the_end(tmp_path):
     folder = tmp_path / "new" / "run"
     with locked(folder):
-        wanted = r"run is being written by another process: wait"
-        with pytest.raises(BlockingIOError, match=wanted), locked(folder):
+        expected = r"run is being written by another process: wait"
+        with pytest.raises(BlockingIOError, match=expected), locked(folder):
             raise AssertionError
         with locked(tmp_path):
             pass

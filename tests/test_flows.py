@@ -1,4 +1,4 @@
-"""Laws of couplings and chains of them: invertible, log_det of the Jacobian, the same as step by step."""
+"""Properties of couplings and chains of them: invertible, log_det of the Jacobian, the same as step by step."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Mixing(nn.Module):
 
     def __init__(self, channels: int, seed: int = 0) -> None:
         super().__init__()
-        active = channels // 2
+        transformed = channels // 2
         weight = torch.randn(
-            2 * active, channels - active, generator=torch.Generator().manual_seed(seed)
+            2 * transformed, channels - transformed, generator=torch.Generator().manual_seed(seed)
         )
         self.weight = nn.Parameter(3 * weight)
 
@@ -78,8 +78,8 @@ def test_log_det_is_that_of_the_jacobian(each_backend: str, normal: Normal, chan
     flow, x = make(channels), normal(1, channels, 2, 2, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda x: flow(x)[0], x)
     assert isinstance(jacobian, Tensor)
-    wanted = torch.linalg.slogdet(jacobian.reshape(x.numel(), x.numel())).logabsdet
-    assert relative_error(flow(x)[2], wanted[None]) <= 1e-11
+    expected = torch.linalg.slogdet(jacobian.reshape(x.numel(), x.numel())).logabsdet
+    assert relative_error(flow(x)[2], expected[None]) <= 1e-11
 
 
 def test_a_flow_is_its_steps_one_after_the_other(each_backend: str, normal: Normal) -> None:
@@ -102,10 +102,10 @@ def test_a_step_is_the_op_with_the_scale_of_softplus(normal: Normal) -> None:
     assert isinstance(step, AffineCoupling)
     x1, x2 = normal(2, 3, 4, dtype=torch.float64), normal(2, 2, 4, dtype=torch.float64)
     scale = 0.1 * 2 * torch.log(1 + torch.exp(0.5 * step.global_scale))
-    wanted = ops.affine_coupling(
+    expected = ops.affine_coupling(
         x1, x2, step.subnet(x1), scale, step.global_offset, step.perm, clamp=1.9
     )
-    for got, want in zip(step(x1, x2), wanted, strict=True):
+    for got, want in zip(step(x1, x2), expected, strict=True):
         assert relative_error(got, want) <= 1e-14
 
 
@@ -140,8 +140,8 @@ def test_subnets_under_autocast_read_copies_and_give_what_casts_give(
     assert torch.equal(log_det, total)
     leaves = [x, *flow.parameters()]
     got = torch.autograd.grad(y.square().sum() - log_det.sum(), leaves)
-    wanted = torch.autograd.grad(x1.square().sum() + x2.square().sum() - total.sum(), leaves)
-    for g, w in zip(got, wanted, strict=True):
+    expected = torch.autograd.grad(x1.square().sum() + x2.square().sum() - total.sum(), leaves)
+    for g, w in zip(got, expected, strict=True):
         assert relative_error(g, w) <= tolerance(torch.bfloat16)
 
 
@@ -160,8 +160,8 @@ def test_native_and_reference_give_the_same_gradients(
 
     got = gradients()
     with ops.backend("reference"):
-        wanted = gradients()
-    for g, w in zip(got, wanted, strict=True):
+        expected = gradients()
+    for g, w in zip(got, expected, strict=True):
         assert relative_error(g, w) <= 1e-12
 
 

@@ -23,16 +23,16 @@ def test_the_normal_images_of_aupimo_are_those_labelled_so():
     labels = masks.any((1, 2))
     masks, maps = np.append(masks, masks[3:], 0), np.append(maps, maps[3:] + 99, 0)
     labelled = np.append(labels, True)  # a defect that nobody marked
-    wanted = metrics.aupimo_per_image(masks[:4], maps[:4], BOUNDS)
+    expected = metrics.aupimo_per_image(masks[:4], maps[:4], BOUNDS)
     for each in (labelled, labelled.tolist(), torch.from_numpy(labelled).float()):
         found = metrics.aupimo_per_image(masks, maps, BOUNDS, each)
-        np.testing.assert_array_equal(found, [*wanted, np.nan])
+        np.testing.assert_array_equal(found, [*expected, np.nan])
     assert metrics.aupimo(masks, maps, BOUNDS, labelled) == metrics.aupimo(
         masks[:4], maps[:4], BOUNDS
     )
     assert metrics.aupimo(masks, maps, BOUNDS) < metrics.aupimo(masks, maps, BOUNDS, labelled)
     np.testing.assert_array_equal(
-        metrics.aupimo_per_image(masks[:4], maps[:4], BOUNDS, labels), wanted
+        metrics.aupimo_per_image(masks[:4], maps[:4], BOUNDS, labels), expected
     )
 
 

@@ -120,8 +120,8 @@ def test_the_extra_all_names_every_other() -> None:
 
 def test_no_group_asks_an_index_for_this_package() -> None:
     for group in GROUPS.values():
-        wanted = [Requirement(each) for each in group if isinstance(each, str)]
-        assert PROJECT["name"] not in {each.name for each in wanted}
+        expected = [Requirement(each) for each in group if isinstance(each, str)]
+        assert PROJECT["name"] not in {each.name for each in expected}
         assert {each["include-group"] for each in group if isinstance(each, dict)} <= GROUPS.keys()
 
 

@@ -32,7 +32,7 @@ def test_half_precision_is_granted_its_rounding_on_top_of_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("got", "wanted", "error"),
+    ("got", "expected", "error"),
     [
         ([1.0, 2.0], [1.0, 2.0], 0.0),
         ([1.0, -9.0], [1.0, -10.0], 0.1),
@@ -43,8 +43,8 @@ def test_half_precision_is_granted_its_rounding_on_top_of_float32() -> None:
     ],
     ids=["equal", "relative-to-the-largest", "small-numbers-to-one", "empty", "nan", "infinite"],
 )
-def test_the_relative_error(got: list[float], wanted: list[float], error: float) -> None:
-    found = testing.relative_error(torch.tensor(got, requires_grad=True), torch.tensor(wanted))
+def test_the_relative_error(got: list[float], expected: list[float], error: float) -> None:
+    found = testing.relative_error(torch.tensor(got, requires_grad=True), torch.tensor(expected))
     assert found == pytest.approx(error, nan_ok=True)
 
 
@@ -55,7 +55,7 @@ def test_the_relative_error_refuses_other_shapes() -> None:
 
 def test_every_kernel_passes_the_check_of_this_machine(native: None) -> None:
     rows = testing.check()
-    assert [case for case, error, granted in rows if not error <= granted] == []
+    assert [case for case, error, bound in rows if not error <= bound] == []
     for word in (*_forms(), "inverse", "backward", "norm", "score", "aggregate", "bfloat16"):
         assert any(word in case for case, _, _ in rows), word
 
@@ -71,10 +71,10 @@ def test_the_check_finds_a_kernel_that_is_wrong(
         results[2].mul_(wrong)
 
     monkeypatch.setattr(coupling._coupling, "run", run_wrongly)
-    found = {case for case, error, granted in testing.check() if not error <= granted}
+    found = {case for case, error, bound in testing.check() if not error <= bound}
     assert found
     assert all(case.startswith("coupling") and "inverse" not in case for case in found)
-    assert {f"coupling {form} float32 planar" for form in _forms()} <= found
+    assert {f"coupling {form} float32 contiguous" for form in _forms()} <= found
 
 
 def _forms() -> tuple[str, ...]:

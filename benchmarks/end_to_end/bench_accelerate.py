@@ -69,7 +69,7 @@ def both(name: str, make: Callable[[], tuple[Any, list[Tensor]]], batch: int) ->
                 "ours bf16": provider(autocast, fast=True, train=train),
                 "ours compile fp32": provider(compiled, fast=True, train=train, slow=True),
             },
-            wanted="eager fp32",
+            expected="eager fp32",
             hot=train,
             grad=train,
             calls=3 if train else 1,

@@ -62,7 +62,7 @@ def image(pair: Pair) -> Case:
             "ours optimized fp32": Provider(lambda: build(*key).optimize(), FP32),
             "ours optimized bf16": Provider(lambda: build(*key).optimize(torch.bfloat16), BF16),
         },
-        wanted="ours eager fp32",
+        expected="ours eager fp32",
         memory=True,
         facts=lambda: facts(build(*key)),
     )
@@ -90,7 +90,7 @@ def step(pair: Pair) -> Case:
             "ours fp32": Provider(lambda: run("float32"), FP32),
             "ours bf16": Provider(lambda: run("bfloat16"), BF16, bf16=True),
         },
-        wanted="ours fp32",
+        expected="ours fp32",
         hot=True,
         grad=True,
         rounds=3,

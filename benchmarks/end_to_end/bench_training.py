@@ -16,8 +16,8 @@ from benchmarks.aupro import published
 from benchmarks.harness import run_in_pytest
 from msflow_ext import MSFlow
 from msflow_ext.bench import DEMO, TINY, Case, Provider
-from msflow_ext.bench.cases import OFFICIAL, training_step
-from msflow_ext.bench.official import OfficialMSFlow, predict
+from msflow_ext.bench.cases import REFERENCE, training_step
+from msflow_ext.bench.reference import ReferenceMSFlow, predict
 from msflow_ext.data import DataSet, Images, Item
 from msflow_ext.data.synthetic import blob, draw
 
@@ -74,11 +74,11 @@ def run_case(
         name=f"training run {backbone} {size} px, {train} + {test} images, {epochs} epochs",
         inputs=lambda: [dataset],
         providers={
-            f"{OFFICIAL} fp32": Provider(lambda: official_run(model, fp32)),
+            f"{REFERENCE} fp32": Provider(lambda: reference_run(model, fp32)),
             "ours fp32": Provider(lambda: our_run(model, fp32), 2e-2),
             "ours bf16": Provider(lambda: our_run(model, bf16), 0.1, bf16=True),
         },
-        wanted=f"{OFFICIAL} fp32",
+        expected=f"{REFERENCE} fp32",
         grad=True,
         rounds=1,
     )
@@ -95,7 +95,7 @@ def our_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet], lis
     return run
 
 
-def official_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet], list[float]]:
+def reference_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet], list[float]]:
     """The same recipe by the reference implementation: the backbone in every epoch, then scikit-learn and 800 thresholds.
 
     Kinder than theirs: images are decoded once. In float32: under autocast its losses are others altogether.
@@ -107,7 +107,7 @@ def official_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet]
         train, test = Images(dataset.train, size), Images(dataset.test, size)
         pixels = torch.stack([train[i] for i in range(len(train))])
         maps = [tuple(f.shape[2:]) for f in net.features(pixels[:1])]
-        flows = OfficialMSFlow(net.head, maps, "dense" if OFFICIAL == "official" else "index")
+        flows = ReferenceMSFlow(net.head, maps, "dense" if REFERENCE == "reference" else "index")
         parameters = [p for p in flows.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters)
         tested = torch.stack([test[i] for i in range(len(test))])
@@ -133,7 +133,7 @@ def official_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet]
 
 
 @torch.no_grad()
-def scores_of(net: MSFlow, flows: OfficialMSFlow, images: Tensor) -> tuple[Tensor, Tensor]:
+def scores_of(net: MSFlow, flows: ReferenceMSFlow, images: Tensor) -> tuple[Tensor, Tensor]:
     found = predict(flows.log_likelihood(net.features(images)), net.image_size)
     return found.score, found.anomaly_map
 

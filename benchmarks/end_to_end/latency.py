@@ -102,7 +102,7 @@ def case(graphs: Graphs, batch: int, aoti: bool = False) -> Case:
                 lambda: _predict(model.optimize(torch.bfloat16), batch), BF16
             ),
         },
-        wanted="eager fp32",
+        expected="eager fp32",
     )
 
 

@@ -80,8 +80,8 @@ def _kernel_cases(
     y = ops.affine_coupling(l1, l2, l3, *vectors)
     upstream = [torch.ones_like(t) for t in y]
     n = x1.nbytes
-    # The inverse reads the active results alone, which lie between the passive ones in channels_last.
-    active = 4 if layout is torch.contiguous_format else 5
+    # The inverse reads the transformed results alone, which lie between the conditioning ones in channels_last.
+    transformed = 4 if layout is torch.contiguous_format else 5
     return {
         "coupling forward": (6 * n, lambda: ops.affine_coupling(x1, x2, a, *vectors)),
         "coupling without log_det": (
@@ -93,7 +93,7 @@ def _kernel_cases(
             lambda: ops.coupling_log_likelihood(x1, x2, a, *vectors),
         ),
         "coupling inverse": (
-            active * n,
+            transformed * n,
             lambda: ops.affine_coupling_inverse(x1, x2, a, *vectors),
         ),
         "coupling backward": (
@@ -197,8 +197,8 @@ def _inference(batch: int) -> Measured:
             "ours graph bf16": lambda: replay(features),
         }
     )
-    wanted = flows["eager"].log_likelihood(features)
-    pairs = zip(replay(features), wanted, strict=True)
+    expected = flows["eager"].log_likelihood(features)
+    pairs = zip(replay(features), expected, strict=True)
     error = max(float((g - w).abs().max() / w.abs().max()) for g, w in pairs)
     return _ratios(times, "ours graph bf16") | {"error against eager fp32": error}
 
@@ -262,18 +262,18 @@ def _features(batch: int, layout: torch.memory_format) -> list[Tensor]:
 def _flows() -> dict[str, Any]:
     """Ours and the reference implementation on equal weights; with FrEIA's dense permutations too where it is installed."""
     from msflow_ext import MSFlowHead
-    from msflow_ext.bench.official import OfficialMSFlow
+    from msflow_ext.bench.reference import ReferenceMSFlow
 
     head = MSFlowHead(CHANNELS, blocks=BLOCKS, seed=0)
     flows: dict[str, Any] = {"ours": copy.deepcopy(head).cuda()}
     for name, permutation in (("eager", "index"), ("FrEIA", "dense")):
         try:
-            official = OfficialMSFlow(head, [(s, s) for s in SIZES], permutation).cuda()
+            reference = ReferenceMSFlow(head, [(s, s) for s in SIZES], permutation).cuda()
         except ModuleNotFoundError:
             continue
-        official.conditions = [c.cuda() for c in official.conditions]
-        official.fusion.perms = [p.cuda() for p in official.fusion.perms]
-        flows[name] = official
+        reference.conditions = [c.cuda() for c in reference.conditions]
+        reference.fusion.perms = [p.cuda() for p in reference.fusion.perms]
+        flows[name] = reference
     return {
         name: f.to(memory_format=torch.channels_last) if isinstance(f, nn.Module) else f
         for name, f in flows.items()

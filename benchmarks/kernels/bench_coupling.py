@@ -59,7 +59,7 @@ def make(direction: str, dtype: str, layout: str, channels: int, side: int, batc
 
         return Provider(make, TOLERANCES[dtype], **options)
 
-    def wanted(*given: Tensor) -> Any:
+    def expected(*given: Tensor) -> Any:
         return (backward_of(truth, 3) if back else truth)(*widened(given))
 
     providers = {"eager": provider(written_well), "ours": provider(ours)}
@@ -85,7 +85,7 @@ def make(direction: str, dtype: str, layout: str, channels: int, side: int, batc
         name=f"coupling {direction} {dtype} {layout} {channels}x{side}x{side} b{batch}",
         inputs=inputs,
         providers=providers,
-        wanted=wanted,
+        expected=expected,
         bytes=tensors * batch * channels * side * side * DTYPES[dtype].itemsize,
         hot=hot,
         grad=back,
@@ -130,9 +130,9 @@ def eager(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor, perm
 
 
 def eager_inverse(y1: Tensor, y2: Tensor, a: Tensor, scale: Tensor, offset: Tensor, perm: Tensor):
-    """Only the active half, as our inverse: half of the channels are gathered."""
-    active = torch.argsort(perm)[y1.size(1) :]
-    u = torch.cat((y1, y2), 1)[:, active]
+    """Only the transformed half, as our inverse: half of the channels are gathered."""
+    transformed = torch.argsort(perm)[y1.size(1) :]
+    u = torch.cat((y1, y2), 1)[:, transformed]
     a_s, a_t = a.chunk(2, 1)
     s = CLAMP * torch.tanh(0.1 * a_s)
     scale_x, offset_x = (v[y1.size(1) :].view(-1, 1, 1).to(u.dtype) for v in (scale, offset))

@@ -36,7 +36,7 @@ def auroc_case(images: int, side: int) -> Case:
             "sklearn": Provider(lambda: sklearn),
             "ours": Provider(lambda: metrics.auroc, 1e-6),
         },
-        wanted="sklearn",
+        expected="sklearn",
         rounds=3,
     )
 
@@ -46,11 +46,13 @@ def aupro_case(images: int, side: int) -> Case:
         name=f"AUPRO {images} images {side} px",
         inputs=lambda: masks_and_maps(images, side),
         providers={
-            "800 thresholds": Provider(lambda: published, 1e-6, wanted=metrics.pro_800),
-            "800 thresholds, regions once": Provider(lambda: pro_800, 1e-6, wanted=metrics.pro_800),
+            "800 thresholds": Provider(lambda: published, 1e-6, expected=metrics.pro_800),
+            "800 thresholds, regions once": Provider(
+                lambda: pro_800, 1e-6, expected=metrics.pro_800
+            ),
             "ours": Provider(lambda: metrics.aupro, 1e-6),
         },
-        wanted=exact_sweep,
+        expected=exact_sweep,
         rounds=1,
     )
 

@@ -55,7 +55,7 @@ def make(dtype: str, layout: str, channels: int, side: int, batch: int) -> Case:
         name=f"norm {dtype} {layout} {channels}x{side}x{side} b{batch}",
         inputs=inputs,
         providers=providers,
-        wanted=lambda *given: reference(*widened(given)),
+        expected=lambda *given: reference(*widened(given)),
         bytes=positions * (2 * batch * DTYPES[dtype].itemsize + 4),
         hot=hot,
     )

@@ -70,7 +70,7 @@ def make(
             "compile": Provider(lambda: run(compiled(eager)), TOLERANCES[dtype], slow=True),
             "ours": Provider(lambda: run(ours), TOLERANCES[dtype]),
         },
-        wanted=lambda *given: run(eager)(*widened(given)),
+        expected=lambda *given: run(eager)(*widened(given)),
         grad=backward,
     )
 

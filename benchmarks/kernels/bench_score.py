@@ -11,7 +11,7 @@ from benchmarks.harness import DTYPES, LAYOUTS, normal, run_in_pytest, scales
 from msflow_ext import ops
 from msflow_ext.bench import Case, Provider
 from msflow_ext.bench.modes import compiled
-from msflow_ext.bench.official import predict
+from msflow_ext.bench.reference import predict
 
 
 def test_score(benchmark: Any, case: Case, provider: str) -> None:
@@ -44,7 +44,7 @@ def likelihood_case(dtype: str, layout: str, channels: int, side: int) -> Case:
             "eager": Provider(lambda: eager if dtype == "fp32" else narrow, tolerance),
             "ours": Provider(lambda: ops.log_likelihood_map, tolerance),
         },
-        wanted=lambda z: eager(z.double()),
+        expected=lambda z: eager(z.double()),
         bytes=8 * channels * side * side * DTYPES[dtype].itemsize,
     )
 
@@ -52,7 +52,7 @@ def likelihood_case(dtype: str, layout: str, channels: int, side: int) -> Case:
 def aggregation_case(size: int, batch: int) -> Case:
     sides = [size // 8, size // 16, size // 32]
 
-    def official(*maps: Tensor) -> list[Tensor]:
+    def reference(*maps: Tensor) -> list[Tensor]:
         found = predict(maps, size)
         return [found.score, found.anomaly_map, found.image_map]
 
@@ -64,10 +64,10 @@ def aggregation_case(size: int, batch: int) -> Case:
         name=f"aggregation {size} px b{batch}",
         inputs=lambda: [-normal(batch, s, s).square() for s in sides],
         providers={
-            "official": Provider(lambda: official),
-            "compile": Provider(lambda: compiled(official), slow=True),
+            "reference": Provider(lambda: reference),
+            "compile": Provider(lambda: compiled(reference), slow=True),
             "ours": Provider(lambda: ours),
         },
-        wanted="official",
+        expected="reference",
         hot=True,
     )

@@ -1,4 +1,4 @@
-"""3x3 convolutions of the flows' subnets in Winograd's form against eager and prepacked direct ones."""
+"""3x3 convolutions of the flows' subnets in Winograd's form against eager and optimized direct ones."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def make(dtype: str, side: int, c_in: int, c_out: int, batch: int) -> Case:
         inputs=lambda: [normal(batch, c_in, side, side, dtype=DTYPES[dtype], layout="nhwc")],
         providers={
             "eager": Provider(lambda: eager(conv, DTYPES[dtype]), tolerance),
-            "prepacked": Provider(lambda: direct(conv, DTYPES[dtype]), tolerance),
+            "optimized": Provider(lambda: direct(conv, DTYPES[dtype]), tolerance),
             "tiles of 2": Provider(lambda: tiles(conv, DTYPES[dtype], 2), tolerance),
             "tiles of 4": Provider(lambda: tiles(conv, torch.float32, 4), tolerance),
             "ours": Provider(lambda: packed.PackedConv2d(conv, DTYPES[dtype]), tolerance),
         },
-        wanted=lambda x: F.conv2d(
+        expected=lambda x: F.conv2d(
             x.double(), conv.weight.double(), bias_of(conv).double(), padding=1
         ),
         hot=True,
@@ -87,7 +87,7 @@ def gradient(dtype: str, side: int, c_in: int, c_out: int, batch: int = 8) -> Ca
             "eager channels_last": Provider(lambda: autograd, tolerance, bf16=dtype == "bf16"),
             "ours": Provider(lambda: ops.winograd_weight_grad, tolerance),
         },
-        wanted=lambda x, grad: conv2d_weight(x.double(), weight.shape, grad.double(), padding=1),
+        expected=lambda x, grad: conv2d_weight(x.double(), weight.shape, grad.double(), padding=1),
         hot=True,
     )
 
@@ -101,15 +101,15 @@ def eager(conv: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 def direct(conv: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """What torch's own freezing makes of a convolution."""
     weight = conv.weight.to(dtype, memory_format=torch.channels_last)
-    bias, prepacked = bias_of(conv).to(dtype), []
+    bias, optimized = bias_of(conv).to(dtype), []
     geometry = ([1, 1], [1, 1], [1, 1], 1)
 
     def run(x: Tensor) -> Tensor:
-        if not prepacked:
+        if not optimized:
             pack = torch.ops.mkldnn._reorder_convolution_weight
-            prepacked.append(pack(weight, *geometry, list(x.shape)))
+            optimized.append(pack(weight, *geometry, list(x.shape)))
         return torch.ops.mkldnn._convolution_pointwise(
-            x, prepacked[0], bias, *geometry, "none", [], ""
+            x, optimized[0], bias, *geometry, "none", [], ""
         )
 
     return run

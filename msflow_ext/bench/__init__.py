@@ -52,7 +52,7 @@ def compare(
     with threads(thread_count):
         facts = machine.facts()
         yield f"{facts['cpu']}, {facts['capability']}, threads: {thread_count or 'default'}"
-        if cases.OFFICIAL != "official":
+        if cases.REFERENCE != "reference":
             yield "FrEIA is not installed: 'eager' replaces the reference implementation (extra 'bench')"
         for case in chosen:
             row = measure(case, seconds=seconds)

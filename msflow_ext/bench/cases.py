@@ -14,14 +14,14 @@ from torch.nn.utils import clip_grad_norm_
 
 from msflow_ext.bench.harness import Case, Provider
 from msflow_ext.bench.modes import autocast, compiled, freezing
-from msflow_ext.bench.official import OfficialMSFlow, predict
+from msflow_ext.bench.reference import ReferenceMSFlow, predict
 from msflow_ext.models.base import FlowHead
 from msflow_ext.models.msflow import MSFlow
 from msflow_ext.models.msflow_head import MSFlowHead
 from msflow_ext.training.recipe import Recipe
 
 #: Provider that is the reference implementation: on FrEIA's blocks, or the same in plain PyTorch without FrEIA.
-OFFICIAL = "official" if importlib.util.find_spec("FrEIA") else "eager"
+REFERENCE = "reference" if importlib.util.find_spec("FrEIA") else "eager"
 FP32, BF16 = 1e-4, 5e-2  # tolerances of a whole network; see Provider.tolerance
 CHANNELS, BLOCKS = (256, 512, 1024), (2, 5, 8)  # wide_resnet50_2 and the paper
 
@@ -47,7 +47,7 @@ def flows(
         name=f"flows {size} px b{batch}",
         inputs=lambda: [_features(channels, maps, batch)],
         providers={**_theirs(theirs), **_ours(lambda: _head(*head))},
-        wanted="eager fp32",
+        expected="eager fp32",
         memory=True,
     )
 
@@ -69,7 +69,7 @@ def pipeline(
         name=f"pipeline {backbone} {size} px b{batch}",
         inputs=lambda: [torch.rand(batch, 3, size, size)],
         providers={**_theirs(theirs), **_ours(lambda: _model(*key))},
-        wanted="eager fp32",
+        expected="eager fp32",
         memory=True,
     )
 
@@ -87,7 +87,7 @@ def training_step(
 
     def theirs(permutation: str, *, bf16: bool = False, slow: bool = False, **options: Any):
         def make() -> Callable[..., Any]:
-            new = OfficialMSFlow(_new_head(*head), maps, permutation)
+            new = ReferenceMSFlow(_new_head(*head), maps, permutation)
             return _their_step(new, bf16=bf16, compile=slow, **options)
 
         return Provider(make, BF16 if bf16 else FP32, slow, bf16)
@@ -100,13 +100,13 @@ def training_step(
 
         return Provider(make, BF16 if bf16 else FP32, bf16=bf16)
 
-    authors = "dense" if OFFICIAL == "official" else "index"
+    authors = "dense" if REFERENCE == "reference" else "index"
     return Case(
         name=f"training step {'-'.join(map(str, channels))} {size} px b{batch}",
         inputs=lambda: [_features(channels, maps, batch)],
         providers={
-            f"{OFFICIAL} fp32": theirs(authors),
-            f"{OFFICIAL} bf16": theirs(authors, bf16=True),
+            f"{REFERENCE} fp32": theirs(authors),
+            f"{REFERENCE} bf16": theirs(authors, bf16=True),
             "eager bf16 tuned": theirs("index", bf16=True, tuned=True),
             "compile fp32": theirs("index", slow=True),
             "compile bf16": theirs("index", bf16=True, slow=True),
@@ -114,7 +114,7 @@ def training_step(
             "ours reversible fp32": ours(memory="reversible"),
             "ours bf16": ours(bf16=True),
         },
-        wanted=f"{OFFICIAL} fp32",
+        expected=f"{REFERENCE} fp32",
         hot=True,
         grad=True,
         calls=3,
@@ -155,15 +155,15 @@ def _theirs(make: Callable[[str, torch.memory_format], Callable[..., Any]]) -> d
         bf16 = autocast in modes
         return Provider(build, BF16 if bf16 else FP32, bf16=bf16, **options)
 
-    official = {
-        "official fp32": provider("dense"),
-        "official bf16": provider("dense", autocast),
+    reference = {
+        "reference fp32": provider("dense"),
+        "reference bf16": provider("dense", autocast),
     }
     return {
         "eager fp32": provider("index"),
         "eager bf16": provider("index", autocast),
         "eager bf16 channels_last": provider("index", autocast, last=True),
-        **(official if OFFICIAL == "official" else {}),
+        **(reference if REFERENCE == "reference" else {}),
         "compile fp32": provider("index", compiled, slow=True),
         "compile bf16": provider("index", autocast, compiled, slow=True),
         "compile+freezing fp32": provider("index", freezing, slow=True),
@@ -207,9 +207,9 @@ def _official(
     blocks: Sequence[int],
     maps: Sequence[tuple[int, int]],
     permutation: str,
-) -> OfficialMSFlow:
-    official = OfficialMSFlow(_head(channels, blocks), maps, permutation)
-    return official.eval().requires_grad_(False)
+) -> ReferenceMSFlow:
+    reference = ReferenceMSFlow(_head(channels, blocks), maps, permutation)
+    return reference.eval().requires_grad_(False)
 
 
 @lru_cache(maxsize=1)
@@ -235,7 +235,7 @@ def _official_pipeline(
     """timm's backbone, pooling, the reference flows and scores."""
     size = model.image_size
     maps = [f.shape[2:] for f in model.features(torch.zeros(1, 3, size, size))]
-    flows = OfficialMSFlow(model.head, maps, permutation).eval().requires_grad_(False)
+    flows = ReferenceMSFlow(model.head, maps, permutation).eval().requires_grad_(False)
     if layout is torch.channels_last:
         flows = flows.to(memory_format=layout)  # type: ignore[call-overload]
         model = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
@@ -248,7 +248,7 @@ def _official_pipeline(
 
 
 def _their_step(
-    flows: OfficialMSFlow, *, bf16: bool, compile: bool = False, tuned: bool = False
+    flows: ReferenceMSFlow, *, bf16: bool, compile: bool = False, tuned: bool = False
 ) -> Callable[[Sequence[Tensor]], tuple[float, float]]:
     """A training step of the reference implementation; ``tuned`` adds channels_last and PyTorch's fused Adam."""
     layout = torch.channels_last if tuned else torch.contiguous_format

@@ -29,17 +29,17 @@ class Provider:
 
     Attributes:
         make: builds the callable that takes the case's inputs; what it builds once is not timed.
-        tolerance: largest deviation from the wanted results, in units of their largest magnitude.
+        tolerance: largest deviation from the expected results, in units of their largest magnitude.
         slow: takes a minute or more to build; run on request only.
         bf16: PyTorch convolves in bfloat16; not timed where the processor has no instructions for that.
-        wanted: results of its own to be equal to, where it computes another quantity than the others.
+        expected: results of its own to be equal to, where it computes another quantity than the others.
     """
 
     make: Callable[[], Callable[..., Any]]
     tolerance: float = 1e-4
     slow: bool = False
     bf16: bool = False
-    wanted: Callable[..., Any] | None = None
+    expected: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Case:
         name: what, with sizes and dtype; unique.
         inputs: draws the arguments of a call.
         providers: by name.
-        wanted: the name of the provider whose results are right, or a function of the inputs that gives them.
+        expected: the name of the provider whose results are right, or a function of the inputs that gives them.
         bytes: that must cross memory in one call, for GB/s; 0 if not known.
         hot: the same inputs in every call, which caches may hold; else they rotate past the last-level cache.
         grad: whether gradients are recorded.
@@ -63,7 +63,7 @@ class Case:
     name: str
     inputs: Callable[[], Sequence[Any]]
     providers: Mapping[str, Provider]
-    wanted: str | Callable[..., Any]
+    expected: str | Callable[..., Any]
     bytes: int = 0
     hot: bool = False
     grad: bool = False
@@ -75,7 +75,7 @@ class Case:
 
 @dataclass
 class Ready:
-    """The providers of a case that gave the wanted results, and the inputs to call them with."""
+    """The providers of a case that gave the expected results, and the inputs to call them with."""
 
     case: Case
     runs: dict[str, Callable[..., Any]]
@@ -98,7 +98,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def prepare(case: Case, names: Sequence[str] | None = None, *, slow: bool = False) -> Ready:
-    """Build the providers of a case and compare their results with the wanted ones.
+    """Build the providers of a case and compare their results with the expected ones.
 
     Args:
         names: only these; all by default.
@@ -112,32 +112,32 @@ def prepare(case: Case, names: Sequence[str] | None = None, *, slow: bool = Fals
     ready = Ready(case, {}, _copies(case, inputs), {})
     with torch.set_grad_enabled(case.grad):
         common: list[Any] = []
-        if isinstance(case.wanted, str):
-            ready.runs[case.wanted] = case.providers[case.wanted].make()
-            common = _results(ready.runs[case.wanted], inputs, case.calls)
-        elif any(case.providers[n].wanted is None for n in chosen):
-            common = _results(case.wanted, inputs, case.calls)
+        if isinstance(case.expected, str):
+            ready.runs[case.expected] = case.providers[case.expected].make()
+            common = _results(ready.runs[case.expected], inputs, case.calls)
+        elif any(case.providers[n].expected is None for n in chosen):
+            common = _results(case.expected, inputs, case.calls)
         for name in chosen:
             _compare(ready, name, inputs, common)
-    if case.wanted in ready.runs and case.wanted not in chosen:
-        del ready.runs[str(case.wanted)]
+    if case.expected in ready.runs and case.expected not in chosen:
+        del ready.runs[str(case.expected)]
     return ready
 
 
 def _compare(ready: Ready, name: str, inputs: Sequence[Any], common: list[Any]) -> None:
-    """Build one provider; keep it if its first results are those wanted, else note why it is refused."""
+    """Build one provider; keep it if its first results are those expected, else note why it is refused."""
     case, provider = ready.case, ready.case.providers[name]
     found = ready.found[name] = {}
     if provider.bf16 and not has_bfloat16():
         found["refused"] = "this processor has no instructions for bfloat16"
         return
-    if name == case.wanted:
+    if name == case.expected:
         found.update(error=0.0, tolerance=provider.tolerance)
         return
-    wanted = common if provider.wanted is None else [provider.wanted(*inputs)]
+    expected = common if provider.expected is None else [provider.expected(*inputs)]
     try:
         run = provider.make()
-        error = max(map(difference, _results(run, inputs, case.calls), wanted))
+        error = max(map(difference, _results(run, inputs, case.calls), expected))
     except Exception as failure:  # of any kind, from code of others: the rest can still be timed
         reason = " ".join(str(failure).split())[:300]
         found["refused"] = f"{type(failure).__name__}: {reason}"

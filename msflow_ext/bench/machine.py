@@ -59,7 +59,7 @@ def cache_bytes() -> int:
 
 
 def load_average() -> float | None:
-    """Processes that wanted to run over the last minute, on average."""
+    """Processes ready to run over the last minute, on average."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 #: What the other providers of a row are compared with, if it was timed: the first of these.
-BASELINES = ("official fp32", "official", "eager fp32", "eager", "sklearn", "800 thresholds")
+BASELINES = ("reference fp32", "reference", "eager fp32", "eager", "sklearn", "800 thresholds")
 
 
-def difference(got: Any, wanted: Any) -> float:
-    """Largest deviation of tensors, numbers or nests of them, in units of each one's largest magnitude wanted."""
-    left, right = list(tensors_of(got)), list(tensors_of(wanted))
+def difference(got: Any, expected: Any) -> float:
+    """Largest deviation of tensors, numbers or nests of them, in units of each one's largest magnitude expected."""
+    left, right = list(tensors_of(got)), list(tensors_of(expected))
     if [t.shape for t in left] != [t.shape for t in right]:
         return math.inf
     worst = 0.0

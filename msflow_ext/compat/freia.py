@@ -77,7 +77,7 @@ class AllInOneBlock(nn.Module):
             raise ValueError("AllInOneBlock: subnet_constructor must be given")
         self.dims_in, self.dims_c = list(dims_in), list(dims_c)
         self.channels, self.rank = dims_in[0][0], len(dims_in[0]) - 1
-        self.passive = self.channels - self.channels // 2
+        self.conditioning = self.channels - self.channels // 2
         self.condition_channels = sum(dims[0] for dims in dims_c)
         self.clamp, self.clamp_form = float(affine_clamping), clamp_form
         self.gin_block = gin_block
@@ -101,7 +101,7 @@ class AllInOneBlock(nn.Module):
                 pair = perm, torch.argsort(perm)
             self.w_perm, self.w_perm_inv = (nn.Parameter(p, False) for p in pair)
         self.register_buffer("perm", None if self.householder else perm, persistent=False)
-        self.subnet = subnet_constructor(self.passive + self.condition_channels, 2 * (c // 2))
+        self.subnet = subnet_constructor(self.conditioning + self.condition_channels, 2 * (c // 2))
 
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
@@ -127,7 +127,7 @@ class AllInOneBlock(nn.Module):
 
     def _couple(self, x: Tensor, c: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Coupling, global affine and, where it is hard, permutation."""
-        x1, x2 = x[:, : self.passive], x[:, self.passive :]
+        x1, x2 = x[:, : self.conditioning], x[:, self.conditioning :]
         a = self.subnet(torch.cat((x1, *c), 1))
         affine = _, offset, perm = self._affine(x.dtype)
         if self.gin_block:
@@ -142,14 +142,16 @@ class AllInOneBlock(nn.Module):
 
     def _uncouple(self, y: Tensor, c: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The inverse of :meth:`_couple`."""
-        y1, y2 = y[:, : self.passive], y[:, self.passive :]
+        y1, y2 = y[:, : self.conditioning], y[:, self.conditioning :]
         affine = self._affine(y.dtype)
-        u = ops.passive_half(y1, y2, self.channels if self.gin_block else self.passive, *affine)
-        x1 = u[:, : self.passive]
+        u = ops.conditioning_half(
+            y1, y2, self.channels if self.gin_block else self.conditioning, *affine
+        )
+        x1 = u[:, : self.conditioning]
         a = self.subnet(torch.cat((x1, *c), 1))
         if self.gin_block:
             s, t = self._centred(a, y.dtype)
-            x2, log_det = (u[:, self.passive :] - t) * torch.exp(-s), -s.flatten(1).sum(1)
+            x2, log_det = (u[:, self.conditioning :] - t) * torch.exp(-s), -s.flatten(1).sum(1)
             x2 = x2.to(y.dtype)
         else:
             x2, log_det = ops.affine_coupling_inverse(

@@ -120,8 +120,8 @@ def _of_array(array: np.ndarray) -> Picture:
         )
     colours = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
     if array.size == 0 or not (array.ndim == 2 or colours):
-        wanted = "(H, W), or (H, W, 3) or (H, W, 4) of uint8"
-        raise ValueError(f"an image array must be {wanted}, got {array.shape} of {array.dtype}")
+        expected = "(H, W), or (H, W, 3) or (H, W, 4) of uint8"
+        raise ValueError(f"an image array must be {expected}, got {array.shape} of {array.dtype}")
     deep = array.dtype == np.uint16
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255

@@ -163,14 +163,14 @@ class _Walk:
     def _take(self, name: str, entry: os.DirEntry[str]) -> None:
         """Note a file, or what else is no folder."""
         reason = ""
-        wanted = os.path.splitext(entry.name)[1].lower() in self.suffixes
+        matches = os.path.splitext(entry.name)[1].lower() in self.suffixes
         try:
-            if wanted or entry.is_symlink():
+            if matches or entry.is_symlink():
                 status = entry.stat()
-                if wanted and entry.is_file():
+                if matches and entry.is_file():
                     self.found.files[name] = status
                     return
-                reason = "not a file" if wanted else ""
+                reason = "not a file" if matches else ""
         except OSError as error:
             if not entry.is_symlink():  # gone meanwhile
                 return

@@ -143,14 +143,15 @@ def _check_address(address: str) -> None:
         raise ConnectionError(f"--address {address}: {last}")
 
 
-def _check_room(ray: Any, address: str | None, wanted: dict[str, float]) -> None:
+def _check_room(ray: Any, address: str | None, required: dict[str, float]) -> None:
     """ValueError if a task would wait for ever; a cluster may still grow."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(all(node.get(n, 0) >= count for n, count in wanted.items()) for node in nodes):
+    if any(all(node.get(n, 0) >= count for n, count in required.items()) for node in nodes):
         return
-    most = {name: max(node.get(name, 0) for node in nodes) for name in wanted}
+    most = {name: max(node.get(name, 0) for node in nodes) for name in required}
     texts = (
-        ", ".join(f"{each.get(name, 0):g} {name}s" for name in wanted) for each in (wanted, most)
+        ", ".join(f"{each.get(name, 0):g} {name}s" for name in required)
+        for each in (required, most)
     )
     sentence = "a task wants {} (--cpus-per-task, --gpus-per-task), the largest machine has {}"
     if address is None:

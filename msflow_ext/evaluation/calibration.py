@@ -97,10 +97,10 @@ class Calibration:
         return self._quantile(self.peaks, false_alarms)
 
     def _quantile(self, values: Sequence[float], false_alarms: float) -> float:
-        wanted = images_needed(false_alarms)
-        if len(values) < wanted:
+        needed = images_needed(false_alarms)
+        if len(values) < needed:
             raise ValueError(
-                f"a false-alarm rate of {false_alarms:g} needs {wanted} held-out normal images "
+                f"a false-alarm rate of {false_alarms:g} needs {needed} held-out normal images "
                 f"or more, there are {len(values)}"
             )
         return values[-_rank(false_alarms, len(values))]

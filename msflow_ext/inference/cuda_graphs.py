@@ -38,14 +38,14 @@ def graphed(model: Callable[[Any], Any], example: Tensors) -> Callable[[Any], An
     """
     if not torch.cuda.is_available():
         raise RuntimeError("graphed: CUDA graphs need a GPU, and torch sees none")
-    wanted = _list(example)
-    devices = {t.device for t in wanted}
+    expected = _list(example)
+    devices = {t.device for t in expected}
     if len(devices) != 1 or any(d.type != "cuda" for d in devices):
         raise ValueError(
             f"graphed: example must be on one CUDA device, got {sorted(map(str, devices))}"
         )
     (device,) = devices
-    own = [t.detach().clone(memory_format=torch.preserve_format) for t in wanted]
+    own = [t.detach().clone(memory_format=torch.preserve_format) for t in expected]
     inputs = own[0] if isinstance(example, Tensor) else own
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))

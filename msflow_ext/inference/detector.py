@@ -102,7 +102,7 @@ def load(
         path: what training wrote; an unfinished run gives the model of its last checkpoint.
         device: where to compute; by default on the GPU if there is one.
         false_alarms: share of normal images that may exceed the thresholds; by default the recipe's.
-        precision: ``"float32"`` or ``"bfloat16"`` for the prepacked form, ``model.optimize(dtype)``, of
+        precision: ``"float32"`` or ``"bfloat16"`` for the optimized form, ``model.optimize(dtype)``, of
             which the first call is slower and the others are faster; by default the model as it trained.
 
     Raises:

@@ -77,8 +77,8 @@ def read_stored(path: Path) -> Stored:
 
 def _check_steps(config: Mapping[str, Any], most: int) -> None:
     """ValueError if there are more steps than tensors: each has one at least."""
-    wanted = config.get("blocks", config.get("steps", 0))
-    count = sum(map(int, wanted)) if isinstance(wanted, list) else int(wanted)
+    expected = config.get("blocks", config.get("steps", 0))
+    count = sum(map(int, expected)) if isinstance(expected, list) else int(expected)
     if count > most:
         raise ValueError(f"it wants {count} steps, the file holds {most} tensors")
 

@@ -121,12 +121,12 @@ class Backbone(nn.Module):
         if not isinstance(images, Tensor) or not images.is_floating_point():
             came = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images must be a floating-point tensor in 0..1, got {came}")
-        wanted = f"H and W at least {2 * self.strides[-1]}"
+        expected = f"H and W at least {2 * self.strides[-1]}"
         if self.image_size is not None:
-            wanted = f"(H, W) = {self.image_size}"
+            expected = f"(H, W) = {self.image_size}"
         if images.ndim != 4 or images.shape[1] != 3 or not self._takes(*images.shape[2:]):
             raise ValueError(
-                f"images must be (N, 3, H, W) with {wanted} for {self.name}, "
+                f"images must be (N, 3, H, W) with {expected} for {self.name}, "
                 f"got {tuple(images.shape)}"
             )
         return self._maps((images - self.mean) / self.std)
@@ -140,7 +140,7 @@ class Backbone(nn.Module):
         return [(m.size(2), m.size(3)) for m in self(blank)]
 
     def optimize(self, image_size: int, dtype: torch.dtype | None = None) -> OptimizedBackbone:
-        """A copy for inference: batch norms folded, convolutions prepacked, channels_last, float32 or bfloat16.
+        """A copy for inference: batch norms folded, convolutions optimized, channels_last, float32 or bfloat16.
 
         Looks at a random image of side ``image_size`` (at most 256 pixels): whether folding changes the features, and
         whether bfloat16 does by more than 2% of their deviation. Then the copy stays in float32, and a

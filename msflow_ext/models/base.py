@@ -231,7 +231,7 @@ class AnomalyModel(nn.Module, ABC):
         """The anomaly map: the clamped one where the model wants that, else the paper's."""
         return paper if self.clamped is None else self.clamped(log_likelihood, self.image_size)
 
-    def hottest(self, anomaly_map: Tensor) -> Tensor:
+    def top_k_mean(self, anomaly_map: Tensor) -> Tensor:
         """The score ``map`` of images: the mean of the largest ``top_k`` share of their maps, ``(N,)``."""
         count = max(1, int(self.top_k * self.image_size**2))
         return anomaly_map.flatten(1).topk(count, sorted=False).values.mean(1)
@@ -274,7 +274,7 @@ class AnomalyModel(nn.Module, ABC):
     def optimize(self, dtype: torch.dtype | None = None) -> Self:
         """Return an optimized copy of the whole pipeline for inference; this model stays as it is.
 
-        Batch norms of the backbone are folded, all convolutions prepacked, everything runs channels_last in ``dtype``:
+        Batch norms of the backbone are folded, all convolutions optimized, everything runs channels_last in ``dtype``:
         float32 (None) or bfloat16; a backbone that bfloat16 spoils stays in float32, see :meth:`Backbone.optimize`.
 
         The copy shares nothing with this model. It has the same ``state_dict``, can be copied and pickled, and packs

@@ -45,7 +45,7 @@ TRANSFORMER: dict[str, Any] = {"steps": 20, "hidden_ratio": 0.16, "conv3x3_only"
 class FastFlowHead(FlowHead):
     """The trainable part of FastFlow: a LayerNorm where there is one, and a flow, on every scale.
 
-    The subnet of a step is Conv - ReLU - Conv of the passive half.
+    The subnet of a step is Conv - ReLU - Conv of the conditioning half.
 
     Args:
         channels: channels of each scale, 2 or more.
@@ -120,20 +120,20 @@ class FastFlowHead(FlowHead):
         return OptimizedFastFlowHead(self, dtype)
 
     def _flow(self, channels: int) -> Flow:
-        active = channels // 2
-        passive = channels - active
-        hidden = int(passive * self.hidden_ratio)
+        transformed = channels // 2
+        conditioning = channels - transformed
+        hidden = int(conditioning * self.hidden_ratio)
         if hidden < 1:
             raise ValueError(
-                f"hidden_ratio {self.hidden_ratio} leaves no hidden channels of the {passive} that a subnet sees"
+                f"hidden_ratio {self.hidden_ratio} leaves no hidden channels of the {conditioning} that a subnet sees"
             )
 
         def step(i: int) -> AffineCoupling:
             k = 3 if self.conv3x3_only or i % 2 == 0 else 1
             subnet = nn.Sequential(
-                TrainedConv2d(passive, hidden, k, padding=k // 2),
+                TrainedConv2d(conditioning, hidden, k, padding=k // 2),
                 nn.ReLU(inplace=True),
-                TrainedConv2d(hidden, 2 * active, k, padding=k // 2),
+                TrainedConv2d(hidden, 2 * transformed, k, padding=k // 2),
             )
             return AffineCoupling(channels, subnet, clamp=self.clamp, clamp_form=self.clamp_form)
 
@@ -265,7 +265,7 @@ class FastFlow(AnomalyModel):
         maps = ops.mean_aggregate(log_likelihood, self.image_size)
         anomaly_map = self.localize(log_likelihood, maps.anomaly_map)
         if self.score == "map":
-            score = self.hottest(anomaly_map)
+            score = self.top_k_mean(anomaly_map)
         elif self.score == "paper":
             score = maps.score
         else:

@@ -135,7 +135,7 @@ class MSFlow(AnomalyModel):
         maps = ops.aggregate(log_likelihood, self.image_size, top_k=self.top_k)
         anomaly_map = self.localize(log_likelihood, maps.anomaly_map)
         if self.score == "map":
-            score = self.hottest(anomaly_map)
+            score = self.top_k_mean(anomaly_map)
         else:
             score = {"log": maps.log_score, "paper": maps.score, "nll": maps.nll_score}[self.score]
         return Prediction(score, anomaly_map, maps.image_map, log_likelihood)

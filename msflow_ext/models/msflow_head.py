@@ -160,7 +160,7 @@ _SHARING = 4
 
 
 class ConditionedSubnet(nn.Module):
-    """Conv3x3 - LayerNorm over channels - ReLU - Conv3x3 of the passive half and the condition.
+    """Conv3x3 - LayerNorm over channels - ReLU - Conv3x3 of the conditioning half and the condition.
 
     The first convolution of ``cat(x1, cond)`` is the sum of two: ``conv_x`` of ``x1``, and ``conv_cond`` of the
     condition, which is the same for every image and therefore computed once per step, not once per image.
@@ -168,19 +168,19 @@ class ConditionedSubnet(nn.Module):
 
     def __init__(self, channels: int, cond_channels: int) -> None:
         super().__init__()
-        active = channels // 2
-        passive = channels - active
-        hidden = passive + cond_channels
+        transformed = channels // 2
+        conditioning = channels - transformed
+        hidden = conditioning + cond_channels
         whole = nn.Conv2d(hidden, hidden, 3, padding=1)
-        self.conv_x = TrainedConv2d(passive, hidden, 3, padding=1, bias=False)
+        self.conv_x = TrainedConv2d(conditioning, hidden, 3, padding=1, bias=False)
         self.conv_cond = nn.Conv2d(cond_channels, hidden, 3, padding=1)
         with torch.no_grad():
             assert whole.bias is not None and self.conv_cond.bias is not None
-            self.conv_x.weight.copy_(whole.weight[:, :passive])
-            self.conv_cond.weight.copy_(whole.weight[:, passive:])
+            self.conv_x.weight.copy_(whole.weight[:, :conditioning])
+            self.conv_cond.weight.copy_(whole.weight[:, conditioning:])
             self.conv_cond.bias.copy_(whole.bias)
         self.norm = ChannelNorm(hidden)
-        self.conv_out = TrainedConv2d(hidden, 2 * active, 3, padding=1)
+        self.conv_out = TrainedConv2d(hidden, 2 * transformed, 3, padding=1)
 
     def forward(self, x1: Tensor, cond: Tensor) -> Tensor:
         h = self.conv_x(x1)

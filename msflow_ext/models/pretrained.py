@@ -169,17 +169,17 @@ def _file_weights(path: Path, model: str) -> Mapping[str, Tensor]:
 
 def _fill(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Copy what ``network`` has of a classifier's ``weights``; all must be there and fit."""
-    wanted = network.state_dict()
+    expected = network.state_dict()
     given: dict[str, Tensor] = {}
     for key, value in weights.items():
         # timm's feature networks keep a name, flatten `stages.0` to `stages_0`, or wrap it all
         for own in (key, key.replace(".", "_", 1), f"body.{key}", f"model.{key}"):
-            if own in wanted:
+            if own in expected:
                 given[own] = value
-    missing = {key for key in wanted.keys() - given.keys() if "num_batches_tracked" not in key}
+    missing = {key for key in expected.keys() - given.keys() if "num_batches_tracked" not in key}
     if missing:
         raise ValueError(f"pretrained: the weights of {source} lack {_some(missing)}")
-    misfits = {key for key, value in given.items() if value.shape != wanted[key].shape}
+    misfits = {key for key, value in given.items() if value.shape != expected[key].shape}
     if misfits:
         raise ValueError(f"pretrained: the weights of {source} misfit in shape: {_some(misfits)}")
     network.load_state_dict(given, strict=False)

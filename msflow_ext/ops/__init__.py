@@ -8,7 +8,7 @@ from msflow_ext.ops.coupling import (
     affine_coupling,
     affine_coupling_inverse,
     affine_coupling_with_copy,
-    passive_half,
+    conditioning_half,
 )
 from msflow_ext.ops.coupling_likelihood import coupling_log_likelihood
 from msflow_ext.ops.norm import channel_norm
@@ -33,11 +33,11 @@ __all__ = [
     "aggregate",
     "backend",
     "channel_norm",
+    "conditioning_half",
     "coupling_log_likelihood",
     "half_square_norm",
     "log_likelihood_map",
     "mean_aggregate",
-    "passive_half",
     "pool_and_concatenate",
     "upsample_and_add",
     "winograd_conv2d",

@@ -118,7 +118,7 @@ def affine_coupling_inverse(
 ) -> tuple[Tensor, Tensor]:
     """Return the transformed half and the log-determinant of the inverse of :func:`affine_coupling`.
 
-    Compute the conditioning half with :func:`passive_half` first, because the subnet needs it to compute ``a``. Arguments
+    Compute the conditioning half with :func:`conditioning_half` first, because the subnet needs it to compute ``a``. Arguments
     are those of :func:`affine_coupling`; ``a (N, 2 * C2, *)`` defines the number of transformed channels.
 
     Returns:
@@ -130,7 +130,7 @@ def affine_coupling_inverse(
     return run(*call[:8])
 
 
-def passive_half(
+def conditioning_half(
     y1: Tensor,
     y2: Tensor,
     channels: int,

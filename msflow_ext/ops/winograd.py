@@ -170,8 +170,8 @@ def winograd_weight_grad(x: Tensor, grad: Tensor, *, padding: tuple[int, int] = 
     _check_input(name, x, padding)
     size = (x.size(0), *_out_size(x, *padding))
     if grad.dim() != 4 or (grad.size(0), *grad.shape[2:]) != size:
-        wanted = f"({size[0]}, C_out, {size[1]}, {size[2]})"
-        raise ValueError(f"{name}: grad must be {wanted}, got {tuple(grad.shape)}")
+        expected = f"({size[0]}, C_out, {size[1]}, {size[2]})"
+        raise ValueError(f"{name}: grad must be {expected}, got {tuple(grad.shape)}")
     if not x.is_floating_point() or grad.dtype is not x.dtype:
         raise TypeError(
             f"{name}: x and grad must be of one floating dtype, got {x.dtype} and {grad.dtype}"

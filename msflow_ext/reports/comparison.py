@@ -65,8 +65,8 @@ def table(runs: Sequence[TestedRun]) -> list[tuple[str, list[tuple[float | None,
 def decisions(runs: Sequence[TestedRun]) -> list[tuple[str, list[float | None]]]:
     """The shares of good and of defective images over each run's threshold, if a run has one."""
     rows = []
-    for wanted, kind in enumerate(("good", "defective")):
-        members = np.array([label == wanted for *_, label in runs[0].images], bool)
+    for index, kind in enumerate(("good", "defective")):
+        members = np.array([label == index for *_, label in runs[0].images], bool)
         shares: list[float | None] = []
         for run in runs:
             over = run.flagged

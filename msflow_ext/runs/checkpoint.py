@@ -205,8 +205,8 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], model: nn.Module) -
     They have its names and shapes, are of real numbers where the model's are, and a permutation is one.
     """
     weights = {name: t for name, t in tensors.items() if not name.startswith(_OPTIMIZER)}
-    kind, wanted = type(model).__name__, model.state_dict()
-    for name, own in wanted.items():
+    kind, expected = type(model).__name__, model.state_dict()
+    for name, own in expected.items():
         if name not in weights:
             raise ValueError(f"{path} lacks {name}, which {kind} needs")
         came = weights[name]
@@ -220,7 +220,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], model: nn.Module) -
             raise ValueError(
                 f"{path}: {name} must hold every number from 0 to {len(came) - 1} once"
             )
-    if surplus := sorted(weights.keys() - wanted.keys()):
+    if surplus := sorted(weights.keys() - expected.keys()):
         raise ValueError(f"{path} has {surplus[0]}, which {kind} does not know")
 
 

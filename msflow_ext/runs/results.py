@@ -92,19 +92,19 @@ def _in_order_of(first: TestedRun, run: TestedRun) -> TestedRun:
 
     The suffix of a name does not count: runs of an older version had none.
     """
-    wanted, own = (
+    expected, own = (
         [(bare_name(image), *rest) for image, *rest in each.images] for each in (first, run)
     )
     place = {image: i for i, image in enumerate(own)}
-    here, there = set(wanted), set(own)
-    if here != there or len(wanted) != len(own):
+    here, there = set(expected), set(own)
+    if here != there or len(expected) != len(own):
         example = min(here ^ there, key=str, default=None)
         which = "" if example is None else f", {example[0]} ({example[1]}) is in one of them only"
         raise ValueError(
             f"{run.folder} was tested on other images than {first.folder}: "
             f"{len(there)} against {len(here)}{which}"
         )
-    order = [place[image] for image in wanted]
+    order = [place[image] for image in expected]
     return replace(
         run,
         images=first.images,

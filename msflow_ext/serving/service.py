@@ -90,8 +90,8 @@ class Service:
             return
         given = request.headers.get("authorization", "").encode("latin-1")
         if not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
-            wanted = {"WWW-Authenticate": "Bearer"}
-            raise HTTPException(401, "the header 'Authorization: Bearer TOKEN' is wanted", wanted)
+            expected = {"WWW-Authenticate": "Bearer"}
+            raise HTTPException(401, "the header 'Authorization: Bearer TOKEN' is wanted", expected)
 
     @property
     def in_work(self) -> int:
@@ -168,8 +168,8 @@ class Service:
             raise HTTPException(400, str(error)) from None
         if min(image.size) < SMALLEST:
             got = f"{image.width}x{image.height}"
-            wanted = f"{SMALLEST}x{SMALLEST} or more are wanted"
-            raise HTTPException(400, f"the image has {got} pixels, {wanted}")
+            expected = f"{SMALLEST}x{SMALLEST} or more are wanted"
+            raise HTTPException(400, f"the image has {got} pixels, {expected}")
         try:
             (result,) = self._model.submit(self._detector.predict, image, workers=1).result()
             return self._document(image.size, result.shown(), with_image)

@@ -123,12 +123,12 @@ class Recipe:
         held = round(self.hold_out * images)
         if not self.hold_out:
             return list(range(images)), []
-        wanted = images_needed(self.false_alarms)
-        if held < wanted or held == images:
+        needed = images_needed(self.false_alarms)
+        if held < needed or held == images:
             raise ValueError(
                 f"hold_out {self.hold_out:g} of {images} training images is {held} to hold out and "
-                f"{images - held} to train on, false_alarms {self.false_alarms:g} needs {wanted} or "
-                f"more to hold out, and at least 1 to train on{_offer(images, held, wanted)}"
+                f"{images - held} to train on, false_alarms {self.false_alarms:g} needs {needed} or "
+                f"more to hold out, and at least 1 to train on{_offer(images, held, needed)}"
             )
         order = np.random.default_rng((self.seed, 0, 1)).permutation(images).tolist()
         return sorted(order[held:]), sorted(order[:held])
@@ -159,16 +159,16 @@ class Recipe:
             yield batch
 
 
-def _offer(images: int, held: int, wanted: int) -> str:
+def _offer(images: int, held: int, needed: int) -> str:
     """Which values would hold out enough of so many images."""
     if images < 2:
         return "; 2 images are the fewest"
     rate = ""
-    if wanted >= images:
-        wanted = min(max(held, 1), images - 1)
-        rate = f" with false_alarms {math.ceil(1000 / (wanted + 1)) / 1000:g}"
-    shares = (round(wanted / images, digits) for digits in (2, 3, 6, 12))
-    share = next(share for share in shares if round(share * images) == wanted)
+    if needed >= images:
+        needed = min(max(held, 1), images - 1)
+        rate = f" with false_alarms {math.ceil(1000 / (needed + 1)) / 1000:g}"
+    shares = (round(needed / images, digits) for digits in (2, 3, 6, 12))
+    share = next(share for share in shares if round(share * images) == needed)
     return f"; hold_out {share:g}{rate} would do"
 
 

@@ -104,10 +104,10 @@ def open_run_together(
         ValueError: as `open_run`, or the processes are not to train the same on the same.
         OSError: the folder cannot be written.
     """
-    wanted = ranks.broadcast(state)
+    expected = ranks.broadcast(state)
     opened: tuple[dict[str, Any], dict[str, Tensor]] = {}, {}
     with ranks.agreed():
-        for part, value in wanted.items():
+        for part, value in expected.items():
             if state[part] != value:
                 there, here = _first_difference(value, state[part])
                 raise ValueError(

@@ -49,8 +49,8 @@ def test_reflection_by_hand_is_that_of_the_backbone(load: Load) -> None:
     images = torch.rand(1, 3, 64, 64)
     zeros = by_hand.features(images)
     load("campaigns.ablations").reflect(by_hand)
-    wanted = built_in.features(images)
-    for got, want, zero in zip(by_hand.features(images), wanted, zeros, strict=True):
+    expected = built_in.features(images)
+    for got, want, zero in zip(by_hand.features(images), expected, zeros, strict=True):
         torch.testing.assert_close(got, want)
         assert not torch.allclose(zero, want)
 

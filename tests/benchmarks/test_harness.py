@@ -33,7 +33,7 @@ def doubling(wrong: Callable[[Tensor], Tensor], **options: Any) -> Case:
         name="double",
         inputs=lambda: [torch.arange(100.0)],
         providers={"right": Provider(lambda: lambda x: 2 * x), "wrong": Provider(lambda: wrong)},
-        wanted=lambda x: 2 * x.double(),
+        expected=lambda x: 2 * x.double(),
         rounds=2,
         **options,
     )
@@ -125,7 +125,7 @@ def test_saved_activations_leave_out_parameters_and_inputs() -> None:
         name="square of a layer",
         inputs=lambda: [torch.ones(2, 10)],
         providers={"torch": Provider(lambda: lambda x: layer(x).square().sum())},
-        wanted="torch",
+        expected="torch",
         grad=True,
         memory=True,
     )
@@ -151,9 +151,9 @@ def test_kernels_agree_with_float64_in_the_suite(load: Load) -> None:
 
 def test_the_baseline_is_the_reference_implementation_if_it_was_timed() -> None:
     timed, refused = {"ms": [1.0]}, {"refused": "wrong"}
-    providers = {"eager fp32": timed, "official fp32": timed, "ours": timed}
-    assert baseline({"providers": providers}) == "official fp32"
-    assert baseline({"providers": {**providers, "official fp32": refused}}) == "eager fp32"
+    providers = {"eager fp32": timed, "reference fp32": timed, "ours": timed}
+    assert baseline({"providers": providers}) == "reference fp32"
+    assert baseline({"providers": {**providers, "reference fp32": refused}}) == "eager fp32"
     assert baseline({"providers": {"mine": refused, "theirs": timed}}) == "theirs"
     assert baseline({"providers": {"mine": refused}}) == ""
 

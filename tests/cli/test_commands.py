@@ -66,8 +66,8 @@ def test_evaluate_repeats_the_result_of_the_run_and_takes_other_data(run, data, 
     out = tmp_path / "evaluated"
     assert cli.main(["evaluate", "--run", str(run), "--device", "cpu", "--out", str(out)]) == 0
     found = json.loads((out / "evaluation.json").read_text())
-    wanted = json.loads((run / "metrics.json").read_text())
-    assert found == pytest.approx({name: wanted[name] for name in found}, abs=1e-3)
+    expected = json.loads((run / "metrics.json").read_text())
+    assert found == pytest.approx({name: expected[name] for name in found}, abs=1e-3)
     assert len((out / "scores.csv").read_text().splitlines()) == 1 + 4
 
     good, bad = data / "plate/train/good", data / "plate/test/square"
@@ -102,8 +102,8 @@ def test_a_run_with_padding_is_evaluated_with_padding(data, tmp_path, train_comm
     assert yaml.safe_load((run / "config.yaml").read_text())["fit"] == "pad"
     assert cli.main(["evaluate", "--run", str(run), "--device", "cpu", "--out", str(out)]) == 0
     found = json.loads((out / "evaluation.json").read_text())
-    wanted = json.loads((run / "metrics.json").read_text())
-    assert found == pytest.approx({name: wanted[name] for name in found}, abs=1e-3)
+    expected = json.loads((run / "metrics.json").read_text())
+    assert found == pytest.approx({name: expected[name] for name in found}, abs=1e-3)
 
 
 def test_a_run_with_images_held_out_labels_images(data, tmp_path, capsys, fails, train_command):
@@ -142,9 +142,9 @@ def test_a_run_with_images_held_out_labels_images(data, tmp_path, capsys, fails,
     assert "No p-value is below 1/3, which means at most 0.33" in printed
     assert printed.count("test-tuned") == 2
     found = json.loads((tmp_path / "e/evaluation.json").read_text())
-    wanted = json.loads((run / "metrics.json").read_text())["decisions"]["on_test"]
-    assert found["decisions"] == wanted
-    assert wanted["counts"]["detected"][1] == 2
+    expected = json.loads((run / "metrics.json").read_text())["decisions"]["on_test"]
+    assert found["decisions"] == expected
+    assert expected["counts"]["detected"][1] == 2
     assert found["test_tuned"]["image"]["f1"] == pytest.approx(found["image_f1_max"])
 
 

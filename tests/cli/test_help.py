@@ -62,9 +62,9 @@ def test_help_and_mistakes_come_at_once_without_torch(words: list[str], tmp_path
     (tmp_path / "wrong.yaml").write_text("epochs: many\n")
     words = [str(tmp_path / "wrong.yaml") if word == "CONFIG" else word for word in words]
     done, seconds = _spent([sys.executable, "-c", REPORT, *words])
-    wanted = "0" if {"--help", "--version"} & set(words) else "2"
-    status, *loaded = done.stdout.splitlines()[done.stdout.splitlines().index(wanted) :]
-    assert (status, bool(done.stderr)) == (wanted, wanted == "2")
+    expected = "0" if {"--help", "--version"} & set(words) else "2"
+    status, *loaded = done.stdout.splitlines()[done.stdout.splitlines().index(expected) :]
+    assert (status, bool(done.stderr)) == (expected, expected == "2")
     assert "argparse" in loaded and not HEAVY & set(loaded)
     if seconds >= SECONDS:  # another process may have disturbed it
         seconds = min(_spent([sys.executable, "-c", REPORT, *words])[1] for _ in range(5))
@@ -205,7 +205,7 @@ def test_only_a_close_word_is_suggested() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "wanted", "unwanted"),
+    ("line", "expected", "unwanted"),
     [
         ("msflow ev", {"evaluate"}, {"train"}),
         ("msflow data ", {"check"}, {"train"}),
@@ -216,7 +216,7 @@ def test_only_a_close_word_is_suggested() -> None:
     ],
 )
 def test_the_shell_completes_commands_flags_choices_and_files(
-    line: str, wanted: set[str], unwanted: set[str], tmp_path: Path
+    line: str, expected: set[str], unwanted: set[str], tmp_path: Path
 ) -> None:
     (tmp_path / "here.yaml").touch()
     source = str(Path(msflow_ext.__file__).parents[1])
@@ -231,5 +231,5 @@ def test_the_shell_completes_commands_flags_choices_and_files(
     command = [sys.executable, "-m", "msflow_ext"]
     subprocess.run(command, env={**os.environ, **variables}, cwd=tmp_path, check=True)
     found = {word.strip() for word in (tmp_path / "found").read_text().split("\n")}
-    assert wanted <= found
+    assert expected <= found
     assert not unwanted & found

@@ -60,14 +60,14 @@ def words_of(name: str, value: Any) -> list[str]:
 @pytest.mark.parametrize("field", fields(Recipe), ids=lambda f: f.name)
 def test_every_field_of_the_recipe_has_a_flag_and_a_key(field: Any, tmp_path: Path) -> None:
     value = sample(field.name, str(field.type))
-    wanted: Any = tuple(value) if isinstance(value, list) else value
+    expected: Any = tuple(value) if isinstance(value, list) else value
     for options in (
         parsed(*words_of(field.name, value)),
         configured(tmp_path, {"out": "x", field.name: value}),
     ):
         recipe = recipe_of(options)
-        assert getattr(recipe, field.name) == wanted
-        assert recipe == Recipe(**{field.name: wanted})
+        assert getattr(recipe, field.name) == expected
+        assert recipe == Recipe(**{field.name: expected})
 
 
 @pytest.mark.parametrize(("model", "name", "argument"), ARGUMENTS, ids=lambda x: str(x)[:16])
@@ -139,9 +139,9 @@ def test_text_means_the_same_in_a_file_as_on_the_command_line(tmp_path: Path) ->
     text = "out: x\nlr: 1e-3\ncategory: 01\nclamp_form: 0.2\nblocks: [1, 2, 3]\nwhiten: true\n"
     options = configured(tmp_path, text + "baseline: true\ncond_channels: 8\n")
     more = ["--lr", "1e-3", "--category", "01", "--clamp-form", "0.2", "--blocks", "1", "2", "3"]
-    wanted = parsed(*more, "--whiten", "true", "--baseline", "--cond-channels", "8")
+    expected = parsed(*more, "--whiten", "true", "--baseline", "--cond-channels", "8")
     ours = {**vars(options), "config": None, "out": None}
-    assert ours == {**vars(wanted), "config": None, "out": None}
+    assert ours == {**vars(expected), "config": None, "out": None}
     assert (options.lr, options.category, options.blocks) == (1e-3, "01", [1, 2, 3])
     assert options.baseline is True
 

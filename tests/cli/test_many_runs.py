@@ -62,10 +62,10 @@ def test_all_runs_of_a_folder_are_evaluated_into_one_table(run, data, tmp_path, 
     assert cli.main(elsewhere) == 0
     assert "mean" in capsys.readouterr().out
     table = json.loads((out / "table.json").read_text())
-    wanted = json.loads((run / "metrics.json").read_text())
+    expected = json.loads((run / "metrics.json").read_text())
     for line in table["lines"]:
         assert (line["source"], line["runs"]) == ("MSFlow", 1)
-        assert line["value"] == pytest.approx(wanted[line["metric"]], abs=1e-3)
+        assert line["value"] == pytest.approx(expected[line["metric"]], abs=1e-3)
     assert [line["category"] for line in table["lines"]] == ["cup", "plate", "mean"] * 3
     for name in ("cup", "plate"):
         assert json.loads((out / name / "evaluation.json").read_text())["image_auroc"] > 0

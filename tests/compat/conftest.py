@@ -163,10 +163,10 @@ class Maker:
         return {key: t for key, t in found.items() if t is not None}
 
     @staticmethod
-    def same(got: dict[str, Tensor], wanted: dict[str, Tensor], bound: float = 1e-10) -> None:
+    def same(got: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-10) -> None:
         """Assert equality to ``bound``, in units of each tensor's largest magnitude or 1."""
-        assert got.keys() == wanted.keys()
-        for key, want in wanted.items():
+        assert got.keys() == expected.keys()
+        for key, want in expected.items():
             assert got[key].dtype is want.dtype, key
             assert relative_error(got[key], want) <= bound, key
 

@@ -40,11 +40,11 @@ def test_the_report_names_what_was_replaced_fused_and_kept(make):
 def test_what_no_kernel_computes_is_kept(make, options, reason):
     block = make.block(**options)
     inputs = make.data()
-    wanted = make.results(block, inputs)
+    expected = make.results(block, inputs)
     report = mx.accelerate(nn.ModuleList([block, make.block()]))
     assert list(report.kept) == ["0"]
     assert re.match(reason, report.kept["0"])
-    make.same(make.results(block, inputs), wanted, 0)
+    make.same(make.results(block, inputs), expected, 0)
 
 
 def test_a_model_without_anything_to_replace_is_refused(make):
@@ -106,51 +106,51 @@ def test_a_block_on_the_meta_device_is_kept(make):
 def test_a_block_shared_by_two_parents_is_replaced_for_both(make):
     chain, inputs = make.chain(blocks=2), make.data()
     model = nn.ModuleDict({"chain": chain, "block": chain[1]})
-    wanted = make.results(chain, inputs), make.results(chain[1], inputs)
+    expected = make.results(chain, inputs), make.results(chain[1], inputs)
     report = mx.accelerate(model)
     assert report.replaced == ["chain.module_list.0", "chain.module_list.1"]
     assert model["block"] is chain[1]
-    make.same(make.results(chain, inputs), wanted[0])
-    make.same(make.results(model["block"], inputs), wanted[1])
+    make.same(make.results(chain, inputs), expected[0])
+    make.same(make.results(model["block"], inputs), expected[1])
 
 
 def test_accelerating_twice_changes_nothing_more(make):
     chain, inputs = make.chain(blocks=2), make.data()
-    wanted = make.results(chain, inputs)
+    expected = make.results(chain, inputs)
     mx.accelerate(chain)
     types = [type(m) for m in chain.modules()]
     report = mx.accelerate(chain)
     assert not report.replaced and not report.fused
     assert report.kept == {f"module_list.{i}": "it is already accelerated" for i in range(2)}
     assert [type(m) for m in chain.modules()] == types
-    make.same(make.results(chain, inputs), wanted)
+    make.same(make.results(chain, inputs), expected)
 
 
 def test_blocks_that_are_accelerated_already_become_a_chain(make):
     chain, inputs = make.chain(blocks=2), make.data()
-    wanted = make.results(chain, inputs)
+    expected = make.results(chain, inputs)
     mx.accelerate(chain.module_list)
     assert list(mx.accelerate(chain).fused) == [""]
-    make.same(make.results(chain, inputs), wanted)
+    make.same(make.results(chain, inputs), expected)
 
 
 def test_restore_gives_every_module_its_class_and_attributes_back(make):
     chain, inputs = make.chain(blocks=2), make.data()
     before = [(m, type(m), dict(vars(m))) for m in chain.modules()]
-    wanted = make.results(chain, inputs)
+    expected = make.results(chain, inputs)
     mx.accelerate(chain)
     mx.restore(chain)
     assert [(m, type(m), vars(m)) for m in chain.modules()] == before
-    make.same(make.results(chain, inputs), wanted, 0)
+    make.same(make.results(chain, inputs), expected, 0)
     mx.restore(chain)  # once more does nothing
 
 
 def test_a_block_that_is_restored_alone_leaves_a_chain_that_works(make):
     chain, inputs = make.chain(), make.data()
-    wanted = make.results(chain, inputs)
+    expected = make.results(chain, inputs)
     mx.accelerate(chain)
     mx.restore(chain[1])
-    make.same(make.results(chain, inputs), wanted)
+    make.same(make.results(chain, inputs), expected)
 
 
 def test_blocks_in_a_graph_are_replaced(freia, make):
@@ -168,11 +168,11 @@ def test_blocks_in_a_graph_are_replaced(freia, make):
     graph = framework.GraphINN([*nodes, framework.OutputNode(last)]).double()
     x, c = make.data(cond=(2,))
     for rev in (False, True):
-        wanted, log_det = graph(x, c=[c], rev=rev)
+        expected, log_det = graph(x, c=[c], rev=rev)
         assert len(mx.accelerate(graph).replaced) == 2
         y, got = graph(x, c=[c], rev=rev)
         mx.restore(graph)
-        torch.testing.assert_close(y, wanted, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(got, log_det, rtol=1e-10, atol=1e-10)
 
 
@@ -227,13 +227,13 @@ def test_in_the_middle_of_training_hooks_and_gathered_gradients_go_on(make):
 
 
 def test_msflow_on_freia_is_accelerated_and_its_fusion_layer_kept(freia):
-    from msflow_ext.bench.official import OfficialMSFlow
+    from msflow_ext.bench.reference import ReferenceMSFlow
 
     head = mx.MSFlowHead((8, 12), blocks=(1, 2), cond_channels=4, seed=0)
-    official = OfficialMSFlow(head, [(8, 8), (4, 4)])
+    reference = ReferenceMSFlow(head, [(8, 8), (4, 4)])
     features = [torch.randn(2, 8, 8, 8), torch.randn(2, 12, 4, 4)]
-    wanted, log_det = official(features)
-    report = mx.accelerate(official)
+    expected, log_det = reference(features)
+    report = mx.accelerate(reference)
     assert len(report.replaced) == 3
     assert set(report.fused.values()) == {
         "LayerNorm and ReLU in one pass",
@@ -242,6 +242,6 @@ def test_msflow_on_freia_is_accelerated_and_its_fusion_layer_kept(freia):
     assert report.kept == {
         "fusion": "it is MSFlow's fusion layer, whose convolutions take its time"
     }
-    z, got = official(features)
-    for each, want in zip([*z, got], [*wanted, log_det], strict=True):
+    z, got = reference(features)
+    for each, want in zip([*z, got], [*expected, log_det], strict=True):
         torch.testing.assert_close(each, want, rtol=1e-4, atol=1e-4)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from msflow_ext import ops
-from msflow_ext.bench.official import Subnet
+from msflow_ext.bench.reference import Subnet
 from msflow_ext.compat.freia import AllInOneBlock, hard_permutation
 from msflow_ext.ops import _backend
 
@@ -92,10 +92,10 @@ def results(
     return {key: t for key, t in found.items() if t is not None}
 
 
-def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtype) -> None:
+def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Within 1e-10 or, in float32, 1e-5 of each tensor's largest magnitude; log-dets 3e-5, of at least 1."""
-    assert got.keys() == wanted.keys()
-    for key, want in wanted.items():
+    assert got.keys() == expected.keys()
+    for key, want in expected.items():
         bound = 1e-10 if dtype is torch.float64 else 3e-5 if key == "jac" else 1e-5
         largest = want.double().abs().max().clamp_min(1 if key == "jac" else 0)
         assert got[key].shape == want.shape
@@ -141,8 +141,8 @@ def test_results_and_gradients_are_the_recorded_ones(form, case, dtype, rev, bac
     cond = [tensors[f"cond{i}"].to(dtype) for i in range(len(case.get("cond", [])))]
     with ops.backend(backend):
         got = results(block, rev, x, cond, w, wj)
-    wanted = {k[4:]: t for k, t in tensors.items() if k.startswith(direction) and k[4:] != "x"}
-    assert_equal(got, wanted, dtype)
+    expected = {k[4:]: t for k, t in tensors.items() if k.startswith(direction) and k[4:] != "x"}
+    assert_equal(got, expected, dtype)
 
 
 @pytest.mark.parametrize(("form", "case"), CASES)
@@ -223,8 +223,8 @@ def test_a_freia_chain_of_our_blocks_loads_and_equals_one_of_theirs(freia):
     assert names[0] == names[1]  # so an optimiser's state fits, too
     x, c = normal(2, 6, 4, 3), [normal(2, 2, 4, 3)]
     for rev in (False, True):
-        for got, wanted in zip(ours(x, c, rev=rev), theirs(x, c, rev=rev), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+        for got, expected in zip(ours(x, c, rev=rev), theirs(x, c, rev=rev), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 @FORMS
@@ -239,8 +239,8 @@ def test_rev_undoes_forward_and_log_det_is_that_of_the_jacobian(options, i, form
     torch.testing.assert_close(back, x, rtol=rounding, atol=rounding)
     torch.testing.assert_close(log_det_back, -log_det, rtol=rounding, atol=rounding)
     jacobian = torch.autograd.functional.jacobian(lambda t: block([t], c)[0][0].flatten(), x)
-    wanted = torch.linalg.slogdet(jacobian.view(20, 20)).logabsdet
-    torch.testing.assert_close(log_det[0], wanted, rtol=rounding, atol=rounding)
+    expected = torch.linalg.slogdet(jacobian.view(20, 20)).logabsdet
+    torch.testing.assert_close(log_det[0], expected, rtol=rounding, atol=rounding)
 
 
 def test_a_hard_permutation_moves_channels_without_mixing_them():
@@ -340,11 +340,11 @@ def test_a_block_stays_itself_through(journey, form):
     block.load_state_dict(build(clamp_form=form).state_dict())
     block.half().float()  # so that no journey rounds
     x = [normal(2, 6, 4, 3, dtype=torch.float32)]
-    wanted, perm = block(x), index(block)
+    expected, perm = block(x), index(block)
     other = journey(block)
     assert index(other).dtype is torch.int64
     assert torch.equal(index(other), perm)
-    torch.testing.assert_close(other(x), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
 
 
 @DIRECTIONS
@@ -352,16 +352,16 @@ def test_a_block_stays_itself_through(journey, form):
 def test_half_precision_works_under_autocast_and_in_a_bfloat16_block(options, rev):
     block = disturbed(build(6, 2, (2,), **options))
     x, c = normal(2, 6, 4, 3, dtype=torch.float32), [normal(2, 2, 4, 3, dtype=torch.float32)]
-    (wanted,), log_det = block([x], c, rev=rev)
+    (expected,), log_det = block([x], c, rev=rev)
     with torch.autocast("cpu", torch.bfloat16):
         (y,), got = block([x], c, rev=rev)
-    torch.testing.assert_close(y.float(), wanted, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(y.float(), expected, rtol=0.1, atol=0.1)
     torch.testing.assert_close(got, log_det, rtol=0.1, atol=0.1)
     half = block.bfloat16()
     (y,), got = half([x.bfloat16()], [c[0].bfloat16()], rev=rev)
     assert y.dtype is torch.bfloat16
     assert got.dtype is torch.float32
-    torch.testing.assert_close(y.float(), wanted, rtol=0.2, atol=0.2)
+    torch.testing.assert_close(y.float(), expected, rtol=0.2, atol=0.2)
 
 
 @NATIVE

@@ -169,9 +169,9 @@ def test_a_checkpoint_loads_without_running_code_and_gives_the_same(ours, traine
     again = ours.MSFlow.load_from_checkpoint(path, visualizer=False)
     images = torch.rand(2, 3, SIZE, SIZE)
     with torch.no_grad():
-        wanted, got = model.detector(images), again.detector(images)
-    assert torch.equal(got.anomaly_map, wanted.anomaly_map)
-    assert torch.equal(got.score, wanted.score)
+        expected, got = model.detector(images), again.detector(images)
+    assert torch.equal(got.anomaly_map, expected.anomaly_map)
+    assert torch.equal(got.score, expected.score)
 
 
 @pytest.mark.slow
@@ -189,9 +189,9 @@ def test_the_engine_exports_the_model_for_any_number_of_images(anomalib, trained
         names = [output.name for output in session.get_outputs()]
         got = dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True))
         with torch.no_grad():
-            wanted = model.eval()(images)
+            expected = model.eval()(images)
         for name in ("pred_score", "anomaly_map"):
-            assert relative_error(torch.tensor(got[name]), getattr(wanted, name)) <= 1e-4
+            assert relative_error(torch.tensor(got[name]), getattr(expected, name)) <= 1e-4
 
 
 def test_the_rate_and_the_clipping_are_the_papers(anomalib, ours, data, tmp_path):

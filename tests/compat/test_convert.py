@@ -97,10 +97,10 @@ def test_the_clamp_that_a_file_does_not_tell_is_taken_from_the_command(files, tm
             "is one of ours, which says itself what clamp is",
         ),
         ("backbone.pth", [], "the state dict must hold flows"),
-        ("model_a.official.pt", ["--weights", "absent.pth"], "absent.pth"),
-        ("model_a.official.pt", ["--backbone", "nothing"], "nothing"),
-        ("model_a.official.pt", ["--clamp", "-1"], "clamp must be positive, got -1.0"),
-        ("model_a.official.pt", ["--clamp-form", "1"], "--clamp-form must be one of 0.2, head"),
+        ("model_a.checkpoint.pt", ["--weights", "absent.pth"], "absent.pth"),
+        ("model_a.checkpoint.pt", ["--backbone", "nothing"], "nothing"),
+        ("model_a.checkpoint.pt", ["--clamp", "-1"], "clamp must be positive, got -1.0"),
+        ("model_a.checkpoint.pt", ["--clamp-form", "1"], "--clamp-form must be one of 0.2, head"),
     ],
 )
 def test_what_cannot_be_converted_is_one_sentence(
@@ -117,6 +117,8 @@ def test_what_cannot_be_converted_is_one_sentence(
 
 @pytest.mark.parametrize(("to", "name"), [("msflow_ext", "out.pt"), ("msflow", "out.safetensors")])
 def test_the_name_of_a_file_tells_whose_it_is(files, tmp_path, capsys, to, name):
-    source = GOLDEN / "model_a.official.pt" if to == "msflow_ext" else files / "msflow.safetensors"
+    source = (
+        GOLDEN / "model_a.checkpoint.pt" if to == "msflow_ext" else files / "msflow.safetensors"
+    )
     assert cli.main(["convert", str(source), "--to", to, "--out", str(tmp_path / name)]) == 2
     assert ".safetensors are checkpoints of ours, and only those" in capsys.readouterr().err

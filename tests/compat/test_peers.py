@@ -46,13 +46,13 @@ def test_anomalibs_models_give_the_same_anomaly_maps(
                 p += 0.1 * torch.randn_like(p)
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        wanted = net(images)
+        expected = net(images)
         report = mx.accelerate(net)
         got = net(images)
     assert len(report.replaced) == blocks and len(report.fused) == chains and not report.kept
-    assert relative_error(got.anomaly_map, wanted.anomaly_map) <= 1e-5
-    assert relative_error(got.pred_score, wanted.pred_score) <= 1e-5
-    assert wanted.anomaly_map.std() > 0
+    assert relative_error(got.anomaly_map, expected.anomaly_map) <= 1e-5
+    assert relative_error(got.pred_score, expected.pred_score) <= 1e-5
+    assert expected.anomaly_map.std() > 0
 
 
 @pytest.mark.slow
@@ -91,16 +91,16 @@ def test_csflows_coupling_gives_the_same_and_its_inverse_is_left_alone(anomalib)
         z, log_det = layer(x, rev=rev)
         return [*z, log_det, *torch.autograd.grad([*(t.sum() for t in z), log_det], x)]
 
-    wanted = results(False)
+    expected = results(False)
     assert mx.accelerate(layer).replaced == [""]
-    for got, want in zip(results(False), wanted, strict=True):
+    for got, want in zip(results(False), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     mx.restore(layer)
     even = csflow.ParallelGlowCouplingLayer([(6, *s[1:]) for s in sizes], {"channels_hidden": 5})
     x = [t[:, :6].float() for t in x]
-    wanted, _ = even(x, rev=True)
+    expected, _ = even(x, rev=True)
     mx.accelerate(even)
-    for got, want in zip(even(x, rev=True)[0], wanted, strict=True):
+    for got, want in zip(even(x, rev=True)[0], expected, strict=True):
         assert torch.equal(got, want)
 
 
@@ -119,7 +119,7 @@ def test_csflows_graph_gives_the_same_scores_and_gradients(anomalib):
         total = sum(t.square().sum() for t in z) - log_det.sum()
         return [*z, scores, log_det, *torch.autograd.grad(total, leaves)]
 
-    wanted = results()
+    expected = results()
     assert len(mx.accelerate(flow).replaced) == 2
-    for got, want in zip(results(), wanted, strict=True):
+    for got, want in zip(results(), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)

@@ -71,9 +71,9 @@ def test_a_defect_without_a_mask_is_no_normal_image_of_aupimo(batches):
     for part in zip(maps.split(5), masks.split(5), labels.split(5), strict=True):
         metric.update(*part)
     known = torch.tensor([0, 1, 3, 4, 5, 6, 7])
-    wanted = metrics.aupimo(masks[known], maps[known], (1e-2, 0.5))
-    assert metric.compute().item() == wanted
-    assert metrics.aupimo(masks, maps, (1e-2, 0.5)) != wanted
+    expected = metrics.aupimo(masks[known], maps[known], (1e-2, 0.5))
+    assert metric.compute().item() == expected
+    assert metrics.aupimo(masks, maps, (1e-2, 0.5)) != expected
     metric.update(maps, masks)
     with pytest.raises(ValueError, match=r"aupimo: labels must be \(16,\) of 0 and 1"):
         metric.compute()

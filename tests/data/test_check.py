@@ -114,10 +114,10 @@ def damage(bottle, bomb):
 def test_every_planted_fault_is_found_and_nothing_more(root, bomb):
     faults, warnings = damage(root / "bottle", bomb)
     report = checked(root, "mvtec", "bottle")
-    for wanted, found in ((faults, report.faults), (warnings, report.warnings)):
-        for sentence in wanted:
+    for expected, found in ((faults, report.faults), (warnings, report.warnings)):
+        for sentence in expected:
             assert sum(bool(re.search(sentence, each)) for each in found) == 1, sentence
-        assert len(found) == len(wanted), found
+        assert len(found) == len(expected), found
     assert not any("\n" in each for each in report.faults + report.warnings)
 
 

@@ -205,9 +205,9 @@ def test_jpeg_inside_is_read_as_another_library_reads_it(photometric, tile):
     ramp = np.linspace(0, 255, HEIGHT * WIDTH).astype(np.uint8).reshape(HEIGHT, WIDTH)
     array = np.dstack([ramp, ramp.T.reshape(HEIGHT, WIDTH), 255 - ramp])
     content = written(array, photometric=photometric, compression="jpeg", tile=tile)
-    wanted = tifffile.imread(io.BytesIO(content)).astype(int)
+    expected = tifffile.imread(io.BytesIO(content)).astype(int)
     found = np.asarray(load_bytes(content, HEIGHT * WIDTH)).astype(int)
-    assert np.abs(found - wanted).max() <= 2
+    assert np.abs(found - expected).max() <= 2
 
 
 @pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt"])

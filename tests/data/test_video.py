@@ -28,8 +28,8 @@ def test_a_video_gives_the_items_that_a_folder_of_its_frames_gives(tmp_path, vid
     video, folder = (open_dataset(tmp_path, "mstc", scene).train for scene in ("01", "02"))
     assert [item.name.replace("01_", "02_") for item in video] == [item.name for item in folder]
     assert [item.image for item in video] == [Frame(videos / "01_001.gif", i) for i in (0, 5, 10)]
-    seen, wanted = (Images(items, 4) for items in (video, folder))
-    assert all(torch.equal(seen[i], wanted[i]) for i in range(3))
+    seen, expected = (Images(items, 4) for items in (video, folder))
+    assert all(torch.equal(seen[i], expected[i]) for i in range(3))
 
 
 @pytest.fixture

@@ -64,9 +64,9 @@ def folder(script, tmp_path_factory) -> Path:
 
 def assert_same(run: Path, other: Path, relative: float = 1e-10) -> None:
     """Parameters, scores and all metrics are the same but for rounding."""
-    (state, found), (_, wanted) = (read_checkpoint(r / "model.safetensors") for r in (run, other))
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
+    (state, found), (_, expected) = (read_checkpoint(r / "model.safetensors") for r in (run, other))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
         if tensor.is_floating_point():
             scale = float(tensor.abs().max()) or 1.0
             error = float((found[name] - tensor).abs().max()) / scale
@@ -113,8 +113,8 @@ def test_two_processes_go_on_where_one_was_interrupted(folder):
 
 
 def assert_resumed(run: Path, other: Path) -> None:
-    (_, found), (_, wanted) = (read_checkpoint(r / "model.safetensors") for r in (run, other))
-    for name, tensor in wanted.items():
+    (_, found), (_, expected) = (read_checkpoint(r / "model.safetensors") for r in (run, other))
+    for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-11)
     one, two = (json.loads((r / "metrics.json").read_text()) for r in (run, other))
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-10)
@@ -169,10 +169,10 @@ def test_shares_of_a_batch_are_even_and_make_it_up(size):
 
 def test_the_parts_of_a_batch_carry_its_noise():
     recipe, whole = Recipe(noise=0.5), torch.zeros(3, 2, 4, 4)
-    ((wanted,),) = recipe.disturbed(0, [[whole]])
+    ((expected,),) = recipe.disturbed(0, [[whole]])
     for places in (torch.tensor([2]), torch.tensor([0, 1])):
         ((part,),) = recipe.disturbed(0, [[whole[places]]], [(places, 3)])
-        assert torch.equal(part, wanted[places])
+        assert torch.equal(part, expected[places])
 
 
 # ---- the command line ----

@@ -87,8 +87,8 @@ def test_every_metric_is_that_of_its_own_function():
     assert len(set(found.metrics.values())) == 9
     np.testing.assert_array_equal(found.aupimo, metrics.aupimo_per_image(truth.masks, maps))
     for name, curve in (("pixel_roc", metrics.roc_curve), ("pro", metrics.pro_curve)):
-        for ours, wanted in zip(found.curves[name], curve(truth.masks, maps), strict=True):
-            np.testing.assert_array_equal(ours, wanted)
+        for ours, expected in zip(found.curves[name], curve(truth.masks, maps), strict=True):
+            np.testing.assert_array_equal(ours, expected)
 
 
 def test_without_masks_the_images_alone_are_measured():
@@ -112,9 +112,9 @@ def test_a_defect_is_never_a_normal_image_of_aupimo(mask):
     truth = Truth.of(images)
     maps = np.stack([images[i][0].numpy() for i in range(9)])
     found, rest = measure(truth, maps.mean((1, 2)), maps), Images(items, SIZE)
-    wanted = measure(Truth.of(rest), maps[:8].mean((1, 2)), maps[:8])
-    assert found.aupimo is not None and wanted.aupimo is not None
-    np.testing.assert_array_equal(found.aupimo[:8], wanted.aupimo)
+    expected = measure(Truth.of(rest), maps[:8].mean((1, 2)), maps[:8])
+    assert found.aupimo is not None and expected.aupimo is not None
+    np.testing.assert_array_equal(found.aupimo[:8], expected.aupimo)
     assert np.isnan(found.aupimo[8]) if mask == "empty" else found.aupimo[8] == 1
 
 
@@ -159,5 +159,5 @@ def test_a_padded_image_is_measured_by_its_own_part_of_the_map():
     images = Images([Item("wide", 0, "good", image)], SIZE, fit="pad")
     found = evaluate(predict, Features(Brightness(), images), Truth(None, None))
     levels = torch.from_numpy(image / 255)[None, None].float()
-    wanted = F.interpolate(levels, size=(SIZE, SIZE), mode="bilinear")[0]
-    np.testing.assert_allclose(found.maps, wanted, atol=1e-6)
+    expected = F.interpolate(levels, size=(SIZE, SIZE), mode="bilinear")[0]
+    np.testing.assert_allclose(found.maps, expected, atol=1e-6)

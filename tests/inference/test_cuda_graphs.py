@@ -58,8 +58,8 @@ def test_a_replay_gives_what_the_model_gives(optimized: bool) -> None:
     for seed in (1, 2):
         got = [t.clone() for t in replay(features(seed, "cuda"))]
         with torch.no_grad():
-            wanted = run.log_likelihood(features(seed, "cuda"))
-        for g, w in zip(got, wanted, strict=True):
+            expected = run.log_likelihood(features(seed, "cuda"))
+        for g, w in zip(got, expected, strict=True):
             assert relative_error(g, w) <= 16 * tolerance(torch.float32, 32)
 
 
@@ -112,8 +112,8 @@ def batch(n: int, value: float = 1.0, side: int = 4) -> torch.Tensor:
 
 
 def assert_of(found: tuple[torch.Tensor, torch.Tensor], images: torch.Tensor) -> None:
-    wanted = Sums()(images)
-    assert torch.equal(found[0], wanted.score) and torch.equal(found[1], wanted.anomaly_map)
+    expected = Sums()(images)
+    assert torch.equal(found[0], expected.score) and torch.equal(found[1], expected.anomaly_map)
 
 
 def test_the_second_batch_of_a_shape_is_recorded_and_what_comes_once_is_not() -> None:
@@ -249,12 +249,12 @@ def test_a_detector_on_a_gpu_gives_the_same_with_its_graphs_from_many_threads(
     images = [rng.integers(0, 255, (64, 64, 3), np.uint8) for _ in range(8)]
     shared, alone = (mx.load(untrained_run(), "cuda", precision=precision) for _ in range(2))
     alone._replayed = Replayed(alone.model, most=0)
-    wanted = [alone.predict(image)[0] for image in images]
+    expected = [alone.predict(image)[0] for image in images]
     with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
         warnings.simplefilter("error")
         found = list(pool.map(lambda image: shared.predict(image)[0], images * 4))
     assert shared._replayed._graphs
-    granted = 0.05 if precision == "bfloat16" else 1e-4
-    for result, other in zip(found, wanted * 4, strict=True):
-        assert result.score == pytest.approx(other.score, rel=granted)
-        assert np.abs(result.map - other.map).max() <= granted * np.abs(other.map).max()
+    bound = 0.05 if precision == "bfloat16" else 1e-4
+    for result, other in zip(found, expected * 4, strict=True):
+        assert result.score == pytest.approx(other.score, rel=bound)
+        assert np.abs(result.map - other.map).max() <= bound * np.abs(other.map).max()

@@ -26,7 +26,7 @@ from msflow_ext.runs.checkpoint import read_checkpoint
 
 def test_every_kind_of_source_gives_the_same_result(detector, folder):
     path = folder / "square" / "0.png"
-    (wanted,) = detector.predict(path)
+    (expected,) = detector.predict(path)
     image, pixels = Image.open(path), np.asarray(Image.open(path))
     (tensor,) = Images((Item("0", None, "", path),), 64)
     sources = [
@@ -41,8 +41,8 @@ def test_every_kind_of_source_gives_the_same_result(detector, folder):
     ]
     for source in sources:
         (result,) = detector.predict(source)
-        assert result.score == pytest.approx(wanted.score, rel=1e-6)
-        np.testing.assert_allclose(result.map, wanted.map, rtol=1e-5, atol=1e-6)
+        assert result.score == pytest.approx(expected.score, rel=1e-6)
+        np.testing.assert_allclose(result.map, expected.map, rtol=1e-5, atol=1e-6)
         assert np.array_equal(result.image, np.dstack([pixels] * 3))
 
 
@@ -273,9 +273,9 @@ def test_evaluation_keeps_the_order_of_the_images(detector, items):
     images = Images(items, 64)
     features = Features(detector.model, images, cache="off")
     found = evaluate(detector.model.predict_features, features, Truth.of(images), batch_size=4)
-    wanted = detector.predict(images[i] for i in range(len(images)))
-    assert found.scores == pytest.approx([r.score for r in wanted], rel=1e-5)
-    np.testing.assert_allclose(found.maps, [r.map for r in wanted], rtol=1e-4, atol=1e-5)
+    expected = detector.predict(images[i] for i in range(len(images)))
+    assert found.scores == pytest.approx([r.score for r in expected], rel=1e-5)
+    np.testing.assert_allclose(found.maps, [r.map for r in expected], rtol=1e-4, atol=1e-5)
 
 
 def test_a_padded_image_gives_its_own_part_of_map_mask_and_image(detector):
@@ -327,11 +327,11 @@ def test_no_images_in_a_batch_and_no_workers_are_refused(detector, option, tile)
 def test_threads_that_share_a_detector_get_the_bits_that_each_would_alone(run, precision):
     images = [np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8) for i in range(6)]
     alone = load(run, device="cpu", precision=precision)
-    wanted = [alone.predict(image)[0] for image in images]
+    expected = [alone.predict(image)[0] for image in images]
     shared = load(run, device="cpu", precision=precision)  # its first calls meet, too
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lambda image: shared.predict(image)[0], images * 4))
-    for result, other in zip(found, wanted * 4, strict=True):
+    for result, other in zip(found, expected * 4, strict=True):
         assert result.score == other.score
         assert np.array_equal(result.map, other.map)
 
@@ -340,10 +340,10 @@ def test_threads_that_share_a_detector_get_the_bits_that_each_would_alone(run, p
 def test_the_prepacked_form_says_nearly_the_same(run, detector, folder, precision, error):
     packed = load(run, device="cpu", precision=precision)
     assert type(packed.model.head) is not type(detector.model.head)
-    for result, wanted in zip(packed.predict(folder), detector.predict(folder), strict=True):
+    for result, expected in zip(packed.predict(folder), detector.predict(folder), strict=True):
         assert result.map.dtype == np.float32
-        assert result.score == pytest.approx(wanted.score, rel=error)
-        assert np.abs(result.map - wanted.map).max() <= error * np.abs(wanted.map).max()
+        assert result.score == pytest.approx(expected.score, rel=error)
+        assert np.abs(result.map - expected.map).max() <= error * np.abs(expected.map).max()
 
 
 def test_another_precision_is_refused(run):

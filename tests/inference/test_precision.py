@@ -46,14 +46,14 @@ print([result.score for result in detector.predict(sys.argv[2], batch_size=4)])
 
 def test_copies_pickles_and_other_processes_score_alike(run, photos, precision, tmp_path):
     detector = load(run, device="cpu", precision=precision)
-    wanted = scores(detector, photos)
+    expected = scores(detector, photos)
     for duplicate in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
-        assert scores(duplicate, photos) == wanted
+        assert scores(duplicate, photos) == expected
     (tmp_path / "detector").write_bytes(pickle.dumps(detector))
     command = [sys.executable, "-c", OTHER, str(tmp_path / "detector"), str(photos)]
     # Not beside the sources, which would hide the installed package.
     said = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert json.loads(said.stdout) == wanted
+    assert json.loads(said.stdout) == expected
 
 
 @pytest.mark.parametrize("first", [1, 2, 9])

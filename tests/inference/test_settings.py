@@ -40,8 +40,8 @@ def test_a_threshold_of_ones_own_replaces_that_of_the_images_alone(run):
 
 def test_the_precision_is_that_of_the_optimized_model(run):
     found = Scoring(precision="bfloat16").load(str(run), "cpu")
-    wanted = mx.load(run, "cpu", precision="bfloat16")
-    assert type(found.model.head) is type(wanted.model.head)
+    expected = mx.load(run, "cpu", precision="bfloat16")
+    assert type(found.model.head) is type(expected.model.head)
     assert type(found.model.head) is not type(Scoring().load(str(run), "cpu").model.head)
 
 

@@ -30,7 +30,7 @@ def test_one_model_in_many_threads_gives_the_bits_of_one(each_backend: str) -> N
             found = model(batch)
         return found.score, found.anomaly_map
 
-    wanted = [score(batch) for batch in images]
+    expected = [score(batch) for batch in images]
 
     def score_in_thread(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with ops.backend(each_backend):  # of this thread
@@ -38,7 +38,7 @@ def test_one_model_in_many_threads_gives_the_bits_of_one(each_backend: str) -> N
 
     with ThreadPoolExecutor(6) as pool:
         for _ in range(4):
-            for one, other in zip(pool.map(score_in_thread, images), wanted, strict=True):
+            for one, other in zip(pool.map(score_in_thread, images), expected, strict=True):
                 assert all(map(torch.equal, one, other))
 
 

@@ -41,8 +41,8 @@ def test_the_score_of_tiles_is_the_largest_and_their_maps_stand_side_by_side(det
     parts = detector.predict([image[:, i : i + 64] for i in (0, 64, 128)])
     (found,) = detector.predict(image, tile=True, overlap=0)
     assert found.score == pytest.approx(max(part.score for part in parts), rel=1e-6)
-    wanted = np.hstack([part.map for part in parts])
-    np.testing.assert_allclose(found.map, wanted, rtol=1e-5, atol=1e-6)
+    expected = np.hstack([part.map for part in parts])
+    np.testing.assert_allclose(found.map, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_many_images_are_cut_into_tiles_one_after_the_other(detector):

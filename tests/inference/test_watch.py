@@ -86,11 +86,11 @@ def test_what_is_hidden_known_or_no_image_is_passed_over(tmp_path):
 
 
 def test_links_to_nowhere_do_not_hide_the_images_beside_them(tmp_path):
-    wanted = [f"{i:02}.png" for i in range(20)]
-    for name in wanted:
+    expected = [f"{i:02}.png" for i in range(20)]
+    for name in expected:
         (tmp_path / f"link {name}").symlink_to("nowhere.png")
         (tmp_path / name).write_bytes(b"1")
-    assert names(tmp_path, idle, idle) == wanted
+    assert names(tmp_path, idle, idle) == expected
 
 
 def test_an_image_that_was_damaged_comes_again_when_it_changes(tmp_path):

@@ -37,13 +37,15 @@ def test_it_sums_deviations_from_the_normal_images_that_stay_below_eight() -> No
     odd[0][1, :, 3, 4] += 1000
     model.fit_map(zip(*(f.split(2) for f in normal), strict=True))
     got = model.predict_features(odd)
-    wanted = torch.zeros(2, 64, 64)
+    expected = torch.zeros(2, 64, 64)
     usual, unusual = model.head.log_likelihood(normal), model.head.log_likelihood(odd)
     for a, b in zip(usual, unusual, strict=True):
         standard = (a.mean() - b) / a.std(correction=0)
         share = torch.where(standard < 0, standard, 8 * torch.sin(torch.atan(standard / 8)))
-        wanted += F.interpolate(share[:, None], (64, 64), mode="bilinear", align_corners=True)[:, 0]
-    torch.testing.assert_close(got.anomaly_map, wanted, rtol=1e-4, atol=1e-3)
+        expected += F.interpolate(share[:, None], (64, 64), mode="bilinear", align_corners=True)[
+            :, 0
+        ]
+    torch.testing.assert_close(got.anomaly_map, expected, rtol=1e-4, atol=1e-3)
     assert got.anomaly_map.max() <= 16
     assert torch.equal(got.score, ops.aggregate(unusual, 64).log_score)
     assert unusual[0].min() < 100 * usual[0].min()
@@ -65,10 +67,10 @@ def test_it_is_smoothed_as_by_a_gaussian_filter_over_it(smoothing: float) -> Non
     grids = ((20, 13), (10, 7), (3, 3), (1, 2))
     maps = [20 * torch.randn(2, *grid, dtype=torch.float64, generator=generator) for grid in grids]
     plain, smooth = (ClampedMap(len(grids), each)(maps, 48) for each in (0.0, smoothing))
-    wanted = gaussian_filter(
+    expected = gaussian_filter(
         plain.numpy(), smoothing, axes=(1, 2), mode="nearest", radius=math.ceil(4 * smoothing)
     )
-    torch.testing.assert_close(smooth, torch.from_numpy(wanted), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(smooth, torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
     assert (smooth - plain).abs().max() > 0.1
     again = MSFlow(**build(smoothing=smoothing).config, pretrained=False)
     assert again.clamped is not None and again.clamped.smoothing == smoothing
@@ -81,8 +83,8 @@ def test_the_score_of_that_name_is_the_mean_of_the_hottest_share_of_the_map(anom
     for model in (build(**options), FastFlow("test_resnet", **fast, **options)):
         model.fit_map([model.features(images(3, 0))])
         got = model(images(2, 1))
-        hottest = got.anomaly_map.flatten(1).sort(descending=True).values[:, : 64 * 64 // 100]
-        torch.testing.assert_close(got.score, hottest.mean(1))
+        top_k_mean = got.anomaly_map.flatten(1).sort(descending=True).values[:, : 64 * 64 // 100]
+        torch.testing.assert_close(got.score, top_k_mean.mean(1))
 
 
 def test_its_statistics_are_kept_with_the_weights() -> None:

@@ -216,23 +216,23 @@ def test_a_transformer_refuses_images_of_another_size():
         backbone(torch.rand(2, 3, 96, 64))
 
 
-@pytest.mark.parametrize(("dtype", "granted"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_the_inference_form_of_a_transformer_gives_its_maps(monkeypatch, dtype, granted):
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_the_inference_form_of_a_transformer_gives_its_maps(monkeypatch, dtype, bound):
     monkeypatch.setattr("msflow_ext.models.optimized.backbone.has_bfloat16", lambda: True)
     backbone = Backbone("test_vit", image_size=64, pretrained=False)
     x = torch.rand(2, 3, 64, 64)
     (feature,) = backbone.optimize(64, dtype)(x)
-    (wanted,) = backbone(x)
+    (right,) = backbone(x)
     assert feature.dtype is dtype
-    assert float((feature - wanted).abs().max()) <= granted
+    assert float((feature - right).abs().max()) <= bound
 
 
 def test_a_backbone_in_float64_has_an_inference_form_in_float32():
     backbone = Backbone("test_efficientnet", pretrained=False)
     x = torch.rand(2, 3, 64, 64)
-    for feature, wanted in zip(backbone.double().optimize(64)(x), backbone(x), strict=True):
+    for feature, right in zip(backbone.double().optimize(64)(x), backbone(x), strict=True):
         assert feature.dtype is torch.float32
-        assert relative_error(feature, wanted) <= 1e-4
+        assert relative_error(feature, right) <= 1e-4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -240,8 +240,8 @@ def test_a_backbone_on_a_gpu_has_an_inference_form_there(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     backbone = Backbone("test_efficientnet", pretrained=False).cuda()
     x = torch.rand(2, 3, 64, 64, device="cuda")
-    for feature, wanted in zip(backbone.optimize(64)(x), backbone(x), strict=True):
-        assert relative_error(feature, wanted) <= 1e-3
+    for feature, right in zip(backbone.optimize(64)(x), backbone(x), strict=True):
+        assert relative_error(feature, right) <= 1e-3
 
 
 @pytest.mark.parametrize(

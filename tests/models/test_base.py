@@ -82,7 +82,7 @@ class Scores(nn.Module):
 
 def test_graphs_of_a_model_hold_no_look_at_the_values(model: AnomalyModel) -> None:
     plain = Scores(model)
-    wanted = plain(IMAGES)
+    expected = plain(IMAGES)
     with torch.no_grad():
         traced: Any = make_fx(lambda images: model.plain_features(images))(IMAGES)
         program: Any = torch.export.export(plain, (IMAGES,), strict=False).module()
@@ -90,15 +90,15 @@ def test_graphs_of_a_model_hold_no_look_at_the_values(model: AnomalyModel) -> No
         assert "conv" in str(graph.graph)
         assert "aminmax" not in str(graph.graph)
     assert traced(WRONG["-1..1"][0])[0].shape[0] == 2
-    torch.testing.assert_close(program(IMAGES), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(program(IMAGES), expected, rtol=1e-4, atol=1e-4)
     assert program(WRONG["-1..1"][0]).shape == (2,)  # the graph itself does not look
 
 
 @pytest.mark.slow
 def test_a_compiled_model_is_one_graph(model: AnomalyModel) -> None:
     features = torch.compile(model.plain_features, backend="eager", fullgraph=True)
-    for found, wanted in zip(features(IMAGES), model.plain_features(IMAGES), strict=True):
-        torch.testing.assert_close(found, wanted)
+    for found, expected in zip(features(IMAGES), model.plain_features(IMAGES), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", [MSFlow, FastFlow])

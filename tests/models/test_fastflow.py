@@ -106,14 +106,14 @@ def test_the_loss_is_the_sum_over_scales_of_the_mean_negative_log_likelihood(
     each_backend: str, normal: Normal
 ) -> None:
     head, x = make(), draw(normal, 3)
-    wanted = torch.zeros((), dtype=F64)
+    expected = torch.zeros((), dtype=F64)
     for i in range(2):
         alone = FastFlowHead(CHANNELS[i : i + 1], steps=3, input_sizes=SIZES[i : i + 1]).double()
         alone.flows[0].load_state_dict(head.flows[i].state_dict())
         alone.norms[0].load_state_dict(head.norms[i].state_dict())
         out = alone(x[i : i + 1])
-        wanted = wanted + (0.5 * out.z[0].square().sum((1, 2, 3)) - out.log_det).mean()
-    assert relative_error(head.loss(x), wanted) <= 1e-12
+        expected = expected + (0.5 * out.z[0].square().sum((1, 2, 3)) - out.log_det).mean()
+    assert relative_error(head.loss(x), expected) <= 1e-12
 
 
 def test_a_new_norm_standardises_each_image_over_channels_and_positions(normal: Normal) -> None:
@@ -162,13 +162,13 @@ def test_the_inference_form_is_a_snapshot_that_takes_and_returns_what_the_head_d
     head = make(input_sizes=SIZES if normed else None)
     x = draw(normal)
     x[0] = x[0].contiguous(memory_format=torch.channels_last)
-    wanted = head(x)
+    expected = head(x)
     form = head.optimize()
     with torch.no_grad():
         for p in [*head.parameters(), *head.buffers()]:
             p.zero_()
     out = form(x)
-    for got, want in zip((*out.z, out.log_det), (*wanted.z, wanted.log_det), strict=True):
+    for got, want in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
         assert relative_error(got, want) <= 1e-12
     assert [z.stride() for z in out.z] == [t.stride() for t in x]
 
@@ -259,8 +259,8 @@ def test_a_model_scores_images_by_the_mean_likelihood_of_its_scales(case: str) -
     assert (len(model.head.norms) > 0) is normed
     got = model(images)
     likelihood = model.head.log_likelihood(features)
-    wanted = ops.mean_aggregate(likelihood, size)
-    assert torch.equal(got.anomaly_map, wanted.anomaly_map)
+    expected = ops.mean_aggregate(likelihood, size)
+    assert torch.equal(got.anomaly_map, expected.anomaly_map)
     assert torch.equal(got.score, got.anomaly_map.amax((1, 2)))
     assert torch.equal(got.image_map, got.anomaly_map)
     assert [tuple(m.shape) for m in got.log_likelihood] == [(2, side, side) for side in sides]
@@ -274,9 +274,9 @@ def test_the_scores_that_cannot_saturate_are_those_of_the_aggregate() -> None:
     options = {"image_size": 64, "steps": 1, "top_k": 0.1}
     model = FastFlow("test_resnet", pretrained=False, **options)
     features = model.features(images)
-    wanted = ops.aggregate(model.head.log_likelihood(features), 64, top_k=0.1)
+    expected = ops.aggregate(model.head.log_likelihood(features), 64, top_k=0.1)
     maps = model.predict_features(features).anomaly_map
-    for name, score in (("log", wanted.log_score), ("nll", wanted.nll_score)):
+    for name, score in (("log", expected.log_score), ("nll", expected.nll_score)):
         model.score = name
         got = model.predict_features(features)
         assert torch.equal(got.score, score)

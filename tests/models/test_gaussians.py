@@ -80,8 +80,8 @@ def test_whitening_takes_the_root_of_shrunk_covariances_given_the_coarser_scales
             root = np.real(scipy.linalg.sqrtm(shrunk[:c, :c] - slope @ shrunk[c:, :c]))
             for p, q in where:
                 deviation = (y[:, :, p, q] - x[:, :, p, q].mean(0)).numpy().T
-                wanted = np.linalg.solve(root, deviation[:c] - slope @ deviation[c:])
-                np.testing.assert_allclose(got[:, :, p, q].T, wanted, 1e-9, 1e-9)
+                expected = np.linalg.solve(root, deviation[:c] - slope @ deviation[c:])
+                np.testing.assert_allclose(got[:, :, p, q].T, expected, 1e-9, 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -126,10 +126,10 @@ def test_new_images_are_whitened_by_the_training_images_of_the_last_training(
         train(model, noise(), tmp_path / run, recipe, device="cpu")
     images = Images(noise().train, 64)
     standardized = plain_features(model, images)[torch.arange(4)]
-    wanted = whitened_by(standardized, standardized)
+    expected = whitened_by(standardized, standardized)
     again = load(tmp_path / "again", "cpu").model
     got = again.features(torch.stack([images[i] for i in range(4)]))
-    for a, b, c in zip(got, wanted, standardized, strict=True):
+    for a, b, c in zip(got, expected, standardized, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(b, c, atol=0.1)
     one = images[0][None]
@@ -148,8 +148,8 @@ def test_images_to_learn_are_whitened_by_the_others(cache: str) -> None:
     got = features[torch.tensor([6, 0, 5, 3])]
     for row, i in enumerate((6, 0, 5, 3)):
         others = [x[number % 5 != i % 5] for x in standardized]
-        wanted = whitened_by(others, [x[i : i + 1] for x in standardized])
-        for a, b in zip(got, wanted, strict=True):
+        expected = whitened_by(others, [x[i : i + 1] for x in standardized])
+        for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a[row : row + 1], b, rtol=1e-3, atol=1e-3)
     new = model.features(images[0][None])
     for a, b in zip(new, whitened_by(standardized, [x[:1] for x in standardized]), strict=True):

@@ -62,9 +62,9 @@ def test_reversible_gives_the_gradients_of_saved_activations(
 ) -> None:
     head = make(name, dtype)
     x = [memory_format(t.detach()).requires_grad_() for t in draw(normal, dtype)]
-    wanted = differentiate(head, x)
+    expected = differentiate(head, x)
     head.memory = "reversible"
-    for got, want in zip(differentiate(head, x), wanted, strict=True):
+    for got, want in zip(differentiate(head, x), expected, strict=True):
         assert relative_error(got, want) <= bound
 
 
@@ -77,13 +77,13 @@ def test_frozen_parameters_and_features_get_no_gradient_in_reversible(
     for n, parameter in head.named_parameters():
         parameter.requires_grad_(n in names)
     head.loss(x).backward()
-    wanted = {n: head.get_parameter(n).grad for n in names}
+    expected = {n: head.get_parameter(n).grad for n in names}
     head.zero_grad()
     head.memory = "reversible"
     head.loss(x).backward()
     for n, parameter in head.named_parameters():
         if n in names:
-            assert relative_error(parameter.grad, wanted[n]) <= 1e-11
+            assert relative_error(parameter.grad, expected[n]) <= 1e-11
         else:
             assert parameter.grad is None
 
@@ -153,12 +153,12 @@ def test_reversible_refuses_latent_values_that_were_cut_off(normal: Normal) -> N
 
 def test_reversible_predicts_as_ever(normal: Normal) -> None:
     head, x = make("msflow"), [t.detach() for t in draw(normal)]
-    wanted = head(x).z
+    expected = head(x).z
     head.memory = "reversible"
     with torch.no_grad():
-        assert all(map(torch.equal, head(x).z, wanted))
+        assert all(map(torch.equal, head(x).z, expected))
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
-        assert all(map(torch.equal, head(x).z, wanted))
+        assert all(map(torch.equal, head(x).z, expected))
 
 
 def test_what_is_recomputed_has_first_and_second_derivatives(normal: Normal) -> None:

@@ -41,8 +41,8 @@ def test_the_inverse_undoes_the_head(
     head, x = make(), [memory_format(t) for t in draw(normal)]
     out = head(x)
     back = head.inverse(out.z)
-    for got, wanted in zip(back.z, x, strict=True):
-        assert relative_error(got, wanted) <= 1e-12
+    for got, expected in zip(back.z, x, strict=True):
+        assert relative_error(got, expected) <= 1e-12
     assert relative_error(back.log_det, -out.log_det) <= 1e-12
 
 
@@ -58,8 +58,8 @@ def test_log_det_is_that_of_the_jacobian(each_backend: str, normal: Normal) -> N
 
     jacobian = torch.autograd.functional.jacobian(lambda x: run(x)[0], flat)
     assert isinstance(jacobian, Tensor)
-    wanted = torch.linalg.slogdet(jacobian).logabsdet
-    assert relative_error(run(flat)[1], wanted[None]) <= 1e-11
+    expected = torch.linalg.slogdet(jacobian).logabsdet
+    assert relative_error(run(flat)[1], expected[None]) <= 1e-11
 
 
 def test_latents_have_the_memory_format_of_the_features(
@@ -89,8 +89,8 @@ def test_any_number_of_images_works(each_backend: str, normal: Normal, samples: 
     head, x = make(), draw(normal, 3)
     whole, out = head(x), head([t[:samples] for t in x])
     assert out.log_det.shape == (samples,)
-    for got, wanted in zip((*out.z, out.log_det), (*whole.z, whole.log_det), strict=True):
-        assert relative_error(got, wanted[:samples]) <= 1e-12
+    for got, expected in zip((*out.z, out.log_det), (*whole.z, whole.log_det), strict=True):
+        assert relative_error(got, expected[:samples]) <= 1e-12
 
 
 def test_the_same_seed_gives_the_same_head() -> None:
@@ -116,7 +116,7 @@ def test_bfloat16_is_close_to_float32(
 ) -> None:
     head = make(dtype=torch.float32)
     x = [memory_format(t) for t in draw(normal, dtype=torch.float32)]
-    wanted = head(x)
+    expected = head(x)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = head(x)
         loss = head.loss(x)
@@ -128,7 +128,7 @@ def test_bfloat16_is_close_to_float32(
     assert {t.dtype for t in (*mixed.z, mixed.log_det, narrow.log_det)} == {torch.float32}
     assert {t.dtype for t in (*narrow.z, *back.z)} == {torch.bfloat16}
     for out in (mixed, narrow):
-        for got, want in zip((*out.z, out.log_det), (*wanted.z, wanted.log_det), strict=True):
+        for got, want in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
             assert relative_error(got, want) <= 0.03
     for got, want in zip(back.z, x, strict=True):
         assert relative_error(got, want) <= 0.1
@@ -198,11 +198,11 @@ def test_the_inference_form_is_a_snapshot(normal: Normal, memory_format: Layout)
     for parameter in head.parameters():
         if parameter.dim() == 4:
             parameter.data = memory_format(parameter.data)
-    wanted = head(x)
+    expected = head(x)
     form = head.optimize()
     head.load_state_dict(make(seed=1).state_dict())
     out = form(x)
-    for got, want in zip((*out.z, out.log_det), (*wanted.z, wanted.log_det), strict=True):
+    for got, want in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
         assert relative_error(got, want) <= 1e-12
 
 
@@ -219,11 +219,11 @@ def test_likelihoods_of_the_inference_form_take_no_log_det(
 
     head: Any = make() if kind == "msflow" else FastFlowHead(CHANNELS, steps=2).double()
     x = draw(normal)
-    wanted, form = head.log_likelihood(x), head.optimize()
+    expected, form = head.log_likelihood(x), head.optimize()
     monkeypatch.setattr(ops, "affine_coupling", asking)
     maps = form.log_likelihood(x)
     assert asked and not any(asked)
-    for got, want in zip(maps, wanted, strict=True):
+    for got, want in zip(maps, expected, strict=True):
         assert relative_error(got, want) <= 1e-12
 
 

@@ -45,15 +45,15 @@ def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
-def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtype) -> None:
+def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
     """In units of the largest number of each tensor: 1e-10 in float64, 1e-5 in float32 and 3e-5 of log-dets."""
-    assert set(got) == set(wanted)
+    assert set(got) == set(expected)
     errors = {}
-    for key, want in wanted.items():
-        granted = 1e-10 if dtype is torch.float64 else 3e-5 if "jac" in key else 1e-5
+    for key, want in expected.items():
+        bound = 1e-10 if dtype is torch.float64 else 3e-5 if "jac" in key else 1e-5
         assert got[key].shape == want.shape, key
         error = float((got[key].detach() - want).abs().max() / want.abs().max())
-        if not error <= granted:
+        if not error <= bound:
             errors[key] = error
     assert not errors
 
@@ -116,8 +116,8 @@ def test_every_recorded_tensor_of_the_forward_pass_is_reproduced(
     got = run(head, h, POOLS[meta["pool"]])
     assert_equal(got, under("f64.", tensors), dtype)
     if dtype is torch.float32:
-        wanted = under("f32.", tensors)
-        assert_equal({key: got[key] for key in wanted}, wanted, dtype)
+        expected = under("f32.", tensors)
+        assert_equal({key: got[key] for key in expected}, expected, dtype)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -170,33 +170,33 @@ def test_the_inference_form_reproduces_the_recorded_latents(
 def test_positional_encodings_are_the_recorded_bits(golden: Golden, name: str) -> None:
     encodings = under("pe", golden(name)[0])
     assert encodings
-    for wanted in encodings.values():
-        assert torch.equal(positional_encoding(*wanted.shape)[0], wanted)
+    for expected in encodings.values():
+        assert torch.equal(positional_encoding(*expected.shape)[0], expected)
 
 
 def conditional_flow(
     state: dict[str, Tensor], channels: int, blocks: int, cond_channels: int
 ) -> ConditionalFlow:
-    """A parallel flow alone with official weights; :class:`MSFlowHead` refuses odd channels."""
+    """A parallel flow alone with reference weights; :class:`MSFlowHead` refuses odd channels."""
     flow = ConditionalFlow(channels, blocks, cond_channels, clamp=1.9, clamp_form="0.2")
     ours: dict[str, Tensor] = {}
     for key, value in state.items():
         block, name = key.removeprefix("module_list.").split(".", 1)
-        passive = channels - channels // 2
-        for whole, parts in official_names(name, value, passive).items():
+        conditioning = channels - channels // 2
+        for whole, parts in checkpoint_names(name, value, conditioning).items():
             ours[f"steps.{block}.{whole}"] = parts
     flow.load_state_dict(ours)
     return flow
 
 
-def official_names(name: str, value: Tensor, passive: int) -> dict[str, Tensor]:
-    """Our names and shapes of one official tensor of a block."""
+def checkpoint_names(name: str, value: Tensor, conditioning: int) -> dict[str, Tensor]:
+    """Our names and shapes of one reference tensor of a block."""
     if name == "w_perm":
         return {"perm": value[:, :, 0, 0].argmax(1)}
     if name == "w_perm_inv":
         return {}
     if name == "subnet.conv1.weight":
-        parts = value.tensor_split([passive], 1)
+        parts = value.tensor_split([conditioning], 1)
         return dict(zip(("subnet.conv_x.weight", "subnet.conv_cond.weight"), parts, strict=True))
     renamed = {"conv1": "conv_cond", "conv2": "conv_out", "ln": "norm"}
     words = [renamed.get(word, word) for word in name.split(".")]
@@ -216,14 +216,14 @@ def test_flows_with_odd_channels_reproduce_everything_recorded(
     loss = (ops.half_square_norm(u) - log_det).mean()
     loss.backward()
     got = {"u": u, "jac": log_det, "loss": loss[None]}
-    wanted = {key: tensors[f"f64.{key}{scale}"] for key in got}
-    assert_equal(got, wanted, dtype)
+    expected = {key: tensors[f"f64.{key}{scale}"] for key in got}
+    assert_equal(got, expected, dtype)
     assert x.grad is not None
     assert_equal({"x": x.grad}, {"x": tensors[f"grad_x{scale}"]}, dtype)
     gradients: dict[str, Tensor] = {}
     for key, value in under(f"grad.{prefix}", tensors).items():
         block, name = key.removeprefix("module_list.").split(".", 1)
-        parts = official_names(name, value, flow.channels - flow.channels // 2)
+        parts = checkpoint_names(name, value, flow.channels - flow.channels // 2)
         gradients |= {f"steps.{block}.{name}": part for name, part in parts.items()}
     found = {key: p.grad for key, p in flow.named_parameters() if p.grad is not None}
     assert_equal(found, gradients, dtype)

@@ -184,7 +184,7 @@ def test_trained_position_embeddings_are_resampled_to_the_image_size(tmp_path, n
     trained = weights["pos_embed"][:, prefix:]
     side = int(trained.size(1) ** 0.5)
     grid = trained.mT.reshape(1, -1, side, side)
-    wanted = F.interpolate(grid, (4, 6), mode="bicubic", antialias=True).flatten(2).mT
-    torch.testing.assert_close(network.model.pos_embed[:, prefix:], wanted)
+    expected = F.interpolate(grid, (4, 6), mode="bicubic", antialias=True).flatten(2).mT
+    torch.testing.assert_close(network.model.pos_embed[:, prefix:], expected)
     own = {key.removeprefix("model."): value for key, value in network.state_dict().items()}
     assert all(torch.equal(own[key], weights[key]) for key in own if key != "pos_embed")

@@ -1,4 +1,4 @@
-"""Laws of the coupling: kernels equal the reference, the inverse undoes it, log_det is the Jacobian's."""
+"""Properties of the coupling: kernels equal the reference, the inverse undoes it, log_det is the Jacobian's."""
 
 from __future__ import annotations
 
@@ -146,8 +146,8 @@ def test_kernels_equal_the_reference_on_expanded_operands_and_gradients(
 
     operands = make(normal, layout=spread)
     with ops.backend("reference"):
-        wanted = run(operands)
-    for got, want in zip(run(operands), wanted, strict=True):
+        expected = run(operands)
+    for got, want in zip(run(operands), expected, strict=True):
         assert relative_error(got, want) <= tolerance(F64, 16)
 
 
@@ -159,8 +159,8 @@ def test_without_log_det_the_other_results_and_their_gradients_have_the_same_bit
         leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in operands]
         results = ops.affine_coupling(*leaves, limit=1.5, split=SHAPES[shape][-1], log_det=log_det)
         assert (results[2] is None) != log_det
-        wanted = [t for t in leaves if t.requires_grad]
-        return [*results[:2], *torch.autograd.grad(results[:2], wanted, results[:2])]
+        expected = [t for t in leaves if t.requires_grad]
+        return [*results[:2], *torch.autograd.grad(results[:2], expected, results[:2])]
 
     operands = make(normal, shape, dtypes, layout)
     assert all(map(torch.equal, run(log_det=False), run(log_det=True)))
@@ -206,8 +206,8 @@ def test_bfloat16_results_are_rounded_once(
         exact: Operands = [
             t.double() if t is not None and t.is_floating_point() else t for t in operands
         ]
-        wanted = ops.affine_coupling(*exact)[:2]
-    for g, w in zip(got, wanted, strict=True):
+        expected = ops.affine_coupling(*exact)[:2]
+    for g, w in zip(got, expected, strict=True):
         half_a_step = 2.0**-8 * w.abs() + tolerance(F32) * w.abs().max()
         assert bool(((g.double() - w).abs() <= half_a_step).all())
 
@@ -222,10 +222,10 @@ def test_the_inverse_undoes_the_coupling(
         x1, x2, a, *vectors, clamp_form=form, split=SHAPES[shape][-1]
     )
     y1, y2 = layout(y1), layout(y2)
-    back1 = ops.passive_half(y1, y2, x1.size(1), *vectors)
+    back1 = ops.conditioning_half(y1, y2, x1.size(1), *vectors)
     back2, log_det_back = ops.affine_coupling_inverse(y1, y2, a, *vectors, clamp_form=form)
-    for got, wanted in ((back1, x1), (back2, x2), (log_det_back, -log_det)):
-        assert relative_error(got, wanted) <= tolerance(F64, 64)
+    for got, expected in ((back1, x1), (back2, x2), (log_det_back, -log_det)):
+        assert relative_error(got, expected) <= tolerance(F64, 64)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -248,7 +248,7 @@ def test_the_inverse_kernel_equals_the_reference(
 def test_the_passive_half_keeps_the_dtype_of_the_stream(normal: Normal, dtypes: Any) -> None:
     x1, x2, a, *vectors = make(normal, dtypes=dtypes)
     y1, y2, _ = ops.affine_coupling(x1, x2, a, *vectors)
-    back = ops.passive_half(y1, y2, x1.size(1), *vectors)
+    back = ops.conditioning_half(y1, y2, x1.size(1), *vectors)
     assert back.dtype is x1.dtype
     assert relative_error(back, x1) <= 4 * tolerance(x1.dtype)
 
@@ -276,7 +276,7 @@ def test_log_det_is_that_of_the_jacobian(
     def uncouple(y: Tensor) -> tuple[Tensor, Tensor]:
         y = memory_format(y)
         y1, y2 = y[:, :4], y[:, 4:]
-        x1 = ops.passive_half(y1, y2, c1, scale, offset, perm)
+        x1 = ops.conditioning_half(y1, y2, c1, scale, offset, perm)
         x2, log_det = ops.affine_coupling_inverse(
             y1, y2, subnet(x1), scale, offset, perm, clamp_form=form
         )
@@ -285,8 +285,8 @@ def test_log_det_is_that_of_the_jacobian(
     for function, at in ((couple, x), (uncouple, couple(x)[0])):
         jacobian = torch.autograd.functional.jacobian(lambda x, f=function: f(x)[0], at)
         assert isinstance(jacobian, Tensor)
-        wanted = torch.linalg.slogdet(jacobian.reshape(x.numel(), x.numel())).logabsdet
-        assert relative_error(function(at)[1], wanted[None]) <= 1e-10
+        expected = torch.linalg.slogdet(jacobian.reshape(x.numel(), x.numel())).logabsdet
+        assert relative_error(function(at)[1], expected[None]) <= 1e-10
 
 
 @pytest.mark.parametrize("vectors", ["bare", "all"])
@@ -329,7 +329,7 @@ def test_derivatives_are_right_where_the_subnet_reads_the_passive_half(
         return ops.affine_coupling(x1, x2, subnet(x1, weight), *vectors)
 
     def uncouple(y1: Tensor, y2: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        x1 = ops.passive_half(y1, y2, 4, *vectors)
+        x1 = ops.conditioning_half(y1, y2, 4, *vectors)
         return x1, *ops.affine_coupling_inverse(y1, y2, subnet(x1, weight), *vectors)
 
     for function in (couple, uncouple):

@@ -34,14 +34,14 @@ def test_log_scales_are_accurate_from_denormal_to_saturated_input(
     x2 = torch.ones(len(a_s), 1, dtype=dtype)
     _, y, s = ops.affine_coupling(x2[:, :0], x2, a, clamp=clamp, clamp_form=form)
     wide = a_s.double()
-    wanted = {
+    expected = {
         "0.2": clamp * torch.tanh(0.1 * wide),
         "head": clamp * torch.tanh(0.1 * wide / clamp),
         "atan": 0.636 * clamp * torch.atan(wide / clamp),
     }[form]
     eps = torch.finfo(dtype).eps
-    assert bool(((s - wanted).abs() <= 4 * eps * wanted.abs() + 2 * tiny * eps).all())
-    assert bool(((y[:, 0] / wanted.exp() - 1).abs() <= 8 * eps).all())
+    assert bool(((s - expected).abs() <= 4 * eps * expected.abs() + 2 * tiny * eps).all())
+    assert bool(((y[:, 0] / expected.exp() - 1).abs() <= 8 * eps).all())
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
@@ -56,8 +56,8 @@ def test_scales_are_accurate_from_zero_over_denormal_to_infinite(
     for clamp in (*torch.linspace(0.1, 86, 60, dtype=dtype).tolist(), *edges[dtype]):
         y = ops.affine_coupling(x2[:, :0], x2, a, clamp=clamp)[1][:, 0]
         s = torch.tensor([clamp, -clamp], dtype=dtype)
-        wanted = s.double().exp().to(dtype)
-        same = torch.isclose(y, wanted, rtol=2 * finfo.eps, atol=2 * finfo.tiny * finfo.eps)
+        expected = s.double().exp().to(dtype)
+        same = torch.isclose(y, expected, rtol=2 * finfo.eps, atol=2 * finfo.tiny * finfo.eps)
         assert bool(same.all()), f"exp({s.tolist()}) gave {y.tolist()}"
 
 
@@ -81,8 +81,8 @@ def test_nan_infinite_huge_and_denormal_input_does_what_it_does_in_the_reference
 
     results, grads = run()
     with ops.backend("reference"):
-        wanted, wanted_grads = run()
-    torch.testing.assert_close(results, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+        expected, wanted_grads = run()
+    torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     for g, w in zip(grads, wanted_grads, strict=True):
         torch.testing.assert_close(g[: len(finite)], w[: len(finite)], rtol=1e-5, atol=1e-5)
 
@@ -146,9 +146,9 @@ def test_the_inverse_refuses_a_subnet_that_does_not_halve(each_backend: str) -> 
 
 def test_the_passive_half_refuses_more_channels_than_there_are() -> None:
     with pytest.raises(ValueError, match=r"channels must be in 0\.\.5, got 6"):
-        ops.passive_half(X(2, 3, 4), X(2, 2, 4), 6)
+        ops.conditioning_half(X(2, 3, 4), X(2, 2, 4), 6)
     with pytest.raises(ValueError, match=r"offset must be \(5,\)"):
-        ops.passive_half(X(2, 3, 4), X(2, 2, 4), 3, offset=X(4))
+        ops.conditioning_half(X(2, 3, 4), X(2, 2, 4), 3, offset=X(4))
 
 
 def test_more_channels_than_shared_memory_holds_are_right(
@@ -158,8 +158,8 @@ def test_more_channels_than_shared_memory_holds_are_right(
     perm = normal(3500).argsort()
     got = ops.affine_coupling(*operands, perm=perm)
     with ops.backend("reference"):
-        wanted = ops.affine_coupling(*operands, perm=perm)
-    for g, w in zip(got, wanted, strict=True):
+        expected = ops.affine_coupling(*operands, perm=perm)
+    for g, w in zip(got, expected, strict=True):
         assert relative_error(g, w) <= tolerance(F64, 6000)
 
 
@@ -181,11 +181,11 @@ def test_on_cuda_a_channel_from_outside_is_nan_and_all_others_are_right(
     if not _backend.runs_cuda(x1):
         pytest.skip("the CPU's kernels refuse such a perm")
     perm = torch.tensor([0, 4, 2, 3, 1], device=x1.device)
-    wanted = torch.cat(ops.affine_coupling(x1, x2, a, perm=perm)[:2], 1)
+    expected = torch.cat(ops.affine_coupling(x1, x2, a, perm=perm)[:2], 1)
     perm[1] = outside
     got = torch.cat(ops.affine_coupling(x1, x2, a, perm=perm)[:2], 1)
     assert bool(got[:, 1].isnan().all())
-    assert torch.equal(got[:, [0, 2, 3, 4]], wanted[:, [0, 2, 3, 4]])
+    assert torch.equal(got[:, [0, 2, 3, 4]], expected[:, [0, 2, 3, 4]])
 
 
 def test_results_that_depend_on_nothing_wanted_do_not_stop_a_second_derivative(

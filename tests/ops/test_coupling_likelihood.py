@@ -1,4 +1,4 @@
-"""Laws of the coupling's likelihood map: it is that of the coupling's results, whatever they would have been rounded to."""
+"""Properties of the coupling's likelihood map: it is that of the coupling's results, whatever they would have been rounded to."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def test_it_is_the_map_of_the_couplings_results_with_every_option(
     options: Any = {"clamp": 1.3, "clamp_form": form, "limit": limit}
     y1, y2, _ = ops.affine_coupling(x1, x2, a, *given, **options)
     got = ops.coupling_log_likelihood(x1, x2, a, *given, **options)
-    wanted = ops.log_likelihood_map(torch.cat((y1, y2), 1))
-    assert relative_error(got, wanted) <= tolerance(F64, len(scale))
+    expected = ops.log_likelihood_map(torch.cat((y1, y2), 1))
+    assert relative_error(got, expected) <= tolerance(F64, len(scale))
 
 
 def test_nothing_is_rounded_to_half_precision_on_the_way(
@@ -108,10 +108,10 @@ def test_nothing_is_rounded_to_half_precision_on_the_way(
 ) -> None:
     operands = make(normal, "many-blocks", (BF16, BF16), memory_format)
     got = ops.coupling_log_likelihood(*operands)
-    wanted = ops.coupling_log_likelihood(*(t.double() for t in operands))
+    expected = ops.coupling_log_likelihood(*(t.double() for t in operands))
     assert got.dtype is F32
     assert got.is_contiguous()
-    assert relative_error(got, wanted) <= tolerance(F32, 17)
+    assert relative_error(got, expected) <= tolerance(F32, 17)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30], ids=str)
@@ -122,8 +122,8 @@ def test_non_finite_results_do_what_they_do_in_the_reference(
     operands = [memory_format(normal(2, c, 3, 4)) for c in (3, 2, 4)]
     operands[where][1, 1, 2, 3] = value
     got = ops.coupling_log_likelihood(*operands)
-    wanted = got.new_tensor(-math.inf if value > 0 else math.nan)
-    torch.testing.assert_close(got[1, 2, 3], wanted, equal_nan=True)
+    expected = got.new_tensor(-math.inf if value > 0 else math.nan)
+    torch.testing.assert_close(got[1, 2, 3], expected, equal_nan=True)
     assert bool(got[0].isfinite().all()) and int(got.isfinite().sum()) == got.numel() - 1
 
 
@@ -141,8 +141,8 @@ def test_more_channels_than_shared_memory_holds_are_right(
     operands = [memory_format(normal(2, c, 1, 2, dtype=F64)) for c in (2000, 1500, 3000)]
     got = ops.coupling_log_likelihood(*operands)
     with ops.backend("reference"):
-        wanted = ops.coupling_log_likelihood(*operands)
-    assert relative_error(got, wanted) <= tolerance(F64, 6000)
+        expected = ops.coupling_log_likelihood(*operands)
+    assert relative_error(got, expected) <= tolerance(F64, 6000)
 
 
 def test_it_refuses_what_the_coupling_refuses(each_backend: str) -> None:

@@ -1,4 +1,4 @@
-"""Laws of the coupling's copy in half precision: it is the cast of the first result, and so is its gradient's way back."""
+"""Properties of the coupling's copy in half precision: it is the cast of the first result, and so is its gradient's way back."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def test_the_bits_are_those_of_the_coupling_and_of_a_cast(
     each_backend: str, normal: Normal, shape: str, layout: Layout
 ) -> None:
     operands, split = make(normal, shape, layout), SHAPES[shape][-1]
-    wanted = ops.affine_coupling(*operands, split=split)
+    expected = ops.affine_coupling(*operands, split=split)
     *results, copy = ops.affine_coupling_with_copy(*operands, split=split)
-    assert all(map(torch.equal, results, wanted))
+    assert all(map(torch.equal, results, expected))
     assert copy.dtype is BF16
-    assert torch.equal(copy, wanted[0].to(BF16))
+    assert torch.equal(copy, expected[0].to(BF16))
 
 
 def test_the_copy_has_the_memory_format_of_the_result(
@@ -83,8 +83,8 @@ def test_its_gradient_is_added_to_that_of_the_result(
     )
     upstream = [normal(*t.shape, dtype=t.dtype) for t in copied]
     got = torch.autograd.grad(copied, leaves, upstream)
-    wanted = torch.autograd.grad([*cast, cast[0].to(BF16)], leaves, upstream)
-    assert all(map(torch.equal, got, wanted))
+    expected = torch.autograd.grad([*cast, cast[0].to(BF16)], leaves, upstream)
+    assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.parametrize("only", [0, 3])
@@ -96,8 +96,8 @@ def test_either_of_the_two_may_be_without_a_gradient(
     result = ops.affine_coupling_with_copy(x1, x2, a, *rest)[only]
     (got,) = torch.autograd.grad(result.sum(), x1)
     plain = ops.affine_coupling(x1, x2, a, *rest)[0]
-    (wanted,) = torch.autograd.grad(plain.sum(), x1)
-    assert relative_error(got, wanted) <= tolerance(F32)
+    (expected,) = torch.autograd.grad(plain.sum(), x1)
+    assert relative_error(got, expected) <= tolerance(F32)
 
 
 def test_second_derivatives_go_through_the_copy(native: None, normal: Normal) -> None:
@@ -110,17 +110,17 @@ def test_second_derivatives_go_through_the_copy(native: None, normal: Normal) ->
     operands = make(normal)
     got = second(*operands)
     with ops.backend("reference"):
-        wanted = second(*operands)
+        expected = second(*operands)
     assert int(got.count_nonzero()) > 0
-    assert relative_error(got, wanted) <= tolerance(BF16, 4)
+    assert relative_error(got, expected) <= tolerance(BF16, 4)
 
 
 def test_one_dtype_needs_no_copy(each_backend: str, normal: Normal) -> None:
     x1, x2, a, *rest = make(normal)
     y1, y2, log_det, copy = ops.affine_coupling_with_copy(x1, x2, a.float(), *rest)
     assert copy is y1 or copy.data_ptr() == y1.data_ptr()
-    wanted = ops.affine_coupling(x1, x2, a.float(), *rest)
-    assert all(map(torch.equal, (y1, y2, log_det), wanted))
+    expected = ops.affine_coupling(x1, x2, a.float(), *rest)
+    assert all(map(torch.equal, (y1, y2, log_det), expected))
 
 
 def test_it_refuses_what_the_coupling_refuses(each_backend: str, normal: Normal) -> None:

@@ -40,9 +40,9 @@ MEMORY = torch.zeros(1 << 20, dtype=torch.uint8)
 THRESHOLDS = torch.arange(8.0).flip(0)  # of which a call takes 3, also as float64
 AT, MAYBE, FLOAT = Address(MEMORY.data_ptr()), Optional(MEMORY.data_ptr()), Code(0)
 
-PLANAR, NULLABLE = (AT, FLOAT, 40, 4, 1), (MAYBE, FLOAT, Free(0), 4, 1)
+CONTIGUOUS, NULLABLE = (AT, FLOAT, 40, 4, 1), (MAYBE, FLOAT, Free(0), 4, 1)
 HALF, COPY = (AT, Code(2), 40, 4, 1), (MAYBE, Code(2), 40, 4, 1)
-INTERLEAVED = (AT, FLOAT, 40, 1, 5)
+CHANNELS_LAST = (AT, FLOAT, 40, 1, 5)
 COUPLING = ("Coupling", (2, 3, 2, 4, 3), False, Code(0), 2.0, 9.0, MAYBE, MAYBE, Optional(0))
 NORM = ("Norm", (2, 5, 4), False, True, 1e-5, AT, AT)
 RESAMPLE = ("Resample", (2, 3), (4, 5), (2, 3), False)
@@ -52,24 +52,24 @@ MAPS = [(AT, 2, 3), (AT, 4, 2)]
 
 # Valid arguments of every entry point; a tuple that begins with a name is a description.
 CALLS: dict[str, tuple[Any, ...]] = {
-    "coupling_forward": (COUPLING, *[PLANAR] * 2, HALF, *[PLANAR] * 2, COPY, MAYBE),
-    "coupling_inverse": (COUPLING, *[PLANAR] * 4, AT),
+    "coupling_forward": (COUPLING, *[CONTIGUOUS] * 2, HALF, *[CONTIGUOUS] * 2, COPY, MAYBE),
+    "coupling_inverse": (COUPLING, *[CONTIGUOUS] * 4, AT),
     "coupling_backward": (
-        *(COUPLING, PLANAR, PLANAR, COPY, AT),
-        *(PLANAR, PLANAR, HALF, PLANAR, PLANAR, HALF, MAYBE, MAYBE),
+        *(COUPLING, CONTIGUOUS, CONTIGUOUS, COPY, AT),
+        *(CONTIGUOUS, CONTIGUOUS, HALF, CONTIGUOUS, CONTIGUOUS, HALF, MAYBE, MAYBE),
     ),
-    "coupling_likelihood": (COUPLING, *[PLANAR] * 3, AT),
-    "norm_forward": (NORM, PLANAR, NULLABLE, PLANAR, MAYBE),
-    "norm_backward": (NORM, PLANAR, PLANAR, NULLABLE, AT, PLANAR, NULLABLE, AT, AT),
-    "pool_forward": (RESAMPLE, PLANAR, PLANAR),
-    "pool_backward": (RESAMPLE, PLANAR, PLANAR),
-    "upsample_forward": (RESAMPLE, PLANAR, HALF, HALF),
-    "upsample_backward": (RESAMPLE, PLANAR, PLANAR),
-    "square_sums": (2, 5, 4, False, PLANAR, MAYBE, MAYBE),
+    "coupling_likelihood": (COUPLING, *[CONTIGUOUS] * 3, AT),
+    "norm_forward": (NORM, CONTIGUOUS, NULLABLE, CONTIGUOUS, MAYBE),
+    "norm_backward": (NORM, CONTIGUOUS, CONTIGUOUS, NULLABLE, AT, CONTIGUOUS, NULLABLE, AT, AT),
+    "pool_forward": (RESAMPLE, CONTIGUOUS, CONTIGUOUS),
+    "pool_backward": (RESAMPLE, CONTIGUOUS, CONTIGUOUS),
+    "upsample_forward": (RESAMPLE, CONTIGUOUS, HALF, HALF),
+    "upsample_backward": (RESAMPLE, CONTIGUOUS, CONTIGUOUS),
+    "square_sums": (2, 5, 4, False, CONTIGUOUS, MAYBE, MAYBE),
     "aggregate": (FLOAT, 2, 4, 5, 3, MAPS, *[AT] * 5),
     "mean_aggregate": (FLOAT, 2, 4, 5, MAPS, AT, AT),
     "ranking": (FLOAT, AT, AT, 7, Address(THRESHOLDS.data_ptr()), 3, Free(2), AT, AT),
-    "winograd": (WINOGRAD, INTERLEAVED, INTERLEAVED),
+    "winograd": (WINOGRAD, CHANNELS_LAST, CHANNELS_LAST),
     "winograd_weight": (WEIGHT,),
 }
 WITHOUT_SCRATCH = ("coupling_likelihood", "norm_forward", "pool", "upsample")
@@ -147,7 +147,7 @@ def test_a_mixture_of_integers_ends_in_a_result_or_an_exception(name: str) -> No
 
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
     @given(st.data(), st.lists(st.sampled_from([*at]), min_size=1, max_size=6))
-    def law(data: st.DataObject, paths: list[tuple[int, ...]]) -> None:
+    def check(data: st.DataObject, paths: list[tuple[int, ...]]) -> None:
         arguments = CALLS[name]
         for path in paths:
             # Packets of 16 bytes keep their places.
@@ -159,7 +159,7 @@ def test_a_mixture_of_integers_ends_in_a_result_or_an_exception(name: str) -> No
         except REFUSALS:
             return
 
-    law()
+    check()
 
 
 def test_thresholds_that_do_not_fall_are_refused() -> None:
@@ -173,17 +173,17 @@ def test_thresholds_that_do_not_fall_are_refused() -> None:
 def test_tensors_of_different_types_are_refused() -> None:
     double = (AT, Code(1), 40, 4, 1)
     with pytest.raises(ValueError, match="x1 must have the element type of the call"):
-        run("coupling_forward_cpu", (COUPLING, double, *[PLANAR] * 4, None, AT))
+        run("coupling_forward_cpu", (COUPLING, double, *[CONTIGUOUS] * 4, None, AT))
     with pytest.raises(ValueError, match="copy must differ from y1 in its element type"):
-        run("coupling_forward_cpu", (COUPLING, *[PLANAR] * 6, AT))
+        run("coupling_forward_cpu", (COUPLING, *[CONTIGUOUS] * 6, AT))
     with pytest.raises(ValueError, match="copy must have the element type of the call"):
-        run("coupling_forward_cpu", (COUPLING, *[PLANAR] * 2, HALF, *[PLANAR] * 3, AT))
+        run("coupling_forward_cpu", (COUPLING, *[CONTIGUOUS] * 2, HALF, *[CONTIGUOUS] * 3, AT))
     with pytest.raises(ValueError, match="x must be float32 or have the element type of the call"):
-        run("upsample_forward_cpu", (RESAMPLE, PLANAR, double, double))
+        run("upsample_forward_cpu", (RESAMPLE, CONTIGUOUS, double, double))
     with pytest.raises(ValueError, match="y must have the element type of the call"):
-        run("norm_forward_cpu", (NORM, PLANAR, None, double, 0))
+        run("norm_forward_cpu", (NORM, CONTIGUOUS, None, double, 0))
     with pytest.raises(ValueError, match="x must be float32, or bfloat16"):
-        run("winograd_cpu", (WINOGRAD, (AT, Code(1), 40, 1, 5), INTERLEAVED))
+        run("winograd_cpu", (WINOGRAD, (AT, Code(1), 40, 1, 5), CHANNELS_LAST))
 
 
 # Sizes for which nothing must be allocated, because no number is stored.
@@ -191,7 +191,7 @@ MANY, FEWER = 2**40, 2**29
 
 
 @pytest.mark.parametrize(
-    ("function", "shapes", "wanted"),
+    ("function", "shapes", "expected"),
     [
         (ops.affine_coupling, [(0, FEWER, 2), (0, FEWER, 2), (0, 2 * FEWER, 2)], (0,)),
         (ops.affine_coupling, [(1, 2 * FEWER, 0), (1, FEWER, 0), (1, 2 * FEWER, 0)], (1,)),
@@ -206,13 +206,13 @@ MANY, FEWER = 2**40, 2**29
     ],
 )
 def test_a_huge_tensor_without_numbers_costs_nothing(
-    native: None, function: Any, shapes: list[tuple[int, ...]], wanted: tuple[int, ...]
+    native: None, function: Any, shapes: list[tuple[int, ...]], expected: tuple[int, ...]
 ) -> None:
     differentiable = len(shapes[0]) > 3 or function in (ops.affine_coupling, ops.half_square_norm)
     operands = [torch.empty(shape).requires_grad_(differentiable) for shape in shapes]
     found = function(*operands)
     found = found if isinstance(found, tuple) else (found,)
-    assert found[-1].shape == wanted
+    assert found[-1].shape == expected
     assert not any(t.count_nonzero() for t in found)
     if differentiable:
         gradients = torch.autograd.grad([t.sum() for t in found], operands)

@@ -1,4 +1,4 @@
-"""Laws of every op alike: the same bits for any batch and thread count, graphs, exports, function transforms."""
+"""Properties of every op alike: the same bits for any batch and thread count, graphs, exports, function transforms."""
 
 from __future__ import annotations
 
@@ -229,14 +229,14 @@ def test_the_deterministic_mode_refuses_nothing_and_changes_no_bit(
     operands = make(normal, name, size=(13, 17), layout=layout)
     if name == "winograd" and operands[0].is_cuda:
         pytest.skip("on a GPU it is PyTorch's products, which want cuBLAS configured for this")
-    wanted = run_kernels(name, operands)
+    expected = run_kernels(name, operands)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # with NaN
     torch.use_deterministic_algorithms(True)
     try:
         found = run_kernels(name, operands)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(map(torch.equal, found, wanted))
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -267,8 +267,8 @@ def test_an_image_alone_has_the_bits_that_it_has_in_a_batch(
         inputs = [t for t, b in zip(alone, batched, strict=True) if b]
         if differentiable:
             results += torch.autograd.grad(results, inputs, [u[k : k + 1] for u in upstream])
-        for got, wanted in zip(results, whole, strict=True):
-            assert torch.equal(got[0], wanted[k])
+        for got, expected in zip(results, whole, strict=True):
+            assert torch.equal(got[0], expected[k])
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -326,8 +326,8 @@ def test_a_compiled_graph_holds_the_kernels_and_gives_the_same(
     compiled = torch.compile(
         function, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
     )
-    got, wanted = differentiate(compiled, operands), differentiate(function, operands)
-    for g, w in zip(got, wanted, strict=True):
+    got, expected = differentiate(compiled, operands), differentiate(function, operands)
+    for g, w in zip(got, expected, strict=True):
         assert relative_error(g, w) <= tolerance(F32, 64)
     forward, backward = code
     assert (f"{registered}.default" in forward) == (registered is not None)
@@ -348,8 +348,8 @@ def test_a_compiled_graph_serves_other_sizes_and_layouts(
             lambda x: x.contiguous(memory_format=torch.channels_last),
         ):
             operands = make(normal, name, size=size, layout=layout)
-            got, wanted = differentiate(compiled, operands), differentiate(function, operands)
-            for g, w in zip(got, wanted, strict=True):
+            got, expected = differentiate(compiled, operands), differentiate(function, operands)
+            for g, w in zip(got, expected, strict=True):
                 assert relative_error(g, w) <= tolerance(F32, 64)
 
 
@@ -358,8 +358,8 @@ def test_an_exported_graph_is_plain_pytorch(native: None, normal: Normal, name: 
     operands = make(normal, name)
     exported = torch.export.export(Op(OPS[name][0]), tuple(operands))
     assert "msflow_ext" not in exported.graph_module.code
-    got, wanted = exported.module()(*operands), OPS[name][0](*operands)
-    for g, w in zip(got, wanted, strict=True):
+    got, expected = exported.module()(*operands), OPS[name][0](*operands)
+    for g, w in zip(got, expected, strict=True):
         assert relative_error(g, w) <= tolerance(F32, 64)
 
 
@@ -385,14 +385,14 @@ def test_function_transforms_work(native: None, normal: Normal, name: str) -> No
 
     everything = tuple(range(len(operands)))
     gradients = torch.func.grad(total, argnums=everything)(*operands)
-    for got, wanted in zip(
+    for got, expected in zip(
         gradients, differentiate(function, operands)[-len(operands) :], strict=True
     ):
-        assert relative_error(got, wanted) <= 1e-12
+        assert relative_error(got, expected) <= 1e-12
     tangents = tuple(normal(*t.shape, dtype=F64) for t in operands)
     slope = torch.func.jvp(total, tuple(operands), tangents)[1]
-    wanted = torch.stack([(g * t).sum() for g, t in zip(gradients, tangents, strict=True)]).sum()
-    assert relative_error(slope, wanted) <= 1e-12
+    expected = torch.stack([(g * t).sum() for g, t in zip(gradients, tangents, strict=True)]).sum()
+    assert relative_error(slope, expected) <= 1e-12
     stacked = [torch.stack((t, 0.5 * t)) for t in operands]
     one, half = function(*operands), function(*(0.5 * t for t in operands))
     for got, w1, w2 in zip(torch.func.vmap(function)(*stacked), one, half, strict=True):

@@ -102,14 +102,14 @@ calls = {
 hard = resource.getrlimit(resource.RLIMIT_AS)[1]
 seen = set()
 for name, call in calls.items():
-    wanted = [t.clone() for t in call()]
+    expected = [t.clone() for t in call()]
     for room in range(0, 160, 10):
-        junk = [torch.full_like(t, 777) for t in wanted]
+        junk = [torch.full_like(t, 777) for t in expected]
         del junk
         used = int(open("/proc/self/statm").read().split()[0]) * 4096
         resource.setrlimit(resource.RLIMIT_AS, (used + room * 2**20, hard))
         try:
-            outcome = "right" if all(map(torch.equal, call(), wanted)) else "wrong"
+            outcome = "right" if all(map(torch.equal, call(), expected)) else "wrong"
         except MemoryError:
             outcome = "MemoryError"
         except RuntimeError as error:  # of torch, for the results
@@ -231,7 +231,7 @@ def test_the_threads_are_looked_for_in_torchs_libraries_by_name(
     monkeypatch: pytest.MonkeyPatch, threads: Any, name: str, in_folder: bool
 ) -> None:
     function = PARALLEL_FOR(run_at_once)
-    wanted = str(Path(torch.__file__).parent / "lib" / name) if in_folder else name
+    expected = str(Path(torch.__file__).parent / "lib" / name) if in_folder else name
     asked = []
 
     class Library:
@@ -239,7 +239,7 @@ def test_the_threads_are_looked_for_in_torchs_libraries_by_name(
 
         def __init__(self, path: str) -> None:
             asked.append(path)
-            if path == wanted:
+            if path == expected:
                 self.torch_parallel_for = function
             elif path != torch._C.__file__:
                 raise OSError("no such library")
@@ -247,7 +247,7 @@ def test_the_threads_are_looked_for_in_torchs_libraries_by_name(
     with monkeypatch.context() as patched:
         patched.setattr(_backend.ctypes, "CDLL", Library)
         assert _backend._load() == (C, "compiled; threads of torch")
-    assert (asked[0], asked[-1]) == (torch._C.__file__, wanted)
+    assert (asked[0], asked[-1]) == (torch._C.__file__, expected)
     assert count_is_right()
 
 

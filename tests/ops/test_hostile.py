@@ -44,14 +44,14 @@ def outcome(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]
     return [*found] if isinstance(found, tuple) else [found]
 
 
-def agree(got: Tensor, wanted: Tensor) -> bool:
+def agree(got: Tensor, expected: Tensor) -> bool:
     """Equal but for rounding; what is not finite in one is not finite in the other."""
-    if got.shape != wanted.shape or got.dtype is not wanted.dtype:
+    if got.shape != expected.shape or got.dtype is not expected.dtype:
         return False
-    finite = wanted.isfinite()
+    finite = expected.isfinite()
     if not torch.equal(got.isfinite(), finite):
         return False
-    return relative_error(got[finite], wanted[finite]) <= 6 * tolerance(wanted.dtype)
+    return relative_error(got[finite], expected[finite]) <= 6 * tolerance(expected.dtype)
 
 
 def stored(x: Tensor, layout: str) -> Tensor:
@@ -98,15 +98,15 @@ def operands(draw: st.DrawFn, shapes: Shapes) -> list[Tensor]:
     n, c1, c2 = (draw(st.integers(0, 4)) for _ in range(3))
     h, w = (draw(st.sampled_from([0, 1, 2, 3, 5, 8, 17])) for _ in range(2))
     dtype = draw(st.sampled_from(DTYPES))
-    wanted = shapes(n, c1, c2, h, w)
+    expected = shapes(n, c1, c2, h, w)
     wide = ops.accumulation_dtype(dtype)
-    found = [draw(tensors(shape, wide if len(shape) == 1 else dtype)) for shape in wanted]
+    found = [draw(tensors(shape, wide if len(shape) == 1 else dtype)) for shape in expected]
     at = draw(st.integers(0, len(found) - 1))
     fault = draw(st.sampled_from(["", "", "", "", "", "dtype", "shape", "alias"]))
     if fault == "dtype":
         found[at] = found[at].to(draw(st.sampled_from(WRONG)))
     elif fault == "shape":
-        shape = [*wanted[at]]
+        shape = [*expected[at]]
         axis = draw(st.integers(0, len(shape)))
         if axis == len(shape) or draw(st.booleans()):
             shape = shape[:axis] + shape[axis + 1 :]
@@ -184,23 +184,23 @@ def test_an_op_gives_what_the_reference_gives_or_refuses(native: None, name: str
 
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
     @given(operands(shapes), st.sampled_from(options))
-    def law(found: list[Tensor], option: Any) -> None:
+    def check(found: list[Tensor], option: Any) -> None:
         before = [t.clone() for t in found]
         got = outcome(function, [*found, option])
         with ops.backend("reference"):
-            wanted = outcome(function, [*found, option])
+            expected = outcome(function, [*found, option])
         lazy = any(t._is_zerotensor() for t in found)  # torch takes 0 times NaN for 0 with these
-        assert lazy or (got is None) == (wanted is None)
+        assert lazy or (got is None) == (expected is None)
         for t, b in zip(found, before, strict=True):
             assert torch.equal(t.nan_to_num(), b.nan_to_num())
-        if lazy or got is None or wanted is None:
+        if lazy or got is None or expected is None:
             return
         # Transforms of tiles mix what is huge or not finite with numbers that torch keeps apart from it.
         mixing = name == "winograd" and not all((t.abs() < 1e9).all() for t in found)
         if not mixing:
-            assert all(map(agree, got, wanted))
+            assert all(map(agree, got, expected))
 
-    law()
+    check()
 
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
@@ -267,7 +267,7 @@ TAKES_INTEGERS: dict[str, Callable[[list[int]], Any]] = {
 def test_integers_give_what_the_reference_gives_or_are_refused(native: None, name: str) -> None:
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
     @given(st.lists(INTEGERS, min_size=6, max_size=6) | st.permutations(range(6)))
-    def law(integers: list[int]) -> None:
+    def check(integers: list[int]) -> None:
         got = outcome(TAKES_INTEGERS[name], [integers])
         permutation = sorted(integers) == list(range(6))
         if name == "perm":
@@ -275,20 +275,20 @@ def test_integers_give_what_the_reference_gives_or_are_refused(native: None, nam
         if got is None and not permutation:
             return
         with ops.backend("reference"):
-            wanted = outcome(TAKES_INTEGERS[name], [integers])
-        assert (got is None) == (wanted is None)
-        assert all(map(agree, got or [], wanted or []))
+            expected = outcome(TAKES_INTEGERS[name], [integers])
+        assert (got is None) == (expected is None)
+        assert all(map(agree, got or [], expected or []))
 
-    law()
+    check()
 
 
 def test_gradients_take_lazily_negated_and_memoryless_upstream_gradients(each_backend: str) -> None:
     x = torch.linspace(-1, 1, 24).view(1, 4, 2, 3).requires_grad_()
     y = ops.channel_norm(x, torch.ones(4), torch.zeros(4), relu=False)
     upstream = torch.arange(24.0).view(1, 4, 2, 3).cos()
-    (wanted,) = torch.autograd.grad(y, x, -upstream, retain_graph=True)
+    (expected,) = torch.autograd.grad(y, x, -upstream, retain_graph=True)
     (got,) = torch.autograd.grad(y, x, negated(upstream), retain_graph=True)
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     (none,) = torch.autograd.grad(y, x, without_memory((1, 4, 2, 3)))
     assert none.count_nonzero() == 0
 

@@ -1,4 +1,4 @@
-"""Laws of FastFlow's map: the kernel equals the reference, which equals what the peers compute."""
+"""Properties of FastFlow's map: the kernel equals the reference, which equals what the peers compute."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_the_kernel_equals_the_reference(
     maps[0] = maps[0].mT.contiguous().mT  # a map need not be dense
     got = ops.mean_aggregate(maps, size)
     with ops.backend("reference"):
-        wanted = ops.mean_aggregate([m.double() for m in maps], size)
-    for result, want in ((got.score, wanted.score), (got.anomaly_map, wanted.anomaly_map)):
+        expected = ops.mean_aggregate([m.double() for m in maps], size)
+    for result, want in ((got.score, expected.score), (got.anomaly_map, expected.anomaly_map)):
         assert result.dtype is dtype
         assert relative_error(result, want) <= tolerance(dtype, 4 * len(sizes))
 
@@ -65,9 +65,9 @@ def test_the_map_is_minus_the_mean_of_the_likelihoods_of_all_scales(
         F.interpolate(-m.exp()[:, None], size, mode="bilinear", align_corners=False)[:, 0]
         for m in maps
     ]
-    wanted = torch.stack(up).mean(0)
+    expected = torch.stack(up).mean(0)
     got = ops.mean_aggregate(maps, size)
-    assert relative_error(got.anomaly_map, wanted) <= tolerance(F64, 4 * len(sizes))
+    assert relative_error(got.anomaly_map, expected) <= tolerance(F64, 4 * len(sizes))
     assert torch.equal(got.score, got.anomaly_map.amax((1, 2)))
 
 
@@ -115,9 +115,9 @@ def test_non_finite_and_huge_likelihoods_do_what_they_do_in_the_reference(
     maps[0][1, 1, 2] = value
     got = ops.mean_aggregate(maps, 9)
     with ops.backend("reference"):
-        wanted = ops.mean_aggregate(maps, 9)
+        expected = ops.mean_aggregate(maps, 9)
     for name in ("score", "anomaly_map"):
-        g, w = getattr(got, name), getattr(wanted, name)
+        g, w = getattr(got, name), getattr(expected, name)
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
 
 

@@ -1,4 +1,4 @@
-"""Laws of the channel norm: kernels equal the reference, which is torch's LayerNorm, outputs and gradients."""
+"""Properties of the channel norm: kernels equal the reference, which is torch's LayerNorm, outputs and gradients."""
 
 from __future__ import annotations
 
@@ -122,9 +122,9 @@ def test_the_norm_is_layer_norm_over_channels_and_relu(
 ) -> None:
     x, weight, bias, bias_map = make(normal, shape, F64)
     last = (x + bias_map).movedim(1, -1)
-    wanted = F.relu(F.layer_norm(last, x.shape[1:2], weight, bias, eps=1e-3)).movedim(-1, 1)
+    expected = F.relu(F.layer_norm(last, x.shape[1:2], weight, bias, eps=1e-3)).movedim(-1, 1)
     got = ops.channel_norm(x, weight, bias, bias_map, eps=1e-3)
-    assert relative_error(got, wanted) <= tolerance(F64, x.size(1))
+    assert relative_error(got, expected) <= tolerance(F64, x.size(1))
     linear = ops.channel_norm(x, weight, bias, bias_map, eps=1e-3, relu=False)
     assert torch.equal(linear.clamp_min(0), got)
     assert bool((linear < 0).any())
@@ -137,8 +137,8 @@ def test_a_large_common_offset_costs_no_more_than_its_rounding(
     shifted = memory_format((x + 4096).round(decimals=2))
     got = ops.channel_norm(shifted, weight, bias)
     with ops.backend("reference"):
-        wanted = ops.channel_norm(shifted.double(), weight.double(), bias.double())
-    assert relative_error(got, wanted) <= 4096 * tolerance(F32)
+        expected = ops.channel_norm(shifted.double(), weight.double(), bias.double())
+    assert relative_error(got, expected) <= 4096 * tolerance(F32)
 
 
 @pytest.mark.parametrize("shape", ["even", "odd-channels", "vectors", "sequences", "volumes"])
@@ -180,9 +180,9 @@ def test_non_finite_and_huge_input_does_what_it_does_in_the_reference(
     x[1, 3, 2, 1] = bias_map[0, 5, 3, 3] = value
     got = ops.channel_norm(x, weight, bias, bias_map)
     with ops.backend("reference"):
-        wanted = ops.channel_norm(x, weight, bias, bias_map)
-    assert int(wanted.isnan().sum()) in (0, 8 + 2 * 8)
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+        expected = ops.channel_norm(x, weight, bias, bias_map)
+    assert int(expected.isnan().sum()) in (0, 8 + 2 * 8)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 X = torch.zeros

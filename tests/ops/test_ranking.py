@@ -83,8 +83,8 @@ def test_the_kernel_equals_the_reference_on_a_million_scores(native, draw, dtype
     scores = draw(1_000_000, dtype)
     marked = np.random.default_rng(1).random(scores.size) < share
     limits = falling(scores[marked])
-    wanted = ranking_reference(limits, scores, marked)
-    for got, want in zip(ranking(limits, scores, marked), wanted, strict=True):
+    expected = ranking_reference(limits, scores, marked)
+    for got, want in zip(ranking(limits, scores, marked), expected, strict=True):
         assert np.array_equal(got, want)
 
 
@@ -92,10 +92,10 @@ def test_any_number_of_threads_counts_the_same(native, threads):
     scores = noise(300_000, np.float32)
     marked = np.arange(scores.size) % 50 == 0
     limits = falling(scores[marked])
-    wanted = ranking_reference(limits, scores, marked)
+    expected = ranking_reference(limits, scores, marked)
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        for got, want in zip(ranking(limits, scores, marked), wanted, strict=True):
+        for got, want in zip(ranking(limits, scores, marked), expected, strict=True):
             assert np.array_equal(got, want)
 
 

@@ -1,4 +1,4 @@
-"""Laws of the fusion flow's resampling: kernels equal the reference, which is torch's pooling and interpolation."""
+"""Properties of the fusion flow's resampling: kernels equal the reference, which is torch's pooling and interpolation."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def test_they_are_the_pooling_and_interpolation_of_torch(
     high, low = SIZES[size]
     x, y = normal(2, 3, *high, dtype=F64), normal(2, 5, *low, dtype=F64)
     got = ops.pool_and_concatenate([x, y], low)
-    wanted = torch.cat([F.adaptive_avg_pool2d(x, low), y], 1)
-    assert relative_error(got, wanted) <= tolerance(F64, high[0] * high[1])
+    expected = torch.cat([F.adaptive_avg_pool2d(x, low), y], 1)
+    assert relative_error(got, expected) <= tolerance(F64, high[0] * high[1])
     got = ops.upsample_and_add(x, y[:, 1:4])
-    wanted = x + F.interpolate(y[:, 1:4], high, mode="bilinear", align_corners=True)
-    assert relative_error(got, wanted) <= tolerance(F64, 5)
+    expected = x + F.interpolate(y[:, 1:4], high, mode="bilinear", align_corners=True)
+    assert relative_error(got, expected) <= tolerance(F64, 5)
 
 
 def test_maps_of_different_layouts_give_the_format_of_the_first(
@@ -95,8 +95,8 @@ def test_maps_of_different_layouts_give_the_format_of_the_first(
     assert ops.pool_and_concatenate([x, y], (2, 2)).is_contiguous()
     got = ops.pool_and_concatenate([y, x], (2, 2))
     assert got.is_contiguous(memory_format=torch.channels_last)
-    wanted = torch.cat([y, F.adaptive_avg_pool2d(x, (2, 2))], 1)
-    assert relative_error(got, wanted) <= tolerance(F32, 4)
+    expected = torch.cat([y, F.adaptive_avg_pool2d(x, (2, 2))], 1)
+    assert relative_error(got, expected) <= tolerance(F32, 4)
 
 
 def test_onto_a_wider_map_results_and_gradients_have_the_bits_of_casts(
@@ -108,9 +108,9 @@ def test_onto_a_wider_map_results_and_gradients_have_the_bits_of_casts(
     assert y.dtype is BF16
     assert y.stride() == cast.stride()
     upstream = normal(*y.shape, dtype=BF16)
-    got, wanted = (torch.autograd.grad(r, (x, low), upstream) for r in (y, cast))
+    got, expected = (torch.autograd.grad(r, (x, low), upstream) for r in (y, cast))
     assert [g.dtype for g in got] == [F32, BF16]
-    assert all(map(torch.equal, (y, *got), (cast, *wanted)))
+    assert all(map(torch.equal, (y, *got), (cast, *expected)))
 
 
 def test_a_gradient_that_is_not_finite_reaches_only_what_its_result_was_made_of(
@@ -127,8 +127,8 @@ def test_a_gradient_that_is_not_finite_reaches_only_what_its_result_was_made_of(
 
 def test_any_number_of_scales_is_pooled(each_backend: str, normal: Normal) -> None:
     x = [normal(2, 1, 2 + i, 3) for i in range(19)]
-    wanted = torch.cat([F.adaptive_avg_pool2d(t, (2, 2)) for t in x], 1)
-    assert relative_error(ops.pool_and_concatenate(x, (2, 2)), wanted) <= tolerance(F32, 60)
+    expected = torch.cat([F.adaptive_avg_pool2d(t, (2, 2)) for t in x], 1)
+    assert relative_error(ops.pool_and_concatenate(x, (2, 2)), expected) <= tolerance(F32, 60)
 
 
 def test_an_empty_batch_stays_empty(each_backend: str) -> None:

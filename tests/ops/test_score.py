@@ -1,4 +1,4 @@
-"""Laws of the scores: kernels equal the reference, which equals what the authors' code computes."""
+"""Properties of the scores: kernels equal the reference, which equals what the authors' code computes."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ def test_non_finite_latents_do_what_they_do_in_the_reference(
 ) -> None:
     z = memory_format(normal(2, 3, 4, 5))
     z[1, 2, 3, 4] = value
-    wanted = z.new_tensor(-math.inf if value > 0 else math.nan)
+    expected = z.new_tensor(-math.inf if value > 0 else math.nan)
     maps, norm = ops.log_likelihood_map(z), ops.half_square_norm(z)
-    torch.testing.assert_close(maps[1, 3, 4], wanted, equal_nan=True)
-    torch.testing.assert_close(norm[1], -wanted, equal_nan=True)
+    torch.testing.assert_close(maps[1, 3, 4], expected, equal_nan=True)
+    torch.testing.assert_close(norm[1], -expected, equal_nan=True)
     assert bool(maps[0].isfinite().all() and norm[0].isfinite())
 
 
@@ -104,10 +104,10 @@ def test_likelihoods_refuse(each_backend: str, function: Any) -> None:
         function(torch.zeros(2, 3, 4, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(("dtype", "granted"), [(F64, 1e-10), (F32, 1e-5)], ids=str)
+@pytest.mark.parametrize(("dtype", "bound"), [(F64, 1e-10), (F32, 1e-5)], ids=str)
 @pytest.mark.parametrize("case", range(4))
 def test_aggregation_equals_the_authors_post_processing(
-    each_backend: str, golden: Any, case: int, dtype: torch.dtype, granted: float
+    each_backend: str, golden: Any, case: int, dtype: torch.dtype, bound: float
 ) -> None:
     tensors, meta = golden("post_process")
     facts = meta["cases"][case]
@@ -115,7 +115,7 @@ def test_aggregation_equals_the_authors_post_processing(
     got = ops.aggregate(maps, facts["input_size"], top_k=facts["top_k"])
     for result, name in ((got.score, "score"), (got.anomaly_map, "add"), (got.image_map, "mul")):
         assert result.dtype is dtype
-        assert relative_error(result, tensors[f"p{case}.f64.{name}"]) <= granted
+        assert relative_error(result, tensors[f"p{case}.f64.{name}"]) <= bound
     assert relative_error(got.score, tensors[f"p{case}.f32.score"]) <= 1e-5
 
 
@@ -148,13 +148,13 @@ def test_the_aggregation_kernel_equals_the_reference(
     maps[0] = maps[0].mT.contiguous().mT  # a map need not be dense
     got = ops.aggregate(maps, size, top_k=top_k)
     with ops.backend("reference"):
-        wanted = ops.aggregate([m.double() for m in maps], size, top_k=top_k)
+        expected = ops.aggregate([m.double() for m in maps], size, top_k=top_k)
     # Four taps of each map; a tap's weight is a coordinate minus its whole part, and rounds as the coordinate does.
-    granted = tolerance(dtype, 4 * len(sizes) * max(max(s) for s in sizes))
+    bound = tolerance(dtype, 4 * len(sizes) * max(max(s) for s in sizes))
     for name in RESULTS:
-        g, w = getattr(got, name), getattr(wanted, name)
+        g, w = getattr(got, name), getattr(expected, name)
         assert g.dtype is dtype, name
-        assert relative_error(g, w) <= granted, name
+        assert relative_error(g, w) <= bound, name
 
 
 def test_the_scores_are_means_of_the_largest_values(each_backend: str, normal: Normal) -> None:
@@ -186,7 +186,7 @@ def test_equal_likelihoods_score_zero_and_ties_are_cut_anywhere(each_backend: st
         assert float(getattr(flat, name).abs().max()) <= 1e-6, name
     assert flat.nll_score.tolist() == [8.0, 8.0]
     tied = torch.zeros(1, 4, 4, dtype=F64)
-    tied[0, 0] = -2.0  # four pixels, of which three are wanted
+    tied[0, 0] = -2.0  # four pixels, of which three are expected
     got = ops.aggregate([tied], 4, top_k=3 / 16)
     assert relative_error(got.nll_score, torch.tensor([2.0], dtype=F64)) <= 1e-15
     assert relative_error(got.log_score, torch.tensor([2.0], dtype=F64)) <= 1e-15
@@ -211,9 +211,9 @@ def test_non_finite_and_huge_likelihoods_do_what_they_do_in_the_reference(
     maps[0][1, 1, 1] = maps[0][1, 2, 2] = values[-1]
     got = ops.aggregate(maps, size)
     with ops.backend("reference"):
-        wanted = ops.aggregate(maps, size)
+        expected = ops.aggregate(maps, size)
     for name in RESULTS:
-        g, w = getattr(got, name), getattr(wanted, name)
+        g, w = getattr(got, name), getattr(expected, name)
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
 
 

@@ -88,8 +88,8 @@ def test_batched_gradients_are_those_one_by_one(x: Tensor, normal: Normal, name:
 @each_op
 def test_a_vectorized_jacobian_is_the_jacobian(x: Tensor, name: str) -> None:
     jacobian = torch.autograd.functional.jacobian
-    got, wanted = (jacobian(OPS[name], x.detach(), vectorize=v) for v in (True, False))
-    assert relative_error(got, wanted) <= 1e-12
+    got, expected = (jacobian(OPS[name], x.detach(), vectorize=v) for v in (True, False))
+    assert relative_error(got, expected) <= 1e-12
 
 
 @pytest.mark.family("transforms")
@@ -98,10 +98,10 @@ def test_a_vectorized_jacobian_is_the_jacobian(x: Tensor, name: str) -> None:
 def test_a_dual_upstream_gradient_keeps_its_tangent(x: Tensor, normal: Normal, name: str) -> None:
     y = OPS[name](x)
     upstream, tangent = normal(2, *y.shape, dtype=y.dtype)
-    wanted = [torch.autograd.grad(y, x, u, retain_graph=True)[0] for u in (upstream, tangent)]
+    expected = [torch.autograd.grad(y, x, u, retain_graph=True)[0] for u in (upstream, tangent)]
     with forward_ad.dual_level():
         (dual,) = torch.autograd.grad(y, x, forward_ad.make_dual(upstream, tangent))
-        for got, want in zip(forward_ad.unpack_dual(dual), wanted, strict=True):
+        for got, want in zip(forward_ad.unpack_dual(dual), expected, strict=True):
             assert got is not None
             assert relative_error(got, want) <= 1e-12
 
@@ -132,9 +132,9 @@ def test_fake_tensors_give_fake_results_of_the_right_shape(x: Tensor, name: str)
     x = x.detach()
     with FakeTensorMode() as mode:
         found = OPS[name](mode.from_tensor(x))
-    wanted = OPS[name](x)
+    expected = OPS[name](x)
     assert type(found).__name__ == "FakeTensor"
-    assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
 
 
 @pytest.mark.family("transforms")
@@ -157,10 +157,10 @@ def test_autocast_around_the_backward_pass_changes_no_gradient(
         kernels = ops.winograd_weight(normal(4, 4, 3, 3), 2)
         function = lambda x: ops.winograd_conv2d(x, kernels, x[0, :, 0, 0])  # noqa: E731
     y = function(x)
-    (wanted,) = torch.autograd.grad(y, x, y.detach(), retain_graph=True)
+    (expected,) = torch.autograd.grad(y, x, y.detach(), retain_graph=True)
     with torch.autocast(x.device.type, torch.bfloat16):
         (got,) = torch.autograd.grad(y, x, y.detach())
-    assert torch.equal(got, wanted)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.family("transforms")

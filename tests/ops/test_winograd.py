@@ -1,4 +1,4 @@
-"""Laws of Winograd's convolution: it is torch's convolution, kernels equal the reference, errors keep their bounds."""
+"""Properties of Winograd's convolution: it is torch's convolution, kernels equal the reference, errors keep their bounds."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_it_is_the_convolution_of_torch(normal: Normal, shape: str, tile: int, r
     got = ops.winograd_conv2d(
         x, ops.winograd_weight(weight, tile, F64), bias, padding=padding, relu=relu
     )
-    wanted = F.conv2d(x, weight, bias, padding=padding)
-    assert relative_error(got, wanted.relu() if relu else wanted) <= 1e-13
+    expected = F.conv2d(x, weight, bias, padding=padding)
+    assert relative_error(got, expected.relu() if relu else expected) <= 1e-13
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -65,9 +65,9 @@ def test_kernels_equal_the_reference(
     values, options = ops.winograd_weight(weight, tile), {"padding": SHAPES[shape][2], "relu": True}
     got = ops.winograd_conv2d(layout(x), values, bias.float(), **options)
     assert got.dtype is dtype and got.is_contiguous(memory_format=torch.channels_last)
-    wanted = F.conv2d(x.double(), weight, bias, padding=SHAPES[shape][2]).relu()
+    expected = F.conv2d(x.double(), weight, bias, padding=SHAPES[shape][2]).relu()
     # What the points cost: six times the error of a direct sum, which the tolerance of 36 products each holds.
-    assert relative_error(got, wanted) <= tolerance(dtype, 36 * x.size(1))
+    assert relative_error(got, expected) <= tolerance(dtype, 36 * x.size(1))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -81,9 +81,9 @@ def test_factors_in_bfloat16_equal_the_reference_and_stay_near(
     arguments = (x, ops.winograd_weight(weight, tile, BF16), bias.float())
     got = ops.winograd_conv2d(*arguments, padding=SHAPES[shape][2])
     with ops.backend("reference"):
-        wanted = ops.winograd_conv2d(*arguments, padding=SHAPES[shape][2])
+        expected = ops.winograd_conv2d(*arguments, padding=SHAPES[shape][2])
     # Sums of the same factors: another order, one rounding.
-    assert relative_error(got, wanted) <= tolerance(BF16, (tile + 2) ** 2 * x.size(1))
+    assert relative_error(got, expected) <= tolerance(BF16, (tile + 2) ** 2 * x.size(1))
     exact = F.conv2d(x.double(), weight, bias, padding=SHAPES[shape][2])
     assert relative_error(got, exact) <= 0.02
 
@@ -98,20 +98,20 @@ def test_kernels_transform_weights_as_the_reference_does(
     for dtype in (F32, BF16)[: 1 if tile == 4 else 2]:
         got = ops.winograd_weight(weight, tile, dtype, adjoint=adjoint)
         with ops.backend("reference"):
-            wanted = ops.winograd_weight(weight, tile, dtype, adjoint=adjoint)
-        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+            expected = ops.winograd_weight(weight, tile, dtype, adjoint=adjoint)
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
         if dtype is F32:
-            assert relative_error(got, wanted) <= tolerance(F32, 9)
+            assert relative_error(got, expected) <= tolerance(F32, 9)
         else:  # a value at the middle between two may go either way, and others after it
-            assert float((got != wanted).float().mean()) <= 0.01
+            assert float((got != expected).float().mean()) <= 0.01
 
 
 def test_the_adjoint_is_the_derivative_of_torch(normal: Normal, tile: int) -> None:
     weight, grad = normal(5, 4, 3, 3, dtype=F64), normal(2, 5, 7, 8, dtype=F64)
     values = ops.winograd_weight(weight, tile, F64, adjoint=True)
     got = ops.winograd_conv2d(grad, values, torch.zeros(4, dtype=F64))
-    wanted = conv2d_input((2, 4, 7, 8), weight, grad, padding=1)
-    assert relative_error(got, wanted) <= 1e-13
+    expected = conv2d_input((2, 4, 7, 8), weight, grad, padding=1)
+    assert relative_error(got, expected) <= 1e-13
 
 
 def gradient_inputs(normal: Normal, shape: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -126,9 +126,9 @@ def test_the_gradient_of_the_weight_is_that_of_torch(normal: Normal, shape: str)
     x, grad = gradient_inputs(normal, shape, F64)
     _, c_out, padding = SHAPES[shape]
     got = ops.winograd_weight_grad(x, grad, padding=padding)
-    wanted = conv2d_weight(x, (c_out, x.size(1), 3, 3), grad, padding=padding)  # pyright: ignore[reportArgumentType]
+    expected = conv2d_weight(x, (c_out, x.size(1), 3, 3), grad, padding=padding)  # pyright: ignore[reportArgumentType]
     assert got.dtype is F64
-    assert relative_error(got, wanted) <= 1e-13
+    assert relative_error(got, expected) <= 1e-13
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -139,14 +139,14 @@ def test_kernels_give_the_gradient_of_the_weight(
     x, grad = gradient_inputs(normal, shape, dtype)
     padding = SHAPES[shape][2]
     got = ops.winograd_weight_grad(layout(x), layout(grad), padding=padding)
-    wanted = ops.winograd_weight_grad(x.double(), grad.double(), padding=padding)
+    expected = ops.winograd_weight_grad(x.double(), grad.double(), padding=padding)
     assert got.dtype is F32 and got.is_contiguous()
     # In bfloat16, too, factors and sums are float32.
-    assert relative_error(got, wanted) <= tolerance(F32, 36 * grad[:, 0].numel())
+    assert relative_error(got, expected) <= tolerance(F32, 36 * grad[:, 0].numel())
     with ops.backend("reference"):
         reference = ops.winograd_weight_grad(x, grad, padding=padding)
     assert reference.dtype is F32
-    assert relative_error(reference, wanted) <= tolerance(F32, 36 * grad[:, 0].numel())
+    assert relative_error(reference, expected) <= tolerance(F32, 36 * grad[:, 0].numel())
 
 
 @pytest.mark.parametrize(
@@ -159,9 +159,9 @@ def test_the_gradient_of_the_weight_is_whole_where_memory_is_held_small(
 ) -> None:
     x, grad = normal(*size, dtype=F32), normal(size[0], c_out, *size[2:], dtype=F32)
     got = ops.winograd_weight_grad(x, grad)
-    wanted = conv2d_weight(x, (c_out, size[1], 3, 3), grad, padding=1)
-    assert float((got - wanted).norm() / wanted.norm()) <= 1e-5
-    assert float((got - wanted).abs().amax() / wanted.square().mean().sqrt()) <= 1e-3
+    expected = conv2d_weight(x, (c_out, size[1], 3, 3), grad, padding=1)
+    assert float((got - expected).norm() / expected.norm()) <= 1e-5
+    assert float((got - expected).abs().amax() / expected.square().mean().sqrt()) <= 1e-3
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -180,10 +180,10 @@ def test_the_gradient_of_nothing_is_zero(each_backend: str, sizes: tuple[int, in
 def test_points_cost_the_digits_that_are_stated(each_backend: str, normal: Normal) -> None:
     x = normal(1, 192, 24, 24).relu()
     weight, bias = normal(64, 192, 3, 3) * (2 / (9 * 192)) ** 0.5, torch.zeros(64)
-    wanted = F.conv2d(x.double(), weight.double(), padding=1)
+    expected = F.conv2d(x.double(), weight.double(), padding=1)
     for tile, stated in ((2, 3.7e-7), (3, 6e-7), (4, 1.1e-6)):
         got = ops.winograd_conv2d(x, ops.winograd_weight(weight, tile), bias)
-        error = float((got.double() - wanted).norm() / wanted.norm())
+        error = float((got.double() - expected).norm() / expected.norm())
         assert error <= 1.3 * stated
 
 
@@ -193,11 +193,11 @@ def test_roundings_of_factors_compensate_each_other(
 ) -> None:
     x = normal(1, 192, 24, 24).relu().bfloat16()
     weight, bias = normal(64, 192, 3, 3) * (2 / (9 * 192)) ** 0.5, torch.zeros(64)
-    wanted = F.conv2d(x.double(), weight.double(), padding=1)
+    expected = F.conv2d(x.double(), weight.double(), padding=1)
     values = ops.winograd_weight(weight, tile, BF16)
     nearest = ops.winograd_weight(weight, tile, F64).unflatten(2, (-1, 2)).squeeze(-1).mT.bfloat16()
     errors = [
-        float((ops.winograd_conv2d(x, v, bias).double() - wanted).norm() / wanted.norm())
+        float((ops.winograd_conv2d(x, v, bias).double() - expected).norm() / expected.norm())
         for v in (values, nearest.contiguous())
     ]
     assert errors[0] <= 1.1 * stated
@@ -217,11 +217,11 @@ def test_an_image_alone_has_the_bits_that_it_has_in_a_batch(
 def test_nan_spreads_to_its_tiles_only(native: None, normal: Normal, tile: int) -> None:
     x, weight, bias = make(normal, "whole-tiles", F32)
     values = ops.winograd_weight(weight, tile)
-    wanted = ops.winograd_conv2d(x, values, bias.float(), relu=True)
+    expected = ops.winograd_conv2d(x, values, bias.float(), relu=True)
     x[0, 3, 7, 11] = torch.nan
     got = ops.winograd_conv2d(x, values, bias.float(), relu=True)
     assert got[..., -1, -1].isnan().all()
-    assert torch.equal(got[..., :4, :8], wanted[..., :4, :8])
+    assert torch.equal(got[..., :4, :8], expected[..., :4, :8])
 
 
 def test_an_empty_batch_stays_empty(each_backend: str, tile: int) -> None:

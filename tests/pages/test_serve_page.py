@@ -134,9 +134,9 @@ def test_the_image_stands_beside_its_heat_map_in_its_own_aspect(browser, start):
     name = "plate <b>7</b>.png"
     image, heat, line = ([f"{kind} of {name}", 64, 32] for kind in ("image", "heat map", "outline"))
     assert browser.run(SEEN) == [image, heat]
-    for layer, wanted in (("image", [image]), ("heat map", [heat]), ("outline", [line])):
+    for layer, expected in (("image", [image]), ("heat map", [heat]), ("outline", [line])):
         browser.run(choose(layer))
-        assert browser.run(SEEN) == wanted
+        assert browser.run(SEEN) == expected
         shown = browser.run(
             "(() => { const b = [...document.querySelectorAll('.pictures img')].find(i => i.offsetParent)"
             ".getBoundingClientRect(); return b.width / b.height })()"

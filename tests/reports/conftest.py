@@ -45,8 +45,8 @@ class Page(HTMLParser):
         if data.strip():
             self.texts.append((self.open[-1] if self.open else "", " ".join(data.split())))
 
-    def all(self, tag: str, **wanted: str) -> list[dict[str, str | None]]:
-        return [a for t, a in self.tags if t == tag and wanted.items() <= a.items()]
+    def all(self, tag: str, **expected: str) -> list[dict[str, str | None]]:
+        return [a for t, a in self.tags if t == tag and expected.items() <= a.items()]
 
     def within(self, tag: str) -> list[str]:
         return [text for t, text in self.texts if t == tag]

@@ -20,8 +20,8 @@ def area(curve) -> float:
 def test_the_area_under_the_roc_curve_is_the_auroc():
     labels, scores = [0] * 40 + [1] * 25, [*GOOD, *DEFECTIVE]
     images, chance = charts.roc([("images", "line", roc_curve(labels, scores))]).curves
-    wanted = auroc(labels, scores)
-    assert area(images) == pytest.approx(1e4 * wanted, rel=1e-12)
+    expected = auroc(labels, scores)
+    assert area(images) == pytest.approx(1e4 * expected, rel=1e-12)
     assert area(chance) == pytest.approx(5e3)
 
 

@@ -260,8 +260,8 @@ def test_what_cannot_be_compared_is_named_in_one_sentence(write_run, tmp_path, c
     for missing in ("empty", "nowhere"):
         folder = tmp_path / missing
         assert f"{folder} is not a finished run: it has no metrics.json" in fails(capsys, a, folder)
-    assert "two different runs or more are wanted to compare" in fails(capsys, a)
-    assert "two different runs or more are wanted to compare" in fails(capsys, a, a)
+    assert "two different runs or more are expected to compare" in fails(capsys, a)
+    assert "two different runs or more are expected to compare" in fails(capsys, a, a)
     unfinished = write_run("unfinished")
     (unfinished / "scores.csv").unlink()
     assert "unfinished is not a finished run: it has no scores.csv" in fails(capsys, a, unfinished)
@@ -312,12 +312,12 @@ def test_panels_read_back_as_they_were_saved(tmp_path, shape):
     values = rng.random(shape)
     (path,) = heat_maps.save_maps(tmp_path, ["a"], [image], [values], [mask], low=0, high=1)
     panels = read_panels(path)
-    wanted = (
+    expected = (
         image,
         heat_maps.heat_map(image, values, low=0, high=1),
         heat_maps.mask_contour(image, mask),
     )
-    for panel, want in zip(panels, wanted, strict=True):
+    for panel, want in zip(panels, expected, strict=True):
         assert np.array_equal(np.asarray(panel), np.asarray(want))
 
 

@@ -32,8 +32,8 @@ def test_its_pictures_are_the_image_the_heat_map_and_the_outline(tmp_path, a_run
     page, _ = page_of(a_run(pictures=[(image, values, mask)] * 6), tmp_path)
     shown, line, heat = (decoded(a["src"]) for a in page.all("img")[:3])
     assert np.abs(pixels(shown) - image).max() < 4
-    wanted = pixels(heat_maps.heat_map(image, values, low=0.1, high=2.0))
-    assert np.abs(pixels(heat) - wanted).mean() < 8
+    expected = pixels(heat_maps.heat_map(image, values, low=0.1, high=2.0))
+    assert np.abs(pixels(heat) - expected).mean() < 8
     drawn = np.asarray(line.convert("RGBA"))
     assert (drawn[..., 3] == 255 * heat_maps.outline(mask)).all()
     assert (drawn[6, 8, :3] == (0, 229, 255)).all()
@@ -120,10 +120,10 @@ def test_there_is_a_button_for_each_layer_that_a_picture_has(tmp_path, a_run, pa
     image, values, _ = a_run().pictures[0]
     masked = (image, values, np.eye(24, dtype=bool))
     without, every = ["image", "heat"], ["image", "heat", "outline"]
-    for pictures, wanted in (
+    for pictures, expected in (
         (a_run().pictures, without),
         ([masked, *a_run().pictures[1:]], every),
     ):
         page, _ = page_of(a_run(pictures=pictures), tmp_path)
-        assert [button["value"] for button in page.all("input", type="radio")] == wanted
+        assert [button["value"] for button in page.all("input", type="radio")] == expected
         assert all(picture["alt"] for picture in page.all("img"))

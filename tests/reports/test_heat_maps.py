@@ -83,14 +83,14 @@ def test_a_mask_that_covers_the_whole_image_still_shows_an_outline():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"image": GRAY.astype(float)}, TypeError, "image: uint8 is wanted, got float64"),
-        ({"image": GRAY[..., 0]}, ValueError, r"image: \(H, W, 3\) is wanted, got \(24, 24\)"),
-        ({"anomaly_map": np.zeros((24, 23))}, ValueError, r"anomaly_map: \(24, 24\) is wanted"),
+        ({"image": GRAY.astype(float)}, TypeError, "image: uint8 is expected, got float64"),
+        ({"image": GRAY[..., 0]}, ValueError, r"image: \(H, W, 3\) is expected, got \(24, 24\)"),
+        ({"anomaly_map": np.zeros((24, 23))}, ValueError, r"anomaly_map: \(24, 24\) is expected"),
         ({"anomaly_map": np.full((24, 24), np.nan)}, ValueError, "anomaly_map: holds NaN"),
-        ({"low": 1.0}, ValueError, "low < high are wanted, got 1.0, 1.0"),
-        ({"high": np.inf}, ValueError, "low < high are wanted, got 0.0, inf"),
-        ({"alpha": 1.5}, ValueError, "alpha: a number in 0..1 is wanted, got 1.5"),
-        ({"mask": np.ones((3, 3), bool)}, ValueError, r"mask: \(24, 24\) is wanted"),
+        ({"low": 1.0}, ValueError, "low < high are expected, got 1.0, 1.0"),
+        ({"high": np.inf}, ValueError, "low < high are expected, got 0.0, inf"),
+        ({"alpha": 1.5}, ValueError, "alpha: a number in 0..1 is expected, got 1.5"),
+        ({"mask": np.ones((3, 3), bool)}, ValueError, r"mask: \(24, 24\) is expected"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

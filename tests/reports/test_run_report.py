@@ -207,7 +207,7 @@ def test_the_recipe_is_written_in_plain_words(tmp_path, a_run, page_of):
         ({"pictures": [()]}, "run: pictures has 1 entries for 6 names"),
         ({"aupimo": [0.5]}, "run: aupimo has 1 entries for 6 names"),
         ({"scores": [float("nan")] * 6}, "run: the score of 'good/0' must be finite, got nan"),
-        ({"labels": [2] * 6}, "run: the label of 'good/0' is 2, 0, 1 or None is wanted"),
+        ({"labels": [2] * 6}, "run: the label of 'good/0' is 2, 0, 1 or None is expected"),
     ],
     ids=["labels", "pictures", "aupimo", "nan", "class"],
 )

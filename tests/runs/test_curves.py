@@ -50,6 +50,8 @@ def test_a_run_without_curves_has_no_file_and_reads_as_none(tmp_path):
 )
 def test_what_is_no_curve_is_refused(tmp_path, text):
     (tmp_path / "curves.json").write_text(text)
-    wanted = f"{tmp_path / 'curves.json'} is damaged: pro must be two rows of rising rates in 0..1"
-    with pytest.raises(ValueError, match=re.escape(wanted)):
+    expected = (
+        f"{tmp_path / 'curves.json'} is damaged: pro must be two rows of rising rates in 0..1"
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
         read_curves(tmp_path)

@@ -32,11 +32,11 @@ def expected() -> dict[str, Any]:
 def test_an_older_run_predicts_what_it_did(expected, run):
     images = sorted((OLD / "images/plate/test").rglob("*.png"))
     results = load(OLD / run, device="cpu").predict([str(path) for path in images])
-    wanted = expected[run]
-    assert [result.score for result in results] == pytest.approx(wanted["scores"], **SAME)
-    assert [result.label for result in results] == wanted["labels"]
-    assert [result.p_value for result in results] == wanted["p_values"]
-    for result, part in zip(results, wanted["maps"], strict=True):
+    right = expected[run]
+    assert [result.score for result in results] == pytest.approx(right["scores"], **SAME)
+    assert [result.label for result in results] == right["labels"]
+    assert [result.p_value for result in results] == right["p_values"]
+    for result, part in zip(results, right["maps"], strict=True):
         np.testing.assert_allclose(result.map[::12, ::12], part, rtol=1e-4, atol=1e-4)
 
 
@@ -45,10 +45,10 @@ def test_an_older_run_is_evaluated_to_its_metrics(tmp_path, monkeypatch, run):
     monkeypatch.chdir(OLD)  # the settings of the run name its images relative to this folder
     assert cli.main(["evaluate", "--run", run, "--device", "cpu", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "evaluation.json").read_text())
-    wanted = json.loads((OLD / run / "metrics.json").read_text())
+    right = json.loads((OLD / run / "metrics.json").read_text())
     for name in ("image_auroc", "pixel_auroc", "aupro", "aupimo"):
-        assert found[name] == pytest.approx(wanted[name], abs=1e-3)
-    assert found["decisions"]["detected"] == wanted["decisions"]["on_test"]["detected"]
+        assert found[name] == pytest.approx(right[name], abs=1e-3)
+    assert found["decisions"]["detected"] == right["decisions"]["on_test"]["detected"]
 
 
 def test_older_runs_are_read_for_a_comparison(expected):
@@ -60,18 +60,18 @@ def test_older_runs_are_read_for_a_comparison(expected):
 def test_a_training_that_an_older_version_began_is_resumed_to_the_same_losses(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(OLD / "interrupted", run)
-    wanted = json.loads((OLD / "finished" / "metrics.json").read_text())
-    settings = {k: v for k, v in wanted["model"].items() if k not in ("name", "position_base")}
+    right = json.loads((OLD / "finished" / "metrics.json").read_text())
+    settings = {k: v for k, v in right["model"].items() if k not in ("name", "position_base")}
     model = MSFlow(**settings, pretrained=False)
-    recipe = Recipe(**{**wanted["recipe"], "milestones": tuple(wanted["recipe"]["milestones"])})
+    recipe = Recipe(**{**right["recipe"], "milestones": tuple(right["recipe"]["milestones"])})
     dataset = open_dataset(OLD / "images", "mvtec", "plate")
     metrics = train(model, dataset, run, recipe, device="cpu", resume=True)
-    assert metrics["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+    assert metrics["losses"] == pytest.approx(right["losses"], rel=1e-5)
     assert [each["epoch"] for each in metrics["evaluations"]] == [1, 2, 3, 4]
-    for found, before in zip(metrics["evaluations"], wanted["evaluations"], strict=True):
+    for found, before in zip(metrics["evaluations"], right["evaluations"], strict=True):
         assert found == pytest.approx(before, abs=1e-3)
     assert metrics["decisions"]["threshold"] == pytest.approx(
-        wanted["decisions"]["threshold"], **SAME
+        right["decisions"]["threshold"], **SAME
     )
 
 

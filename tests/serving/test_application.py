@@ -91,10 +91,10 @@ def test_a_token_is_in_the_document_where_it_is_required(start):
     document = httpx.get(
         f"{start(serving.application(Detector(None), 'geheim'))}openapi.json"
     ).json()
-    wanted = {
+    expected = {
         path for path, methods in document["paths"].items() if "security" in str(methods.values())
     }
-    assert wanted == {"/predict", "/metrics"}
+    assert expected == {"/predict", "/metrics"}
     assert document["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
 
 

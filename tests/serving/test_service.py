@@ -91,14 +91,14 @@ def bearer(token: str) -> dict[str, str]:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
 def test_an_image_is_answered_as_the_detector_does(url, detector, kind):
     body = png(kind=kind)
-    (wanted,) = detector.predict(Image.open(io.BytesIO(body)))
+    (expected,) = detector.predict(Image.open(io.BytesIO(body)))
     answer = httpx.post(f"{url}predict", content=body).raise_for_status().json()
-    assert answer["score"] == pytest.approx(wanted.score, rel=1e-5)
-    assert (answer["label"], answer["p_value"]) == (wanted.label, wanted.p_value) == (1, 1 / 21)
+    assert answer["score"] == pytest.approx(expected.score, rel=1e-5)
+    assert (answer["label"], answer["p_value"]) == (expected.label, expected.p_value) == (1, 1 / 21)
     mask, heat = (
         Image.open(io.BytesIO(base64.b64decode(answer[name]))) for name in ("mask", "heat_map")
     )
-    assert mask.mode == "1" and np.array_equal(np.asarray(mask), wanted.shown().mask)
+    assert mask.mode == "1" and np.array_equal(np.asarray(mask), expected.shown().mask)
     assert heat.mode == "RGB" and heat.size == mask.size == (64, 48)
 
 

@@ -58,8 +58,8 @@ def test_features_computed_anew_every_epoch_give_the_same_training(
 ):
     recipe = Recipe(epochs=2, batch_size=4, cache="off")
     metrics = train(build_model(), squares, tmp_path / "run", recipe, device="cpu")
-    wanted = json.loads((finished_run / "metrics.json").read_text())["losses"]
-    assert metrics["losses"] == pytest.approx(wanted, rel=1e-4)
+    expected = json.loads((finished_run / "metrics.json").read_text())["losses"]
+    assert metrics["losses"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_standardized_features_have_mean_0_and_deviation_1_and_the_model_agrees(

@@ -44,12 +44,12 @@ def test_a_training_killed_at_random_moments_ends_with_the_bits_of_an_undisturbe
     assert done.returncode == 0, done.stderr
     kills = json.loads(done.stdout)
     assert len(kills) == KILLS
-    wanted = _results(tmp_path / "undisturbed")
-    assert len(wanted["maps"]) == 4
+    expected = _results(tmp_path / "undisturbed")
+    assert len(expected["maps"]) == 4
     runs = sorted(tmp_path.glob("run*"))
     assert {name for name, _ in kills} <= {run.name for run in runs}
     for run in runs:
-        assert _results(run) == wanted
+        assert _results(run) == expected
         assert sorted(p.name for p in run.iterdir()) == sorted(
             p.name for p in (tmp_path / "undisturbed").iterdir()
         )

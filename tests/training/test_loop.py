@@ -54,9 +54,9 @@ def test_the_loop_reproduces_the_authors_training_in_float64(memory):
         steps += train_epoch(head, adam, batches, clip=recipe.clip)
         rates += [recipe.learning_rate(epoch)] * len(batches)
 
-    def close(got, wanted):
+    def close(got, expected):
         torch.testing.assert_close(
-            torch.as_tensor(got, dtype=torch.float64), wanted, rtol=1e-9, atol=1e-9
+            torch.as_tensor(got, dtype=torch.float64), expected, rtol=1e-9, atol=1e-9
         )
 
     close(rates, golden["lr"])
@@ -65,8 +65,8 @@ def test_the_loop_reproduces_the_authors_training_in_float64(memory):
     names = to_official_names(dict(head.state_dict()), head)
     final = {k.removeprefix("final."): v for k, v in golden.items() if k.startswith("final.")}
     assert names.keys() == final.keys()
-    for name, wanted in final.items():
-        close(names[name], wanted)
+    for name, expected in final.items():
+        close(names[name], expected)
 
 
 def test_a_finished_run_reports_the_last_epoch_and_the_best_one_beside_it(finished_run):
@@ -147,8 +147,8 @@ def test_bfloat16_trains_and_halves_the_cache_and_says_where_it_is_slow(
     recipe = Recipe(epochs=2, batch_size=4, precision="bfloat16")
     metrics = train(build_model(), squares, tmp_path / "run", recipe, device="cpu")
     assert ("no instructions for bfloat16: precision float32" in caplog.text) != fast
-    wanted = json.loads((finished_run / "metrics.json").read_text())["losses"]
-    assert metrics["losses"] == pytest.approx(wanted, rel=0.02)
+    expected = json.loads((finished_run / "metrics.json").read_text())["losses"]
+    assert metrics["losses"] == pytest.approx(expected, rel=0.02)
     model, images = build_model(), Images(squares.train, 64)
     whole, half = Features(model, images), Features(model, images, dtype=torch.bfloat16)
     assert whole.nbytes == 2 * half.nbytes > 0
@@ -214,8 +214,8 @@ def test_the_default_recipe_holds_nothing_out(finished_run, squares):
 
 
 def test_too_few_images_to_hold_out_stop_a_run_before_it_begins(tmp_path, squares, build_model):
-    wanted = "hold_out 0.5 of 6 training images is 3 to hold out and 3 to train on, .* needs 19"
-    with pytest.raises(ValueError, match=wanted):
+    expected = "hold_out 0.5 of 6 training images is 3 to hold out and 3 to train on, .* needs 19"
+    with pytest.raises(ValueError, match=expected):
         train(build_model(), squares, tmp_path / "run", Recipe(hold_out=0.5), device="cpu")
     assert not (tmp_path / "run").exists()
 
@@ -263,8 +263,8 @@ def test_the_fewest_images_that_are_asked_for_are_enough(
 def test_a_reversible_run_ends_where_a_lean_one_does(tmp_path, finished_run, squares, build_model):
     recipe = Recipe(epochs=2, batch_size=4, memory="reversible")
     losses = train(build_model(), squares, tmp_path / "run", recipe, device="cpu")["losses"]
-    wanted = json.loads((finished_run / "metrics.json").read_text())["losses"]
-    assert losses == pytest.approx(wanted, rel=1e-5)
+    expected = json.loads((finished_run / "metrics.json").read_text())["losses"]
+    assert losses == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="memory 'reversible' needs precision float32"):
         Recipe(memory="reversible", precision="bfloat16")
 

@@ -97,8 +97,8 @@ def test_the_noise_of_a_part_of_a_batch_is_that_of_its_places_in_the_whole():
     for part, batch, where in zip(
         recipe.disturbed(1, batches(places), shares), whole, places, strict=True
     ):
-        for found, wanted in zip(part, batch, strict=True):
-            torch.testing.assert_close(found, wanted[where], rtol=0, atol=0)
+        for found, expected in zip(part, batch, strict=True):
+            torch.testing.assert_close(found, expected[where], rtol=0, atol=0)
 
 
 def test_the_rate_is_that_of_torchs_warm_up_and_multi_step_schedulers():

@@ -53,9 +53,9 @@ def test_a_killed_run_resumes_to_the_bits_of_an_undisturbed_one(
     assert read_checkpoint(run / "model.safetensors")[0]["epoch"] == 2
     metrics = train(build_model(), squares, run, recipe, device="cpu", resume=True)
     assert same_weights(run, tmp_path / "undisturbed")
-    wanted = json.loads((tmp_path / "undisturbed" / "metrics.json").read_text())
+    expected = json.loads((tmp_path / "undisturbed" / "metrics.json").read_text())
     for name in ("losses", "evaluations", "best"):
-        assert metrics[name] == wanted[name]
+        assert metrics[name] == expected[name]
 
 
 @pytest.mark.family("writers")
@@ -163,9 +163,9 @@ def test_a_run_killed_after_its_last_epoch_resumes_to_the_same_results(
             train(build_model(), squares, run, recipe, device="cpu")
     assert (run / "scores.csv").exists() == (last_file == "metrics.json")
     metrics = train(build_model(), squares, run, recipe, device="cpu", resume=True)
-    wanted = json.loads((finished_run / "metrics.json").read_text())
+    expected = json.loads((finished_run / "metrics.json").read_text())
     for name in ("image_auroc", "losses", "evaluations", "best"):
-        assert metrics[name] == wanted[name]
+        assert metrics[name] == expected[name]
     assert same_weights(run, finished_run)
 
 

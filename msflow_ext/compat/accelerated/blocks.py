@@ -184,7 +184,7 @@ def uncouple(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of :func:`couple`."""
     affine = (*_affine(block, y1), perm)
-    x1 = ops.passive_half(y1, y2, block.splits[0], *affine)
+    x1 = ops.conditioning_half(y1, y2, block.splits[0], *affine)
     y1, y2, a = of_one_dtype(y1, y2, _subnet(block, x1, c))
     x2, log_det = ops.affine_coupling_inverse(y1, y2, a, *affine, **_options(block))
     return x1, x2, log_det

@@ -184,7 +184,7 @@ def _deviation(
 ) -> float:
     """Largest difference between the results of ``calls`` before and after ``fast()``, gradients included."""
     try:
-        wanted = _results(module, calls, shapes, gradients)
+        expected = _results(module, calls, shapes, gradients)
     except Exception as error:
         raise UntriedError(str(error)) from error
     if fast is None:
@@ -192,7 +192,7 @@ def _deviation(
     fast()
     try:
         got = _results(module, calls, shapes, gradients)
-        errors = [relative_error(g, w) for g, w in zip(got, wanted, strict=True)]
+        errors = [relative_error(g, w) for g, w in zip(got, expected, strict=True)]
     except Exception as error:
         raise MismatchError(str(error)) from error
     return max(errors) if all(error >= 0 for error in errors) else math.nan

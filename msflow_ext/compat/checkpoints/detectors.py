@@ -118,7 +118,7 @@ def _msflow(
     content: Any, backbone: str | None, clamp: float | None, clamp_form: str, **options: Any
 ) -> MSFlow:
     head = msflow.head_from_state_dict(
-        msflow.flatten_official(content),
+        msflow.flatten_checkpoint(content),
         clamp=1.9 if clamp is None else clamp,
         clamp_form=clamp_form,
     )

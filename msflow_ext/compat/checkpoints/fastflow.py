@@ -176,7 +176,9 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "channels": [shape(i, 0, "global_scale")[1] for i in scales],
         "steps": steps[0],
-        "hidden_ratio": _ratio([(hidden, passive) for hidden, passive, *_ in convolutions]),
+        "hidden_ratio": _ratio(
+            [(hidden, conditioning) for hidden, conditioning, *_ in convolutions]
+        ),
         "conv3x3_only": steps[0] > 1 and shape(0, 1, "subnet.0.weight")[2] == 3,
         "input_sizes": [tuple(norm.shape[1:]) for norm in norms if norm is not None]
         if normed
@@ -185,11 +187,11 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _ratio(widths: list[tuple[int, int]]) -> float:
-    """The shortest decimal number r with ``int(passive * r) == hidden`` for all of ``widths``."""
-    low = max(hidden / passive for hidden, passive in widths)
-    high = min((hidden + 1) / passive for hidden, passive in widths)
+    """The shortest decimal number r with ``int(conditioning * r) == hidden`` for all of ``widths``."""
+    low = max(hidden / conditioning for hidden, conditioning in widths)
+    high = min((hidden + 1) / conditioning for hidden, conditioning in widths)
     for digits in range(17):
         ratio = round((low + high) / 2, digits)
-        if all(int(passive * ratio) == hidden for hidden, passive in widths):
+        if all(int(conditioning * ratio) == hidden for hidden, conditioning in widths):
             return ratio
-    raise ValueError(f"no hidden ratio gives the subnets (hidden, passive) channels {widths}")
+    raise ValueError(f"no hidden ratio gives the subnets (hidden, conditioning) channels {widths}")

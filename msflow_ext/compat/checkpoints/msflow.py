@@ -39,7 +39,7 @@ def load_msflow_checkpoint(
     """
     checkpoint = read_torch_file(path)
     try:
-        state = flatten_official(checkpoint)
+        state = flatten_checkpoint(checkpoint)
         return head_from_state_dict(
             state, clamp=clamp, clamp_form=clamp_form, fusion_order=fusion_order
         )
@@ -47,7 +47,7 @@ def load_msflow_checkpoint(
         raise ValueError(f"{path}: {error}") from error
 
 
-def flatten_official(checkpoint: Any) -> dict[str, Tensor]:
+def flatten_checkpoint(checkpoint: Any) -> dict[str, Tensor]:
     """One state dict with the prefixes ``fusion_flow.`` and ``parallel_flows.<i>.`` from the authors' layout."""
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"a checkpoint must be a dictionary, got {type(checkpoint).__name__}")
@@ -78,7 +78,7 @@ def head_from_state_dict(
     clamp_form: str = "0.2",
     fusion_order: Sequence[int] | None = None,
 ) -> MSFlowHead:
-    """Our head with the weights of a flat official ``state`` (see :func:`flatten_official`)."""
+    """Our head with the weights of a flat reference ``state`` (see :func:`flatten_checkpoint`)."""
     blocks = _count(state, r"parallel_flows\.(\d+)\.module_list\.(\d+)\.")
     if not blocks:
         raise ValueError("the state dict holds no key 'parallel_flows.0.module_list.0.*'")
@@ -117,7 +117,7 @@ def to_official_state_dict(
     index_permutations: bool = False,
     fusion_order: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
-    """The flat official state dict of ``head``, permutations as dense matrices or, on request, as int64 indices."""
+    """The flat reference state dict of ``head``, permutations as dense matrices or, on request, as int64 indices."""
     own = dict(head.state_dict())
     state = to_official_names(own, head)
     order = range(len(head.channels)) if fusion_order is None else fusion_order
@@ -130,7 +130,7 @@ def to_official_state_dict(
 
 
 def to_official_names(tensors: Mapping[str, Tensor], head: MSFlowHead) -> dict[str, Tensor]:
-    """Rename and join our parameters, or their gradients, as the official modules hold them."""
+    """Rename and join our parameters, or their gradients, as the reference modules hold them."""
     out: dict[str, Tensor] = {}
     for pair in _pairs(head):
         whole = torch.cat([tensors[name] for name in pair.ours], pair.dim)

@@ -125,10 +125,10 @@ def _masks(path: Path, axes: int, frames: int, faults: Faults) -> np.ndarray | N
         return None
     if masks.ndim == axes and len(masks) == frames and masks.dtype.kind in "biu":
         return masks
-    wanted = "(frames,)" if axes == 1 else "(frames, H, W)"
+    expected = "(frames,)" if axes == 1 else "(frames, H, W)"
     faults.append(
         ValueError(
-            f"{path} must be {wanted} of bool or integer with {frames} frames, "
+            f"{path} must be {expected} of bool or integer with {frames} frames, "
             f"got {masks.shape} of {masks.dtype}"
         )
     )

@@ -168,10 +168,10 @@ def prepare(
     store, images = Store(str(out)), manifest.listed(source)
     sha256 = manifest.file_digest(manifest.checkpoint_of(run))
     settings = {**asdict(scoring), "maps": maps, "shard_size": shard_size}
-    wanted = manifest.described(images, sha256, settings)
+    expected = manifest.described(images, sha256, settings)
     with store.locked():
-        names = _claimed(store, wanted, images)
-    digest = manifest.digest(wanted)
+        names = _claimed(store, expected, images)
+    digest = manifest.digest(expected)
     paths = [path for path, _ in images]
     starts = range(0, len(paths), shard_size)
     parts = tuple(Shard(n, tuple(paths[i : i + shard_size])) for n, i in enumerate(starts))
@@ -184,16 +184,16 @@ def prepare(
     return Archive(job, parts, frozenset(shard.number for shard in finished))
 
 
-def _claimed(store: Store, wanted: dict[str, Any], images: manifest.Images) -> set[str]:
+def _claimed(store: Store, expected: dict[str, Any], images: manifest.Images) -> set[str]:
     """The files that are there, once the manifest says that they are of these images."""
     names = store.names()
     if manifest.MANIFEST in names:
-        manifest.check(store, wanted, images)
+        manifest.check(store, expected, images)
     elif foreign := sorted(n for n in names if n.endswith((".parquet", CHECKPOINT))):
         what = f"{store.path(foreign[0])} is there without {manifest.MANIFEST}"
         raise ValueError(f"{what}: choose another --out")
     else:
-        manifest.write(store, wanted, images)
+        manifest.write(store, expected, images)
     return names
 
 

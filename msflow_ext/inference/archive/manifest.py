@@ -66,7 +66,7 @@ def write(store: Store, manifest: dict[str, Any], images: Images) -> None:
     store.write(MANIFEST, json.dumps({**manifest, **facts}, indent=1).encode())
 
 
-def check(store: Store, wanted: dict[str, Any], images: Images) -> None:
+def check(store: Store, expected: dict[str, Any], images: Images) -> None:
     """ValueError, saying in what, if the manifest that is there differs."""
     where, rest = store.path(MANIFEST), "choose another --out"
     try:
@@ -74,13 +74,13 @@ def check(store: Store, wanted: dict[str, Any], images: Images) -> None:
         settings, model, listed = dict(there["settings"]), there["model"], there["images"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where} is damaged: {error}") from None
-    if model != wanted["model"]:
+    if model != expected["model"]:
         raise ValueError(f"{where} is of another model than --run: {rest}")
-    for name, value in wanted["settings"].items():
+    for name, value in expected["settings"].items():
         if settings.get(name) != value:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{where} has {flag} {settings.get(name)}, this one {value}: {rest}")
-    if listed != wanted["images"]:
+    if listed != expected["images"]:
         rows = store.read_table(IMAGES, ("path", "bytes")).to_pylist()
         old = [(row["path"], row["bytes"]) for row in rows]
         a, b = next((a, b) for a, b in zip_longest(old, images) if a != b)

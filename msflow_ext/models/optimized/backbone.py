@@ -93,9 +93,9 @@ class OptimizedBackbone(Optimized):
         return network(normalized.to(dtype))
 
 
-def _deviation(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def _deviation(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Root mean square of the difference over the standard deviation, of the worst scale."""
-    pairs = [(a.double(), b.double()) for a, b in zip(found, wanted, strict=True)]
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
     return max(float((a - b).square().mean().sqrt() / b.std()) for a, b in pairs)
 
 
@@ -115,7 +115,7 @@ def optimize_network(network: nn.Module, example: Tensor, dtype: torch.dtype) ->
         The copy, channels_last.
     """
     batch = torch.cat([example, example])  # so that a map for every image does not look like one's
-    wanted = _results(network, batch)
+    expected = _results(network, batch)
     for form in (_fuse, _pack):
         try:
             copied = form(copy.deepcopy(network), batch)
@@ -126,7 +126,7 @@ def optimize_network(network: nn.Module, example: Tensor, dtype: torch.dtype) ->
             continue
         if dtypes == {dtype} and all(
             torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
-            for a, b in zip(found, wanted, strict=True)
+            for a, b in zip(found, expected, strict=True)
         ):
             return copied
     return _converted(copy.deepcopy(network), dtype)

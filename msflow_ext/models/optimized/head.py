@@ -103,7 +103,7 @@ class OptimizedFlow:
         then: Tensor | None = None,
     ) -> None:
         self.dtype = dtype
-        self.passive = flow.channels - flow.channels // 2
+        self.conditioning = flow.channels - flow.channels // 2
         self.steps = [
             _FrozenStep(step, subnet, dtype)  # type: ignore[arg-type]
             for step, subnet in zip(flow.steps, subnets, strict=True)
@@ -113,8 +113,8 @@ class OptimizedFlow:
 
     def __call__(self, x: Tensor, couple: Coupling, end: Coupling) -> tuple[Any, ...]:
         """The results of the last step, which ``end`` couples, and ``log_det``; ``couple`` does the other steps."""
-        x1 = relaid(x[:, : self.passive], self.dtype, True)
-        x2 = relaid(x[:, self.passive :], self.dtype, True)
+        x1 = relaid(x[:, : self.conditioning], self.dtype, True)
+        x2 = relaid(x[:, self.conditioning :], self.dtype, True)
         log_dets = []
         for step in self.steps[:-1]:
             x1, x2, log_det = step(x1, x2, couple)

@@ -69,11 +69,11 @@ class Optimized(nn.Module, ABC):
         return kept
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        wanted = {fn(torch.zeros(1, dtype=dtype)).dtype for dtype in FLOATING}
+        expected = {fn(torch.zeros(1, dtype=dtype)).dtype for dtype in FLOATING}
         weights = {t.dtype for t in self.parameters()} | {self.dtype}
-        if len(wanted) == 1 and wanted != weights:
+        if len(expected) == 1 and expected != weights:
             raise TypeError(
-                f"dtype must be {self.dtype}, which this model was optimized for, got {wanted.pop()}: "
+                f"dtype must be {self.dtype}, which this model was optimized for, got {expected.pop()}: "
                 "call optimize(dtype) for another one"
             )
         self._kept = None

@@ -49,11 +49,11 @@ def test_a_block_with_any_option_gives_the_same(make, options, i, form, backend,
     cond = ((), (3,), (2, 1))[i % 3]
     block = make.block(form, channels, rank, cond, affine_clamping=1.5, **options).to(dtype)
     inputs = [t.to(dtype) for t in make.data(channels, rank, cond)]
-    wanted = [make.results(block, inputs, rev) for rev in (False, True)]
+    expected = [make.results(block, inputs, rev) for rev in (False, True)]
     assert mx.accelerate(block).replaced == [""]
     with ops.backend(backend):
         got = [make.results(block, inputs, rev) for rev in (False, True)]
-    for each, want in zip(got, wanted, strict=True):
+    for each, want in zip(got, expected, strict=True):
         make.same(each, want, 1e-10 if dtype is torch.float64 else 1e-5)
 
 
@@ -98,9 +98,9 @@ def test_a_block_of_freias_master_gives_what_was_recorded(make, case, rev):
 def test_a_chain_gives_the_same(make, form, cond, channels, rev):
     chain = make.chain(form, 3, channels, cond)
     inputs = make.data(channels, cond=(cond,) if cond else ())
-    wanted = make.results(chain, inputs, rev)
+    expected = make.results(chain, inputs, rev)
     assert mx.accelerate(chain).fused == {"": "a chain without cat and split between the blocks"}
-    make.same(make.results(chain, inputs, rev), wanted)
+    make.same(make.results(chain, inputs, rev), expected)
 
 
 def test_a_chain_is_not_cut_between_its_blocks(make):
@@ -126,11 +126,11 @@ def test_a_chain_of_other_lengths_conditions_and_results_gives_the_same(freia, m
     chain.double()
     x, *c = make.data(5, cond=(1, 2))
     for rev in (False, True):
-        (wanted,), log_det = chain(x, c, rev=rev)
+        (expected,), log_det = chain(x, c, rev=rev)
         mx.accelerate(chain)
         (y,), got = chain((x,), c, rev=rev)
         mx.restore(chain)
-        torch.testing.assert_close(y, wanted, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(got, log_det, rtol=1e-10, atol=1e-10)
 
 
@@ -140,11 +140,11 @@ def test_a_chain_with_something_else_between_its_blocks_is_accelerated_block_by_
     chain.append(make.classes["0.2"], subnet_constructor=make.hidden(2))
     chain.double()
     inputs = make.data()
-    wanted = make.results(chain, inputs)
+    expected = make.results(chain, inputs)
     report = mx.accelerate(chain)
     assert report.replaced == ["module_list.0", "module_list.1", "module_list.3"]
     assert not report.fused
-    make.same(make.results(chain, inputs), wanted)
+    make.same(make.results(chain, inputs), expected)
 
 
 class ConvNormConv(nn.Module):
@@ -164,9 +164,9 @@ class ConvNormConv(nn.Module):
 def test_a_norm_between_convolutions_is_fused_and_gives_the_same(make):
     block = make.block(cond=(2,), subnet_constructor=ConvNormConv)
     inputs = make.data(cond=(2,))
-    wanted = make.results(block, inputs)
+    expected = make.results(block, inputs)
     assert mx.accelerate(block).fused == {"subnet": "LayerNorm and ReLU in one pass"}
-    make.same(make.results(block, inputs), wanted)
+    make.same(make.results(block, inputs), expected)
 
 
 @pytest.mark.parametrize("between", [F.gelu, nn.Sequential(nn.ReLU(), nn.Dropout())])
@@ -185,7 +185,7 @@ def test_a_condition_that_all_images_share_is_convolved_once_and_others_for_each
     chain = make.chain(blocks=2, cond=4, subnet_constructor=ConvNormConv)
     x, c = make.data(cond=(4,), batch=9)  # 108 positions: enough to split the weight
     inputs = [x, c[:1].repeat(9, 1, 1, 1) if shared else c]
-    wanted = make.results(chain, inputs)
+    expected = make.results(chain, inputs)
     mx.accelerate(chain)
     seen = []
     for block in chain:
@@ -194,18 +194,18 @@ def test_a_condition_that_all_images_share_is_convolved_once_and_others_for_each
         conv._conv_forward = lambda x, *rest, run=run: seen.append(x.shape[:2]) or run(x, *rest)
     y, _ = chain(inputs[0], inputs[1:])
     assert seen == ([(9, 3), (1, 4)] if shared else [(9, 7)]) * 2
-    make.same({"y": y.detach()}, {"y": wanted["y"]})
+    make.same({"y": y.detach()}, {"y": expected["y"]})
     got = make.results(chain, inputs)
-    make.same(got, wanted)
+    make.same(got, expected)
 
 
 def test_a_block_takes_maps_of_other_sizes_where_the_original_does_and_refuses_them_likewise(make):
     x = [torch.randn(2, 6, 9, 8, dtype=torch.float64)]
     free, strict = make.block("0.2"), make.block("head")
-    wanted, _ = free(x)
+    expected, _ = free(x)
     mx.accelerate(free)
     mx.accelerate(strict)
-    torch.testing.assert_close(free(x)[0], wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(free(x)[0], expected, rtol=1e-10, atol=1e-10)
     with pytest.raises(RuntimeError, match=r"expected \(6, 4, 3\), got \(6, 9, 8\)"):
         strict(x)
 
@@ -245,13 +245,13 @@ def swapped(block: Any, other: Any) -> None:
 def test_another_permutation_holds_however_it_comes(make, way, form, chained):
     blocks, others = ((make.chain(form, 2) if chained else make.block(form)) for _ in range(2))
     inputs = make.data()
-    wanted = make.results(others, inputs)
+    expected = make.results(others, inputs)
     mx.accelerate(blocks)
     make.results(blocks, inputs)
     pairs = zip(blocks, others, strict=True) if chained else [(blocks, others)]
     for block, other in pairs:
         way(block, copy.deepcopy(other))
-    make.same(make.results(blocks, inputs), wanted)
+    make.same(make.results(blocks, inputs), expected)
 
 
 @pytest.mark.parametrize("way", [loaded, copied_by_data])
@@ -268,7 +268,7 @@ def test_a_rotation_comes_into_a_block_with_a_permutation_and_back(make, way):
 def test_a_permutation_that_shall_be_learned_is_multiplied_with_and_gets_its_gradient(make):
     block, inputs = make.block(), make.data()
     block.w_perm.requires_grad_()
-    wanted = make.results(block, inputs)
+    expected = make.results(block, inputs)
     mx.accelerate(block)
-    assert wanted["grad.w_perm"].abs().max() > 0
-    make.same(make.results(block, inputs), wanted)
+    assert expected["grad.w_perm"].abs().max() > 0
+    make.same(make.results(block, inputs), expected)

@@ -76,8 +76,8 @@ def test_a_matrix_that_is_no_permutation_any_more_is_multiplied_with(
     for rev in (False, True):
         for model, other in ((fast, chain), (fast[1], chain[1])):
             x_in = x if model is fast else [x]
-            got, wanted = model(x_in, rev=rev), other(x_in, rev=rev)
-            for g, w in zip(got, wanted, strict=True):
+            got, expected = model(x_in, rev=rev), other(x_in, rev=rev)
+            for g, w in zip(got, expected, strict=True):
                 g, w = (t if isinstance(t, Tensor) else t[0] for t in (g, w))
                 if w.isnan().any():  # which blocks after this one spread in the original alone
                     assert g.isnan().any()

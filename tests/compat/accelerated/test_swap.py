@@ -26,8 +26,8 @@ def pair(make) -> tuple[Any, Any, Tensor]:
     return chain, fast, make.data()[0]
 
 
-def close(got: Any, wanted: Any, bound: float = 1e-10) -> None:
-    for g, w in zip(got, wanted, strict=True):
+def close(got: Any, expected: Any, bound: float = 1e-10) -> None:
+    for g, w in zip(got, expected, strict=True):
         torch.testing.assert_close(g, w, rtol=bound, atol=bound)
 
 
@@ -133,10 +133,10 @@ def test_a_compiled_model_is_compiled_anew_when_it_is_accelerated_or_restored(pa
     chain, _, x = pair
     torch._dynamo.reset()
     compiled = torch.compile(chain, backend="eager")
-    wanted = compiled(x)
+    expected = compiled(x)
     for change in (mx.accelerate, mx.restore):
         change(chain)
-        close(compiled(x), wanted)
+        close(compiled(x), expected)
 
 
 def graph_of_export(model: nn.Module, x: Tensor) -> Any:
@@ -223,14 +223,14 @@ def test_a_subnet_that_leaves_autocast_gives_data_of_its_own_precision(make):
 
     block = make.block(subnet_constructor=Normed)
     x = make.data()[0]
-    (wanted,), _ = block.float()([x.float()])
+    (expected,), _ = block.float()([x.float()])
     mx.accelerate(block)
     with torch.autocast("cpu", torch.bfloat16):
         for rev in (False, True):
             (y,), log_det = block([x.bfloat16()], rev=rev)
             assert y.dtype is log_det.dtype is torch.float32
         (y,), _ = block([x.bfloat16()])
-    close([y], [wanted], 0.1)
+    close([y], [expected], 0.1)
 
 
 def test_the_permutation_follows_to_another_device_and_back(pair):
@@ -243,13 +243,13 @@ def test_the_permutation_follows_to_another_device_and_back(pair):
 
 def test_hooks_on_the_chain_and_on_every_part_of_it_run_once(pair):
     _, fast, x = pair
-    wanted, seen = fast(x), []
+    expected, seen = fast(x), []
     names = ["", "module_list.1", "module_list.1.subnet", "module_list.2.subnet.0"]
     for name in names:
         part = fast.get_submodule(name)
         part.register_forward_hook(lambda m, x, y, name=name: seen.append(name))
         part.register_forward_pre_hook(lambda m, x, name=name: seen.append("pre " + name))
-    close(fast(x), wanted)
+    close(fast(x), expected)
     assert sorted(seen) == sorted([*names, *("pre " + name for name in names)])
 
 

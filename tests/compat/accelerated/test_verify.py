@@ -73,9 +73,9 @@ def test_without_verification_only_the_forward_is_compared(freia, make, patched)
 def test_a_clamp_of_one_where_both_forms_agree_is_accepted(make):
     for form in ("0.2", "head"):
         block, inputs = make.block(form, affine_clamping=1.0), make.data()
-        wanted = make.results(block, inputs)
+        expected = make.results(block, inputs)
         mx.accelerate(block)
-        make.same(make.results(block, inputs), wanted)
+        make.same(make.results(block, inputs), expected)
 
 
 def test_a_subnet_that_begins_at_zero_does_not_hide_how_the_block_clamps(make):
@@ -139,18 +139,18 @@ def test_nothing_of_the_model_runs_or_changes(make):
 )
 def test_it_does_not_matter_where_a_model_is_accelerated(make, context):
     chain, inputs = make.chain(), make.data()
-    wanted = make.results(chain, inputs)
+    expected = make.results(chain, inputs)
     with context():
         mx.accelerate(chain)
-    make.same(make.results(chain, inputs), wanted)
+    make.same(make.results(chain, inputs), expected)
 
 
 def test_a_frozen_model_stays_frozen(make):
     chain, inputs = make.chain().requires_grad_(False), make.data()
-    wanted, _ = chain(*inputs)
+    expected, _ = chain(*inputs)
     mx.accelerate(chain)
     assert not any(p.requires_grad for p in chain.parameters())
-    torch.testing.assert_close(chain(*inputs)[0], wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(chain(*inputs)[0], expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_block_whose_own_forward_fails_is_kept_with_the_reason(make, patched):
@@ -166,6 +166,6 @@ def test_a_block_whose_own_forward_fails_is_kept_with_the_reason(make, patched):
 def test_blocks_that_were_built_for_one_position_are_compared_on_more(freia, make):
     block = make.classes["0.2"]([(6, 1, 1)], subnet_constructor=make.hidden(2)).double()
     x = make.data()
-    (wanted,), _ = block(x)
+    (expected,), _ = block(x)
     mx.accelerate(block)
-    torch.testing.assert_close(block(x)[0][0], wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(block(x)[0][0], expected, rtol=1e-10, atol=1e-10)

@@ -67,8 +67,8 @@ def test_every_form_loads_with_its_backbone_and_equal_weights_give_equal_scores(
         assert torch.equal(score, found[0][1])
         assert torch.equal(anomaly_map, found[0][2])
     weight = "fast_flow_blocks.2.module_list.1.subnet.4.weight"
-    wanted = state_dict("1.2.0")[f"model.{weight}"]
-    assert torch.equal(found[0][0]["head.flows.2.steps.1.subnet.2.weight"], wanted)
+    expected = state_dict("1.2.0")[f"model.{weight}"]
+    assert torch.equal(found[0][0]["head.flows.2.steps.1.subnet.2.weight"], expected)
 
 
 def test_layers_that_pad_give_the_latents_of_convolutions_that_do(freia: Any) -> None:

@@ -33,9 +33,9 @@ def written(model: Any, to: str, path: Path) -> Path:
     return path
 
 
-def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert got.keys() == wanted.keys()
-    assert all(torch.equal(got[key], value) for key, value in wanted.items())
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[key], value) for key, value in expected.items())
 
 
 def test_msflow_goes_to_the_authors_layout_and_back(tmp_path):
@@ -143,9 +143,9 @@ def test_what_is_missing_unexpected_or_misshapen_is_named(tmp_path, to, change, 
 
 def test_a_file_for_another_backbone_or_of_another_kind_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"channels \(16, 24, 32\), backbone resnet18 gives \(64"):
-        read_detector(GOLDEN / "model_a.official.pt", "resnet18", **SMALL)
+        read_detector(GOLDEN / "model_a.checkpoint.pt", "resnet18", **SMALL)
     with pytest.raises(ValueError, match="clamp must be positive, got 0"):
-        read_detector(GOLDEN / "model_a.official.pt", "resnet18", clamp=0, **SMALL)
+        read_detector(GOLDEN / "model_a.checkpoint.pt", "resnet18", clamp=0, **SMALL)
     (tmp_path / "damaged").write_bytes(b"no checkpoint")
     torch.save([1, 2], tmp_path / "list")
     torch.save({"weight": torch.ones(1)}, tmp_path / "other")
@@ -180,8 +180,8 @@ def test_anomalib_loads_what_we_write_and_both_give_one_map(anomalib, tmp_path):
     theirs: Any = Fastflow.load_from_checkpoint(path, pre_processor=size).eval()
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        wanted, got = theirs.model(theirs.pre_processor(images)), ours(images)
-    assert relative_error(got.anomaly_map, wanted.anomaly_map[:, 0]) <= 1e-5
-    assert relative_error(got.score, wanted.pred_score[:, 0]) <= 1e-5
+        expected, got = theirs.model(theirs.pre_processor(images)), ours(images)
+    assert relative_error(got.anomaly_map, expected.anomaly_map[:, 0]) <= 1e-5
+    assert relative_error(got.score, expected.pred_score[:, 0]) <= 1e-5
     torch.save({"state_dict": theirs.state_dict()}, path)
     assert_same(read_detector(path, "resnet18").state_dict(), ours.state_dict())

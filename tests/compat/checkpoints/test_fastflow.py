@@ -251,8 +251,10 @@ def test_anomalibs_model_and_ours_give_one_map(backbone: str) -> None:
     assert ours.head.steps == steps
     ours.head.load_state_dict(head_from_state_dict(theirs.state_dict()).state_dict())
     extractor = theirs.feature_extractor.state_dict()
-    wanted = ours.backbone.network.state_dict()
-    ours.backbone.network.load_state_dict({k: extractor[k.removeprefix("model.")] for k in wanted})
+    expected = ours.backbone.network.state_dict()
+    ours.backbone.network.load_state_dict(
+        {k: extractor[k.removeprefix("model.")] for k in expected}
+    )
     images = torch.rand(2, 3, size, size)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from msflow_ext import MSFlowHead, compat
 from msflow_ext.compat.checkpoints.msflow import (
-    flatten_official,
+    flatten_checkpoint,
     head_from_state_dict,
     read_permutation,
     to_official_state_dict,
@@ -26,7 +26,7 @@ Checkpoint = dict[str, Any]
 Golden = Callable[[str], tuple[dict[str, Tensor], dict[str, Any]]]
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-FILES = ("model_a.official.pt", "model_a.official_index.pt", "model_c.official.pt")
+FILES = ("model_a.checkpoint.pt", "model_a.checkpoint_index.pt", "model_c.checkpoint.pt")
 
 
 def load(name: str) -> Checkpoint:
@@ -36,7 +36,7 @@ def load(name: str) -> Checkpoint:
 @pytest.fixture
 def checkpoint() -> Checkpoint:
     """The smallest of the files."""
-    return load("model_c.official.pt")
+    return load("model_c.checkpoint.pt")
 
 
 @pytest.fixture
@@ -83,16 +83,16 @@ def test_a_head_comes_back_from_its_official_state(index: bool, order: tuple[int
 
 @pytest.mark.parametrize("file", FILES)
 def test_the_official_state_is_the_published_one(file: str) -> None:
-    wanted = flatten_official(load(file))
+    expected = flatten_checkpoint(load(file))
     head = compat.load_msflow_checkpoint(GOLDEN / file)
-    sizes = [len(wanted[f"fusion_flow.module_list.{j}.perm"]) for j in range(len(head.channels))]
+    sizes = [len(expected[f"fusion_flow.module_list.{j}.perm"]) for j in range(len(head.channels))]
     got = to_official_state_dict(
         head,
         index_permutations="index" in file,
         fusion_order=[head.channels.index(size) for size in sizes],
     )
-    assert set(got) == set(wanted)
-    for key, value in wanted.items():
+    assert set(got) == set(expected)
+    for key, value in expected.items():
         assert (got[key].dtype, got[key].shape) == (value.dtype, value.shape), key
         assert torch.equal(got[key], value), key
 
@@ -111,18 +111,18 @@ def test_equal_channel_counts_need_an_order(saved: Callable[[Any], Path]) -> Non
 @pytest.mark.parametrize("order", [(0, 0), (1, 0), (0,), (0, 2)], ids=str)
 def test_an_order_that_does_not_fit_is_refused(order: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"permutations have \[16, 20\] channels, which does not"):
-        compat.load_msflow_checkpoint(GOLDEN / "model_c.official.pt", fusion_order=order)
+        compat.load_msflow_checkpoint(GOLDEN / "model_c.checkpoint.pt", fusion_order=order)
 
 
 def test_clamp_and_its_form_are_taken_from_the_caller() -> None:
-    path = GOLDEN / "model_c.official.pt"
+    path = GOLDEN / "model_c.checkpoint.pt"
     head = compat.load_msflow_checkpoint(path, clamp=1.3, clamp_form="head")
     assert (head.clamp, head.clamp_form) == (1.3, "head")
     assert compat.load_msflow_checkpoint(path).clamp == 1.9
 
 
 def official_layout(state: dict[str, Tensor], scales: int) -> Checkpoint:
-    """The inverse of :func:`flatten_official`."""
+    """The inverse of :func:`flatten_checkpoint`."""
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
@@ -243,9 +243,9 @@ def test_what_is_not_a_dictionary_is_refused(content: Any, saved: Callable[[Any]
 
 def unreadable() -> dict[str, bytes]:
     """Files that are no checkpoints, and beginnings of one in both formats of torch."""
-    zipped = (GOLDEN / "model_c.official.pt").read_bytes()
+    zipped = (GOLDEN / "model_c.checkpoint.pt").read_bytes()
     legacy, archive = io.BytesIO(), io.BytesIO()
-    torch.save(load("model_c.official.pt"), legacy, _use_new_zipfile_serialization=False)
+    torch.save(load("model_c.checkpoint.pt"), legacy, _use_new_zipfile_serialization=False)
     with zipfile.ZipFile(archive, "w") as other:
         other.writestr("readme.txt", "no checkpoint")
     return {

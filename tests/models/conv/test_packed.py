@@ -1,4 +1,4 @@
-"""Laws of convolutions in their inference form: whatever form that is, the convolution stays the same."""
+"""Properties of convolutions in their inference form: whatever form that is, the convolution stays the same."""
 
 from __future__ import annotations
 

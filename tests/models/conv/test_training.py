@@ -1,4 +1,4 @@
-"""Laws of convolutions in training: Winograd's form where it pays, and the gradients of torch's convolution."""
+"""Properties of convolutions in training: Winograd's form where it pays, and the gradients of torch's convolution."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def test_result_and_gradients_are_those_of_torch(
 ) -> None:
     x = normal(*LARGE, dtype=F32).contiguous(memory_format=memory)
     ours, theirs = pair(bias=bias)
-    for got, wanted in zip(derivatives(ours, x), derivatives(theirs, x), strict=True):
+    for got, expected in zip(derivatives(ours, x), derivatives(theirs, x), strict=True):
         assert got.dtype is F32
-        assert relative_error(got, wanted) <= 1e-5
+        assert relative_error(got, expected) <= 1e-5
     assert forms == [(4, F32)]
 
 
@@ -79,8 +79,8 @@ def test_under_autocast_the_factors_are_narrow_and_gradients_stay_near(
     x = normal(*LARGE, dtype=F32)
     ours, theirs = pair()
     exact = derivatives(copy.deepcopy(theirs).double(), x.double())
-    for got, wanted in zip(derivatives(ours, x, mixed=True), exact, strict=True):
-        assert float((got.double() - wanted).norm() / wanted.norm()) <= 0.01
+    for got, expected in zip(derivatives(ours, x, mixed=True), exact, strict=True):
+        assert float((got.double() - expected).norm() / expected.norm()) <= 0.01
     assert derivatives(ours, x, mixed=True)[0].dtype is BF16
     assert len(forms) == 2 and None not in forms
 
@@ -94,8 +94,8 @@ def test_derivatives_of_derivatives_are_those_of_torch(forms: list[Any], normal:
         return torch.autograd.grad((slope**2).mean(), [inputs, *conv.parameters()])
 
     ours, theirs = pair()
-    for got, wanted in zip(penalty(ours), penalty(theirs), strict=True):
-        assert relative_error(got, wanted) <= 1e-5
+    for got, expected in zip(penalty(ours), penalty(theirs), strict=True):
+        assert relative_error(got, expected) <= 1e-5
     assert forms == [(4, F32)]
 
 
@@ -129,8 +129,8 @@ def test_what_would_not_pay_has_the_bits_of_torch(
 ) -> None:
     x = normal(*shape, dtype=F32)
     ours, theirs = pair(**options)
-    for got, wanted in zip(derivatives(ours, x), derivatives(theirs, x), strict=True):
-        assert torch.equal(got, wanted)
+    for got, expected in zip(derivatives(ours, x), derivatives(theirs, x), strict=True):
+        assert torch.equal(got, expected)
     assert forms == [None]
 
 
@@ -146,13 +146,13 @@ def test_transforms_of_functions_see_the_convolution_of_torch(
     forms: list[Any], normal: Normal
 ) -> None:
     x, (ours, theirs) = normal(*LARGE, dtype=F32), pair()
-    got, wanted = (
+    got, expected = (
         torch.func.grad(lambda w, c=c: torch.func.functional_call(c, {"weight": w}, x).sum())(
             ours.weight
         )
         for c in (ours, theirs)
     )
-    assert torch.equal(got, wanted)
+    assert torch.equal(got, expected)
     assert forms == [None]
 
 
@@ -174,12 +174,12 @@ def test_the_flows_train_through_it(forms: list[Any], normal: Normal) -> None:
 def test_what_follows_may_change_the_results_in_place(forms: list[Any], normal: Normal) -> None:
     ours, theirs = pair()
     x = normal(*LARGE)
-    found, wanted = (
+    found, expected = (
         derivatives(nn.Sequential(conv, nn.ReLU(inplace=True)), x)  # type: ignore[arg-type]
         for conv in (ours, theirs)
     )
     assert forms == [(4, F32)]
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(found, expected, strict=True):
         assert relative_error(one, other.double()) < 1e-4
 
 
@@ -198,8 +198,8 @@ def test_the_copy_of_features_in_the_convolutions_format_is_not_kept_but_made_ag
     loss = laid_out(halves, x, conv)
     found = torch.autograd.grad(loss, [conv.weight, weight])
     direct = nn.functional.conv2d(x, conv.weight, conv.bias, padding=1).sum()
-    wanted = torch.autograd.grad(direct + (x[:, 32:] * weight).sum(), [conv.weight, weight])
-    for got, right in zip(found, wanted, strict=True):
+    expected = torch.autograd.grad(direct + (x[:, 32:] * weight).sum(), [conv.weight, weight])
+    for got, right in zip(found, expected, strict=True):
         assert relative_error(got, right) <= 1e-5
     loss = laid_out(halves, x, conv)
     assert made[-1]() is None

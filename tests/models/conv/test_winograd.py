@@ -1,4 +1,4 @@
-"""Laws of the choice of a convolution's form: it pays where it is taken, and the convolution stays the same."""
+"""Properties of the choice of a convolution's form: it pays where it is taken, and the convolution stays the same."""
 
 from __future__ import annotations
 
@@ -87,20 +87,20 @@ def test_without_kernels_everything_stays_direct() -> None:
         assert form(F32) is None and form(BF16) is None
 
 
-@pytest.mark.parametrize(("dtype", "granted"), [(F32, 1e-5), (BF16, 0.02)])
+@pytest.mark.parametrize(("dtype", "bound"), [(F32, 1e-5), (BF16, 0.02)])
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_either_form_is_the_convolution(
-    factors: Any, normal: Normal, dtype: torch.dtype, granted: float, padding_mode: Any, bias: bool
+    factors: Any, normal: Normal, dtype: torch.dtype, bound: float, padding_mode: Any, bias: bool
 ) -> None:
     conv = nn.Conv2d(64, 72, 3, padding=1, padding_mode=padding_mode, bias=bias)
     x = normal(2, 64, 9, 13, dtype=dtype)
-    wanted = copy.deepcopy(conv).double()(x.double()).relu()
+    expected = copy.deepcopy(conv).double()(x.double()).relu()
     packed = PackedConv2d(conv, dtype, activation="relu")
     with torch.no_grad():
         for y in (packed(x), copy.deepcopy(packed)(x[:1])):
             assert y.dtype is dtype
-            assert relative_error(y, wanted[: len(y)]) <= granted
+            assert relative_error(y, expected[: len(y)]) <= bound
 
 
 def test_a_network_keeps_its_results(native: None, normal: Normal) -> None:

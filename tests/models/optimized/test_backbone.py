@@ -1,4 +1,4 @@
-"""Laws of frozen networks in their inference form: fewer passes, the same results."""
+"""Properties of frozen networks in their inference form: fewer passes, the same results."""
 
 from __future__ import annotations
 
@@ -215,20 +215,20 @@ class DtypeOfWeights(Small):
         return self.act(self.norm(self.conv(x))).to(self.other.weight.dtype)
 
 
-@pytest.mark.parametrize(("dtype", "granted"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("case", Small.__subclasses__(), ids=lambda case: case.__name__)
 def test_what_cannot_be_fused_stays(
-    case: type[nn.Module], dtype: torch.dtype, granted: float
+    case: type[nn.Module], dtype: torch.dtype, bound: float
 ) -> None:
     torch.manual_seed(0)
     network = randomized(case())
     example = torch.randn(1, 3, 8, 8)
     found = optimize_network(network, example, dtype)
     for x in (example, torch.randn(3, 3, 8, 8), torch.randn(2, 3, 12, 5)):
-        got, wanted = found(x.to(dtype)), network(x.clone())
-        pairs = [(got, wanted)] if isinstance(got, Tensor) else zip(got, wanted, strict=True)
+        got, expected = found(x.to(dtype)), network(x.clone())
+        pairs = [(got, expected)] if isinstance(got, Tensor) else zip(got, expected, strict=True)
         for a, b in pairs:
-            assert a.dtype is dtype and relative_error(a, b) <= granted
+            assert a.dtype is dtype and relative_error(a, b) <= bound
 
 
 def test_the_original_is_left_alone() -> None:
@@ -236,11 +236,11 @@ def test_the_original_is_left_alone() -> None:
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     x = torch.randn(1, 3, 64, 64)
     found = optimize_network(network, x, torch.float32)
-    wanted = found(x)
+    expected = found(x)
     assert all(tensor.equal(before[name]) for name, tensor in network.state_dict().items())
     for tensor in network.state_dict().values():
         tensor.zero_()
-    assert all(a.equal(b) for a, b in zip(found(x), wanted, strict=True))
+    assert all(a.equal(b) for a, b in zip(found(x), expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -263,9 +263,9 @@ def test_what_follows_a_convolution(
         "hardswish": lambda y: y * (y + 3).clamp(0, 6) / 6,
     }
     exact = copy.deepcopy(conv).double()(x.double())
-    granted = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
-    assert relative_error(packed(x), reference[activation](exact)) <= granted
+    bound = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+    assert relative_error(packed(x), reference[activation](exact)) <= bound
     before = other.clone()
     got = packed(x, other)
     assert got.dtype is dtype and other.equal(before)
-    assert relative_error(got, reference[activation](exact + other.double())) <= granted
+    assert relative_error(got, reference[activation](exact + other.double())) <= bound

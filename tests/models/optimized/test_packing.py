@@ -38,7 +38,7 @@ def scores(model: torch.nn.Module, images: torch.Tensor = IMAGES) -> torch.Tenso
 def test_nothing_is_shared_and_later_changes_of_the_original_do_not_show(kind: str) -> None:
     model = make(kind)
     form = model.optimize()
-    wanted, state = scores(form), model.state_dict()
+    expected, state = scores(form), model.state_dict()
     assert list(form.state_dict()) == list(state)
     assert all(torch.equal(t, state[name]) for name, t in form.state_dict().items())
     own = {t.data_ptr() for t in state.values()}
@@ -46,7 +46,7 @@ def test_nothing_is_shared_and_later_changes_of_the_original_do_not_show(kind: s
     with torch.no_grad():
         for tensor in state.values():
             tensor.zero_()
-    assert torch.equal(scores(form), wanted)
+    assert torch.equal(scores(form), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -54,21 +54,21 @@ def test_a_used_form_can_be_copied_pickled_and_optimized_again(
     kind: str, dtype: torch.dtype
 ) -> None:
     form = make(kind).optimize(dtype)
-    wanted = scores(form)
+    expected = scores(form)
     copies = copy.deepcopy(form), pickle.loads(pickle.dumps(form)), form.optimize(dtype)
     for each in copies:
-        assert torch.equal(scores(each), wanted)
+        assert torch.equal(scores(each), expected)
 
 
 def test_loaded_and_changed_weights_are_packed_again(kind: str) -> None:
     form, other = make(kind).optimize(), make(kind, seed=2)
-    before, wanted = scores(form), scores(other.optimize())
-    assert not torch.equal(before, wanted)
+    before, expected = scores(form), scores(other.optimize())
+    assert not torch.equal(before, expected)
     form.load_state_dict(other.state_dict())
-    assert torch.equal(scores(form), wanted)
+    assert torch.equal(scores(form), expected)
     with torch.no_grad():
         next(form.head.parameters()).add_(0.1)
-    assert not torch.equal(scores(form), wanted)
+    assert not torch.equal(scores(form), expected)
 
 
 def test_another_dtype_is_refused_by_name(kind: str) -> None:
@@ -76,8 +76,8 @@ def test_another_dtype_is_refused_by_name(kind: str) -> None:
     for convert in (form.half, form.double, form.bfloat16):
         with pytest.raises(TypeError, match=r"^dtype must be torch\.float32, .* got torch\."):
             convert()
-    wanted = scores(form)
-    assert torch.equal(scores(form.float().to("cpu")), wanted)
+    expected = scores(form)
+    assert torch.equal(scores(form.float().to("cpu")), expected)
 
 
 def test_images_and_features_that_are_not_finite_are_refused(kind: str) -> None:

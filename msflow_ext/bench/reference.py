@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from msflow_ext.models.msflow_head import MSFlowHead
 
 
-class OfficialMSFlow(nn.Module):
+class ReferenceMSFlow(nn.Module):
     """Parallel flows on FrEIA's ``AllInOneBlock`` and the two-sided fusion coupling in plain PyTorch.
 
     Args:
