@@ -117,6 +117,8 @@ def _devices() -> list[torch.device]:
 
 # Channels of both halves and positions: tails everywhere, and sizes that move in whole packets of 16 bytes.
 _SIZES = {"": (9, 8, (7, 9)), " in packets": (16, 16, (8, 8))}
+# Of the norm: as many as the models have, so that each kernel that keeps 1 to 5 packets in registers is reached.
+_NORM_CHANNELS = (128, 192, 256, 320, 576)
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -130,6 +132,10 @@ def _cases(cuda: bool) -> Iterator[tuple[str, Any, list[Tensor]]]:
                 yield from _upsampling_cases(label, x, a, sides, memory_format)
                 if x is a:
                     yield from _other_cases(label, x, sides, memory_format)
+    for layout, memory_format in _LAYOUTS.items():
+        for x, a in _element_types(cuda):
+            if x is a:
+                yield from _norm_cases(f"{str(x).removeprefix('torch.')} {layout}", x, memory_format)
     for dtype in (torch.float32, torch.float64):
         normal = _normal(dtype, torch.contiguous_format)
         maps = [-normal(2, s, s).square() for s in (8, 4, 3)]
@@ -224,6 +230,17 @@ def _other_cases(
         weight, bias = (normal(*s, dtype=torch.float32) for s in ((5, c1 + c2, 3, 3), (5,)))
         yield f"winograd {label}", _convolve, [x, weight / 9, bias]
         yield f"winograd weight gradient {label}", _weight_grad, [x, normal(3, 5, *size)]
+
+
+def _norm_cases(
+    label: str, dtype: torch.dtype, layout: torch.memory_format
+) -> Iterator[tuple[str, Any, list[Tensor]]]:
+    normal = _normal(dtype, layout)
+    for channels in _NORM_CHANNELS:
+        vectors = [normal(channels, dtype=ops.accumulation_dtype(dtype)) for _ in range(2)]
+        operands = [normal(2, channels, 8, 8), *vectors, normal(1, channels, 8, 8)]
+        yield f"norm {label} of {channels} channels", _norm, operands
+        yield f"norm backward {label} of {channels} channels", _gradients(_norm), operands
 
 
 def _coupling_results(*t: Tensor, **options: Any) -> tuple[Tensor, ...]:

@@ -237,6 +237,10 @@ extern "C" {
 __attribute__((visibility("default"))) inline uint64_t emulated_launches = 0;
 }
 
+#ifdef MSFLOW_EXT_PTX
+#include "launch.h"  // tests/ptx
+#endif
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
@@ -249,9 +253,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   gridDim = grid, blockDim = block;
+#ifdef MSFLOW_EXT_PTX
+  ptx::run(kernel, grid.x, block.x, config->dynamicSmemBytes, Parameters(arguments)...);
+#else
   emulator::shared.assign(config->dynamicSmemBytes, 0xff);
   emulator::kernel = [&] { kernel(Parameters(arguments)...); };
   emulator::run(grid.x, block.x);
+#endif
   ++emulated_launches;
   return cudaSuccess;
 }
