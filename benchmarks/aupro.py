@@ -45,7 +45,7 @@ def area(
 
 
 def exact_sweep(masks: np.ndarray, maps: np.ndarray) -> float:
-    """The overlap at every distinct score, from one plain sort; cut at exactly the largest rate."""
+    """Return the overlap at every distinct score, from one plain sort; cut at exactly the largest rate."""
     regions = [region for i, m in enumerate(masks) for region in regions_of(i, m)]
     share = np.zeros(maps.shape)
     for region in regions:

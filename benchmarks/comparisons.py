@@ -61,7 +61,7 @@ COMPARISONS = (
 
 
 def table(document: dict[str, Any]) -> Iterator[str]:
-    """Markdown: each comparison, and what was measured with each number of threads."""
+    """Yield markdown: each comparison, and what was measured with each number of threads."""
     if document["machine"].get("toy"):
         yield from ("**Toy sizes: these numbers mean nothing.**", "")
     counts = sorted({row["threads"] for row in document["rows"]})
@@ -78,7 +78,7 @@ def table(document: dict[str, Any]) -> Iterator[str]:
 
 
 def legend() -> Iterator[str]:
-    """Markdown: what the numbers mean, for the README of the benchmarks."""
+    """Yield markdown: what the numbers mean, for the README of the benchmarks."""
     yield "| no. | what | cases | provider of ours | compared with |"
     yield "|---:|---|---|---|---|"
     for each in COMPARISONS:
@@ -87,7 +87,7 @@ def legend() -> Iterator[str]:
 
 
 def measured(comparison: Comparison, rows: list[dict[str, Any]]) -> float | None:
-    """The ratio in the worst case, or None if no case that matches was measured with both sides."""
+    """Return the ratio in the worst case, or None if no case that matches was measured with both sides."""
     found = []
     for row in rows:
         if fnmatchcase(row["case"], comparison.cases):

@@ -23,7 +23,7 @@ def scales(quick: bool) -> list[tuple[int, int]]:
 
 
 def without_slow(case: Case) -> Case:
-    """The case without what takes a minute or more to build."""
+    """Return the case without what takes a minute or more to build."""
     return replace(case, providers={n: p for n, p in case.providers.items() if not p.slow})
 
 

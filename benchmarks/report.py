@@ -97,7 +97,7 @@ def speeds(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def usual_threads(document: dict[str, Any], cases: Collection[str]) -> int:
-    """The number of threads that most of these cases were measured with."""
+    """Return the number of threads that most of these cases were measured with."""
     counts = [row["threads"] for row in document["rows"] if row["case"] in cases]
     return max(counts, key=lambda each: (counts.count(each), each), default=1)
 
@@ -133,7 +133,7 @@ def markdown(document: dict[str, Any]) -> Iterator[str]:
 
 
 def claim(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The README's first sentence: from an image to its scores on the machine with the most instructions."""
+    """Yield the README's first sentence: from an image to its scores on the machine with the most instructions."""
     for document in speeds(documents)[:1]:
         threads = usual_threads(document, HEADLINE_CASES)
         compared = _compared(document, CLAIM, threads)
@@ -146,7 +146,7 @@ def claim(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def short(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The README's table of speed: the machine with the most instructions."""
+    """Yield the README's table of speed: the machine with the most instructions."""
     for document in speeds(documents)[:1]:
         threads = usual_threads(document, HEADLINE_CASES)
         yield f"Images of 512 px on {machine_line(document['machine'])}, {tables.threads(threads)}:"
@@ -155,7 +155,7 @@ def short(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def headlines(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The block of the page of benchmarks, from documents in the order of their dates."""
+    """Yield the block of the page of benchmarks, from documents in the order of their dates."""
     yield "### Compared with alternatives"
     for document in speeds(documents):
         threads = usual_threads(document, HEADLINE_CASES)
@@ -177,7 +177,7 @@ def headlines(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def settings(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What training and predictions need: the newest times of whole models on each kind of processor."""
+    """Yield what training and predictions need: the newest times of whole models on each kind of processor."""
     newest = {
         tuple(document["machine"]["flags"]): document
         for document in documents
@@ -206,7 +206,7 @@ def _speed_table(document: dict[str, Any], threads: int, shown: Table) -> Iterat
 
 
 def _compared(document: dict[str, Any], case: str, threads: int) -> list[tuple[str, list[float]]]:
-    """Name and times of the reference, the fastest alternative and the fastest of ours; [] without all three."""
+    """Return name and times of the reference, the fastest alternative and our fastest; [] if one is missing."""
     row = _find(document, case, threads)
     if row is None:
         return []
@@ -229,7 +229,7 @@ def update(path: Path, name: str, block: str) -> None:
 
 
 def chart(title: str, row: Row) -> str:
-    """The providers of one case as bars, as SVG."""
+    """Return the providers of one case as bars, as SVG."""
     bars = [
         charts.Bar(name, *quantiles(samples), ours=name.startswith("ours"))
         for name, samples in tables.timed(row).items()

@@ -18,7 +18,7 @@ IMAGES = 100  # on which the table of settings trains
 
 
 def by_case(rows: Sequence[Row]) -> Iterator[str]:
-    """A line per case and number of threads, a column per provider."""
+    """Yield a line per case and number of threads, a column per provider."""
     names = list(dict.fromkeys(name for row in rows for name in row["providers"]))
     speed = ["GB/s of ours", "of a copy"] if any(row["bytes"] for row in rows) else []
     yield f"| case | threads | {' | '.join([*names, *speed])} |"
@@ -133,7 +133,7 @@ def _needs(name: str, image: Row, step: Row) -> Iterator[str]:
 
 
 def _with_size(name: str) -> str:
-    """The name of a case with the side of the images, which a default leaves out."""
+    """Return the name of a case with the side of the images, which a default leaves out."""
     if name.endswith(" px"):
         return name
     model, backbone = name.split()
@@ -205,12 +205,12 @@ def _time_and_memory(row: Row | None) -> list[str]:
 
 
 def _digits(value: float) -> str:
-    """Three digits, or all that stand before the point."""
+    """Return three digits, or all that stand before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _two_digits(value: float) -> str:
-    """Two digits, or all that stand before the point."""
+    """Return two digits, or all that stand before the point."""
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 

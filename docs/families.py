@@ -42,7 +42,7 @@ FAMILIES = {
 
 
 def tests() -> dict[str, list[tuple[str, Path]]]:
-    """Name and file of the tests of each family, in the order of :data:`FAMILIES`.
+    """Return name and file of the tests of each family, in the order of :data:`FAMILIES`.
 
     Raises:
         ValueError: a test names a family that is not in the table.
@@ -57,7 +57,7 @@ def tests() -> dict[str, list[tuple[str, Path]]]:
 
 
 def table() -> Iterator[str]:
-    """Markdown: a family and what holds in it, then a row for each of its tests, whose names are sentences."""
+    """Yield markdown: a family and what holds in it, then a row for each of its tests, whose names are sentences."""
     yield "| Family | Tested | In |"
     yield "| --- | --- | --- |"
     for family, found in tests().items():
@@ -69,7 +69,7 @@ def table() -> Iterator[str]:
 
 
 def page() -> str:
-    """The page with the table as it must be."""
+    """Return the page with the table as it must be."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     return f"{before}{BEGIN}\n" + "\n".join(table()) + f"\n{END}{after}"
@@ -96,7 +96,7 @@ def _families_of_file(module: ast.Module) -> list[str]:
 
 
 def _named(marks: list[ast.expr]) -> list[str]:
-    """The families that decorators or values of ``pytestmark`` name."""
+    """Return the families that decorators or values of ``pytestmark`` name."""
     calls = (node for mark in marks for node in ast.walk(mark) if isinstance(node, ast.Call))
     return [
         str(ast.literal_eval(call.args[0]))

@@ -40,7 +40,7 @@ def heat_maps(run: Path) -> Image.Image:
 
 
 def report(page: Path) -> Image.Image:
-    """What a browser shows of a report."""
+    """Return what a browser shows of a report."""
     browser = next(filter(None, map(shutil.which, BROWSERS)))
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder) / "shot.png"

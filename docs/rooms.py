@@ -31,7 +31,7 @@ def module_name(path: Path, package: Path = PACKAGE) -> str:
 
 
 def imports(package: Path = PACKAGE) -> dict[str, set[str]]:
-    """Which modules of the package each one imports, itself excepted."""
+    """Return which modules of the package each one imports, itself excepted."""
     names = modules(package)
     names_and_kernels = {*names, f"{package.name}.ops._C"}
     return {
@@ -41,7 +41,7 @@ def imports(package: Path = PACKAGE) -> dict[str, set[str]]:
 
 
 def rooms(graph: Graph) -> dict[str, set[str]]:
-    """Which rooms each one imports: packages and modules directly below the package, ``__init__`` for itself."""
+    """Return which rooms each one imports: packages and modules directly below the package, ``__init__`` for itself."""
     found: dict[str, set[str]] = {}
     for name, imported in graph.items():
         found.setdefault(room(name), set()).update(room(each) for each in imported)
@@ -49,7 +49,7 @@ def rooms(graph: Graph) -> dict[str, set[str]]:
 
 
 def room(module: str) -> str:
-    """``models`` for ``msflow_ext.models.conv.packed``; ``__init__`` for ``msflow_ext``."""
+    """Return ``models`` for ``msflow_ext.models.conv.packed``; ``__init__`` for ``msflow_ext``."""
     return [*module.split("."), "__init__"][1]
 
 
@@ -66,7 +66,7 @@ def floors(graph: Graph) -> dict[str, int]:
 
 
 def table() -> Iterator[str]:
-    """Markdown: floor, room, what it holds, what it imports; the lowest floor first."""
+    """Yield markdown: floor, room, what it holds, what it imports; the lowest floor first."""
     graph = rooms(imports())
     del graph["__init__"]  # resolves public names on first use, by name
     heights = floors(graph)
@@ -81,14 +81,14 @@ def table() -> Iterator[str]:
 
 
 def page() -> str:
-    """The page with the table as it must be."""
+    """Return the page with the table as it must be."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     return f"{before}{BEGIN}\n" + "\n".join(table()) + f"\n{END}{after}"
 
 
 def _purpose(name: str) -> str:
-    """The first sentence of the room's docstring."""
+    """Return the first sentence of the room's docstring."""
     text = ast.get_docstring(ast.parse(modules()[f"msflow_ext.{name}"].read_text("utf-8"))) or ""
     return " ".join(text.split("\n\n")[0].split()).replace("``", "`").removesuffix(".")
 

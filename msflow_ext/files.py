@@ -1,4 +1,4 @@
-"""Files that are complete or absent: atomic writes; and folders that one process at a time writes."""
+"""Atomic writes, and folders that only one process writes at a time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-#: Its name in a folder that a process writes; readers of run folders and of archives pass over it.
+#: Name of the lock file in a folder; readers of run folders and archives skip it.
 LOCK = ".msflow.lock"
-#: Codes of the errors of a disk, a quota or a limit that is full.
+#: Error codes of a full disk, quota or limit.
 FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
-_UNFINISHED = ".msflow.tmp"  # ends the names of folders in which files are made
+_UNFINISHED = ".msflow.tmp"  # suffix of folders in which files are prepared
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno is None:  # somebody has said it in a sentence
+        if error.errno is None:  # the error has a message already
             raise
         raise OSError(f"{path} cannot be written: {error.strerror}") from error
     finally:
@@ -65,7 +65,7 @@ def _remove(folder: Path) -> None:
 
 
 def _usual_mode(path: Path) -> int:
-    """The permissions of a new file at ``path``, of which nothing is left."""
+    """Return the permissions that a new file at ``path`` gets; the file is removed again."""
     file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         return stat.S_IMODE(os.fstat(file).st_mode)
@@ -112,7 +112,7 @@ def locked(folder: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """OSError if no file can be written into ``folder``, or it cannot be made; nothing is left behind."""
+    """Raise OSError if no file can be written into ``folder``. Leave nothing behind."""
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     try:
         with tempfile.TemporaryFile(dir=there) as file:

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: processors, memory, devices, instructions; and versions."""
+"""Resources of this process: processors, memory, devices, instruction sets and versions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 
 
 def has_amx() -> bool:
-    """Whether it has matrix units for bfloat16."""
+    """Return whether the processor has matrix units (AMX) for bfloat16."""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def has_bfloat16() -> bool:
-    """Whether PyTorch convolves in bfloat16 by instructions; by others it is up to 50 times slower than in float32.
+    """Return whether PyTorch's bfloat16 convolutions use native instructions; without, they are up to 50x slower.
 
     True where PyTorch does not tell.
     """
@@ -27,7 +27,7 @@ def has_bfloat16() -> bool:
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """``device``, or the GPU if there is one, else the CPU; ValueError if it is not here."""
+    """Return ``device``, or by default the GPU if there is one, else the CPU."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -54,13 +54,13 @@ GROUPS = (
 
 
 def cores() -> int:
-    """How many processors."""
+    """Return the number of processors that this process may use."""
     affinity: Any = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that the machine has available and the container grants; None where the system does not tell."""
+    """Return the bytes of memory left on the machine and in the container; None if unknown."""
     found = []
     available = re.search(r"MemAvailable:\s*(\d+) kB", _text(root / "proc/meminfo"))
     if available:

@@ -173,7 +173,7 @@ _kept: dict[Any, Cached] = {}
 
 
 def features_of(model: Any, dataset: DataSet, *key: Any) -> Cached:
-    """``key`` says what else they depend on."""
+    """Return the features of a set, computed once; ``key`` names what else they depend on."""
     key = (*key, type(model), model.head.channels, model.standardize, model.config["whiten"])
     if key not in _kept:
         while len(_kept) > 1:
@@ -207,7 +207,7 @@ def fit(model: Any, features: Features, recipe: Any) -> float:
 
 @torch.no_grad()
 def scores(model: Any, cached: Cached) -> dict[str, list[float]]:
-    """Image AUROC, and with masks pixel AUROC and AUPRO, of every way to score."""
+    """Return image AUROC, and with masks pixel AUROC and AUPRO, of every way to score."""
     normal, maps = (_likelihoods(model, each) for each in (cached.trained, cached.tested))
     truth = cached.truth
     found: dict[str, list[float]] = {}
@@ -241,7 +241,7 @@ def top_k_mean(maps: Tensor, share: float = 0.03) -> Tensor:
 
 
 def baseline(name: str, cached: Cached) -> list[float]:
-    """A Gaussian per position, or the distance to the nearest training image's feature there."""
+    """Return a Gaussian per position, or the distance to the nearest training image's feature there."""
     trained, tested = cached.trained, cached.tested
     if name == "Gaussian":
         padim = Padim().fit(trained.batches(BATCH))
@@ -280,7 +280,7 @@ def _joined(parts: Sequence[Any], name: str) -> Tensor:
 
 
 def _embedded(features: Sequence[Tensor]) -> Tensor:
-    """All scales on the finest grid, ``(H * W, N, C)``."""
+    """Return all scales on the finest grid, ``(H * W, N, C)``."""
     grid = features[0].shape[2:]
     whole = torch.cat([F.interpolate(x, grid, mode="bilinear") for x in features], 1)
     return whole.flatten(2).permute(2, 0, 1)

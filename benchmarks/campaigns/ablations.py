@@ -92,7 +92,7 @@ def variants() -> dict[str, Variant]:
 
 
 def without_fusion(model: Any) -> None:
-    """The scales stay apart: the flows' results are the latent tensors."""
+    """Leave out the fusion flow: the results of the parallel flows are the latent tensors."""
 
     class Apart(FusionFlow):
         def couple(self, halves: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
@@ -103,7 +103,7 @@ def without_fusion(model: Any) -> None:
 
 
 def without_condition(model: Any) -> None:
-    """The subnets are not told where in the map they are."""
+    """Leave out the positional condition of the subnets."""
     for flow in model.head.flows:
         for step in flow.steps:
             step.subnet.conv_cond.weight.requires_grad_(False).zero_()
@@ -127,7 +127,7 @@ def reflect(model: Any) -> None:
 
 
 def with_learnable_base(model: Any) -> None:
-    """A mean and a deviation of its own for each latent channel at each position, trained with the flow."""
+    """Add a trained mean and deviation for each latent channel at each position."""
     head = model.head
     grids = [model.pooled_size(*grid) for grid in model.backbone.grids(model.image_size)]
     shapes = [(c, *grid) for c, grid in zip(head.channels, grids, strict=True)]

@@ -116,7 +116,7 @@ def blocks(document: dict[str, Any]) -> Iterator[tuple[Path, str, Iterable[str]]
 
 
 def presets(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The table of presets, from the rows of the ablations: mean and standard deviation over the seeds, in percent."""
+    """Yield the table of presets, from the rows of the ablations: mean and standard deviation over the seeds, in percent."""
     yield f"| percent | {' | '.join(title for title, *_ in COLUMNS)} |"
     yield "|---|" + "---:|" * len(COLUMNS)
     for title, variant, *ways in METHODS:
@@ -126,14 +126,14 @@ def presets(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _percent(rows: Sequence[dict[str, Any]], data: str, way: str, i: int) -> str:
-    """Mean and standard deviation of a number over the rows of a data set; a dash without rows."""
+    """Return mean and standard deviation of a number over the rows of a data set; a dash without rows."""
     values = [row["scores"][way][i] for row in rows if row["data"] == data]
     spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * fmean(values):.1f}{spread}" if values else "-"
 
 
 def markdown(document: dict[str, Any]) -> Iterator[str]:
-    """The table of the packaged sets: a line per category and method, the last epoch in percent."""
+    """Yield the table of the packaged sets: a line per category and method, the last epoch in percent."""
     lines = [Line(**each) for each in document["lines"]]
     lines = [each for each in lines if BEST not in each.source and each.category != MEAN]
     trained = [run["metrics"] for run in document["runs"]]

@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def archive(folder: Path, count: int, side: int) -> Path:
-    """A folder of equal JPEGs."""
+    """Return a folder of equal JPEGs."""
     folder.mkdir()
     body = image(side)
     for i in range(count):
@@ -82,7 +82,7 @@ def archive(folder: Path, count: int, side: int) -> Path:
 
 
 def measure(job: Archive, workers: int) -> Row:
-    """Seconds until the first shards are done, which load the model, and images per second after them.
+    """Yield seconds until the first shards are done, which load the model, and images per second after them.
 
     No workers: this process alone. The start of Ray is not in either.
     """
@@ -123,7 +123,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 
 def line(row: Row, base: Row) -> str:
-    """A row of the table: who, warm-up, rate, and how many times that of one process."""
+    """Return a row of the table: who, warm-up, rate, and how many times that of one process."""
     who = f"{row['workers']} of Ray" if row["workers"] else "this process"
     times = row["images_per_s"] / base["images_per_s"]
     return f"| {who} | {row['warm_up_s']:.1f} | {row['images_per_s']:.1f} | {times:.2f} |"

@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def markdown(document: dict[str, Any]) -> Iterator[str]:
-    """The table of tests/RELIABILITY.md."""
+    """Yield the table of tests/RELIABILITY.md."""
     row = document["serving"]
     errors = ", ".join(f"{count} {name}" for name, count in row["errors"].items()) or "none"
     growth = "unknown" if row["growth_mb"] is None else f"{row['growth_mb']:+.1f} MB"
@@ -92,7 +92,7 @@ def markdown(document: dict[str, Any]) -> Iterator[str]:
 
 
 def toy(folder: Path) -> Path:
-    """A run of random weights: they change no time."""
+    """Return a run of random weights: they change no time."""
     model = mx.MSFlow("efficientnet_lite0", image_size=192, pretrained=False, seed=0)
     header = {"model": "MSFlow", "config": model.config, "colours": [0.0, 1.0]}
     save_checkpoint(folder / "model.safetensors", header, model)

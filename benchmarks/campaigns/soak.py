@@ -29,7 +29,7 @@ def open_files() -> int:
 
 
 def op_calls() -> Iterator[Callable[[], Any]]:
-    """One call of every op after the other, without end."""
+    """Yield one call of every op after the other, without end."""
     x, vector = torch.randn(2, 8, 6, 6), torch.ones(16)
     maps = [-x[:, 0].square()]
     factors = ops.winograd_weight(torch.randn(8, 8, 3, 3), 2)
@@ -49,7 +49,7 @@ def op_calls() -> Iterator[Callable[[], Any]]:
 
 
 def predictions() -> Iterator[Callable[[], Any]]:
-    """A detector's answer to the same four images, without end."""
+    """Yield a detector's answer to the same four images, without end."""
     options = {"pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8, "seed": 1}
     detector = Detector(MSFlow("test_efficientnet", image_size=64, **options).eval())
     images = torch.rand(4, 3, 64, 64)

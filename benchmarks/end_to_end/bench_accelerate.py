@@ -30,7 +30,7 @@ def test_accelerate(benchmark: Any, case: Case, provider: str) -> None:
 
 
 def cases(quick: bool) -> list[Case]:
-    """None without anomalib."""
+    """Return the cases; none without anomalib."""
     if not ANOMALIB:
         return []
     if quick:
@@ -115,7 +115,7 @@ class Parallel(nn.Module):
 
 
 def fast_flow(channels: Sequence[int], size: int) -> tuple[nn.Module, list[Tensor]]:
-    """The chains that anomalib's FastFlow builds for these features, with its defaults."""
+    """Return the chains that anomalib's FastFlow builds for these features, with its defaults."""
     create = peer("fastflow").create_fast_flow_block
     features = [
         torch.zeros(1, c, size // s, size // s) for c, s in zip(channels, STRIDES, strict=False)
@@ -128,7 +128,7 @@ def fast_flow(channels: Sequence[int], size: int) -> tuple[nn.Module, list[Tenso
 
 
 def u_flow(channels: Sequence[int], size: int) -> tuple[nn.Module, list[Tensor]]:
-    """The graph that anomalib's U-Flow builds for these features, with its defaults."""
+    """Return the graph that anomalib's U-Flow builds for these features, with its defaults."""
     model = peer("uflow").UflowModel
     strides = STRIDES[: len(channels)]
     like: Any = SimpleNamespace(
@@ -146,7 +146,7 @@ def u_flow(channels: Sequence[int], size: int) -> tuple[nn.Module, list[Tensor]]
 
 
 def peer(name: str) -> Any:
-    """The module of anomalib that holds a model."""
+    """Return the module of anomalib that holds a model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(f"anomalib.models.image.{name}.torch_model")

@@ -117,7 +117,7 @@ def label(pair: Pair) -> str:
 
 @lru_cache(maxsize=1)
 def build(model: str, backbone: str, size: int | None, options: tuple[tuple[str, Any], ...]) -> Any:
-    """A model with random weights in its backbone; one is in memory at a time."""
+    """Return a model with random weights in its backbone; one is in memory at a time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = MODELS[model](backbone, image_size=size, pretrained=False, seed=0, **dict(options))

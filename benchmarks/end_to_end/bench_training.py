@@ -85,7 +85,7 @@ def run_case(
 
 
 def our_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet], list[float]]:
-    """What ``msflow train`` does, reports included."""
+    """Return what ``msflow train`` does, reports included."""
     from msflow_ext.training.loop import train
 
     def run(dataset: DataSet) -> list[float]:
@@ -96,7 +96,7 @@ def our_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet], lis
 
 
 def reference_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet], list[float]]:
-    """The same recipe by the reference implementation: the backbone in every epoch, then scikit-learn and 800 thresholds.
+    """Run the recipe by the reference implementation: backbone in every epoch, scikit-learn, 800 thresholds.
 
     Kinder than theirs: images are decoded once. In float32: under autocast its losses are others altogether.
     """

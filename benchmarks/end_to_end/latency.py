@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build(backbone: str, size: int) -> MSFlow:
-    """A model with random weights, and with statistics of its features, as training would set them."""
+    """Return a model with random weights, and with statistics of its features, as training would set them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = MSFlow(backbone, image_size=size, pretrained=False, standardize=True, seed=0)
@@ -130,7 +130,7 @@ def _reference(run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
 
 
 def _predict(model: Any, batch: int) -> Callable[[Tensor], Any]:
-    """All that a user calls, from the tensor to results with their images."""
+    """Return all that a user calls, from the tensor to results with their images."""
     detector = Detector(model)
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -163,7 +163,7 @@ def tests(_: Measured) -> Measured:
 
 
 def sanitize(tool: str, _: Measured) -> Measured:
-    """What one of compute-sanitizer's tools says of the kernels' check."""
+    """Return what one of compute-sanitizer's tools says of the kernels' check."""
     program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     if program is None:
         raise FileNotFoundError("no compute-sanitizer on the path, nor in /usr/local/cuda/bin")
@@ -178,7 +178,7 @@ def sanitize(tool: str, _: Measured) -> Measured:
 
 
 def _timed(step: Callable[[Measured], Measured]) -> Callable[[Measured], Measured]:
-    """The step, if kernels for this device were built: never the reference's times."""
+    """Return the step, if kernels for this device were built: never the reference's times."""
 
     @wraps(step)
     def run(document: Measured) -> Measured:
@@ -212,7 +212,7 @@ def _report(document: Measured) -> None:
 
 
 def _ended(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str] | None:
-    """What a command said; None if it takes too long."""
+    """Return what a command said; None if it takes too long."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,

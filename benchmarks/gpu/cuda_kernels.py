@@ -36,13 +36,13 @@ class Kernel:
 
 
 def module() -> Path | None:
-    """The compiled module if it holds CUDA kernels."""
+    """Return the compiled module if it holds CUDA kernels."""
     built = getattr(_backend.C, "cuda_architectures", "")
     return Path(_backend.C.__file__) if built and built != "emulated" else None
 
 
 def cuobjdump() -> str | None:
-    """The disassembler: of a CUDA toolkit, of NVIDIA's packages, or the one that comes with triton."""
+    """Return the disassembler: of a CUDA toolkit, of NVIDIA's packages, or the one that comes with triton."""
     homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
     folders = [Path(home) / "bin" for home in (*homes, "/usr/local/cuda") if home]
     for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "*/bin")):
@@ -54,7 +54,7 @@ def cuobjdump() -> str | None:
 
 
 def kernels(file: Path) -> list[Kernel]:
-    """All kernels of a module, for every architecture that it has machine code for."""
+    """Return all kernels of a module, for every architecture that it has machine code for."""
     architecture, name, found = "", "", []
     for line in _dump(file, "-res-usage"):
         if line.startswith("arch = "):
@@ -68,7 +68,7 @@ def kernels(file: Path) -> list[Kernel]:
 
 
 def wide_accesses(file: Path, architecture: str) -> dict[str, set[str]]:
-    """Which of LDG and STG each kernel uses at 16 bytes or more."""
+    """Return which of LDG and STG each kernel uses at 16 bytes or more."""
     name, found = "", {}
     for line in _dump(file, "-arch", architecture, "-sass"):
         if "Function :" in line:

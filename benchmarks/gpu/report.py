@@ -44,7 +44,7 @@ def write(document: Mapping[str, Any]) -> None:
 
 
 def block(document: Mapping[str, Any]) -> Iterator[str]:
-    """Markdown: the device, what was checked, and the worst case of each comparison."""
+    """Yield markdown: the device, what was checked, and the worst case of each comparison."""
     versions = document.get("build", {}).get("versions", {})
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     yield f"On one {document['device']}, {document['date']} ({named or 'not built'}):"

@@ -33,7 +33,7 @@ def ceilings(_: Measured) -> Measured:
 
 
 def kernels(_: Measured) -> Measured:
-    """Each kernel at batch 8: ms, GB/s of the bytes it must move, those of a copy of as many, and the share of it.
+    """Measure each kernel at batch 8: ms, GB/s of the bytes it must move, and its share of a copy's GB/s.
 
     Of the device alone: a call from Python takes longer than most of them.
     """
@@ -67,7 +67,7 @@ def _kinds() -> Iterator[tuple[str, tuple[int, int, torch.dtype, torch.memory_fo
 def _kernel_cases(
     c: int, size: int, dtype: torch.dtype, layout: torch.memory_format
 ) -> dict[str, tuple[int, Run]]:
-    """Bytes to move and a call, by name."""
+    """Return bytes to move and a call, by name."""
     from msflow_ext import ops
 
     half = c // 2
@@ -153,7 +153,7 @@ def _aggregations(batch: int) -> dict[str, Run]:
 
 
 def training(_: Measured) -> Measured:
-    """One step of the flows at batch 8: loss, gradients, clipping, Adam."""
+    """Measure one training step of the flows at batch 8: loss, gradients, clipping, Adam."""
     from msflow_ext.bench.modes import compiled
 
     torch.set_float32_matmul_precision("high")  # as users who need speed set it
@@ -212,7 +212,7 @@ def _normal(n: int, c: int, size: int, dtype: torch.dtype, layout: torch.memory_
 
 
 def _recorded(run: Run) -> Run:
-    """``CALLS`` of them as one CUDA graph, recorded on the current stream."""
+    """Return ``CALLS`` of them as one CUDA graph, recorded on the current stream."""
     for _ in range(3):
         run()
     graph = torch.cuda.CUDAGraph()

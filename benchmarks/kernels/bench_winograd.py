@@ -99,7 +99,7 @@ def eager(conv: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def direct(conv: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """What torch's own freezing makes of a convolution."""
+    """Return what torch's own freezing makes of a convolution."""
     weight = conv.weight.to(dtype, memory_format=torch.channels_last)
     bias, optimized = bias_of(conv).to(dtype), []
     geometry = ([1, 1], [1, 1], [1, 1], 1)

@@ -59,7 +59,7 @@ def compare(
             yield ""
             yield from table(row)
             if (row["others"] or 0) > 0.1:
-                yield f"other programs took {row['others']:.0%} of the machine: do not trust this"
+                yield f"other programs took {row['others']:.0%} of the machine, so these times are not reliable"
 
 
 def table(row: dict[str, Any]) -> Iterator[str]:

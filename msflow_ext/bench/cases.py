@@ -1,4 +1,4 @@
-"""What is compared end to end: the flows, the whole pipeline and a training step, against what users would run."""
+"""End-to-end comparisons of flows, pipeline and training step with the alternatives that users have."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def flows(
     head = (tuple(channels), tuple(blocks))
 
     def theirs(permutation: str, layout: torch.memory_format) -> Callable[..., Any]:
-        flows = _official(*head, maps, permutation)
+        flows = _reference(*head, maps, permutation)
         if layout is torch.channels_last:
             flows = copy.deepcopy(flows).to(memory_format=layout)  # type: ignore[call-overload]
         return lambda features: flows([f.contiguous(memory_format=layout) for f in features])
@@ -63,7 +63,7 @@ def pipeline(
     key = (backbone, size, tuple(blocks))
 
     def theirs(permutation: str, layout: torch.memory_format) -> Callable[..., Any]:
-        return _official_pipeline(_model(*key), permutation, layout)
+        return _reference_pipeline(_model(*key), permutation, layout)
 
     return Case(
         name=f"pipeline {backbone} {size} px b{batch}",
@@ -126,7 +126,7 @@ def training_step(
 def our_step(
     head: FlowHead, precision: str, recipe: Recipe | None = None
 ) -> Callable[[Sequence[Tensor]], tuple[float, float]]:
-    """A step as :func:`msflow_ext.training.train` takes it."""
+    """Return the training step of :func:`msflow_ext.training.train`."""
     from msflow_ext.training import make_optimizer, train_epoch
 
     recipe = recipe or Recipe()
@@ -141,7 +141,7 @@ def our_step(
 
 
 def _theirs(make: Callable[[str, torch.memory_format], Callable[..., Any]]) -> dict[str, Provider]:
-    """Return the reference implementation, with either permutation, in the modes of PyTorch that users would choose."""
+    """Return the reference implementation with both permutations, in the PyTorch modes that users choose."""
 
     def provider(
         permutation: str, *modes: Callable[..., Any], last: bool = False, **options: Any
@@ -202,7 +202,7 @@ def _head(channels: Sequence[int], blocks: Sequence[int]) -> MSFlowHead:
 
 
 @lru_cache(maxsize=2)
-def _official(
+def _reference(
     channels: Sequence[int],
     blocks: Sequence[int],
     maps: Sequence[tuple[int, int]],
@@ -229,7 +229,7 @@ def _model(backbone: str, size: int, blocks: Sequence[int]) -> MSFlow:
     return model.eval().requires_grad_(False)
 
 
-def _official_pipeline(
+def _reference_pipeline(
     model: MSFlow, permutation: str, layout: torch.memory_format
 ) -> Callable[[Tensor], Any]:
     """timm's backbone, pooling, the reference flows and scores."""
@@ -250,7 +250,7 @@ def _official_pipeline(
 def _their_step(
     flows: ReferenceMSFlow, *, bf16: bool, compile: bool = False, tuned: bool = False
 ) -> Callable[[Sequence[Tensor]], tuple[float, float]]:
-    """A training step of the reference implementation; ``tuned`` adds channels_last and PyTorch's fused Adam."""
+    """Return the reference's training step; ``tuned`` adds channels_last and PyTorch's fused Adam."""
     layout = torch.channels_last if tuned else torch.contiguous_format
     flows = flows.train().to(memory_format=layout)  # type: ignore[call-overload]
     parameters = [p for p in flows.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Time several ways to compute the same: compare their results first, then take turns round by round."""
+"""Compare the results of several implementations, then time them in turn, round by round."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ MOST_SETS = 64
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute what a case asks for.
+    """One implementation of a case.
 
     Attributes:
         make: builds the callable that takes the case's inputs; what it builds once is not timed.
         tolerance: largest deviation from the expected results, in units of their largest magnitude.
         slow: takes a minute or more to build; run on request only.
         bf16: PyTorch convolves in bfloat16; not timed where the processor has no instructions for that.
-        expected: results of its own to be equal to, where it computes another quantity than the others.
+        expected: results to compare with, if it computes another quantity than the other providers.
     """
 
     make: Callable[[], Callable[..., Any]]
@@ -44,7 +44,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Case:
-    """One task on given data, and everybody who does it.
+    """One task on given data, and its implementations.
 
     Attributes:
         name: what, with sizes and dtype; unique.
@@ -75,12 +75,14 @@ class Case:
 
 @dataclass
 class Ready:
-    """The providers of a case that gave the expected results, and the inputs to call them with."""
+    """The providers of a case with right results, and inputs for them."""
 
     case: Case
     runs: dict[str, Callable[..., Any]]
     sets: list[Sequence[Any]]
-    found: dict[str, dict[str, Any]]  # error and tolerance of each provider, and why it was refused
+    found: dict[
+        str, dict[str, Any]
+    ]  # error and tolerance of each provider, or the reason why it was refused
 
     def arguments(self) -> Iterator[Sequence[Any]]:
         return itertools.cycle(self.sets)
@@ -88,7 +90,7 @@ class Ready:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Let PyTorch, and with it our kernels, use ``count`` threads inside; None leaves it as it is."""
+    """Set the number of threads of PyTorch and our kernels inside the block; None leaves it unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -105,7 +107,7 @@ def prepare(case: Case, names: Sequence[str] | None = None, *, slow: bool = Fals
         slow: also those that take a minute or more to build.
     """
     if slow:
-        torch.compiler.reset()  # or calls would first be tried on what other cases compiled
+        torch.compiler.reset()  # else calls would use what other cases have compiled
     chosen = [n for n, p in case.providers.items() if slow or not p.slow]
     chosen = [n for n in chosen if names is None or n in names]
     inputs = case.inputs()
@@ -125,7 +127,7 @@ def prepare(case: Case, names: Sequence[str] | None = None, *, slow: bool = Fals
 
 
 def _compare(ready: Ready, name: str, inputs: Sequence[Any], common: list[Any]) -> None:
-    """Build one provider; keep it if its first results are those expected, else note why it is refused."""
+    """Build one provider. Keep it if its first results are right, else note the reason."""
     case, provider = ready.case, ready.case.providers[name]
     found = ready.found[name] = {}
     if provider.bf16 and not has_bfloat16():
@@ -138,7 +140,9 @@ def _compare(ready: Ready, name: str, inputs: Sequence[Any], common: list[Any]) 
     try:
         run = provider.make()
         error = max(map(difference, _results(run, inputs, case.calls), expected))
-    except Exception as failure:  # of any kind, from code of others: the rest can still be timed
+    except (
+        Exception
+    ) as failure:  # code of other packages raises any exception; the others can still be timed
         reason = " ".join(str(failure).split())[:300]
         found["refused"] = f"{type(failure).__name__}: {reason}"
         return
@@ -190,12 +194,12 @@ def measure(case: Case, *, slow: bool = False, seconds: float = 20.0) -> dict[st
 
 
 def _results(run: Callable[..., Any], inputs: Sequence[Any], calls: int) -> list[Any]:
-    """What the first calls return, as copies: a provider may reuse its memory."""
+    """Return what the first calls return, as copies: a provider may reuse its memory."""
     return [[t.clone() for t in tensors_of(run(*inputs))] for _ in range(calls)]
 
 
 def _copies(case: Case, inputs: Sequence[Any]) -> list[Sequence[Any]]:
-    """Enough copies of the inputs that, when their turn comes again, no cache holds them."""
+    """Return so many copies of the inputs that no cache holds one when its turn comes again."""
     nbytes = sum(t.nbytes for t in _leaves(inputs))
     if case.hot or not nbytes:
         return [inputs]
@@ -229,7 +233,7 @@ def _copy_buffers(case: Case, sets: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _memory(run: Callable[..., Any], inputs: Sequence[Any], saves: bool) -> dict[str, Any]:
-    """Megabytes at the peak of a call, and of what it saves for the backward pass, parameters apart."""
+    """Return megabytes at the peak of a call and megabytes saved for the backward pass, without parameters."""
     peak = memory.peak(lambda: run(*inputs))
     found: dict[str, Any] = {} if peak is None else {"peak_mb": _rounded(peak / 1e6)}
     if saves:
@@ -243,7 +247,7 @@ def _rounds(
     least: int,
     seconds: float,
 ) -> dict[str, list[float]]:
-    """Milliseconds per call of each, one sample per round; who comes first changes from round to round."""
+    """Return milliseconds per call, one sample per round. Each round starts with another provider."""
     repeats = {
         name: 1 if least == 1 else max(1, math.ceil(SAMPLE_SECONDS / _warm_up(*call, sets)))
         for name, call in calls.items()
@@ -262,7 +266,7 @@ def _rounds(
 
 
 def _warm_up(run: Callable[..., Any], arguments: Iterator[Sequence[Any]], sets: int) -> float:
-    """Call with every set of inputs, for a second at most; the seconds of the fastest call."""
+    """Call with every set of inputs, for at most a second. Return the seconds of the fastest call."""
     began, fastest = time.perf_counter(), math.inf
     for _ in range(max(2, sets)):
         fastest = min(fastest, _time(run, arguments, 1))
@@ -272,7 +276,7 @@ def _warm_up(run: Callable[..., Any], arguments: Iterator[Sequence[Any]], sets: 
 
 
 def _time(run: Callable[..., Any], arguments: Iterator[Sequence[Any]], repeats: int) -> float:
-    """Seconds per call."""
+    """Return seconds per call."""
     began = time.perf_counter()
     for _ in range(repeats):
         run(*next(arguments))

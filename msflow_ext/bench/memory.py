@@ -1,4 +1,4 @@
-"""What a call takes of memory: at its peak, and of what it keeps for its backward pass."""
+"""Memory of a call: its peak, and what it keeps for the backward pass."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak(run: Callable[[], Any]) -> int | None:
-    """Bytes by which a call lifts the process's resident memory at its highest; None unless on Linux."""
+    """Return bytes by which a call lifts the process's resident memory at its highest; None unless on Linux."""
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # or memory freed earlier would hide what the call takes
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # else memory freed earlier would hide what the call allocates
         clear.write_text("5")  # resets the high-water mark
     except (AttributeError, OSError):
         run()
@@ -31,7 +33,7 @@ def peak(run: Callable[[], Any]) -> int | None:
 
 
 def saved(run: Callable[[], Any]) -> int:
-    """Bytes of tensors that a call has made and still holds when its backward pass begins, whoever holds them.
+    """Return the bytes of tensors that a call made and that are alive when its backward pass begins.
 
     Of a call without a backward pass: that its results hold, and they themselves. Parameters and inputs, which exist before, do not count; neither does what the backward pass makes again.
     """
@@ -45,7 +47,7 @@ def saved(run: Callable[[], Any]) -> int:
 
 
 class _Made(TorchDispatchMode):
-    """Remembers every storage that an operation inside makes, without keeping it alive."""
+    """Record every storage that operations inside the block make, without keeping it alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +73,7 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
 
 @contextmanager
 def _before_backward(act: Callable[[], Any]) -> Iterator[None]:
-    """Acts before every backward pass inside."""
+    """Call a function before every backward pass inside the block."""
 
     def acting(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 
 def autocast(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Convolutions in bfloat16, as PyTorch's autocast has them."""
+    """Run a function under PyTorch's bfloat16 autocast."""
 
     def under_autocast(*inputs: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
@@ -19,7 +19,7 @@ def autocast(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compiled(run: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """By ``torch.compile`` with its defaults, for fixed shapes; ``settings`` are inductor's."""
+    """Compile a function by ``torch.compile`` for fixed shapes; ``settings`` are inductor's."""
     import torch._dynamo
     import torch._inductor.config
 
@@ -37,5 +37,5 @@ def compiled(run: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
 
 
 def freezing(run: Callable[..., Any]) -> Callable[..., Any]:
-    """By ``torch.compile`` with weights as constants: folded, cast and laid out once."""
+    """Compile a function with weights as constants, which are folded, cast and laid out once."""
     return compiled(run, freezing=True)

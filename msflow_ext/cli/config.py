@@ -14,7 +14,7 @@ from msflow_ext.data import PACKAGED
 
 LARGEST = 2**16  # bytes of a file of settings
 
-#: Keys of ``config.yaml`` in older runs, whose flags are gone; off, they change nothing.
+#: Keys of removed settings in ``config.yaml`` of older runs; ignored where they are off.
 RETIRED = ("position_base",)
 
 
@@ -108,7 +108,7 @@ def read_yaml(path: Path, base: Any) -> dict[Any, Any]:
         raise UsageError(f"{path}, {where}: {error.problem}") from None
     except RecursionError:
         raise UsageError(f"{path} nests too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # such as a date that there is not
+    except (yaml.YAMLError, ValueError) as error:  # such as an impossible date
         raise UsageError(f"{path}: {error}") from None
     if not isinstance(found, dict | None):
         raise UsageError(f"{path} must hold keys and values, got a {type(found).__name__}")

@@ -1,4 +1,4 @@
-"""What the command line prints: tables of results in percent."""
+"""Output of the command line: tables of results in percent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = tuple[str, str, Mapping[str, Any]]
 
 
 def rows_of(metrics: Mapping[str, Any]) -> list[Row]:
-    """A finished run, and its baseline if it has one, for the table of results."""
+    """Return a finished run, and its baseline if it has one, for the table of results."""
     title = f"{metrics['data']['name']} {metrics['data']['category']}"
     found = [(metrics["model"]["name"], metrics)]
     found += [(each["name"], each) for each in [metrics["baseline"]] if each]
@@ -60,13 +60,13 @@ def _print_percent(rows: Iterable[Sequence[str]]) -> None:
 
 
 def conclude(runs: Sequence[table.Run], out: Path, *, show: bool = True) -> None:
-    """Print the table of the runs if it is to be shown; RuntimeError if one failed."""
+    """Print the table of the runs on request; raise RuntimeError if a run failed."""
     if show:
         print_lines(table.lines(runs))
-        print(f"{out / 'table.md'}, table.csv and table.json hold all of it")
+        print(f"{out / 'table.md'}, table.csv and table.json hold all results")
     failed = [run for run in runs if run.failure]
     if failed:
         raise RuntimeError(
-            f"{len(failed)} of {len(runs)} runs failed, first {failed[0].folder}: "
+            f"{len(failed)} of {len(runs)} runs failed; the first is {failed[0].folder}: "
             f"{failed[0].failure}"
         )

@@ -31,7 +31,7 @@ def convert_flags(part: Any) -> None:
     )
     add_choice(part, "--to", FORMATS, "Package whose checkpoint to write.", default="msflow_ext")
     add_out(part, "File to write; .safetensors for msflow_ext.", "FILE")
-    group = part.add_argument_group("what a checkpoint of another package does not say")
+    group = part.add_argument_group("settings that checkpoints of other packages do not hold")
     group.add_argument("--backbone", metavar="NAME", help="Backbone of the model.")
     group.add_argument("--weights", metavar="FILE", help="File of backbone weights.")
     group.add_argument(

@@ -35,7 +35,7 @@ def data(options: Any) -> int:
 
 
 def categories(options: Mapping[str, Any]) -> list[str | None]:
-    """The categories that ``--category`` names: all, several with commas, one or None."""
+    """Return the categories that ``--category`` names: all, several with commas, one or None."""
     from msflow_ext.data import list_categories
 
     category = options["category"]
@@ -45,7 +45,7 @@ def categories(options: Mapping[str, Any]) -> list[str | None]:
 
 
 def open_data(options: Mapping[str, Any], *, strict: bool = True) -> DataSet:
-    """The data set that the options name; ``strict`` as :func:`msflow_ext.data.open_dataset` has it."""
+    """Return the data set that the options name; ``strict`` as :func:`msflow_ext.data.open_dataset` has it."""
     from msflow_ext.data import open_dataset
 
     given = {name: options[name] for name in DATA if name in options}
@@ -53,12 +53,14 @@ def open_data(options: Mapping[str, Any], *, strict: bool = True) -> DataSet:
 
 
 def run_settings(run: Path) -> dict[str, Any]:
-    """The options in ``config.yaml`` of a run; ValueError if it is damaged or names no data."""
+    """Return the options in ``config.yaml`` of a run; ValueError if it is damaged or names no data."""
     import yaml
 
     path = run / "config.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there to name the run's data: give --data")
+        raise FileNotFoundError(
+            f"{path} does not exist, so the run's data are unknown: give --data"
+        )
     settings = read_yaml(path, yaml.SafeLoader)
     if "data" not in settings:
         raise ValueError(f"{path} does not name the run's data: give --data")
@@ -74,6 +76,6 @@ def data_flags(part: Any) -> None:
     check = part.add_commands("action", {"check": phrase})["check"]
     check.add_argument("folder", nargs="?", metavar="DIR", help=f"{DATA_HELP} The same as --data.")
     add_data(check)
-    text = "Side of the model's images in pixels: also names defects smaller than a pixel there."
+    text = "Side of the model's images in pixels; also report defects that are smaller than a pixel at that size."
     check.add_argument("--image-size", type=count, metavar="PIXELS", help=text)
-    add_choice(check, "--fit", FITS, "How images become square there.", default="resize")
+    add_choice(check, "--fit", FITS, "How images become square at that size.", default="resize")

@@ -45,7 +45,7 @@ def _test_all(options: Any, out: Path | None) -> int:
 
     parent = Path(options.run)
     if not out or out.resolve() == parent.resolve():
-        raise ValueError("--category all wants --out, another folder than that of the runs")
+        raise ValueError("--category all needs --out with another folder than that of the runs")
 
     def one(trial: sweep.Trial) -> Mapping[str, Any]:
         chosen = copy(options)
@@ -58,7 +58,7 @@ def _test_all(options: Any, out: Path | None) -> int:
 
 
 def _trials(parent: Path) -> list[sweep.Trial]:
-    """The finished trainings below a folder.
+    """Return the finished trainings below a folder.
 
     Raises:
         ValueError: two are of one category and seeds, one of them is not finished.
@@ -82,12 +82,12 @@ def _trials(parent: Path) -> list[sweep.Trial]:
                 "of each"
             )
     if not found:
-        raise FileNotFoundError(f"{parent} has no runs below it: train --category all makes them")
+        raise FileNotFoundError(f"{parent} holds no runs: msflow train --category all makes them")
     return list(found.values())
 
 
 def _test(options: Any, out: Path | None) -> dict[str, Any]:
-    """Test one run, and write what is found into ``out``; the metrics, and of what they are."""
+    """Test one run and write the results to ``out``. Return the metrics and what they were measured on."""
     from msflow_ext.data import Images
     from msflow_ext.evaluation import evaluator
     from msflow_ext.features import Features
@@ -125,7 +125,7 @@ def _test(options: Any, out: Path | None) -> dict[str, Any]:
 def _decisions(
     detector: Detector, truth: Truth, images: Images, found: Evaluation, options: Any
 ) -> dict[str, Any]:
-    """What the run's thresholds do on these images and, if asked for, those tuned on them; printed too."""
+    """Return and print what the run's thresholds decide on these images and, on request, what tuned ones would."""
     from msflow_ext.evaluation import calibration
 
     written: dict[str, Any] = {}
@@ -149,13 +149,13 @@ def _decisions(
 
 
 def _check_classes(dataset: DataSet) -> None:
-    """ValueError if there is nothing to tell good images from defective ones by."""
+    """Raise ValueError unless there are good and defective test images."""
     labels = [item.label for item in dataset.test]
     good, bad = labels.count(0), labels.count(1)
     if not good or not bad or good + bad < len(labels):
         raise ValueError(
-            f"{dataset.name} {dataset.category} cannot be measured: good and defective test images "
-            f"are wanted, got {good} good, {bad} defective and {len(labels) - good - bad} without "
+            f"{dataset.name} {dataset.category} cannot be measured: there must be good and defective test images, "
+            f"got {good} good, {bad} defective and {len(labels) - good - bad} without "
             "a label (msflow predict scores images of any kind)"
         )
 
@@ -170,7 +170,7 @@ def evaluate_flags(part: Any) -> None:
     evaluation.add_argument(
         "--tune-thresholds",
         action="store_true",
-        help="Also find the thresholds of the largest F1 on these very images.",
+        help="Also find the thresholds with the largest F1 on the same images.",
     )
     hardware = part.add_argument_group("hardware")
     add_precision(hardware)

@@ -24,7 +24,7 @@ def export(options: Any) -> int:
 
     detector = load(options.run, "cpu")
     images = None
-    with suppress(ImportError, OSError, ValueError):  # without its data, random images must do
+    with suppress(ImportError, OSError, ValueError):  # without its data, random images are used
         test = open_data(run_settings(Path(options.run))).test
         seen = Images((test[0], test[-1]), detector.model.image_size, detector.fit)
         images = torch.stack([seen[i] for i in range(2)])

@@ -12,7 +12,9 @@ from msflow_ext.training.recipe import PRESETS
 if TYPE_CHECKING:
     from msflow_ext.distributed.executors import Engine
 
-DATA_HELP = f"Folder of the data set, or {' or '.join(PACKAGED)}, which are packages (extra demo)."
+DATA_HELP = (
+    f"Folder of the data set, or the name of a packaged set: {' or '.join(PACKAGED)} (extra demo)."
+)
 
 
 def add_choice(part: Any, flag: str, words: tuple[str, ...], text: str, **more: Any) -> None:
@@ -23,7 +25,7 @@ def add_choice(part: Any, flag: str, words: tuple[str, ...], text: str, **more: 
 def add_model(part: Any) -> None:
     text = "Model to train."
     add_choice(part, "--model", tuple(PRESETS["paper"]), text, default="msflow")
-    text = "Hyper-parameters of the paper, or those that were better and steadier on other data."
+    text = "Hyper-parameters: paper, or robust, which did better and varied less on our data."
     add_choice(part, "--preset", tuple(PRESETS), text, default="paper")
 
 
@@ -131,7 +133,7 @@ def add_engine(part: Any, *, default: str | None, text: str) -> None:
 
 
 def chosen_engine(options: Any) -> Engine:
-    """The engine that flags ask for; ValueError if flags of Ray stand beside another one."""
+    """Return the engine that flags ask for; ValueError if flags of Ray stand beside another one."""
     from msflow_ext.distributed.executors import on_ray, one_by_one
 
     if options.engine == "ray":
@@ -148,7 +150,7 @@ def chosen_engine(options: Any) -> Engine:
 
 
 def device_of(options: Any) -> str | None:
-    """The device that a task computes on: with Ray the CPU, unless it keeps a GPU for itself."""
+    """Return the device that a task computes on: with Ray the CPU, unless it keeps a GPU for itself."""
     if options.engine != "ray":
         return options.device
     device = options.device or ("cuda" if options.gpus_per_task else "cpu")

@@ -98,7 +98,7 @@ def model_parameters(model: str) -> Mapping[str, Parameter]:
 
 
 def all_model_parameters() -> Mapping[str, Parameter]:
-    """The same for all models; where several have an argument, that of the first."""
+    """Return the arguments of all models; the first model decides on one that several have."""
     found: dict[str, Parameter] = {}
     for model in MODELS:
         found = {**model_parameters(model), **found}
@@ -106,7 +106,7 @@ def all_model_parameters() -> Mapping[str, Parameter]:
 
 
 def given(options: Any, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
-    """The options among these parameters that are given, the word none as None."""
+    """Return the options among these parameters that are given, the word none as None."""
     found = {}
     for name, each in parameters.items():
         value = getattr(options, name)
@@ -116,7 +116,7 @@ def given(options: Any, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
 
 
 def _declared(node: ast.ClassDef) -> Iterator[tuple[str, str, Any]]:
-    """Name, annotation and default of every field, or of every argument of ``__init__`` with a default."""
+    """Yield name, annotation and default of every field, or of every argument of ``__init__`` with a default."""
     for each in node.body:
         if isinstance(each, ast.AnnAssign) and each.value:
             yield (
@@ -135,7 +135,7 @@ def _declared(node: ast.ClassDef) -> Iterator[tuple[str, str, Any]]:
 
 
 def _documented(docstring: str) -> dict[str, str]:
-    """The entries of the section Args or Attributes of a docstring, by name."""
+    """Return the entries of the section Args or Attributes of a docstring, by name."""
     found = {}
     section = re.search(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)*)", docstring, re.MULTILINE)
     entries = re.split(r"^    (?=\S)", section[1], flags=re.MULTILINE) if section else []
@@ -146,7 +146,7 @@ def _documented(docstring: str) -> dict[str, str]:
 
 
 def _phrase(texts: Mapping[str, Mapping[str, str]], owner: str, name: str) -> str:
-    """The text of an argument as a sentence without markup, where it refers to another class, with that one's."""
+    """Return the text of an argument as plain sentences; a reference to another class is replaced by its text."""
     text = texts[owner].get(name, "")
     if refers := re.match(r"see :class:`(\w+)`[.;]?", text):
         rest = text[refers.end() :].strip()

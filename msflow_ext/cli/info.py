@@ -7,7 +7,7 @@ from typing import Any
 
 
 def info(options: Any) -> int:
-    """Say what is installed, and which backend each op takes and why."""
+    """Show what is installed, and which backend each op uses and why."""
     from msflow_ext import testing
 
     print(json.dumps(testing.info(), indent=2))

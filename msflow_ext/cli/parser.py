@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-#: What argparse says, and what is said instead; the flag stands before it.
+#: Messages of argparse and their replacements; the flag is written before them.
 _REWORDED = (
     (r"expected one argument", "must be given a value"),
     (r"expected at least one argument", "must be given one value or more"),

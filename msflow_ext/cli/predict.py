@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def predict(options: Any) -> int:
-    """Score images: files, or folders with all that is in them, or all that comes into one folder."""
+    """Score images: files, folders with their sub-folders, or what arrives in a watched folder."""
     import torch
 
     from msflow_ext.runs.folder import checked_out
@@ -47,7 +47,7 @@ def predict(options: Any) -> int:
 
 
 def _score(options: Any, out: Path) -> int:
-    """Score the images that are there now."""
+    """Score the images that exist now."""
     from tqdm import tqdm
 
     from msflow_ext.inference import output
@@ -58,7 +58,7 @@ def _score(options: Any, out: Path) -> int:
     detector = scoring.load(options.run, options.device)
     images = _images(options)
     output.remove_earlier(out, images.values())
-    # Of a process that is killed, this table tells which pictures may be its own.
+    # After a kill, this table tells which pictures this command wrote.
     write_scores(out / TABLE, [Row(name, error=output.NOT_SCORED) for name in images])
     rows: list[Row] = []
 
@@ -119,14 +119,14 @@ def _concluded(images: int, wrong: Collection[str], written: Path | str) -> int:
 
 
 def _images(options: Any) -> dict[str, Path]:
-    """The images that the options name, without pictures that this command writes."""
+    """Return the images that the options name, without pictures that this command writes."""
     from msflow_ext.data.sources import listed
 
     return listed(options.paths, apart=_written(options.paths, Path(options.out)))
 
 
 def _written(paths: Sequence[str], out: Path) -> list[Path]:
-    """The folders that pictures are written into; ValueError if one of them is to be read."""
+    """Return the folders that pictures are written into; ValueError if one of them is to be read."""
     written = [out / "maps", out / "masks"]
     for path in paths:
         for folder in written:
@@ -136,7 +136,7 @@ def _written(paths: Sequence[str], out: Path) -> list[Path]:
 
 
 def _scoring(options: Any) -> Scoring:
-    """How the options want images to be scored."""
+    """Return the settings of scoring that the options ask for."""
     from msflow_ext.inference.settings import Scoring
 
     return Scoring(**{name: getattr(options, name) for name in Scoring.__dataclass_fields__})
@@ -172,9 +172,9 @@ def _watch(options: Any, out: Path) -> int:
 
 
 def _watched(paths: Sequence[str]) -> Path:
-    """The one folder to watch."""
+    """Return the one folder to watch."""
     if len(paths) > 1:
-        raise ValueError(f"--watch wants one folder, got {' '.join(paths)}")
+        raise ValueError(f"--watch must be given one folder, got {' '.join(paths)}")
     folder = Path(paths[0])
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder to watch")
@@ -187,7 +187,7 @@ def predict_flags(part: Any) -> None:
         "paths",
         nargs="+",
         metavar="PATH",
-        help="Images, and folders with all that is in them; patterns are the shell's to expand.",
+        help="Images and folders with their sub-folders. Patterns such as *.png are expanded by the shell only.",
     )
     text = "Folder for scores.csv, maps/*.png and, of a run with thresholds, masks/*.png."
     add_out(part, text)

@@ -104,14 +104,14 @@ def train(options: Any) -> int:
 
 
 def _parsed(arguments: list[str]) -> Any:
-    """The options of ``train`` that these arguments give."""
+    """Return the options of ``train`` that these arguments give."""
     part = Parser("msflow train")
     train_flags(part)
     return part.parse(arguments)
 
 
 def _trials(options: Any) -> list[sweep.Trial]:
-    """The trainings that the options ask for; none if it is one, of which no table is made."""
+    """Return the trainings that the options ask for; none if it is one, of which no table is made."""
     from msflow_ext.data import FIXED
     from msflow_ext.training import sweep
 
@@ -129,7 +129,7 @@ def _trials(options: Any) -> list[sweep.Trial]:
 
 
 def _train_trial(options: Any, trial: sweep.Trial) -> dict[str, Any]:
-    """One training of a series."""
+    """Return one training of a series."""
     chosen = copy(options)
     for name in ("category", "split_seed", "seed"):
         setattr(chosen, name, getattr(trial, name))
@@ -169,13 +169,13 @@ def _train(options: Any) -> dict[str, Any]:
 
 
 def recipe_of(options: Any) -> Recipe:
-    """The recipe of the preset, with what is given instead; ValueError names a value out of range."""
+    """Return the recipe of the preset, with what is given instead; ValueError names a value out of range."""
     preset = PRESETS[options.preset][options.model]
     return replace(preset.recipe, **given(options, parameters(*RECIPE)))
 
 
 def model_arguments(options: Any) -> dict[str, Any]:
-    """The arguments of the model in the preset, with what is given instead; ValueError names a wrong one."""
+    """Return the arguments of the model in the preset, with what is given instead; ValueError names a wrong one."""
     chosen = given(options, all_model_parameters())
     if wrong := [name for name in chosen if name not in model_parameters(options.model)]:
         flag = f"--{wrong[0].replace('_', '-')}"
@@ -184,7 +184,7 @@ def model_arguments(options: Any) -> dict[str, Any]:
 
 
 def _build(options: Any, dataset: DataSet, seed: int) -> Any:
-    """The untrained model that the options ask for."""
+    """Return the untrained model that the options ask for."""
     from msflow_ext.models.fastflow import FastFlow
     from msflow_ext.models.msflow import MSFlow
 
@@ -197,7 +197,7 @@ def _build(options: Any, dataset: DataSet, seed: int) -> Any:
 
 
 def devices_to_start(options: Any) -> int:
-    """How many processes the options ask for; 0 if this one trains."""
+    """Return how many processes the options ask for; 0 if this one trains."""
     from msflow_ext.distributed.launch import processes_to_start
 
     names = ("devices", "num_nodes", "rendezvous", "device")
@@ -205,7 +205,7 @@ def devices_to_start(options: Any) -> int:
 
 
 def _settings(options: Any) -> dict[str, Any]:
-    """What ``config.yaml`` of a run holds, for ``--config``: paths are found from any folder."""
+    """Return what ``config.yaml`` of a run holds, for ``--config``: paths are found from any folder."""
     names = (*DATA, *parameters(*RECIPE), *all_model_parameters())
     names += ("model", "preset", "weights", "baseline")
     given = {name: getattr(options, name) for name in names}

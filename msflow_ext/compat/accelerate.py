@@ -26,13 +26,13 @@ from msflow_ext.compat.accelerated.verify import (
     try_subnet,
 )
 
-#: The class that a module gets and what that class must know about it.
+#: The new class of a module, and the facts that the class needs.
 _Plan = dict[nn.Module, tuple[type[Accelerated], Any]]
 
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What :func:`accelerate` did, by the modules' names in ``named_modules()``.
+    """Result of :func:`accelerate`, by the modules' names in ``named_modules()``.
 
     Attributes:
         replaced: coupling blocks that run on our kernels now.
@@ -93,7 +93,7 @@ def accelerate(module: nn.Module, *, verify: bool = True) -> AccelerationReport:
             report.kept[name] = str(reason)
         except MismatchError as error:
             raise ValueError(
-                f"accelerate: {_shown(name)} would not be the same, {error}; nothing is changed"
+                f"accelerate: {_shown(name)} would give other results, {error}; nothing was changed"
             ) from error
     if not plan and ALREADY not in report.kept.values():
         reasons = [f"{_shown(name)}: {reason}" for name, reason in report.kept.items()]
@@ -118,7 +118,7 @@ def restore(module: nn.Module) -> None:
     for name, m in accelerated.items():
         if "_original" not in vars(type(m)):
             raise ValueError(
-                f"restore: the class of {_shown(name)} was changed after accelerate, undo that first"
+                f"restore: the class of {_shown(name)} was changed after accelerate; undo that change first"
             )
     for m in accelerated.values():
         switch_back(m)
@@ -141,7 +141,7 @@ class _Kind:
         )
 
     def override(self, m: nn.Module) -> str | None:
-        """Says which class of ``m`` changes some of the functions but not all, None if none does."""
+        """Return the class of ``m`` that overrides some of the functions but not all, as a sentence, or None."""
         classes = type(m).__mro__
         owners = {f: next(c for c in classes if f in vars(c)) for f in self.functions}
         first = min(owners.values(), key=classes.index)
@@ -173,11 +173,11 @@ _SEQUENCE = _Kind(
 
 
 class _KeptError(Exception):
-    """Why a module runs as before."""
+    """A module is left as it is; the message says why."""
 
 
 def _facts_of(m: Any, kind: _Kind, verify: bool) -> Any:
-    """Return what the accelerated form of ``m`` must know of it, after both gave the same results.
+    """Return the facts of ``m`` for its accelerated class, after a comparison of results.
 
     Raises:
         _KeptError: ``m`` cannot be replaced. MismatchError: the results differ.
@@ -204,9 +204,9 @@ def _reason_to_keep(m: Any, kind: _Kind) -> str | None:
     if not isinstance(m.clamp, (int, float)) or not m.clamp > 0:
         return f"its clamp is {m.clamp!r}, no positive number"
     if kind is _BLOCK and m.householder:
-        return "its permutation is learned reflections, which no kernel of ours computes"
+        return "its permutation is learned by Householder reflections, which no kernel computes"
     if kind is _BLOCK and m.GIN:
-        return "it is a GIN block, whose coupling no kernel of ours computes"
+        return "it is a GIN block, whose coupling no kernel computes"
     if kind is _GLOW and len(m.dims_in) != 3:
         return f"it couples {len(m.dims_in)} scales, not three"
     return None
@@ -219,7 +219,7 @@ def _is_fusion_layer(m: nn.Module) -> bool:
 
 
 def _fuse(module: nn.Module, plan: _Plan, report: AccelerationReport) -> None:
-    """Add to the plan the subnets that hold a norm of ours, and the sequences of nothing but fast blocks."""
+    """Add to the plan subnets with an accelerated norm, and sequences of only accelerated blocks."""
     facts: dict[nn.Module, BlockFacts] = {
         m: f for m, (form, f) in plan.items() if form is FastBlock
     }

@@ -1,4 +1,4 @@
-"""Checkpoint files of other packages become ours, and ours theirs."""
+"""Convert checkpoint files from and to other packages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def convert(source: str | Path, target: str | Path, to: str = "msflow_ext", **op
     """Write the checkpoint ``source`` as ``target`` in another format.
 
     Args:
-        source: a run folder or ``.safetensors`` file of ours, or a file of another package, found out by looking.
+        source: a run folder or ``.safetensors`` file of ours, or a file of another package, whose format is detected.
         target: file to write, ``.safetensors`` if it shall be ours; an existing one is replaced.
         to: ``"msflow_ext"``, ``"msflow"`` (the authors' code), ``"gathierry"`` or ``"anomalib"`` (their FastFlow).
         options: of :func:`msflow_ext.compat.checkpoints.detectors.read_detector`, where ``source`` is another package's.
@@ -37,16 +37,20 @@ def convert(source: str | Path, target: str | Path, to: str = "msflow_ext", **op
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
     if ours and to == "msflow_ext":
-        raise ValueError(f"{source} is one of ours already")
+        raise ValueError(f"{source} is a checkpoint of msflow_ext already")
     if ours and options:
-        raise ValueError(f"{source} is one of ours, which says itself what {_listed(options)} is")
+        raise ValueError(
+            f"{source} is a checkpoint of msflow_ext, which holds {_listed(options)} itself"
+        )
     if (target.suffix == ".safetensors") != (to == "msflow_ext"):
-        raise ValueError(f"{target}: .safetensors are checkpoints of ours, and only those")
+        raise ValueError(
+            f"{target}: the suffix .safetensors is for checkpoints of msflow_ext, and only for those"
+        )
     model = load(source, "cpu").model if ours else read_detector(source, **options)
     if to == "msflow_ext":
         save_checkpoint(target, {"model": type(model).__name__, "config": model.config}, model)
         return target
-    written = io.BytesIO()  # what torch.save says of a full disk is no sentence
+    written = io.BytesIO()  # torch.save has no clear message for a full disk
     torch.save(for_peer(model, to), written)
     write_bytes(target, written.getbuffer())
     return target

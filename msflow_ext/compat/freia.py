@@ -15,7 +15,7 @@ from msflow_ext.flows import inverse_softplus_scale
 from msflow_ext.ops._shapes import accumulation_dtype, per_channel
 from msflow_ext.ops.coupling import log_scale_and_shift
 
-#: The positive scale of each ``global_affine_type``, and the parameter that gives a wanted scale.
+#: The positive scale of each ``global_affine_type``, and the parameter that gives a required scale.
 _SCALES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], float]]] = {
     "SIGMOID": (lambda p: 10 * torch.sigmoid(p - 2), lambda scale: 2 - math.log(10 / scale - 1)),
     "SOFTPLUS": (lambda p: 0.1 * F.softplus(p, beta=0.5), inverse_softplus_scale),
@@ -122,7 +122,7 @@ class AllInOneBlock(nn.Module):
         return (v if fused else permute(v),), log_det
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Shapes of the outputs: those of the inputs."""
+        """Return the shapes of the outputs, which are those of the inputs."""
         return input_dims
 
     def _couple(self, x: Tensor, c: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ class AllInOneBlock(nn.Module):
         return y, log_det
 
     def _uncouple(self, y: Tensor, c: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The inverse of :meth:`_couple`."""
+        """Return the inverse of :meth:`_couple`."""
         y1, y2 = y[:, : self.conditioning], y[:, self.conditioning :]
         affine = self._affine(y.dtype)
         u = ops.conditioning_half(
@@ -160,19 +160,19 @@ class AllInOneBlock(nn.Module):
         return torch.cat((x1, x2), 1), log_det
 
     def _affine(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Scale unless GIN does without, offset and hard permutation, ``(C,)`` each, for data of ``dtype``."""
+        """Return scale (None for GIN), offset and hard permutation, ``(C,)`` each, for data of ``dtype``."""
         wide = accumulation_dtype(dtype)
         scale, _ = _SCALES[self.global_affine_type]
         scale = None if self.gin_block else scale(self.global_scale.flatten().to(wide))
         return scale, self.global_offset.flatten().to(wide), self.perm
 
     def _centred(self, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``s`` without its mean over each sample, and ``t``."""
+        """Return ``s`` without its mean over each sample, and ``t``."""
         s, t = log_scale_and_shift(a.to(accumulation_dtype(dtype)), self.clamp, self.clamp_form)
         return s - s.mean(tuple(range(1, s.dim())), keepdim=True), t
 
     def _permutation(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """The product with W and the one with its inverse."""
+        """Return the product with W and the one with its inverse."""
         perm = self.perm
         if perm is not None:
             return (
@@ -227,7 +227,7 @@ class AllInOneBlock(nn.Module):
 
 
 def hard_permutation(w: Tensor) -> Tensor | None:
-    """``index (C,)`` int64 with ``y[:, k] = x[:, index[k]]`` for ``w``, such an index or its matrix ``(C, C, *)``.
+    """Return ``index (C,)`` int64 with ``y[:, k] = x[:, index[k]]`` for ``w``, such an index or its matrix ``(C, C, *)``.
 
     None if ``w`` is no permutation.
     """
@@ -238,7 +238,7 @@ def hard_permutation(w: Tensor) -> Tensor | None:
 
 
 def _encoded(w: Tensor, like: Tensor) -> Tensor:
-    """``w`` in the encoding of ``like``, index or matrix; as it is where that cannot be."""
+    """Return ``w`` in the encoding of ``like``, index or matrix; as it is where that cannot be."""
     index = None if w.dim() == like.dim() else hard_permutation(w)
     if index is None:
         return w
@@ -296,7 +296,7 @@ def _check_options(clamp: float, reflections: int, clamp_form: str) -> None:
 
 
 def _kind(value: Any) -> str:
-    """What came in, for an error: the shapes, or the type."""
+    """Return the shapes or the type of an argument, for an error message."""
     if isinstance(value, (list, tuple)):
         return str([tuple(v.shape) if isinstance(v, Tensor) else v for v in value])
     return f"a {type(value).__name__}"

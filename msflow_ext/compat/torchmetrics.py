@@ -78,7 +78,7 @@ class ExactMetric(Metric):
         self.target.append(target != 0)
 
     def compute(self) -> Tensor:
-        """The metric of all that was kept, a float64 scalar."""
+        """Return the metric of all that was kept, a float64 scalar."""
         scores, truth = dim_zero_cat(self.preds), dim_zero_cat(self.target)
         return torch.tensor(self.function(truth, scores), dtype=torch.float64, device=self.device)
 
@@ -140,7 +140,7 @@ class AUPIMO(ExactMetric):
             self.labels.append(labels)
 
     def compute(self) -> Tensor:
-        """The metric of all that was kept, a float64 scalar."""
+        """Return the metric of all that was kept, a float64 scalar."""
         scores, truth = dim_zero_cat(self.preds), dim_zero_cat(self.target)
         labels = dim_zero_cat(self.labels) if len(self.labels) else None
         value = metrics.aupimo(truth, scores, self.fpr_bounds, labels)

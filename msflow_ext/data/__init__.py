@@ -45,10 +45,15 @@ _HOME = {
     "load_mask": "images",
 }
 
-#: Data sets that are packages, and layouts of folders; each is a module of ``msflow_ext.data.datasets``.
+#: Installed data sets and layouts of folders; each is a module of ``msflow_ext.data.datasets``.
 PACKAGED = ("elpv", "textures")
 LAYOUTS = ("mvtec", "visa", "btad", "mtd", "mstc", "folder")
-FIXED = ("mvtec", "visa", "btad", "mstc")  # layouts that say themselves what is tested
+FIXED = (
+    "mvtec",
+    "visa",
+    "btad",
+    "mstc",
+)  # layouts with a fixed split into training and test images
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +76,7 @@ def open_dataset(
     csv: str | Path | None = None,
     strict: bool = True,
 ) -> DataSet:
-    """Find the images of a data set, their labels and masks; nothing is decoded yet.
+    """Find the images of a data set with their labels and masks, without decoding any.
 
     Args:
         data: ``"elpv"`` or ``"textures"``, which are packages, or a folder. (A folder of such a
@@ -109,7 +114,7 @@ def open_dataset(
 
 
 def list_categories(data: str | Path, layout: str | None = None) -> list[str]:
-    """The categories that `open_dataset` can read; none where the set has no parts.
+    """Return the categories that `open_dataset` can read; an empty list if the set has none.
 
     Raises:
         ValueError: an unknown layout.
@@ -122,7 +127,7 @@ def list_categories(data: str | Path, layout: str | None = None) -> list[str]:
 def _reader(
     data: str | Path | None, layout: str | None, *, folders: bool = False
 ) -> tuple[ModuleType, list[Path | None]]:
-    """The module that reads ``data``, and the folder that it wants, if it wants one.
+    """Return the module that reads ``data``, and the folder to read if it needs one.
 
     ``folders`` may stand for ``data``.
     """

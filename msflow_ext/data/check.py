@@ -1,4 +1,4 @@
-"""Look at every image and mask of a data set before a minute of training is spent on it."""
+"""Check every image and mask of a data set before training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DARK = 64  # of 255: 16-bit images that are all darker than this hold values of 
 
 @dataclass(frozen=True)
 class Report:
-    """What a data set holds and what is wrong with it; ``str`` gives a table.
+    """Contents and faults of a data set; ``str`` gives a table.
 
     Attributes:
         name, category, split: of the data set; see :class:`DataSet`.
@@ -80,7 +80,7 @@ def check_dataset(
     """
     items = (*dataset.train, *dataset.test)
     if size is not None:
-        Images(items, size, fit)  # refuses a size or fit that is none
+        Images(items, size, fit)  # raises ValueError for a wrong size or fit
     with ThreadPoolExecutor(workers) as pool:
         seen = list(pool.map(lambda item: _look(item, size, fit), items))
     faults = [str(fault) for fault in dataset.faults]
@@ -160,7 +160,7 @@ def _judge(item: Item, mask: Mask, seen: _Seen) -> None:
 
 
 def _doubtful(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) -> Iterator[str]:
-    """What may be meant otherwise: a sentence of each kind, with the names of the images."""
+    """Yield a warning for each kind of suspicious image or mask, with the names of the images."""
     deep = [each.brightest for each in seen if each.brightest is not None]
     brightest = max(deep, default=255)
     several = [
@@ -172,7 +172,7 @@ def _doubtful(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) ->
         yield f"{len(several)} files hold several images, of which the first is read: {few(several)}"
     for sentence, flag in (
         (
-            f"images have 16 bits, of which 65535 is white, and at most {brightest / 255:.1%} of it",
+            f"images have 16 bits, but their largest value is only {brightest / 255:.1%} of white (65535)",
             lambda s: s.brightest is not None and brightest < DARK,
         ),
         (
@@ -180,14 +180,14 @@ def _doubtful(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) ->
             lambda s: s.soft,
         ),
         (
-            "masks mark more than half of their image, though not black is a defect",
+            "masks mark more than half of their image; every pixel that is not black counts as a defect",
             lambda s: s.inverted,
         ),
         (
             "images are turned as their EXIF says, unlike their masks, which must fit the turned image",
             lambda s: s.askew,
         ),
-        (f"masks have regions smaller than a pixel at size {size}", lambda s: s.lost),
+        (f"masks have regions that are smaller than a pixel at size {size}", lambda s: s.lost),
     ):
         names = [item.name for item, each in zip(items, seen, strict=True) if flag(each)]
         if names:

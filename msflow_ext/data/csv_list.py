@@ -1,4 +1,4 @@
-"""Lists of images in CSV files; none of their paths may leave the folder of the data."""
+"""Lists of images in CSV files. Paths must stay inside the data folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GOOD = ("good", "normal", "ok", "0")
 
 @dataclass(frozen=True)
 class Row:
-    """The cells of a line by their columns; an empty cell is ``""``."""
+    """The cells of one line by column; an empty cell is ``""``."""
 
     place: str
     cells: dict[str, str]
@@ -33,7 +33,7 @@ class Entry:
 
 
 def rows(table: Path, columns: Sequence[str], faults: Faults) -> list[Row]:
-    """The lines of a CSV file below its header, which must name ``columns``.
+    """Return the lines of a CSV file below its header, which must name ``columns``.
 
     Raises:
         FileNotFoundError: no such file.
@@ -62,7 +62,7 @@ def rows(table: Path, columns: Sequence[str], faults: Faults) -> list[Row]:
 
 
 def entries(table: Iterable[Row], root: Path, faults: Faults, image: str = "path") -> list[Entry]:
-    """The images that rows name in the columns ``image``, ``label``, ``mask`` and ``split``.
+    """Return the images that rows name in the columns ``image``, ``label``, ``mask`` and ``split``.
 
     Faults, whose rows are left out: a file that is not there or leaves ``root``, no label, a split
     that is not train or test or that only some rows have, a defect to train on, and a defect
@@ -90,7 +90,7 @@ def entries(table: Iterable[Row], root: Path, faults: Faults, image: str = "path
 
 
 def unique(parts: Iterable[Iterable[Item]], faults: Faults) -> list[tuple[Item, ...]]:
-    """Each part without the items whose name another one before them has, which are faults."""
+    """Return each part without items that repeat an earlier name; each of these is a fault."""
     found: dict[str, Item] = {}
     for item in chain.from_iterable(parts := [list(part) for part in parts]):
         other = found.setdefault(item.name, item)
@@ -100,7 +100,7 @@ def unique(parts: Iterable[Iterable[Item]], faults: Faults) -> list[tuple[Item, 
 
 
 def inside(root: Path, path: str) -> Path:
-    """The file ``path`` in ``root``.
+    """Return the file ``path`` in ``root``.
 
     Raises:
         ValueError: it leaves ``root``: an absolute path, one with ``..``, or a link.

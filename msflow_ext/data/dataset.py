@@ -1,4 +1,4 @@
-"""What a data set is: named images with their labels and masks, and how folders hold them."""
+"""Data sets: named images with labels and masks, and how they are found in folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from msflow_ext.data.walk import APART, SUFFIXES, Found, walk
 
-Faults = list[Exception]  # what a reader finds wrong and goes on
+Faults = list[Exception]  # errors that do not stop a reader
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class DataSet:
 
     @property
     def split(self) -> str:
-        """Which images train and which are tested, as 12 hex digits of a SHA-256 of their names."""
+        """Identity of the split: 12 hex digits of a SHA-256 of the names of training and test images."""
         parts = [[item.name for item in part] for part in (self.train, self.test)]
         return hashlib.sha256(repr((self.name, self.category, parts)).encode()).hexdigest()[:12]
 
@@ -80,7 +80,7 @@ def list_images(
     deep: bool = False,
     apart: Iterable[Path] = (),
 ) -> list[Path]:
-    """The images right inside ``folder``, sorted by name, or with ``deep`` those of all its folders.
+    """Return the images in ``folder``, sorted by name; with ``deep`` also those in its sub-folders.
 
     What is passed over, and ``apart``: see :func:`msflow_ext.data.walk.walk`.
 
@@ -136,12 +136,12 @@ def match_masks(
 
 
 def stem_in(folder: Path, path: Path) -> str:
-    """The name of a file in ``folder`` or its sub-folders: the path from there on, no suffix."""
+    """Return the name of a file in ``folder`` or its sub-folders: the path from there on, no suffix."""
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def subfolders(parent: Path) -> list[str]:
-    """The names of the folders in ``parent``, sorted; hidden ones are passed over.
+    """Return the names of the folders in ``parent``, sorted; hidden ones are passed over.
 
     Raises:
         FileNotFoundError: there is no such folder. OSError: it cannot be read.
@@ -152,7 +152,7 @@ def subfolders(parent: Path) -> list[str]:
 
 
 def unread(dataset: DataSet) -> dict[str, str]:
-    """What lies in the folders of a data set and is not read, with the reason where there is one."""
+    """Return the files in the folders of a data set that are not read, with the reason if it is known."""
     items = (*dataset.train, *dataset.test)
     read = {path for item in items for path in (item.image, item.mask) if isinstance(path, Path)}
     holders = {parent for path in read for parent in path.parents}
@@ -189,7 +189,7 @@ def _found(
 
 
 def _by_stem(walked: Found, faults: Faults) -> dict[str, Path]:
-    """The files that were found, by their names without the suffix."""
+    """Return the files that were found, by their names without the suffix."""
     found: dict[str, Path] = {}
     for path in walked.paths:
         other = found.setdefault(stem_in(walked.folder, path), path)

@@ -1,4 +1,4 @@
-"""Decode images and masks of any usual kind, each in its own size."""
+"""Decode images of any usual kind at their own size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["load_bytes", "load_image", "read_mask"]
 
 log = logging.getLogger(__name__)
-_said = Event()  # that a file holds several images
+_said = Event()  # warn once that a file holds several images
 
 
 def load_image(source: Source) -> Image.Image:
@@ -51,7 +51,7 @@ def load_image(source: Source) -> Image.Image:
 
 
 def load_bytes(content: bytes, max_pixels: int) -> Image.Image:
-    """Decode the content of an image file that a stranger sent, as `load_image` does a file.
+    """Decode the bytes of an untrusted image file, as `load_image` decodes a file.
 
     Raises:
         ValueError: as `load_image`; or there are more than ``max_pixels`` pixels, which is seen

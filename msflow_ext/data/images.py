@@ -1,4 +1,4 @@
-"""The images and masks of a data set as the square tensors that models see."""
+"""Images and masks of a data set as square tensors, the input of the models."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
         return levels.to(torch.float32, memory_format=torch.contiguous_format) / 255
 
     def mask(self, index: int) -> np.ndarray | None:
-        """Bool ``(size, size)``, True on the defect; None where nobody has marked it.
+        """Return a bool mask ``(size, size)``, True on the defect; None if the item has no mask.
 
         It is fitted as its image is; padding is no defect.
 
@@ -63,7 +63,7 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
         return load_mask(item.mask, self.size, item.image, self.fit)
 
     def shown(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Image ``(h, w, 3)``, uint8, and mask ``(h, w)``, bool, or None, for people.
+        """Return the image ``(h, w, 3)`` uint8 and the mask ``(h, w)`` bool, or None, for display.
 
         They keep the image's own aspect, whatever the fit: the longer side is ``size``.
         """
@@ -74,7 +74,7 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
         return picture, None if mask is None else mask[box]
 
     def box(self, index: int) -> Box:
-        """The rows and columns of the square that show the image; the others are padding."""
+        """Return the rows and columns of the square that show the image; the others are padding."""
         image = self.items[index].image
         size = (1, 1) if self.fit == "resize" else decode(image).pixels.size
         return placed(*size, self.size, self.fit)
@@ -110,7 +110,7 @@ def load_mask(
 
 
 def placed(width: int, height: int, size: int, fit: str) -> Box:
-    """The rows and columns of a square of ``size`` that show an image of ``width`` x ``height``."""
+    """Return the rows and columns of a square of ``size`` that show an image of ``width`` x ``height``."""
     longer = max(width, height)
     extents = (
         size if fit == "resize" else max(1, round(size * side / longer)) for side in (height, width)
@@ -147,7 +147,7 @@ def _checked_fit(fit: str) -> str:
 
 
 def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """An image ``(H, W, 3)``, uint8, an anomaly map ``(H, W)``, float, or a mask ``(H, W)``, bool, of another size."""
+    """Resize an image ``(H, W, 3)`` uint8, an anomaly map ``(H, W)`` float or a mask ``(H, W)`` bool."""
     from PIL import Image
 
     if values.dtype == np.bool_:
@@ -160,13 +160,13 @@ def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def in_aspect(height: int, width: int, longer: int) -> tuple[int, int]:
-    """Height and width of the same aspect whose longer side is ``longer``."""
+    """Return height and width of the same aspect whose longer side is ``longer``."""
     rows, columns = placed(width, height, longer, "pad")
     return rows.stop - rows.start, columns.stop - columns.start
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
-    """``(3, H, W)``, float in 0..1 or uint8, as ``(H, W, 3)`` uint8."""
+    """Convert ``(3, H, W)``, float in 0..1 or uint8, to ``(H, W, 3)`` uint8."""
     if image.dtype != torch.uint8:
         image = (image * 255).round().clamp(0, 255).byte()
     return image.permute(1, 2, 0).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Masks: which pixels their maker marked, and what of them is left at another size."""
+"""Masks: the marked pixels, and how regions survive resizing."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def decode_mask(source: Source) -> Mask:
 
 
 def check_size(mask: Mask, source: Source, picture: Picture, image: Source) -> None:
-    """ValueError unless a mask and the picture of its image have one size; both are named."""
+    """Raise ValueError unless a mask and the picture of its image have one size; both are named."""
     (height, width), size = mask.marks.shape, picture.pixels.size
     if (width, height) != size:
         turned = ", turned as its EXIF says" if picture.turned else ""
@@ -136,7 +136,7 @@ def _of_picture(picture: Picture) -> Mask:
 
 
 def _is_soft(levels: np.ndarray) -> bool:
-    """Whether levels between black and the largest belong to outlines, not to classes."""
+    """Return whether levels between black and the largest belong to outlines, not to classes."""
     from scipy import ndimage
 
     largest = int(levels.max())
@@ -148,7 +148,7 @@ def _is_soft(levels: np.ndarray) -> bool:
 
 
 def _cut(levels: np.ndarray) -> np.ndarray:
-    """Where a soft mask is above half of its largest level, and regions that are not, above a quarter."""
+    """Return where a soft mask is above half of its largest level, and regions that are not, above a quarter."""
     from scipy import ndimage
 
     largest = int(levels.max())

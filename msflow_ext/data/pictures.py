@@ -1,4 +1,4 @@
-"""What a file, a frame of a video or an array holds: its pixels in their own mode, and facts about them."""
+"""Pixels and facts of a file, a video frame or an array, in their original mode."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def decode(source: Source) -> Picture:
 
 
 def source_name(source: Source) -> str:
-    """What to call a source in a sentence."""
+    """Return a name of a source for messages."""
     if isinstance(source, np.memmap):
         return str(source.filename)
     return "an array" if isinstance(source, np.ndarray) else str(source)
@@ -90,7 +90,7 @@ def decode_file(file: BinaryIO, name: str, max_pixels: int | None = None) -> Pic
         with Image.open(file, formats=KINDS) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {max_pixels}")
-            # To count the pages of a stranger's file may take long.
+            # Counting the pages of an untrusted file may take long.
             images = 1 if max_pixels is not None else getattr(image, "n_frames", 1)
             deep = ";16" in str(image.tile)  # as Pillow calls what it unpacks
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)

@@ -1,4 +1,4 @@
-"""The images in whatever a user hands over, one by one, each with its name."""
+"""Named images from paths, arrays, tensors and iterables of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from msflow_ext.data import load_image
 from msflow_ext.data.walk import APART, OURS, SUFFIXES, summary, walk
 
-#: What can be iterated, but not over images.
+#: Types that are iterable, but do not hold images.
 _NO_SOURCES = (bytes, bytearray, memoryview, io.IOBase, Mapping)
 
 
@@ -27,7 +27,7 @@ class Named(NamedTuple):
 
 
 def listed(paths: Sequence[str | Path], *, apart: Iterable[Path] = ()) -> dict[str, Path]:
-    """Every image of files and folders by its name, before one of them is read.
+    """Return the images in files and folders by name, without reading them.
 
     Args:
         apart: folders to pass over, see :func:`msflow_ext.data.walk.walk`.
@@ -55,7 +55,7 @@ def images_of(
     one: bool = True,
     apart: Iterable[Path] = (),
 ) -> Iterator[Named]:
-    """Every image in ``source`` with its name: a path, an array or a tensor.
+    """Yield every image in ``source`` with its name: a path, an array or a tensor.
 
     The name of an image in a folder is its path from there on, or with that of the folder if this
     is not the ``one`` source: images of the same name in two folders are told apart.
@@ -99,7 +99,7 @@ def images_of(
 
 
 def own_size(named: tuple[str, Any]) -> Tensor:
-    """A named image in its own size, ``(3, H, W)``: uint8, or the float tensor that it is."""
+    """Return a named image at its own size, ``(3, H, W)``: uint8, or the given float tensor."""
     name, image = named
     if not isinstance(image, Tensor):
         return torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1)
@@ -112,7 +112,7 @@ def own_size(named: tuple[str, Any]) -> Tensor:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """A PIL image as an array that :func:`msflow_ext.data.load_image` reads without loss."""
+    """Return a PIL image as an array that :func:`msflow_ext.data.load_image` reads without loss."""
     from PIL import ImageOps
 
     upright = ImageOps.exif_transpose(image)

@@ -41,20 +41,20 @@ def draw(
 
 
 def scar(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A thin strip of the image, turned, darkened or brightened, and laid down elsewhere."""
+    """Return a thin strip of the image, turned, darkened or brightened, and laid down elsewhere."""
     side = min(image.shape)
     length, width = rng.uniform(0.15, 0.4) * side, rng.uniform(0.015, 0.045) * side
     return _cut_paste(image, rng, length, width, _dark_or_bright(rng, 0.15, 0.45))
 
 
 def patch(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A rectangle of the image, turned and laid down elsewhere at almost the same brightness."""
+    """Return a rectangle of the image, turned and laid down elsewhere at almost the same brightness."""
     length, width = rng.uniform(0.08, 0.19, size=2) * min(image.shape)
     return _cut_paste(image, rng, length, width, rng.uniform(0.95, 1.05))
 
 
 def blur(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A smeared spot, masked where there was something to smear: not on flat ground."""
+    """Return a smeared spot, masked where there was something to smear: not on flat ground."""
     side = min(image.shape)
     blurred = _smooth(image, rng.uniform(0.025, 0.04) * side)
     visible = _smooth(np.abs(blurred - image), 0.01 * side) >= 5
@@ -62,7 +62,7 @@ def blur(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
 
 
 def blob(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A darker or brighter spot with a wavy outline: a stain."""
+    """Return a darker or brighter spot with a wavy outline: a stain."""
     spot = _spot(image, rng, rng.uniform(0.045, 0.12) * min(image.shape))
     return _change(image, spot, image * _dark_or_bright(rng, 0.3, 0.5))
 
@@ -108,19 +108,19 @@ def _cut_paste(
 
 
 def _dark_or_bright(rng: np.random.Generator, least: float, most: float) -> float:
-    """A factor of brightness that differs from 1 by ``least`` to ``most``."""
+    """Return a factor of brightness that differs from 1 by ``least`` to ``most``."""
     return 1 + rng.choice((-1, 1)) * rng.uniform(least, most)
 
 
 def _offsets(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Each pixel's row and column, counted from a random point off the margin."""
+    """Return each pixel's row and column, counted from a random point off the margin."""
     row, column = rng.uniform(0.1, 0.9, size=2) * image.shape
     rows, columns = np.indices(image.shape)
     return rows - row, columns - column
 
 
 def _spot(image: np.ndarray, rng: np.random.Generator, radius: float) -> np.ndarray:
-    """A disc whose radius waves by up to a third around it."""
+    """Return a disc whose radius waves by up to a third around it."""
     rows, columns = _offsets(image, rng)
     angle, waves = np.arctan2(rows, columns), rng.integers(2, 6)
     outline = 1 + rng.uniform(0, 0.33) * np.cos(waves * angle + rng.uniform(0, 2 * np.pi))

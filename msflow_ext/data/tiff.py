@@ -1,4 +1,4 @@
-"""Which TIFF files Pillow reads right, told by their tags: it reads others wrong without a word."""
+"""Find out from the tags whether Pillow reads a TIFF file correctly; it misreads some without an error."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _FORMATS = {1: "uint", 2: "int", 3: "float"}
 
 
 def read_tags(file: BinaryIO) -> Tags | None:
-    """The tags of the first image of a TIFF file, as far as they can be read; None of a file of another kind.
+    """Return the readable tags of the first image of a TIFF file; None for any other file.
 
     Pillow reads every tag, however long, and tells none of a file that it does not know.
     """
@@ -75,7 +75,7 @@ def read_tags(file: BinaryIO) -> Tags | None:
 
 
 def refuse_misread(tags: Tags, name: str) -> None:
-    """ValueError unless Pillow reads the pixels of a file with these tags right."""
+    """Raise ValueError unless Pillow reads the pixels of a file with these tags right."""
     if not _is_read(tags):
         raise ValueError(
             f"{name} is a TIFF file of {_described(tags)}, which is not read: save it as PNG, or as TIFF "
@@ -84,7 +84,7 @@ def refuse_misread(tags: Tags, name: str) -> None:
 
 
 def is_lossy(tags: Tags) -> bool:
-    """Whether the pixels are compressed with losses."""
+    """Return whether the pixels are compressed with losses."""
     return _one(tags, _COMPRESSION, _RAW) in (_JPEG, _WEBP)
 
 
@@ -120,7 +120,7 @@ def _one(tags: Tags, tag: int, default: int = -1) -> int:
 
 
 def _values(file: BinaryIO, order: str, kind: str, length: int, value: bytes) -> tuple[int, ...]:
-    """The numbers of a tag: in its entry if they fit, else where that points."""
+    """Return the numbers of a tag: from its entry if they fit, else from the offset in it."""
     layout = f"{order}{length}{kind}"
     if struct.calcsize(layout) <= len(value):
         return struct.unpack_from(layout, value)

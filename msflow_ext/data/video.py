@@ -18,7 +18,7 @@ SUFFIXES = tuple(KINDS)
 
 
 def frames(video: Path) -> list[Frame]:
-    """Every frame of a video, none of them decoded.
+    """Return every frame of a video, none of them decoded.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -29,7 +29,7 @@ def frames(video: Path) -> list[Frame]:
 
 
 def load_frame(frame: Frame) -> np.ndarray:
-    """A frame as ``(H, W)`` or ``(H, W, 3)`` uint8.
+    """Return a frame as ``(H, W)`` or ``(H, W, 3)`` uint8.
 
     Frames that are read in their order come one after the other; for others, the video is searched from the last
     key frame on. Each thread keeps the video that it read last open.
@@ -73,7 +73,7 @@ def _opened(path: Path) -> Any:
 
 
 class _Last(threading.local):
-    """The video that a thread read last: to close one takes imageio half a second."""
+    """The last video of each thread, kept open: closing one takes imageio half a second."""
 
     key: Any = None
     video: Any = None

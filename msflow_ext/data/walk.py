@@ -1,4 +1,4 @@
-"""Walk a folder: which of its files are taken, and what is passed over."""
+"""Walk a folder: find its images, and note what is skipped."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ def walk(
 
 
 def few(words: Sequence[str]) -> str:
-    """The first words, and how many more there are."""
+    """Return the first words, and how many more there are."""
     more = len(words) - SHOWN
     return ", ".join(words[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def summary(passed_over: Mapping[str, str]) -> str:
-    """How many files and folders are passed over and the first names, those with a reason first."""
+    """Return how many files and folders are passed over and the first names, those with a reason first."""
     names = sorted(passed_over, key=lambda name: (not passed_over[name], name))
     reasons = [f" ({passed_over[name]})" if passed_over[name] else "" for name in names]
     listed = few([name + reason for name, reason in zip(names, reasons, strict=True)])

@@ -1,4 +1,4 @@
-"""Where many tasks run: here, one after the other, or at once on Ray, on this machine or a cluster."""
+"""Run many tasks: one after the other in this process, or in parallel on Ray."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-#: A task, what came of it, and the error that came instead.
+#: A task, and its result or its error.
 Outcome = tuple[Any, Any, Exception | None]
-#: Does ``work(task)`` for each task; outcomes come as they are ready. To be closed after use.
+#: Calls ``work(task)`` for each task and yields outcomes as they are ready. Close it after use.
 Engine = Callable[[Callable[[Any], Any], Iterable[Any]], Generator[Outcome, None, None]]
 
 RETRIES = 5  # of a task whose worker died
@@ -36,11 +36,11 @@ log = logging.getLogger(__name__)
 
 
 class TaskLost(RuntimeError):  # noqa: N818  (it says what happened)
-    """The workers of a task died again and again, or the engine gave it up."""
+    """A task was given up: its workers died repeatedly, or the engine cancelled it."""
 
 
 def one_by_one(work: Callable[[Any], Any], tasks: Iterable[Any]) -> Generator[Outcome, None, None]:
-    """The engine ``local``: this process, in the order of the tasks."""
+    """Run tasks in this process, in order: the engine ``local``."""
     for task in tasks:
         result, error = None, None
         try:
@@ -57,7 +57,7 @@ def on_ray(
     cpus: int = 1,
     gpus: float = 0.0,
 ) -> Engine:
-    """The engine ``ray``: tasks at once, in worker processes; a task whose worker dies is done again.
+    """Run tasks in parallel in worker processes: the engine ``ray``. A task whose worker dies is repeated.
 
     ``work`` and tasks are pickled. Workers take this process's working folder, which must be there on
     every machine, as must all files that tasks name; torch computes with ``cpus`` threads.
@@ -102,12 +102,12 @@ def on_ray(
 
 @contextmanager
 def session(address: str | None = None) -> Iterator[Any]:
-    """The module ``ray``, connected; what is started here ends with the block, processes and all."""
-    # No report to its makers, and no advice about variables that we do not rely on.
+    """Connect to Ray and lend its module; processes started here end with the block."""
+    # Disable Ray's usage reports, and its advice on variables that are not used here.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address is None and "ray" not in sys.modules:  # which reads the following when imported
-        # A Ray listens on all networks and runs what it is told: let it be told by this process only.
+        # Ray executes what its port receives, so accept connections from this machine only.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
@@ -139,12 +139,12 @@ def _check_address(address: str) -> None:
         reason = f"no Ray answered within {CONNECT_SECONDS:.0f} seconds"
         raise ConnectionError(f"--address {address}: {reason}") from None
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["Ray ended without a word"])[-1]
+        last = (done.stderr.strip().splitlines() or ["Ray ended without an error message"])[-1]
         raise ConnectionError(f"--address {address}: {last}")
 
 
 def _check_room(ray: Any, address: str | None, required: dict[str, float]) -> None:
-    """ValueError if a task would wait for ever; a cluster may still grow."""
+    """Raise ValueError if no machine can ever run a task; a cluster may still grow."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(all(node.get(n, 0) >= count for n, count in required.items()) for node in nodes):
         return
@@ -153,7 +153,7 @@ def _check_room(ray: Any, address: str | None, required: dict[str, float]) -> No
         ", ".join(f"{each.get(name, 0):g} {name}s" for name in required)
         for each in (required, most)
     )
-    sentence = "a task wants {} (--cpus-per-task, --gpus-per-task), the largest machine has {}"
+    sentence = "a task needs {} (--cpus-per-task, --gpus-per-task), the largest machine has {}"
     if address is None:
         raise ValueError(sentence.format(*texts))
     log.warning("%s: tasks wait for a larger one", sentence.format(*texts))
@@ -176,4 +176,4 @@ def _result(ray: Any, reference: Any) -> tuple[Any, Exception | None]:
     except ray.exceptions.WorkerCrashedError:
         return None, TaskLost(f"its worker died {RETRIES + 1} times")
     except ray.exceptions.RayError as error:
-        return None, TaskLost(f"Ray gave it up: {str(error).strip().splitlines()[0]}")
+        return None, TaskLost(f"Ray cancelled it: {str(error).strip().splitlines()[0]}")

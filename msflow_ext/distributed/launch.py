@@ -14,7 +14,7 @@ from msflow_ext.distributed.ranks import started
 def processes_to_start(
     devices: int | None, num_nodes: int | None, rendezvous: str | None, device: str | None
 ) -> int:
-    """How many processes this one shall start; 0 if it shall train itself, alone or as one of them.
+    """Return how many processes to start; 0 if this process trains itself, alone or as one of several.
 
     Raises:
         ValueError: the flags, whose names these are, contradict each other, the machine or ``torchrun``.
@@ -41,7 +41,7 @@ def processes_to_start(
             "port there, the same on all"
         )
     if rendezvous and num_nodes == 1:
-        raise ValueError("--rendezvous is where several machines meet: it needs --num-nodes")
+        raise ValueError("--rendezvous is for training on several machines and needs --num-nodes")
     _check(devices, device)
     gpus = torch.cuda.device_count()
     if devices > gpus and str(device or ("cuda" if gpus else "cpu")) == "cuda":
@@ -89,9 +89,7 @@ def launch(
             f"process {rank} of {devices * machines} was ended by {name}, and the others with it"
         ) from None
     except RendezvousError as error:
-        raise ConnectionError(
-            f"--rendezvous {rendezvous} does not answer (any more): {error}"
-        ) from None
+        raise ConnectionError(f"--rendezvous {rendezvous} does not answer: {error}") from None
     except SignalException as error:
         return 2 if error.sigval == signal.SIGINT else 128 + error.sigval
     return 0

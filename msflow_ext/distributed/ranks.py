@@ -1,4 +1,4 @@
-"""Training in several processes: the share of each, sums over all of them, and one end for all."""
+"""Training in several processes: shares of a batch, sums over processes, and a common end."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and reports."""
+        """Whether this process writes files and reports."""
         return self.rank == 0
 
     def own(self, images: int) -> Tensor:
-        """Which of so many images are this process's, ``(N,)`` int64: every ``size``-th one."""
+        """Return the indices ``(N,)`` int64 of this process's images: every ``size``-th one."""
         return torch.arange(images)[self.rank :: self.size]
 
     def total(self, part: Tensor) -> Tensor:
-        """The sum of all processes' tensors of one shape."""
+        """Return the sum of all processes' tensors of one shape."""
         if self.size == 1:
             return part
         whole = part.clone()
@@ -57,7 +57,7 @@ class Ranks:
         return whole
 
     def average(self, parameters: Iterable[nn.Parameter], loss: Tensor, images: int) -> Tensor:
-        """Make gradients and loss those of the whole batch; this process's are means over ``images``.
+        """Average gradients and loss over the whole batch; those of this process are means over ``images``.
 
         Returns:
             the loss; the gradients are changed in place, those of a process with 0 images do not count.
@@ -101,7 +101,7 @@ class Ranks:
             self._call(dist.recv, tensor, source)
 
     def broadcast(self, value: Value) -> Value:
-        """The first process's value, anything that can be pickled."""
+        """Return the first process's value, anything that can be pickled."""
         return self._from(0, value)
 
     @torch.no_grad()
@@ -152,7 +152,7 @@ class Ranks:
 
 
 def even_shares(owners: Tensor, size: int) -> list[Tensor]:
-    """The places in a batch that each of ``size`` processes takes, at most one more than another.
+    """Return the places in a batch of each of ``size`` processes; their numbers differ by at most one.
 
     Each takes images of its own, by ``owners (N,)``, as far as they are not too many; so few are moved.
     """
@@ -168,26 +168,26 @@ def even_shares(owners: Tensor, size: int) -> list[Tensor]:
 
 
 def started() -> bool:
-    """Whether this process was started as one of several, by ``torchrun`` or otherwise."""
+    """Return whether this process was started as one of several, by ``torchrun`` or otherwise."""
     if not dist.is_available():
         return False
     return dist.is_initialized() or all(name in os.environ for name in ENVIRONMENT)
 
 
 def local_rank() -> int:
-    """The number of this process among those on this machine that were started with it."""
+    """Return the number of this process among those on this machine that were started with it."""
     return int(os.environ.get("LOCAL_RANK", 0)) if started() else 0
 
 
 def own_device(device: str | torch.device | None) -> str | torch.device | None:
-    """``device``, or this process's own GPU where several processes are to use all of them."""
+    """Return ``device``, or this process's own GPU where several processes are to use all of them."""
     if started() and str(device or "cuda") == "cuda" and torch.cuda.is_available():
         return f"cuda:{local_rank()}"
     return device
 
 
 def join(device: str | torch.device | None = None) -> Ranks:
-    """The processes that were started with this one, connected; this one alone if there are none.
+    """Return the processes that were started with this one, connected; this one alone if there are none.
 
     Args:
         device: where they compute: what is there is exchanged by NCCL, what is in memory by gloo.
@@ -224,7 +224,7 @@ def _connected(rank: int, size: int) -> Iterator[None]:
     except RuntimeError as error:  # what torch raises has no better type in common
         reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
         raise ConnectionError(
-            f"process {rank} of {size} has lost the others: one has ended, or gave no answer within "
+            f"process {rank} of {size} has lost the others: one has ended, or did not answer within "
             f"{TIMEOUT.total_seconds():.0f} s ({reason})"
         ) from error
 

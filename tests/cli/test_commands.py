@@ -250,7 +250,7 @@ def test_damaged_files_of_a_run_are_named(run, data, tmp_path, fails, train_comm
     damaged.mkdir()
     (damaged / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
     evaluate = ["evaluate", "--run", str(damaged), "--device", "cpu"]
-    assert f"{damaged / 'config.yaml'} is not there" in fails(*evaluate)
+    assert f"{damaged / 'config.yaml'} does not exist" in fails(*evaluate)
     for text in ("a: b: c", "- 1\n- 2"):
         (damaged / "config.yaml").write_text(text)
         assert str(damaged / "config.yaml") in fails(*evaluate)

@@ -74,14 +74,14 @@ def test_all_runs_of_a_folder_are_evaluated_into_one_table(run, data, tmp_path, 
     assert "1 of 2 runs failed" in sentence
     assert "got 'cup'" in sentence
     assert "table.md" in str(sorted(out.iterdir()))
-    assert "wants --out, another folder" in fails(*command)
-    assert "wants --out, another folder" in fails(*command, "--out", str(runs))
+    assert "needs --out with another folder" in fails(*command)
+    assert "needs --out with another folder" in fails(*command, "--out", str(runs))
     shutil.copytree(runs / "cup", runs / "duplicate")
     assert "are of one category and seeds" in fails(*elsewhere)
     (runs / "duplicate" / "metrics.json").unlink()
     assert f"{runs / 'duplicate'} is not a finished run" in fails(*elsewhere)
     nothing = ["evaluate", "--run", str(root), "--category", "all", "--out", str(out)]
-    assert f"{root} has no runs below it" in fails(*nothing)
+    assert f"{root} holds no runs" in fails(*nothing)
 
 
 def test_chosen_categories_are_named_with_commas(data, tmp_path, fails, train_command):

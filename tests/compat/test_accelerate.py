@@ -19,11 +19,11 @@ def test_the_report_names_what_was_replaced_fused_and_kept(make):
     )
     report = mx.accelerate(model)
     assert report.replaced == ["flow.module_list.0", "flow.module_list.1"]
-    assert report.kept == {"gin": "it is a GIN block, whose coupling no kernel of ours computes"}
+    assert report.kept == {"gin": "it is a GIN block, whose coupling no kernel computes"}
     assert report.fused == {"flow": "a chain without cat and split between the blocks"}
     assert str(report).splitlines() == [
         "replaced 2: flow.module_list.0, flow.module_list.1",
-        "kept gin: it is a GIN block, whose coupling no kernel of ours computes",
+        "kept gin: it is a GIN block, whose coupling no kernel computes",
         "fused flow: a chain without cat and split between the blocks",
     ]
 
@@ -32,7 +32,10 @@ def test_the_report_names_what_was_replaced_fused_and_kept(make):
     ("options", "reason"),
     [
         ({"gin_block": True}, "it is a GIN block"),
-        ({"learned_householder_permutation": 2}, "its permutation is learned reflections"),
+        (
+            {"learned_householder_permutation": 2},
+            "its permutation is learned by Householder reflections",
+        ),
         ({"affine_clamping": torch.tensor(2.0)}, r"its clamp is tensor\(2\.\)"),
         ({"affine_clamping": -1.0}, "its clamp is -1.0, no positive number"),
     ],

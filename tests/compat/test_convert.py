@@ -84,7 +84,7 @@ def test_the_clamp_that_a_file_does_not_tell_is_taken_from_the_command(files, tm
     [
         ("absent.pt", [], "no checkpoint at"),
         ("absent.safetensors", ["--to", "msflow"], "no such checkpoint"),
-        ("msflow.safetensors", [], "is one of ours already"),
+        ("msflow.safetensors", [], "is a checkpoint of msflow_ext already"),
         (
             "msflow.safetensors",
             ["--to", "freia"],
@@ -94,7 +94,7 @@ def test_the_clamp_that_a_file_does_not_tell_is_taken_from_the_command(files, tm
         (
             "msflow.safetensors",
             ["--to", "msflow", "--clamp", "1"],
-            "is one of ours, which says itself what clamp is",
+            "is a checkpoint of msflow_ext, which holds clamp itself",
         ),
         ("backbone.pth", [], "the state dict must hold flows"),
         ("model_a.checkpoint.pt", ["--weights", "absent.pth"], "absent.pth"),
@@ -121,4 +121,4 @@ def test_the_name_of_a_file_tells_whose_it_is(files, tmp_path, capsys, to, name)
         GOLDEN / "model_a.checkpoint.pt" if to == "msflow_ext" else files / "msflow.safetensors"
     )
     assert cli.main(["convert", str(source), "--to", to, "--out", str(tmp_path / name)]) == 2
-    assert ".safetensors are checkpoints of ours, and only those" in capsys.readouterr().err
+    assert "suffix .safetensors is for checkpoints of msflow_ext" in capsys.readouterr().err

@@ -175,4 +175,6 @@ def test_the_command_looks_at_the_size_of_the_model(root, capsys):
     assert cli.main(arguments) == 0
     assert "smaller than a pixel" not in capsys.readouterr().out
     assert cli.main([*arguments, "--image-size", "1"]) == 0
-    assert "3 masks have regions smaller than a pixel at size 1: " in capsys.readouterr().out
+    assert (
+        "3 masks have regions that are smaller than a pixel at size 1: " in capsys.readouterr().out
+    )

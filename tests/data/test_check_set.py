@@ -102,7 +102,7 @@ def test_16_bit_files_that_hold_fewer_bits_are_warned_of(tmp_path, bits):
     levels[0, 0] = 2**bits - 1
     Image.fromarray(levels).save(tmp_path / "a.png")
     share = {10: "1.6%", 12: "6.3%"}[bits]
-    sentence = f"1 images have 16 bits, of which 65535 is white, and at most {share} of it: scar/0"
+    sentence = f"1 images have 16 bits, but their largest value is only {share} of white (65535): scar/0"
     for image in (levels, tmp_path / "a.png"):
         assert doubts(Item("scar/0", 1, "scar", image, SPOT)) == [sentence]
     for bright in (levels << (16 - bits), NOISE // np.uint8(16)):  # 8 bits may be dark
@@ -115,7 +115,7 @@ def test_16_bit_colours_that_hold_fewer_bits_are_warned_of(tmp_path):
     levels = RNG.integers(0, 4096, (24, 24, 3), dtype=np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", levels, photometric="rgb")
     (warning,) = doubts(Item("scar/0", 1, "scar", tmp_path / "a.tif", SPOT))
-    assert warning.startswith("1 images have 16 bits, of which 65535 is white, and at most 5.9% of")
+    assert warning.startswith("1 images have 16 bits, but their largest value is only 5.9% of")
 
 
 @pytest.mark.family("masks")
@@ -129,7 +129,7 @@ def test_a_mask_that_is_cut_at_half_is_warned_of(tmp_path):
 
 @pytest.mark.family("masks")
 def test_an_inverted_mask_is_warned_of():
-    sentence = "1 masks mark more than half of their image, though not black is a defect: scar/0"
+    sentence = "1 masks mark more than half of their image; every pixel that is not black counts as a defect: scar/0"
     assert doubts(Item("scar/0", 1, "scar", NOISE, ~SPOT)) == [sentence]
 
 
@@ -155,7 +155,7 @@ def test_a_defect_smaller_than_a_pixel_of_the_model_is_warned_of():
     thin[:, 0] = True
     item = Item("scar/0", 1, "scar", NOISE, thin)
     assert doubts(item) == doubts(item, size=24) == []
-    sentence = "1 masks have regions smaller than a pixel at size 6: scar/0"
+    sentence = "1 masks have regions that are smaller than a pixel at size 6: scar/0"
     assert doubts(item, size=6) == doubts(item, size=6, fit="pad") == [sentence]
     for options in ({"size": 0}, {"size": 6, "fit": "crop"}):
         with pytest.raises(ValueError, match=r"^(size|fit) must be"):

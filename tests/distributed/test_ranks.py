@@ -321,7 +321,7 @@ def rank_of(process: int) -> str | None:
         (["--devices", "0"], "--devices must be a whole number of 1 or more, got '0'"),
         (["--num-nodes", "-1"], "--num-nodes must be a whole number of 1 or more, got '-1'"),
         (["--num-nodes", "2"], "--num-nodes 2 needs --rendezvous HOST:PORT"),
-        (["--rendezvous", "here:1"], "--rendezvous is where several machines meet"),
+        (["--rendezvous", "here:1"], "--rendezvous is for training on several machines"),
         (
             ["--devices", "2", "--device", "cuda:0"],
             "--device cuda:0 is one device, for 2 processes",

@@ -119,7 +119,7 @@ def test_a_task_whose_worker_dies_is_done_again_and_given_up_at_last(ray, tmp_pa
 
 
 def test_a_task_larger_than_the_machine_is_refused(ray):
-    with pytest.raises(ValueError, match=r"a task wants 4096 CPUs, 0 GPUs \(--cpus-per-task"):
+    with pytest.raises(ValueError, match=r"a task needs 4096 CPUs, 0 GPUs \(--cpus-per-task"):
         outcomes(str, 1, cpus=4096)
 
 
@@ -277,7 +277,7 @@ def test_trainings_on_ray_end_with_the_bits_of_those_one_by_one(ray, data, tmp_p
     at_once = capsys.readouterr()
     for printed, engine in ((one_by_one, "local"), (at_once, "ray")):
         last = printed.err.splitlines()[-1]
-        assert f"1 of 3 runs failed, first {tmp_path / engine}/bowl: " in last
+        assert f"1 of 3 runs failed; the first is {tmp_path / engine}/bowl: " in last
         assert "0.png" in last
     lines = [p.out.splitlines()[-5:-1] for p in (one_by_one, at_once)]
     assert lines[0] == lines[1]

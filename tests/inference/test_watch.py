@@ -365,7 +365,7 @@ def test_a_watched_folder_stops_at_a_broken_image_if_that_is_chosen(run, tmp_pat
 @pytest.mark.parametrize(
     ("paths", "out", "sentence"),
     [
-        (["in", "in"], "out", "--watch wants one folder, got"),
+        (["in", "in"], "out", "--watch must be given one folder, got"),
         (["nowhere"], "out", "nowhere is not a folder to watch"),
         (["in/maps"], "in", "writes images into"),
         (["in/maps/line 1"], "in", "which is read"),

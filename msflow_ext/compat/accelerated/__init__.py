@@ -1,1 +1,1 @@
-"""What ``accelerate`` is made of: fast forwards, the change of class, the comparison."""
+"""Parts of ``accelerate``: fast forwards, the change of class, the comparison."""

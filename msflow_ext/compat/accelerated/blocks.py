@@ -16,12 +16,12 @@ from msflow_ext.compat.freia import hard_permutation
 from msflow_ext.ops import accumulation_dtype
 from msflow_ext.ops._backend import hides_values
 
-LIMIT = 1e6  # beyond which CS-Flow's coupling cuts off
+LIMIT = 1e6  # largest input of CS-Flow's coupling
 
 
 @dataclass
 class BlockFacts:
-    """What is known of an ``AllInOneBlock``.
+    """Facts of an ``AllInOneBlock``.
 
     Attributes:
         clamp_form: see :func:`msflow_ext.ops.affine_coupling`.
@@ -43,7 +43,7 @@ class BlockFacts:
         self.stamp = _stamp(w, w_inv)
 
     def holds(self, w: Tensor, w_inv: Tensor) -> bool:
-        """Whether the parameters are the permutation that was read.
+        """Return whether the parameters are the permutation that was read.
 
         On the CPU their numbers are compared: one may be written to through ``.data``, which leaves no mark. Elsewhere that
         would wait for the device, so that marks must do.
@@ -62,7 +62,7 @@ def _stamp(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def _is_permutation(w: Tensor, index: Tensor) -> bool:
-    """Whether ``w`` is the permutation ``index (C,)``, as an index or as a matrix of zeros and ones."""
+    """Return whether ``w`` is the permutation ``index (C,)``, as an index or as a matrix of zeros and ones."""
     if w.dim() == 1:
         return w.equal(index)
     ones = torch.arange(len(index)) * len(index) + index
@@ -144,7 +144,7 @@ class FastSubnet(Accelerated):
 
 
 class FastGlowCoupling(Accelerated):
-    """CS-Flow's coupling of several scales; its published inverse is not the inverse, and is left as it is."""
+    """CS-Flow's coupling of several scales; its published inverse is wrong, and is left unchanged."""
 
     def forward(
         self, input_tensor: Any, rev: bool = False, jac: bool = True
@@ -173,7 +173,7 @@ class FastGlowCoupling(Accelerated):
 def couple(
     block: Any, x1: Tensor, x2: Tensor, c: Sequence[Tensor], perm: Tensor | None, *, split: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Results of a block in two halves of which the first has ``split`` channels, and the log-determinant."""
+    """Return the results of a block in two parts, the first of ``split`` channels, and the log-determinant."""
     x1, x2, a = of_one_dtype(x1, x2, _subnet(block, x1, c))
     options = _options(block)
     return ops.affine_coupling(x1, x2, a, *_affine(block, x2), perm, split=split, **options)
@@ -182,7 +182,7 @@ def couple(
 def uncouple(
     block: Any, y1: Tensor, y2: Tensor, c: Sequence[Tensor], perm: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of :func:`couple`."""
+    """Return the inverse of :func:`couple`."""
     affine = (*_affine(block, y1), perm)
     x1 = ops.conditioning_half(y1, y2, block.splits[0], *affine)
     y1, y2, a = of_one_dtype(y1, y2, _subnet(block, x1, c))
@@ -202,7 +202,7 @@ def _subnet(block: Any, x1: Tensor, c: Sequence[Tensor]) -> Tensor:
 
 
 def splits_conv1(subnet: Any, x1: Tensor, c: Tensor) -> bool:
-    """Whether the first convolution may run apart on ``x1`` and on a condition that all samples share.
+    """Return whether the first convolution may run apart on ``x1`` and on a condition that all samples share.
 
     Its weight is split for that, which only pays where there are more positions than channels.
     """
@@ -217,13 +217,13 @@ def splits_conv1(subnet: Any, x1: Tensor, c: Tensor) -> bool:
 
 
 def once(c: Tensor) -> Tensor:
-    """The condition of one sample if all samples have the same and it is cheap to see, all of them else."""
+    """Return the condition of one sample if all samples share it and that is cheap to see, else all."""
     cheap = c.device.type == "cpu" and not hides_values() and not c.requires_grad
     return c[:1] if cheap and len(c) and c.equal(c[:1].expand_as(c)) else c
 
 
 def normalized(ln: nn.LayerNorm, h: Tensor, bias_map: Tensor | None = None) -> Tensor:
-    """``relu(ln(h + bias_map))`` over the channels at each position."""
+    """Return ``relu(ln(h + bias_map))`` over the channels at each position."""
     wide = accumulation_dtype(h.dtype)
     vectors = ln.weight.to(wide), ln.bias.to(wide)
     return ops.channel_norm(h, *vectors, bias_map, eps=ln.eps)
@@ -240,14 +240,14 @@ def _options(block: Any) -> dict[str, Any]:
 
 
 def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """``(*x, a)`` as the coupling takes them: under autocast a subnet may return another dtype than it was given."""
+    """Return ``(*x, a)`` in one dtype: under autocast a subnet may return another dtype than its input's."""
     *x, a = tensors
     dtype = torch.promote_types(x[-1].dtype, a.dtype)
     return *(t.to(dtype) for t in x), a if dtype is torch.float32 else a.to(dtype)
 
 
 def permutation(block: Any) -> Tensor | None:
-    """The block's hard permutation as an index, as its parameters have it now; None if it must multiply."""
+    """Return the block's present hard permutation as an index; None if it is a general matrix."""
     facts, w, w_inv = block._accelerated, block.w_perm, block.w_perm_inv
     if facts.perm is None or w.requires_grad or torch._C._are_functorch_transforms_active():
         return None
@@ -261,7 +261,7 @@ def permutation(block: Any) -> Tensor | None:
 
 
 def _compiled_permutation(w: Tensor, w_inv: Tensor) -> Tensor:
-    """The permutation in a graph. A graph has no second branch, so a matrix that is no permutation is an error."""
+    """Return the permutation in a graph. A graph has no second branch, so a matrix that is no permutation is an error."""
     if w.dim() == 1:
         return w
     index = w.flatten(1).argmax(1)
@@ -274,7 +274,7 @@ def _compiled_permutation(w: Tensor, w_inv: Tensor) -> Tensor:
 
 
 def takes(block: Any, x: Tensor) -> bool:
-    """Whether ``x`` has the shape that the block wants; what to say of another one is the original's business."""
+    """Return whether ``x`` has the shape of the block; the original block raises errors for other shapes."""
     shape = block.dims_in[0]
     if block._accelerated.fixed_size:
         return x.shape[1:] == tuple(shape)
@@ -282,6 +282,6 @@ def takes(block: Any, x: Tensor) -> bool:
 
 
 def chains(block: Any, x: Tensor) -> bool:
-    """Whether the block may be run on halves without being called."""
+    """Return whether the block may be run on halves without being called."""
     fast = isinstance(block, FastBlock) and is_plain(block)
     return fast and takes(block, x) and not block.reverse_pre_permute

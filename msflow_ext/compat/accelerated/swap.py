@@ -28,7 +28,7 @@ class Accelerated(nn.Module):
 
 @cache
 def accelerated_class(form: type[Accelerated], original: type[nn.Module]) -> type[Any]:
-    """``original`` with the forward of ``form``."""
+    """Return ``original`` with the forward of ``form``."""
     members = {"_form": form, "_original": original, "__module__": original.__module__}
     return type(f"Accelerated{original.__name__}", (form, original), members)
 
@@ -51,7 +51,7 @@ def _revived(form: type[Accelerated], original: type[nn.Module]) -> Any:
 
 
 def leaves_pytorch(x: Any) -> bool:
-    """True where the result becomes a graph for others (export, ONNX, tracing), who know the original's operators."""
+    """Return True while a graph for other programs is made (export, ONNX, tracing): these know the original operators."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return (

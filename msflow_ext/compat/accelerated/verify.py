@@ -21,7 +21,7 @@ from msflow_ext.compat.accelerated.blocks import (
 from msflow_ext.compat.accelerated.swap import switch
 from msflow_ext.testing import relative_error
 
-#: Granted between two ways to compute the same in float64, in units of the largest magnitude.
+#: Largest deviation of two float64 computations of the same function, relative to the largest magnitude.
 BOUND = 1e-8
 
 SIZES = ((3, 2, 2), (2, 3, 3))  # of the random data
@@ -38,7 +38,7 @@ class UntriedError(Exception):
 
 
 def try_block(block: Any, *, full: bool) -> BlockFacts:
-    """What of an ``AllInOneBlock`` makes :class:`FastBlock` equal to it; a random subnet stands in for its own.
+    """Return the facts of an ``AllInOneBlock`` with which :class:`FastBlock` equals it, tried with a random subnet.
 
     Args:
         full: compare the inverse and all gradients besides results and log-determinant.
@@ -160,7 +160,7 @@ class Mixer(nn.Module):
 
 
 def bare(module: nn.Module, stubs: Mapping[nn.Module, nn.Module]) -> Any:
-    """A float64 copy without hooks on the CPU, where ``stubs`` replace submodules; other attributes are shared."""
+    """Return a float64 copy without hooks on the CPU, where ``stubs`` replace submodules; other attributes are shared."""
     copy = nn.Module.__new__(getattr(type(module), "_original", type(module)))
     nn.Module.__init__(copy)
     for name, value in vars(module).items():
@@ -182,7 +182,7 @@ def _deviation(
     fast: Callable[[], None] | None,
     gradients: bool = True,
 ) -> float:
-    """Largest difference between the results of ``calls`` before and after ``fast()``, gradients included."""
+    """Return the largest difference between the results of ``calls`` before and after ``fast()``, gradients included."""
     try:
         expected = _results(module, calls, shapes, gradients)
     except Exception as error:

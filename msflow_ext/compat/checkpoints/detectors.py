@@ -1,4 +1,4 @@
-"""Whole detectors from the checkpoints of other packages, and what their checkpoints hold of ours."""
+"""Detectors from checkpoints of other packages, and checkpoints for those packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from msflow_ext.models.base import AnomalyModel
 from msflow_ext.models.fastflow import FastFlow
 from msflow_ext.models.msflow import MSFlow
 
-#: By format, what its code does without a word of it in the file.
+#: Settings by format that its code fixes and its file does not hold.
 PEERS: dict[str, dict[str, Any]] = {
     "msflow": {"standardize": False, "padding_mode": "reflect"},
     "gathierry": {"standardize": False, "padding_mode": "zeros", "clamp": 2.0},
@@ -33,7 +33,7 @@ def read_detector(
     image_size: int | None = None,
     pretrained: bool | str = True,
 ) -> AnomalyModel:
-    """A detector with the weights in a checkpoint of the MSFlow authors' code, of gathierry/FastFlow or of anomalib.
+    """Load a detector from a checkpoint of the MSFlow authors' code, of gathierry/FastFlow or of anomalib.
 
     Which one it is shows in the file, which is opened without executing code.
 
@@ -60,7 +60,7 @@ def read_detector(
 
 
 def for_peer(model: AnomalyModel, to: str) -> dict[str, Any]:
-    """What a checkpoint of another package holds of ``model``, ready for ``torch.save``.
+    """Return ``model`` as a checkpoint of another package, ready for ``torch.save``.
 
     FastFlow's have the backbone, too, unless it is a transformer, of which we keep a part only. anomalib reads it with
     ``Fastflow.load_from_checkpoint`` or as ``ckpt_path``; where images are not of 256 pixels, its ``pre_processor`` must
@@ -80,7 +80,7 @@ def for_peer(model: AnomalyModel, to: str) -> dict[str, Any]:
                 f"a checkpoint of {to} means {name} {value!r}, this model has {model.config[name]!r}"
             )
     if to == "msflow":
-        flat = msflow.to_official_state_dict(model.head)
+        flat = msflow.to_reference_state_dict(model.head)
         flows = [_below(f"parallel_flows.{i}.", flat) for i in range(len(model.head.channels))]
         return {"epoch": 0, "fusion_flow": _below("fusion_flow.", flat), "parallel_flows": flows}
     state = fastflow.to_peer_state_dict(model.head, to)
@@ -107,7 +107,7 @@ def for_peer(model: AnomalyModel, to: str) -> dict[str, Any]:
 
 
 _EXTRACTOR = "feature_extractor."
-#: What anomalib's post-processor learns from validation; not a number before.
+#: Statistics of anomalib's post-processor, NaN before validation.
 _LEARNED = (
     *("_image_threshold", "_pixel_threshold"),
     *("image_min", "image_max", "pixel_min", "pixel_max"),
@@ -169,7 +169,7 @@ def _fill(model: AnomalyModel, head: torch.nn.Module, network: Mapping[str, Tens
 
 
 def _kept(found: Mapping[str, Tensor], network: torch.nn.Module) -> dict[str, Tensor]:
-    """Of the weights of a whole transformer those that our part of it has, which holds it as ``model``."""
+    """Return the weights of the part of a transformer that our backbone keeps, under the name ``model``."""
     names = {key: key.removeprefix("model.") for key in network.state_dict()}
     return {key: found[name] for key, name in names.items() if name in found}
 

@@ -14,7 +14,7 @@ from msflow_ext.compat.checkpoints.msflow import dense_permutation, read_permuta
 from msflow_ext.compat.checkpoints.torch_file import read_torch_file
 from msflow_ext.models.fastflow import FastFlowHead
 
-#: What each package calls the list of its flows.
+#: Name of the list of flows in each package.
 FLOWS = {"gathierry": "nf_flows", "anomalib": "fast_flow_blocks"}
 
 _KEY = re.compile(rf"(?:{'|'.join(FLOWS.values())})\.(\d+)\.module_list\.(\d+)\.(.+)")
@@ -47,7 +47,7 @@ def load_fastflow_checkpoint(
 
 
 def unpacked(content: Any) -> dict[str, Tensor]:
-    """The state dict in what either package saves; of a Lightning module only what its ``model`` holds."""
+    """Return the state dict in a file of either package; of a Lightning module only the part ``model``."""
     for name in ("model_state_dict", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -61,14 +61,14 @@ def unpacked(content: Any) -> dict[str, Tensor]:
 def head_from_state_dict(
     state: Mapping[str, Any], *, clamp: float = 2.0, clamp_form: str = "0.2"
 ) -> FastFlowHead:
-    """Our head with the weights of a ``state`` of either package; those of its backbone are skipped.
+    """Return our head with the weights of a ``state`` of either package; those of its backbone are skipped.
 
     Raises:
         ValueError: keys missing, unexpected or misshapen, all named.
     """
     state = _flows_and_norms(state)
     sizes = _sizes(state)
-    with torch.device("meta"):  # no storage before all shapes are those of the file
+    with torch.device("meta"):  # without storage until all shapes match the file
         blank = FastFlowHead(**sizes, clamp=clamp, clamp_form=clamp_form)
         expected = _named(blank, index_permutations=False)
     problems = [f"missing {key}" for key in expected if key not in state]
@@ -97,7 +97,7 @@ def head_from_state_dict(
 def to_peer_state_dict(
     head: FastFlowHead, package: str = "anomalib", *, index_permutations: bool = False
 ) -> dict[str, Tensor]:
-    """The weights of ``head`` as the flows and norms of a ``package`` hold them: ``"gathierry"`` or ``"anomalib"``.
+    """Return the weights of ``head`` as the flows and norms of a ``package`` hold them: ``"gathierry"`` or ``"anomalib"``.
 
     Permutations are dense matrices, as in FrEIA 0.2 and anomalib, or on request the int64 indices of FrEIA's master.
     """
@@ -111,7 +111,7 @@ def to_peer_state_dict(
 
 
 def _flows_and_norms(content: Any) -> dict[str, Tensor]:
-    """What ``content`` holds besides a backbone, flows and norms as ``flows.SCALE.STEP.*`` and ``norms.SCALE.*``."""
+    """Return ``content`` without its backbone, with keys ``flows.SCALE.STEP.*`` and ``norms.SCALE.*``."""
     found = {}
     for key, value in unpacked(content).items():
         name = key.removeprefix("model.")
@@ -122,15 +122,15 @@ def _flows_and_norms(content: Any) -> dict[str, Tensor]:
             layer, dot, kind = rest.rpartition(".")
             name = f"flows.{scale}.{step}.{_PADDED.get(layer, layer)}{dot}{kind}"
         if not isinstance(value, Tensor):
-            raise ValueError(f"{key} is no tensor but {type(value).__name__}")
+            raise ValueError(f"{key} must be a tensor, got {type(value).__name__}")
         if name in found:
-            raise ValueError(f"{key} is there twice, under the names of two versions")
+            raise ValueError(f"{key} occurs twice, under the names of two versions")
         found[name] = value
     return found
 
 
 def _named(head: FastFlowHead, index_permutations: bool) -> dict[str, Tensor]:
-    """The weights of ``head`` by the names of :func:`_flows_and_norms`, in the shapes of the peers."""
+    """Return the weights of ``head`` by the names of :func:`_flows_and_norms`, in the shapes of the peers."""
     state = {}
     like = next(head.parameters())
     for key, value in head.state_dict().items():
@@ -187,7 +187,7 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _ratio(widths: list[tuple[int, int]]) -> float:
-    """The shortest decimal number r with ``int(conditioning * r) == hidden`` for all of ``widths``."""
+    """Return the shortest decimal number r with ``int(conditioning * r) == hidden`` for all of ``widths``."""
     low = max(hidden / conditioning for hidden, conditioning in widths)
     high = min((hidden + 1) / conditioning for hidden, conditioning in widths)
     for digits in range(17):

@@ -48,7 +48,7 @@ def load_msflow_checkpoint(
 
 
 def flatten_checkpoint(checkpoint: Any) -> dict[str, Tensor]:
-    """One state dict with the prefixes ``fusion_flow.`` and ``parallel_flows.<i>.`` from the authors' layout."""
+    """Return one flat state dict, with the prefixes ``fusion_flow.`` and ``parallel_flows.<i>.``."""
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"a checkpoint must be a dictionary, got {type(checkpoint).__name__}")
     parts = {"fusion_flow": checkpoint.get("fusion_flow")}
@@ -67,7 +67,7 @@ def flatten_checkpoint(checkpoint: Any) -> dict[str, Tensor]:
     }
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{key} is no tensor but {type(value).__name__}")
+            raise ValueError(f"{key} must be a tensor, got {type(value).__name__}")
     return state
 
 
@@ -78,7 +78,7 @@ def head_from_state_dict(
     clamp_form: str = "0.2",
     fusion_order: Sequence[int] | None = None,
 ) -> MSFlowHead:
-    """Our head with the weights of a flat reference ``state`` (see :func:`flatten_checkpoint`)."""
+    """Return our head with the weights of a flat ``state`` (see :func:`flatten_checkpoint`)."""
     blocks = _count(state, r"parallel_flows\.(\d+)\.module_list\.(\d+)\.")
     if not blocks:
         raise ValueError("the state dict holds no key 'parallel_flows.0.module_list.0.*'")
@@ -90,9 +90,9 @@ def head_from_state_dict(
         conds.append(hidden - (channels[-1] - channels[-1] // 2))
     options = {"blocks": blocks, "cond_channels": conds, "clamp": clamp, "clamp_form": clamp_form}
     order = _fusion_order(state, channels, fusion_order)
-    with torch.device("meta"):  # no storage before all shapes are those of the file
+    with torch.device("meta"):  # without storage until all shapes match the file
         blank = MSFlowHead(channels, **options, seed=0)
-        expected = to_official_state_dict(blank, fusion_order=order)
+        expected = to_reference_state_dict(blank, fusion_order=order)
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
     problems += [
@@ -107,19 +107,19 @@ def head_from_state_dict(
     if not dtype.is_floating_point:
         raise ValueError(f"{first} must be floating-point numbers, got {dtype}")
     head = MSFlowHead(channels, **options, seed=0).to(dtype)
-    head.load_state_dict(_from_official(state, head, order))
+    head.load_state_dict(_from_reference(state, head, order))
     return head
 
 
-def to_official_state_dict(
+def to_reference_state_dict(
     head: MSFlowHead,
     *,
     index_permutations: bool = False,
     fusion_order: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
-    """The flat reference state dict of ``head``, permutations as dense matrices or, on request, as int64 indices."""
+    """Return the state dict of ``head`` in the reference's layout; permutations are dense, or indices on request."""
     own = dict(head.state_dict())
-    state = to_official_names(own, head)
+    state = to_reference_names(own, head)
     order = range(len(head.channels)) if fusion_order is None else fusion_order
     like = next(head.parameters())
     for ours, theirs in _permutation_names(head, order):
@@ -129,7 +129,7 @@ def to_official_state_dict(
     return state
 
 
-def to_official_names(tensors: Mapping[str, Tensor], head: MSFlowHead) -> dict[str, Tensor]:
+def to_reference_names(tensors: Mapping[str, Tensor], head: MSFlowHead) -> dict[str, Tensor]:
     """Rename and join our parameters, or their gradients, as the reference modules hold them."""
     out: dict[str, Tensor] = {}
     for pair in _pairs(head):
@@ -138,7 +138,7 @@ def to_official_names(tensors: Mapping[str, Tensor], head: MSFlowHead) -> dict[s
     return {k: t.view(1, -1, 1, 1) if _is_per_channel(k) else t for k, t in out.items()}
 
 
-def _from_official(
+def _from_reference(
     state: Mapping[str, Tensor], head: MSFlowHead, order: Sequence[int]
 ) -> dict[str, Tensor]:
     state = {k: t.flatten() if _is_per_channel(k) else t for k, t in state.items()}
@@ -153,14 +153,14 @@ def _from_official(
 
 
 class _Pair(NamedTuple):
-    """Names of our tensors and of theirs: joined along ``dim``, both sides are the same tensor."""
+    """Names of our tensors and of the reference's: joined along ``dim``, both sides are equal."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     dim: int = 0
 
     def prefixed(self, ours: str, theirs: str) -> _Pair:
-        """The same pair with a prefix on each side."""
+        """Return the same pair with a prefix on each side."""
         return _Pair(
             tuple(f"{ours}.{name}" for name in self.ours),
             tuple(f"{theirs}.{name}" for name in self.theirs),
@@ -180,7 +180,7 @@ _STEP = (
 
 
 def _pairs(head: MSFlowHead) -> Iterator[_Pair]:
-    """Every parameter of ``head`` by both names."""
+    """Yield every parameter of ``head`` by both names."""
     for ours, theirs in _steps(head):
         yield from (pair.prefixed(ours, theirs) for pair in _STEP)
     fusion = f"{_FUSION}.{len(head.channels)}"
@@ -190,7 +190,7 @@ def _pairs(head: MSFlowHead) -> Iterator[_Pair]:
 
 
 def _cross_scale_pairs(scales: int) -> Iterator[_Pair]:
-    """Every parameter of a subnet of the fusion flow by both names."""
+    """Yield every parameter of a subnet of the fusion flow by both names."""
     for kind in _KINDS:
         for name in ("conv1", "conv2", "norm"):
             yield _Pair((f"{name}.{kind}",), (f"cross_convs.{name}.{kind}",))
@@ -199,7 +199,7 @@ def _cross_scale_pairs(scales: int) -> Iterator[_Pair]:
 
 
 def _permutation_names(head: MSFlowHead, order: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """Every permutation of ``head`` by both names, those of the fusion flow in the authors' ``order``."""
+    """Yield every permutation of ``head`` by both names, those of the fusion flow in the authors' ``order``."""
     for ours, theirs in _steps(head):
         yield f"{ours}.perm", f"{theirs}.w_perm"
     for module, scale in enumerate(order):
@@ -207,24 +207,24 @@ def _permutation_names(head: MSFlowHead, order: Sequence[int]) -> Iterator[tuple
 
 
 def _steps(head: MSFlowHead) -> Iterator[tuple[str, str]]:
-    """Every step of every scale by both names."""
+    """Yield every step of every scale by both names."""
     for i, blocks in enumerate(head.blocks):
         for k in range(blocks):
             yield f"flows.{i}.steps.{k}", f"parallel_flows.{i}.module_list.{k}"
 
 
 def dense_permutation(perm: Tensor, like: Tensor) -> Tensor:
-    """The 0/1 matrix ``(C, C, 1, 1)`` of an index ``perm (C,)``, with the dtype and device of ``like``."""
+    """Return the 0/1 matrix ``(C, C, 1, 1)`` of an index ``perm (C,)``, with the dtype and device of ``like``."""
     return torch.eye(len(perm)).to(like)[perm][:, :, None, None]
 
 
 def _is_per_channel(key: str) -> bool:
-    """Whether theirs is ``(1, C, 1, 1)`` where ours is ``(C,)``."""
+    """Return whether the reference's tensor is ``(1, C, 1, 1)`` where ours is ``(C,)``."""
     return key.endswith((".global_scale", ".global_offset"))
 
 
 def read_permutation(state: Mapping[str, Tensor], key: str, channels: int) -> Tensor:
-    """``perm (channels,)`` int64 from an index or a dense 0/1 matrix, checked to be one, its inverse likewise."""
+    """Return ``perm (channels,)`` int64 from an index or a dense 0/1 matrix; check it and its inverse."""
     found = []
     for name in (key, f"{key}_inv"):
         p = state[name]
@@ -251,7 +251,7 @@ def _is_one(p: Tensor, channels: int) -> bool:
 def _fusion_order(
     state: Mapping[str, Tensor], channels: Sequence[int], given: Sequence[int] | None
 ) -> list[int]:
-    """The scale of each permutation module."""
+    """Return the scale of each permutation module."""
     sizes = [_size(state, f"{_FUSION}.{j}.perm", 0) for j in range(len(channels))]
     if given is None:
         if len(set(channels)) != len(channels):
@@ -270,7 +270,7 @@ def _fusion_order(
 
 
 def _count(keys: Iterable[str], pattern: str) -> list[int]:
-    """How many blocks each scale has, counting up from 0 without a gap; keys beyond a gap are not expected."""
+    """Return how many blocks each scale has, counting up from 0 without a gap; keys beyond a gap are not expected."""
     found = {tuple(map(int, match.groups())) for key in keys if (match := re.match(pattern, key))}
     blocks = []
     while (len(blocks), 0) in found:

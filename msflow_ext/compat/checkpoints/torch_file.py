@@ -18,7 +18,7 @@ _BESIDE = (
 
 
 class Unread:
-    """Stands for an object of another package, of which no code runs."""
+    """Placeholder of an object of another package, whose code is not run."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -28,7 +28,7 @@ class Unread:
 
 
 def read_torch_file(path: str | Path) -> Any:
-    """What the file holds, tensors on the CPU, and :class:`Unread` in the place of what packages put beside them.
+    """Return the content of a file, with tensors on the CPU and :class:`Unread` for objects of other packages.
 
     Raises:
         FileNotFoundError: no such file. ValueError: damaged, or it holds more than tensors and plain values.
@@ -39,7 +39,7 @@ def read_torch_file(path: str | Path) -> Any:
         content = _load(path)
         _check_storage(content)
         return content
-    except Exception as error:  # a damaged file makes torch.load raise nearly anything
+    except Exception as error:  # torch.load raises many kinds of exception for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a readable torch checkpoint: {reason}") from error
 
@@ -55,14 +55,14 @@ def _load(path: str | Path) -> Any:
 
 
 def _beside(path: str | Path) -> list[Any]:
-    """``(Unread, name)`` for each class of another package in the file; none if one is of no package known."""
+    """Return ``(Unread, name)`` for each class of another package in the file; none if one is of no package known."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     known = all(name.split(".")[0] in _BESIDE for name in names)
     return [(Unread, name) for name in names] if known else []
 
 
 def _check_storage(content: Any) -> None:
-    """ValueError if a tensor is larger than what is stored of it, such as one number that is repeated.
+    """Raise ValueError if a tensor is larger than what is stored of it, such as one number that is repeated.
 
     What has the size of the tensors is then no larger than the file. A part that is held twice is looked at once.
     """

@@ -50,7 +50,7 @@ def read(category: str | None, split_seed: int = 0) -> DataSet:
 
 
 def categories() -> list[str]:
-    """What `read` knows."""
+    """Return what `read` knows."""
     return list(CATEGORIES)
 
 

@@ -72,12 +72,12 @@ def read(
 
 
 def categories(root: Path) -> list[str]:
-    """None: there is one folder."""
+    """Return an empty list: there is one folder."""
     return []
 
 
 def _searched(name: str, places: Mapping[str, Path], seed: int) -> DataSet:
-    """The images of the folders ``normal``, ``abnormal`` and ``masks``, of which the first must be given."""
+    """Return the images of the folders ``normal``, ``abnormal`` and ``masks``, of which the first must be given."""
     faults: Faults = []
     if "masks" in places and "abnormal" not in places:
         lost = f"masks {places['masks']} belong to abnormal images, of which there are none"
@@ -112,7 +112,7 @@ def _others(places: Mapping[str, Path], name: str) -> list[Path]:
 
 
 def _check_different(places: Mapping[str, Path]) -> None:
-    """ValueError if two options name one folder, whose images would be of both kinds."""
+    """Raise ValueError if two options name one folder, whose images would be of both kinds."""
     for (name, path), (other, same) in combinations(places.items(), 2):
         if path.exists() and same.exists() and path.samefile(same):
             raise ValueError(f"{name} and {other} must be different folders, got {path} and {same}")
@@ -145,7 +145,7 @@ def _item(root: Path, entry: Entry) -> Item:
 def _split(
     good: list[Any], tested: bool, seed: int, where: str, faults: Faults
 ) -> tuple[list[Any], list[Any]]:
-    """The good images to train on and, if there is something to tell them from, those to test on."""
+    """Return the good images to train on and, if there is something to tell them from, those to test on."""
     if not tested:
         return good, []
     if len(good) == 1:

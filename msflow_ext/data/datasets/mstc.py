@@ -56,7 +56,7 @@ def read(root: Path, category: str | None, split_seed: int = 0) -> DataSet:
 
 
 def categories(root: Path) -> list[str]:
-    """The scenes that have videos."""
+    """Return the scenes that have videos."""
     if not (root / "training").is_dir():
         raise FileNotFoundError(f"{root / 'training'} is not a folder")
     parts = ("training", "testing")
@@ -67,7 +67,7 @@ def categories(root: Path) -> list[str]:
 
 
 def _videos(part: Path, scene: str | None = None) -> dict[str, Path]:
-    """Where the frames of each video are, by its name; a folder is preferred to a file."""
+    """Return where the frames of each video are, by its name; a folder is preferred to a file."""
     found: dict[str, Path] = {}
     if (part / "videos").is_dir():
         files = walk(part / "videos", video.SUFFIXES, deep=False).paths
@@ -111,7 +111,7 @@ def _tested(folder: Path, name: str, frames: Sequence[Path | Frame], faults: Fau
 
 
 def _masks(path: Path, axes: int, frames: int, faults: Faults) -> np.ndarray | None:
-    """The array in a file, mapped: only the masks that are looked at are read."""
+    """Return the array in a file, mapped: only the masks that are looked at are read."""
     try:
         masks = np.load(path, mmap_mode="r")
     except FileNotFoundError:
@@ -121,7 +121,7 @@ def _masks(path: Path, axes: int, frames: int, faults: Faults) -> np.ndarray | N
         faults.append(ValueError(f"{path} cannot be read: {error}"))
         return None
     if not isinstance(masks, np.ndarray):  # what np.load makes of an archive
-        faults.append(ValueError(f"{path} holds several arrays, wanted one"))
+        faults.append(ValueError(f"{path} must hold one array, got several"))
         return None
     if masks.ndim == axes and len(masks) == frames and masks.dtype.kind in "biu":
         return masks

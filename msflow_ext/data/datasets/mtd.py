@@ -17,7 +17,7 @@ def read(root: Path, category: str | None = None, split_seed: int = 0) -> DataSe
     """Read ``MT_Free/Imgs`` and ``MT_KIND/Imgs``: ``NAME.jpg`` is a tile, ``NAME.png`` its mask.
 
     A seeded 80% of the free tiles train; the others and all defects are tested. There is no
-    official split, so report the mean of the seeds 0 to 4: for all 952 free tiles these are
+    published split, so report the mean of the seeds 0 to 4: for all 952 free tiles these are
     recorded in ``mtd_splits.json``, and any split is identified by :attr:`DataSet.split`.
 
     Raises:
@@ -43,12 +43,12 @@ def read(root: Path, category: str | None = None, split_seed: int = 0) -> DataSe
 
 
 def categories(root: Path) -> list[str]:
-    """None: all tiles are of one kind."""
+    """Return an empty list: all tiles are of one kind."""
     return []
 
 
 def split(tiles: int, seed: int) -> tuple[list[int], list[int]]:
-    """Which of the free tiles, sorted by name, train and which are tested: the recorded split if any."""
+    """Return which of the free tiles, sorted by name, train and which are tested: the recorded split if any."""
     recorded = json.loads(SPLITS.read_text())
     if tiles != recorded["tiles"] or seed >= len(recorded["tested"]):
         return hold_out(tiles, np.random.default_rng(seed))

@@ -26,7 +26,7 @@ def read(root: Path, category: str | None, split_seed: int = 0) -> DataSet:
 
 
 def categories(root: Path) -> list[str]:
-    """The folders with a ``train`` or a ``test`` inside; none if ``root`` is a category itself."""
+    """Return the folders with a ``train`` or a ``test`` inside; none if ``root`` is a category itself."""
     parts = ("train", "test")
     return [name for name in subfolders(root) if any((root / name / p).is_dir() for p in parts)]
 

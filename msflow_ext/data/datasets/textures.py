@@ -68,7 +68,7 @@ def read(
 
 
 def categories() -> list[str]:
-    """What `read` knows."""
+    """Return what `read` knows."""
     return list(CATEGORIES)
 
 

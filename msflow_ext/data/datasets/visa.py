@@ -46,7 +46,7 @@ def read(root: Path, category: str | None, split_seed: int = 0) -> DataSet:
 
 
 def categories(root: Path) -> list[str]:
-    """The objects of the CSV, or the categories of the tree."""
+    """Return the objects of the CSV, or the categories of the tree."""
     if not (root / INDEX).is_file():
         return mvtec.categories(_arranged(root))
     return sorted({row.cells["object"] for row in rows(root / INDEX, COLUMNS, [])})

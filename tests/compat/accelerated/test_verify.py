@@ -33,7 +33,7 @@ def test_a_forward_with_other_results_is_refused_and_nothing_is_changed(freia, m
 
     patched("forward", worse)
     with pytest.raises(
-        ValueError, match=r"accelerate: 0 would not be the same, .* 1\..e-06; nothing"
+        ValueError, match=r"accelerate: 0 would give other results, .* 1\..e-06; nothing"
     ):
         mx.accelerate(model)
     assert {type(m).__name__ for m in model.modules()} & {"AllInOneBlock", "SequenceINN"}
@@ -55,7 +55,7 @@ def test_a_wrong_inverse_log_det_or_gradient_is_found(freia, make, patched, wron
         return (y,), log_det
 
     patched("forward", worse)
-    with pytest.raises(ValueError, match="would not be the same"):
+    with pytest.raises(ValueError, match="would give other results"):
         mx.accelerate(make.block())
 
 

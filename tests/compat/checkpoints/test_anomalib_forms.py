@@ -95,7 +95,7 @@ def test_a_convolution_under_both_names_is_refused(tmp_path: Path) -> None:
     old = "model.fast_flow_blocks.0.module_list.0.subnet.1.weight"
     state[old.replace("subnet.1", "subnet.0")] = state[old]
     torch.save({"state_dict": state}, tmp_path / "both.ckpt")
-    with pytest.raises(ValueError, match=r"both\.ckpt: .*subnet\.0\.weight is there twice"):
+    with pytest.raises(ValueError, match=r"both\.ckpt: .*subnet\.0\.weight occurs twice"):
         load_fastflow_checkpoint(tmp_path / "both.ckpt")
 
 

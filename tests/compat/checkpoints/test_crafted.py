@@ -13,7 +13,7 @@ from torch import Tensor
 from msflow_ext import FastFlowHead, MSFlowHead
 from msflow_ext.compat import load_fastflow_checkpoint, load_msflow_checkpoint
 from msflow_ext.compat.checkpoints.fastflow import to_peer_state_dict
-from msflow_ext.compat.checkpoints.msflow import to_official_state_dict
+from msflow_ext.compat.checkpoints.msflow import to_reference_state_dict
 from msflow_ext.compat.checkpoints.torch_file import read_torch_file
 
 pytestmark = pytest.mark.family("crafted files")
@@ -25,7 +25,7 @@ def fastflow() -> State:
 
 
 def msflow() -> State:
-    flat = to_official_state_dict(MSFlowHead((8, 12), blocks=(1, 1), cond_channels=4))
+    flat = to_reference_state_dict(MSFlowHead((8, 12), blocks=(1, 1), cond_channels=4))
     flows = [
         {k.partition(f"flows.{i}.")[2]: v for k, v in flat.items() if f"flows.{i}." in k}
         for i in (0, 1)

@@ -187,7 +187,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "no tensor": (
         lambda w: w.update({f"{FLOW}.global_offset": 3.0}),
-        r"nf_flows\.0\.module_list\.0\.global_offset is no tensor but float",
+        r"nf_flows\.0\.module_list\.0\.global_offset must be a tensor, got float",
     ),
     "foreign": (lambda w: w.update({"other.weight": torch.ones(1)}), r"unexpected other\.weight"),
     "no scale": (lambda w: w.pop(f"{FLOW}.global_scale"), r"flows\.0\.0\.global_scale is missing"),

@@ -18,7 +18,7 @@ from msflow_ext.compat.checkpoints.msflow import (
     flatten_checkpoint,
     head_from_state_dict,
     read_permutation,
-    to_official_state_dict,
+    to_reference_state_dict,
 )
 from msflow_ext.testing import relative_error
 
@@ -70,9 +70,9 @@ def test_both_encodings_of_the_permutations_give_the_same_head() -> None:
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)], ids=str)
 @pytest.mark.parametrize("index", [False, True], ids=["dense", "index"])
-def test_a_head_comes_back_from_its_official_state(index: bool, order: tuple[int, ...]) -> None:
+def test_a_head_comes_back_from_its_reference_state(index: bool, order: tuple[int, ...]) -> None:
     head = MSFlowHead((6, 8, 10), blocks=(1, 2, 1), cond_channels=(4, 8, 4), seed=3)
-    state = to_official_state_dict(head, index_permutations=index, fusion_order=order)
+    state = to_reference_state_dict(head, index_permutations=index, fusion_order=order)
     assert [len(state[f"fusion_flow.module_list.{j}.perm"]) for j in range(3)] == [
         head.channels[s] for s in order
     ]
@@ -82,11 +82,11 @@ def test_a_head_comes_back_from_its_official_state(index: bool, order: tuple[int
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_official_state_is_the_published_one(file: str) -> None:
+def test_the_reference_state_is_the_published_one(file: str) -> None:
     expected = flatten_checkpoint(load(file))
     head = compat.load_msflow_checkpoint(GOLDEN / file)
     sizes = [len(expected[f"fusion_flow.module_list.{j}.perm"]) for j in range(len(head.channels))]
-    got = to_official_state_dict(
+    got = to_reference_state_dict(
         head,
         index_permutations="index" in file,
         fusion_order=[head.channels.index(size) for size in sizes],
@@ -99,7 +99,7 @@ def test_the_official_state_is_the_published_one(file: str) -> None:
 
 def test_equal_channel_counts_need_an_order(saved: Callable[[Any], Path]) -> None:
     head = MSFlowHead((8, 8), blocks=(1, 1), cond_channels=4, seed=1)
-    path = saved(official_layout(to_official_state_dict(head, fusion_order=(1, 0)), 2))
+    path = saved(reference_layout(to_reference_state_dict(head, fusion_order=(1, 0)), 2))
     with pytest.raises(ValueError, match=r"channels \(8, 8\) repeat, .* pass fusion_order"):
         compat.load_msflow_checkpoint(path)
     back = compat.load_msflow_checkpoint(path, fusion_order=(1, 0))
@@ -121,7 +121,7 @@ def test_clamp_and_its_form_are_taken_from_the_caller() -> None:
     assert compat.load_msflow_checkpoint(path).clamp == 1.9
 
 
-def official_layout(state: dict[str, Tensor], scales: int) -> Checkpoint:
+def reference_layout(state: dict[str, Tensor], scales: int) -> Checkpoint:
     """The inverse of :func:`flatten_checkpoint`."""
 
     def part(prefix: str) -> dict[str, Tensor]:
