@@ -231,7 +231,7 @@ def test_only_the_right_token_opens_the_service(detector, start):
     assert httpx.post(f"{guarded}predict", content=png(), headers=headers).status_code == 200
     assert httpx.get(f"{guarded}metrics", headers=headers).status_code == 200
     assert httpx.get(f"{guarded}health").json() == {"status": "ok"}
-    assert "Token of the service" in httpx.get(guarded).text
+    assert "Access token" in httpx.get(guarded).text
 
 
 def test_a_client_that_hangs_up_does_no_harm(detector, start):
