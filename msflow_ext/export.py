@@ -44,15 +44,15 @@ def export(
 ) -> dict[str, float]:
     """Export a detector as a graph, and check that the graph computes the same.
 
-    The written file is read back and compared with the detector, on three seeded random images and on ``images``, with
-    a batch of one image and a larger batch. Normalization and aggregation are part of the graph.
+    The written file is read back and compared with the detector on three seeded random images and on ``images``. The
+    first image is a batch of one, the others are a second batch. Normalization and aggregation are part of the graph.
 
     ``"aoti"`` is the program of ``"torch"``, compiled for CPUs with the instructions of this one. C++ (``docs/cpp``) and
     ``torch._inductor.aoti_load_package`` load it. OpenVINO computes in bfloat16 on CPUs that support it, unless
     ``INFERENCE_PRECISION_HINT`` is ``"f32"``. Its results may be finite for images with NaN.
 
-    The texts of :func:`metadata` are in the extra file ``metadata.json`` of ``"torch"``, in the metadata of an AOTInductor
-    package or ONNX model, and in ``rt_info`` of OpenVINO, below ``msflow_ext``.
+    The file has the texts of :func:`metadata`: in the extra file ``metadata.json`` of ``"torch"``, in the metadata of
+    AOTInductor packages and ONNX models, or in OpenVINO's ``rt_info`` below ``msflow_ext``.
 
     Args:
         source: run folder, checkpoint file, detector of :func:`msflow_ext.load`, or model; it is not changed.

@@ -160,12 +160,6 @@ class Detector:
         colours: range of map values that the run's heat maps show; None if unknown.
         false_alarms: share of normal images that may exceed the thresholds; None if unknown.
         fit: how an image becomes square, ``"resize"`` or ``"pad"``, see :class:`msflow_ext.data.Images`.
-
-    Examples:
-        >>> detector = load("runs/mine")
-        >>> lenient = Detector(detector.model, threshold=1e9)  # a threshold of your choice
-        >>> [result.label for result in lenient.predict("photos")]
-        [0, 0]
     """
 
     def __init__(
@@ -251,7 +245,7 @@ class Detector:
         overlap: float = 0.25,
         on_error: str = "stop",
     ) -> Iterator[Result]:
-        """Yield the results of :meth:`predict` one by one; at most two batches are in memory."""
+        """As :meth:`predict`, one result after the other: of a large folder, little is in memory."""
         _check_count("batch_size", batch_size)
         _check_count("workers", workers)
         if on_error not in ON_ERROR:

@@ -44,10 +44,12 @@ class Chart:
         return [(f"{a:.1f}", f"{d:.1f}") for a, d in zip(across, down, strict=True)]
 
     def x_ticks(self) -> list[tuple[float, str]]:
+        """Return the positions and labels of the ticks of the x axis."""
         scale = (RIGHT - LEFT) / (self.x[1] - self.x[0])
         return [(LEFT + scale * (v - self.x[0]), text) for v, text in _ticks(*self.x, self.whole)]
 
     def y_ticks(self) -> list[tuple[float, str]]:
+        """Return the positions and labels of the ticks of the y axis."""
         scale = (BOTTOM - TOP) / (self.y[1] - self.y[0])
         return [(BOTTOM - scale * (v - self.y[0]), text) for v, text in _ticks(*self.y)]
 

@@ -39,6 +39,7 @@ class Disagreement:
 
     @property
     def spread(self) -> float:
+        """Return the largest difference between two runs."""
         return max(self.shares) - min(self.shares)
 
 
@@ -113,8 +114,8 @@ def lines(runs: Sequence[TestedRun], count: int = 10) -> list[str]:
 def write_comparison(path: str | Path, runs: Sequence[TestedRun]) -> None:
     """Write the comparison as one self-contained HTML file.
 
-    It shows the 24 images on which the runs disagree most, with the heat maps of all runs if the
-    run folders still have them in ``maps/``. It lists the next 200 images.
+    It shows the 24 images on which the runs disagree most, and lists the next 200. Heat maps come
+    from ``maps/`` in the run folders, if all runs still have them.
     """
     labels = [label for *_, label in runs[0].images]
     scored = [(run.name, run.scores) for run in runs]

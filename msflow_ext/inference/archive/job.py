@@ -34,6 +34,7 @@ class Shard:
 
     @property
     def name(self) -> str:
+        """Return the file name of the shard."""
         return f"part-{self.number:05d}.parquet"
 
 
@@ -74,6 +75,7 @@ class Archive:
 
     @cached_property
     def images(self) -> int:
+        """Return the number of images in all shards."""
         return sum(len(shard.paths) for shard in self.shards)
 
     def score(

@@ -53,6 +53,7 @@ def described(images: Images, sha256: str, settings: dict[str, Any]) -> dict[str
 
 
 def digest(manifest: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest."""
     return _sha256([json.dumps(manifest, sort_keys=True).encode()])
 
 
@@ -102,6 +103,7 @@ def checkpoint_of(run: str | Path) -> Path:
 
 
 def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
         return _sha256(iter(partial(file.read, 2**20), b""))
 
