@@ -115,7 +115,7 @@ def load(
         >>> detector = load("runs/mine")
         >>> [result.name for result in detector.predict("photos")]
         ['large.jpg', 'small.png']
-        >>> stricter = load("runs/mine", false_alarms=0.2)  # fewer normal images are labelled 1
+        >>> stricter = load("runs/mine", false_alarms=0.2)  # fewer normal images are labeled 1
         >>> stricter.threshold >= detector.threshold
         True
     """
@@ -218,7 +218,7 @@ class Detector:
                 ``"skip"`` returns a result with this ``error`` and continues.
 
         Returns:
-            One :class:`Result` per image, in the order of ``source``.
+            A result per image, in the order of ``source``.
 
         Raises:
             FileNotFoundError: a file or folder does not exist.

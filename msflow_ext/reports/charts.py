@@ -95,7 +95,7 @@ def ranks(
     xs, ys = (100.0 * _percentiles(scores) for _, scores in (first, second))
     few = np.arange(len(truth))[:: len(truth) // 4000 + 1]
     dots = []
-    for label, kind in ((0, "good"), (1, "defective"), (-1, "unlabelled")):
+    for label, kind in ((0, "good"), (1, "defective"), (-1, "unlabeled")):
         if (chosen := few[truth[few] == label]).size:
             dots.append((kind, kind, xs[chosen], ys[chosen]))
     return Chart(

@@ -40,7 +40,7 @@ def worst_first(
 
     The mistake of a good image is the share of defective images with a lower score. The mistake of
     a defective image is the share of good images with a higher score. Among equal mistakes, the
-    image whose rank among all scores is nearer to the other class comes first. Unlabelled images
+    image whose rank among all scores is nearer to the other class comes first. Unlabeled images
     come last, the highest score first.
 
     Returns:

@@ -84,7 +84,7 @@ def write_report(path: str | Path, run: ReportedRun) -> None:
     counts = {
         "good": len(good),
         "defective": len(defective),
-        "unlabelled": len(run.names) - len(good) - len(defective),
+        "unlabeled": len(run.names) - len(good) - len(defective),
     }
     write_page(
         Path(path),
@@ -183,9 +183,9 @@ def _kinds(run: ReportedRun, good: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _group(run: ReportedRun, i: int) -> tuple[int, str]:
-    """Return the class of an image (0 good, 1 defective, 2 unlabelled) and its kind of defect."""
+    """Return the class of an image (0 good, 1 defective, 2 unlabeled) and its kind of defect."""
     label = run.labels[i]
-    return (2, "unlabelled") if label is None else (label, run.defects[i] if label else "good")
+    return (2, "unlabeled") if label is None else (label, run.defects[i] if label else "good")
 
 
 def _gallery(run: ReportedRun, kinds: Sequence[str]) -> list[dict[str, Any]]:

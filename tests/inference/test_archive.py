@@ -310,7 +310,7 @@ def test_wrong_arguments_are_reported_in_one_sentence(run, photos, tmp_path, cap
     for arguments, sentence in (
         (command(run, tmp_path / "empty", new), "empty holds no images"),
         (command(run, tmp_path / "gone.png", new), "gone.png is not a file"),
-        (command(tmp_path / "none", photos, new), "none: no such checkpoint"),
+        (command(tmp_path / "none", photos, new), "none cannot be read: no such checkpoint"),
         (command(run, photos, tmp_path / "file/out"), "file/out"),
         (command(run, photos, "nosuch://place"), "got nosuch://place: Protocol not known"),
         (command(run, photos, tmp_path / "foreign"), "a.parquet has no _manifest.json beside it"),

@@ -288,7 +288,7 @@ def test_a_folder_is_watched_until_a_signal_and_continued_later(run, tmp_path, c
     picture(folder / "a.png")
     started = subprocess.Popen(
         [sys.executable, "-m", "msflow_ext", *command(run, folder, out)],
-        cwd=tmp_path,  # not beside the sources, which would hide the installed package
+        cwd=tmp_path,  # away from the sources, which would shadow the installed package
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -53,7 +53,7 @@ def test_dots_are_at_the_percentile_of_their_score_and_ties_at_the_middle():
     assert [(kind, xs.tolist(), ys.tolist()) for _, kind, xs, ys in chart.dots] == [
         ("good", [12.5], [62.5]),
         ("defective", [37.5, 87.5], [12.5, 62.5]),
-        ("unlabelled", [62.5], [62.5]),
+        ("unlabeled", [62.5], [62.5]),
     ]
 
 
@@ -88,7 +88,7 @@ def test_the_loss_curve_skips_non_finite_values_and_keeps_the_epoch_numbers():
         (charts.histogram(GOOD[:0], GOOD[:0], [1.0]), "no test image has a label"),
         (charts.loss([1.0]), "needs at least two epochs"),
     ],
-    ids=["one-class", "no-masks", "unlabelled", "one-epoch"],
+    ids=["one-class", "no-masks", "unlabeled", "one-epoch"],
 )
 def test_a_chart_that_cannot_be_drawn_says_why(chart, note):
     assert (chart.curves, chart.note) == ((), note)

@@ -64,7 +64,7 @@ def test_the_gallery_puts_the_worst_mistakes_first(tmp_path, a_run, page_of):
     )
 
 
-def test_unlabelled_images_come_last_the_highest_score_first(tmp_path, a_run, page_of):
+def test_unlabeled_images_come_last_the_highest_score_first(tmp_path, a_run, page_of):
     page, _ = page_of(a_run(labels=[0, None, None, 1, 1, None]), tmp_path)
     assert page.within("b") == ["scar/0", "good/0", "scar/1", "blob/0", "good/1", "good/2"]
 

@@ -152,7 +152,7 @@ def test_the_aupimo_of_images_and_kinds_is_shown_if_known(tmp_path, a_run, page_
     assert "AUPIMO" not in page_of(a_run(), tmp_path)[1]
 
 
-@pytest.mark.parametrize("label", [0, 1, None], ids=["good", "defective", "unlabelled"])
+@pytest.mark.parametrize("label", [0, 1, None], ids=["good", "defective", "unlabeled"])
 def test_test_sets_of_one_class_are_reported_without_a_roc_curve(tmp_path, label, a_run, page_of):
     run = a_run(labels=[label] * 6, metrics={"image_auroc": None})
     page, html = page_of(run, tmp_path)

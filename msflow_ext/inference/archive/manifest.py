@@ -98,7 +98,7 @@ def checkpoint_of(run: str | Path) -> Path:
     """Return the checkpoint of a run folder or the given file; raise FileNotFoundError if it is missing."""
     path = Path(run) / CHECKPOINT if Path(run).is_dir() else Path(run)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        raise FileNotFoundError(f"{path} cannot be read: no such checkpoint")
     return path
 
 
