@@ -37,12 +37,6 @@ def graphed(model: Callable[[Any], Any], example: Tensors) -> Callable[[Any], An
         RuntimeError: there is no CUDA device, or the model cannot be captured.
         ValueError: ``example`` is not on one CUDA device, or the inputs of a call differ from it in shape, dtype or
             device.
-
-    Examples:
-        >>> import msflow_ext as mx
-        >>> model = mx.load("runs/mine", "cuda").model  # doctest: +SKIP
-        >>> run = graphed(model, torch.rand(8, 3, 64, 64, device="cuda"))  # doctest: +SKIP
-        >>> score = run(torch.rand(8, 3, 64, 64, device="cuda")).score.clone()  # doctest: +SKIP
     """
     if not torch.cuda.is_available():
         raise RuntimeError("CUDA graphs need a GPU, but torch finds none")
