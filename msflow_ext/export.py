@@ -1,4 +1,4 @@
-"""A trained detector as a graph that needs this package no more: torch.export, AOTInductor, ONNX or OpenVINO."""
+"""Export a trained detector to torch.export, AOTInductor, ONNX or OpenVINO, without a dependency on this package."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from msflow_ext.models.base import AnomalyModel
 from msflow_ext.models.optimized.head import OptimizedHead
 from msflow_ext.version import __version__
 
-#: How far a graph may be from the run; relative, as :func:`export` measures it.
+#: Largest allowed relative difference between a graph and its run, see :func:`export`.
 TOLERANCE = 1e-4
-#: The results of a graph.
+#: Names of a graph's outputs.
 OUTPUTS: tuple[str, ...] = ("score", "anomaly_map")
-#: What follows the name of an output that was read as its runtime does without settings.
+#: Suffix of an output's name when its runtime ran with its default settings.
 BY_DEFAULT = " by default"
 
 
@@ -42,35 +42,47 @@ def export(
     *,
     images: Tensor | None = None,
 ) -> dict[str, float]:
-    """Write a detector as a graph, if it computes what the detector does.
+    """Export a detector as a graph, and check that the graph computes the same.
 
-    The graph maps ``images (N, 3, S, S)`` float32, RGB in 0..1, N of any size, to ``score (N,)`` and
-    ``anomaly_map (N, S, S)``, both float32; normalisation and aggregation are inside. The file is read back and
-    compared, as one image and as a batch of others, on three seeded random images and on ``images``. It carries what
-    deployment needs, see :func:`metadata`: the metadata of an ONNX file or of an AOTInductor package, text by text;
-    ``rt_info`` of OpenVINO below ``msflow_ext``; of ``"torch"`` the extra file ``metadata.json``.
+    The written file is read back and compared with the detector on three seeded random images and on ``images``. The
+    first image is a batch of one, the others are a second batch. Normalization and aggregation are part of the graph.
+
+    ``"aoti"`` is the program of ``"torch"``, compiled for CPUs with the instructions of this one. C++ (``docs/cpp``) and
+    ``torch._inductor.aoti_load_package`` load it. OpenVINO computes in bfloat16 on CPUs that support it, unless
+    ``INFERENCE_PRECISION_HINT`` is ``"f32"``. Its results may be finite for images with NaN.
+
+    The file has the texts of :func:`metadata`: in the extra file ``metadata.json`` of ``"torch"``, in the metadata of
+    AOTInductor packages and ONNX models, or in OpenVINO's ``rt_info`` below ``msflow_ext``.
 
     Args:
-        source: a run folder or checkpoint file, what :func:`msflow_ext.load` made of it, or a model; left untouched.
-        format: ``"torch"``, for ``torch.export.load``; ``"aoti"``, the same compiled by AOTInductor for CPUs with the
-            instructions of this one, for C++ (``docs/cpp``) or ``torch._inductor.aoti_load_package``; ``"onnx"``; or
-            ``"openvino"``, float32. OpenVINO itself computes in bfloat16 on CPUs that can, unless
-            ``INFERENCE_PRECISION_HINT`` is ``"f32"``; of images with NaN its results may be finite.
-        out: new file, ``.pt2``, ``.onnx`` or ``.xml``, the latter with its weights beside it in ``.bin``.
-        images: ``(N, 3, S, S)`` real images to compare on besides.
+        source: run folder, checkpoint file, detector of :func:`msflow_ext.load`, or model; it is not changed.
+        format: ``"torch"``, ``"aoti"``, ``"onnx"`` or ``"openvino"``.
+        out: path of the new file: ``.pt2``, ``.onnx``, or ``.xml`` with its weights beside it in ``.bin``.
+        images: additional images to compare on.
+
+    Shape:
+        images: ``(N, 3, S, S)``, float32, RGB in 0..1, with any ``N``; also the graph's input.
+        score: ``(N,)``, float32.
+        anomaly_map: ``(N, S, S)``, float32.
 
     Returns:
-        For each output the largest difference from the detector on the CPU, over the largest absolute value that the
-        detector gave on all these images. For ``"openvino"`` that is with ``INFERENCE_PRECISION_HINT`` ``"f32"``, and
-        ``"score by default"`` and ``"anomaly_map by default"`` are the differences without it, which have no limit.
+        For each output, the largest difference from the detector on the CPU, relative to the detector's largest
+        absolute value on all these images. For ``"openvino"``, these are with ``INFERENCE_PRECISION_HINT`` ``"f32"``.
+        Its ``"score by default"`` and ``"anomaly_map by default"`` are differences without it, which have no limit.
 
     Raises:
-        ValueError: an unknown format, a file name or images that do not fit.
-        TypeError: a source that is no such model, or one not in float32.
-        FileExistsError: the file is there already. OSError: it cannot be written.
+        ValueError: ``format`` is unknown, or ``out`` or ``images`` does not fit it.
+        TypeError: ``source`` is not such a model, or is not float32.
+        FileExistsError: ``out`` exists already.
+        OSError: ``out`` cannot be written.
         ModuleNotFoundError: the extra ``export`` is not installed.
-        RuntimeError: the model cannot be converted, there is no C++ compiler for ``"aoti"``, or the graph differs by
-            more than 1e-4; no file is left.
+        RuntimeError: the model cannot be converted, ``"aoti"`` finds no C++ compiler, or the graph differs by more than
+            1e-4. No file is left.
+
+    Examples:
+        >>> differences = export("runs/mine", "torch", "detector.pt2")  # doctest: +SKIP
+        >>> sorted(differences)  # doctest: +SKIP
+        ['anomaly_map', 'score']
     """
     out = Path(out)
     chosen = _checked(format, out)
@@ -94,7 +106,7 @@ def export(
             if error.errno in FULL:
                 raise OSError(f"{out} cannot be written: {error.strerror}") from error
             raise
-        except Exception as error:  # exporters raise what they like
+        except Exception as error:  # exporters raise errors of any type
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             name = f"{type(model).__name__} on {model.backbone.name}"
             raise RuntimeError(f"{name} cannot be exported to {format}: {reason}") from error
@@ -102,8 +114,8 @@ def export(
         for name, difference in found.items():
             if not difference <= TOLERANCE:
                 raise RuntimeError(
-                    f"{out} was not written: its {name} would differ from the run's by {difference:.1e} of the "
-                    f"largest value, more than {TOLERANCE:.0e}"
+                    f"{out} was not written: its {name} must be within {TOLERANCE:.0e} of the run's, relative to the "
+                    f"largest value, but differs by {difference:.1e}"
                 )
         for name, values, truth in zip(OUTPUTS, default or (), expected, strict=bool(default)):
             found[f"{name}{BY_DEFAULT}"] = _difference(values, truth)
@@ -114,15 +126,29 @@ def export(
 
 
 def metadata(source: detector.Detector | AnomalyModel) -> dict[str, str]:
-    """What an exported file says of itself, as texts: JSON where they are no words.
+    """Return the metadata of an exported file, as texts; numbers, lists and ``null`` are JSON.
 
-    * ``model``, ``backbone``, ``image_size`` (pixels), ``fit``: how a file becomes the square input, ``resize`` or ``pad``.
-    * ``input_name``, ``input_layout``, ``input_channels``, ``input_dtype``, ``input_range``; ``outputs``.
-    * ``normalization``: ``inside``, by ``mean`` and ``std`` of the channels: the input is not normalised.
-    * ``threshold``: an image with a larger score is defective; ``pixel_threshold``: a larger value of the map is;
-      ``false_alarms``: the share of normal images that may exceed them; ``null`` where the run knows none.
-    * ``colours``: the range of map values that heat maps show, or ``null``.
-    * ``package``, ``version``: what wrote it.
+    * ``model``, ``backbone``: names of model and backbone.
+    * ``image_size``: side of the square input in pixels.
+    * ``fit``: how an image becomes square, ``resize`` or ``pad``.
+    * ``input_name``, ``input_layout``, ``input_channels``, ``input_dtype``, ``input_range``: the input.
+    * ``outputs``: names of the outputs.
+    * ``normalization``: ``inside``: the graph normalizes its input by ``mean`` and ``std``.
+    * ``threshold``: an image with a larger score is defective.
+    * ``pixel_threshold``: a pixel with a larger map value is defective.
+    * ``false_alarms``: share of normal images that may exceed the thresholds.
+    * ``colours``: range of map values that heat maps show.
+    * ``package``, ``version``: the package that wrote the file.
+
+    The thresholds, ``false_alarms`` and ``colours`` are ``null`` if the run has none.
+
+    Args:
+        source: detector or model.
+
+    Examples:
+        >>> facts = metadata(detector.load("runs/mine"))
+        >>> facts["model"], facts["input_layout"], facts["image_size"]
+        ('MSFlow', 'NCHW', '64')
     """
     model: Any = source.model if isinstance(source, detector.Detector) else source
     known = ("fit", "threshold", "pixel_threshold", "false_alarms", "colours")
@@ -149,6 +175,8 @@ def metadata(source: detector.Detector | AnomalyModel) -> dict[str, str]:
 
 
 class _Graph(nn.Module):
+    """A model that returns its outputs as a tuple, for exporters."""
+
     def __init__(self, model: AnomalyModel) -> None:
         super().__init__()
         self.model = model
@@ -166,52 +194,52 @@ def _checked(format: str, out: Path) -> _Format:
         raise ValueError(f"{out} must end in {chosen.suffixes[-1]} for format {format}")
     for path in map(out.with_suffix, chosen.suffixes):
         if path.exists():
-            raise FileExistsError(f"{path} is there already: choose another name, or remove it")
+            raise FileExistsError(f"{path} exists already. Choose another name, or remove it")
     if missing := [name for name in chosen.needs if find_spec(name) is None]:
         raise ModuleNotFoundError(
             f"format {format} needs {', '.join(missing)}: pip install 'msflow-ext[export]'"
         )
     if chosen.compiled and shutil.which(_compiler()) is None:
         raise RuntimeError(
-            f"format {format} needs a C++ compiler, {_compiler()} is not there: install it, or name another in CXX"
+            f"format {format} needs a C++ compiler, but {_compiler()} is not found. Install it, or set CXX to another"
         )
     return chosen
 
 
 def _compiler() -> str:
-    """The program that PyTorch will compile with."""
+    """Return the C++ compiler that PyTorch will use."""
     default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     return next(iter(shlex.split(os.environ.get("CXX", ""))), default)
 
 
 def _model_of(source: detector.Detector | AnomalyModel) -> AnomalyModel:
-    """A copy of the model on the CPU, of which nothing is trained."""
+    """Return a copy of the model on the CPU, in evaluation mode and without gradients."""
     model = source.model if isinstance(source, detector.Detector) else source
     if not isinstance(model, AnomalyModel) or isinstance(model.head, OptimizedHead):
         raise TypeError(
-            "source must be a run, or an MSFlow or FastFlow as training leaves it, not its inference form, "
-            f"got {type(model).__name__}"
+            "source must be a run, or an MSFlow or FastFlow that is not an optimized model, "
+            f"got {type(model).__name__}. Export the model before optimize()"
         )
     if wrong := {p.dtype for p in model.parameters()} - {torch.float32}:
-        raise TypeError(f"source must be in float32 to be exported, got {wrong.pop()}")
+        raise TypeError(f"source must be float32, got {wrong.pop()}")
     return copy.deepcopy(model).cpu().eval().requires_grad_(False)
 
 
 def _images(size: int, real: Tensor | None) -> Tensor:
-    """What the graph is compared on: smooth random images, then the real ones."""
+    """Return the images to compare on: smooth random images, then the given ones."""
     coarse = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images = F.interpolate(coarse, (size, size), mode="bilinear")
     if real is None:
         return images
     if real.dim() != 4 or real.shape[1:] != (3, size, size) or real.dtype is not torch.float32:
         raise ValueError(
-            f"images must be (N, 3, {size}, {size}) float32, got {tuple(real.shape)} {real.dtype}"
+            f"images must have shape (N, 3, {size}, {size}) and dtype float32, got {tuple(real.shape)} and {real.dtype}"
         )
     return torch.cat((images, real.cpu()))
 
 
 def _in_two_batches(run: Callable[[Tensor], Sequence[Any]], images: Tensor) -> list[Tensor]:
-    """Outputs for the first image alone, then for the others together."""
+    """Run the first image and the other images as two batches, and return the joined outputs."""
     pairs = zip(run(images[:1]), run(images[1:]), strict=True)
     return [torch.cat([torch.as_tensor(part) for part in pair]) for pair in pairs]
 
@@ -224,11 +252,11 @@ def _difference(got: Tensor, expected: Tensor) -> float:
 
 
 def _program(model: AnomalyModel) -> torch.export.ExportedProgram:
-    # Two images: a batch of one would be taken for a constant.
+    # Two images, because the exporter would make a batch size of 1 a constant.
     example = torch.zeros(2, 3, model.image_size, model.image_size)
     program = torch.export.export(_Graph(model), (example,), dynamic_shapes=_BATCH)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths on this machine are nobody's business
+        node.meta.pop("stack_trace", None)  # holds private paths of this machine
     return program
 
 
@@ -237,9 +265,15 @@ _BATCH = ({0: torch.export.Dim("batch")},)
 
 @dataclass(frozen=True)
 class _Format:
-    """Suffixes of its files, the one that readers open last; what must be installed; how to write and read it.
+    """How to write and read a format.
 
-    ``read`` computes in float32; ``read_by_default`` is the reader without settings, where that is another.
+    Attributes:
+        suffixes: suffixes of its files; the last is that of the file to open.
+        needs: modules that must be installed.
+        write: writes a program and its metadata to a path.
+        read: returns a function that runs the file in float32.
+        compiled: whether a C++ compiler is needed.
+        read_by_default: like ``read``, with the runtime's default settings, if they differ.
     """
 
     suffixes: tuple[str, ...]
@@ -251,7 +285,7 @@ class _Format:
 
 
 def _write_torch(program: torch.export.ExportedProgram, path: Path, facts: dict[str, str]) -> None:
-    # Into memory first: where its own writer finds the disk full, it ends the process.
+    # Into memory first: torch's own writer ends the process if the disk is full.
     written = io.BytesIO()
     torch.export.save(program, written, extra_files={"metadata.json": json.dumps(facts)})
     path.write_bytes(written.getbuffer())
@@ -266,7 +300,7 @@ def _write_aoti(program: torch.export.ExportedProgram, path: Path, facts: dict[s
 
     settings = {
         "aot_inductor.metadata": facts,
-        "cpp.dynamic_threads": True,  # the caller's, not as many as compiled it
+        "cpp.dynamic_threads": True,  # use the caller's number of threads, not the compiler's
     }
     written = io.BytesIO()
     aoti_compile_and_package(program, package_path=written, inductor_configs=settings)
@@ -297,9 +331,7 @@ def _write_onnx(
     graph.model.metadata_props.update(facts)
     graph.save(path, external_data=external_data)
     if not external_data and len(list(path.parent.iterdir())) > 1:
-        raise ValueError(
-            "its weights are more than one ONNX file holds; openvino has no such limit"
-        )
+        raise ValueError("its weights are too large for one ONNX file. Use the format openvino")
 
 
 def _read_onnx(path: Path) -> Callable[[Tensor], Sequence[Any]]:
@@ -312,7 +344,7 @@ def _read_onnx(path: Path) -> Callable[[Tensor], Sequence[Any]]:
 def _write_openvino(
     program: torch.export.ExportedProgram, path: Path, facts: dict[str, str]
 ) -> None:
-    """By way of ONNX, whose converter keeps the names and knows more operators."""
+    """Convert through ONNX, because that converter keeps the names and supports more operators."""
     import openvino
 
     onnx = path.with_suffix(".onnx")

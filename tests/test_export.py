@@ -1,4 +1,4 @@
-"""An exported file needs nothing of this package, computes what the run does, or is not there."""
+"""An exported file does not depend on this package and computes the same as the run, or is not written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {"image_size": 64, "pretrained": False, "seed": 1}
 
 
 def small(kind: str, backbone: str = "test_efficientnet", **options: Any) -> Any:
-    """An untrained model, with statistics and what is fitted behind the head, where it has them."""
+    """An untrained model in evaluation mode, with a fitted anomaly map."""
     if kind == "MSFlow":
         options = {"blocks": (1, 1, 1), "cond_channels": 8, **options}
     else:
@@ -39,7 +39,7 @@ def small(kind: str, backbone: str = "test_efficientnet", **options: Any) -> Any
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    """Five images, of a batch that no exporter saw."""
+    """Five images, a batch size that no exporter saw."""
     return torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(7))
 
 
@@ -60,9 +60,9 @@ def outputs(model: Any, images: Tensor) -> list[np.ndarray]:
 
 
 def assert_equal(got: Any, expected: Any) -> None:
-    for g, w in zip(got, expected, strict=True):
-        assert np.asarray(g).dtype == np.float32
-        np.testing.assert_allclose(g, w, rtol=0, atol=1e-4 * np.abs(w).max())
+    for found, truth in zip(got, expected, strict=True):
+        assert np.asarray(found).dtype == np.float32
+        np.testing.assert_allclose(found, truth, rtol=0, atol=1e-4 * np.abs(truth).max())
 
 
 def test_the_command_writes_a_program_that_runs_without_this_package(run, tmp_path, capsys, images):
@@ -85,7 +85,7 @@ torch.save(tuple(found), result)
     assert_equal(torch.load(result), outputs(mx.load(run, "cpu").model, images))
 
 
-def test_an_onnx_file_stands_alone_with_the_documented_inputs_and_outputs(tmp_path, images):
+def test_an_onnx_file_is_self_contained_with_the_documented_inputs_and_outputs(tmp_path, images):
     onnxruntime = pytest.importorskip("onnxruntime")
     options = {"anomaly_map": "clamped", "smoothing": 4.0, "score": "map"}
     model = small("MSFlow", **options)
@@ -104,7 +104,7 @@ def test_an_onnx_file_stands_alone_with_the_documented_inputs_and_outputs(tmp_pa
     expected = outputs(model, images)
     assert_equal(session.run(None, {"images": images.numpy()}), expected)
     single = {"images": images[:1].numpy()}
-    assert_equal(session.run(None, single), [w[:1] for w in expected])
+    assert_equal(session.run(None, single), [each[:1] for each in expected])
 
 
 def test_an_openvino_file_has_its_weights_beside_it(tmp_path, images):
@@ -142,7 +142,7 @@ FACTS = {
 
 
 @pytest.mark.family("exports")
-def test_a_program_carries_what_deployment_needs(calibrated, run, tmp_path):
+def test_a_torch_program_has_the_metadata(calibrated, run, tmp_path):
     export(calibrated, "torch", tmp_path / "m.pt2")
     extra = {"metadata.json": ""}
     torch.export.load(tmp_path / "m.pt2", extra_files=extra)
@@ -157,7 +157,7 @@ def test_a_program_carries_what_deployment_needs(calibrated, run, tmp_path):
 
 
 @pytest.mark.family("exports")
-def test_an_onnx_file_carries_what_deployment_needs(calibrated, tmp_path):
+def test_an_onnx_file_has_the_metadata(calibrated, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     export(calibrated, "onnx", tmp_path / "m.onnx")
@@ -166,7 +166,7 @@ def test_an_onnx_file_carries_what_deployment_needs(calibrated, tmp_path):
 
 
 @pytest.mark.family("exports")
-def test_openvino_carries_what_deployment_needs_and_both_figures_are_given(
+def test_an_openvino_file_has_the_metadata_and_both_differences_are_returned(
     calibrated, tmp_path, images
 ):
     openvino = pytest.importorskip("openvino")
@@ -184,7 +184,7 @@ def test_openvino_carries_what_deployment_needs_and_both_figures_are_given(
 
 
 @pytest.mark.family("exports")
-def test_the_command_prints_the_figure_of_the_hint_and_that_of_the_default(
+def test_the_command_prints_the_differences_with_and_without_the_hint(
     run, tmp_path, capsys, monkeypatch
 ):
     found = {"score": 1e-7, "anomaly_map": 2e-7}
@@ -207,16 +207,16 @@ def test_the_command_prints_the_figure_of_the_hint_and_that_of_the_default(
     ],
     ids=str,
 )
-def test_every_score_and_map_of_both_models_goes_into_a_graph(tmp_path, images, kind, options):
+def test_every_score_and_map_of_both_models_can_be_exported(tmp_path, images, kind, options):
     model = small(kind, **options)
     export(model, "torch", tmp_path / "m.pt2")
     found = torch.export.load(tmp_path / "m.pt2").module()(images)
     assert_equal(found, outputs(model, images))
 
 
-def test_a_graph_that_differs_from_the_run_is_not_left_behind(tmp_path, monkeypatch):
+def test_a_graph_that_differs_from_the_run_is_not_written(tmp_path, monkeypatch):
     model = small("FastFlow", anomaly_map="clamped")
-    # Inside the graph, and only there, the map is another.
+    # Change the map during export only.
     localize = type(model).localize
 
     def differs(self: Any, *arguments: Any) -> Tensor:
@@ -224,14 +224,16 @@ def test_a_graph_that_differs_from_the_run_is_not_left_behind(tmp_path, monkeypa
         return localize(self, *arguments) * (1 + shift)
 
     monkeypatch.setattr(type(model), "localize", differs)
-    with pytest.raises(RuntimeError, match=r"its anomaly_map would differ .* by 1\.0e-02"):
+    with pytest.raises(
+        RuntimeError, match=r"its anomaly_map must be within .* but differs by 1\.0e-02"
+    ):
         export(model, "torch", tmp_path / "m.pt2")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_an_exporter_cannot_read_is_named(tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_exported_is_named(tmp_path, monkeypatch):
     model = small("FastFlow")
-    # A branch on a value is what graphs cannot have.
+    # A graph cannot branch on a value.
     monkeypatch.setattr(
         type(model), "pool", lambda self, x: x if bool((x.mean() > 0).item()) else -x
     )
@@ -245,21 +247,21 @@ def test_weights_too_large_for_one_onnx_file_are_refused(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     exporter = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
     monkeypatch.setattr(exporter, 1000)
-    with pytest.raises(RuntimeError, match="weights are more than one ONNX file holds"):
+    with pytest.raises(RuntimeError, match="weights are too large for one ONNX file"):
         export(small("FastFlow", steps=1), "onnx", tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("format", SUFFIXES)
-def test_a_file_that_is_there_is_kept(run, tmp_path, format):
+def test_an_existing_file_is_kept(run, tmp_path, format):
     path = tmp_path / f"m{SUFFIXES[format]}"
     path.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"m\..* is there already"):
+    with pytest.raises(FileExistsError, match=r"m\..* exists already"):
         export(run, format, path)
     assert path.read_text() == "mine"
 
 
-def test_arguments_that_do_not_fit_are_one_sentence(run, tmp_path):
+def test_wrong_arguments_are_refused(run, tmp_path):
     with pytest.raises(
         ValueError, match="format must be one of torch, aoti, onnx, openvino, got 'tf'"
     ):
@@ -271,17 +273,19 @@ def test_arguments_that_do_not_fit_are_one_sentence(run, tmp_path):
         export(run, "torch", tmp_path / "file" / "m.pt2")
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         export(tmp_path / "absent", "torch", tmp_path / "m.pt2")
-    with pytest.raises(ValueError, match=r"images must be \(N, 3, 64, 64\) float32, got \(3, 64"):
+    with pytest.raises(
+        ValueError, match=r"images must have shape \(N, 3, 64, 64\) and dtype float32, got \(3"
+    ):
         export(run, "torch", tmp_path / "m.pt2", images=torch.zeros(3, 64, 64))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_is_not_a_model_in_float32_is_refused(tmp_path):
+def test_other_sources_than_float32_models_are_refused(tmp_path):
     model = small("FastFlow")
     refused: list[tuple[Any, str]] = [
-        (model.optimize(), "not its inference form, got FastFlow"),
+        (model.optimize(), "not an optimized model, got FastFlow"),
         (torch.nn.Identity(), "got Identity"),
-        (model.double(), "must be in float32 to be exported, got torch.float64"),
+        (model.double(), "source must be float32, got torch.float64"),
     ]
     for source, sentence in refused:
         with pytest.raises(TypeError, match=sentence):
@@ -299,7 +303,7 @@ def test_a_missing_package_names_what_to_install(run, tmp_path, monkeypatch, for
     assert module in str(caught.value)
 
 
-def test_a_detector_is_as_it_was(tmp_path):
+def test_an_export_does_not_change_the_detector(tmp_path):
     model = small("FastFlow").train()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     export(mx.inference.Detector(model), "torch", tmp_path / "m.pt2")

@@ -1,4 +1,4 @@
-"""Score images with a trained model: a file, a folder, an array, an archive."""
+"""Score images with a trained model: files, folders, arrays and archives."""
 
 from msflow_ext.inference.detector import Detector, Result, load
 

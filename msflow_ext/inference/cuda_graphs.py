@@ -1,4 +1,4 @@
-"""CUDA graphs: a model's inference recorded once, its scales side by side, and replayed without launch overhead."""
+"""Record a model's inference as a CUDA graph, with its scales in parallel, and replay it without launch overhead."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from msflow_ext.models.optimized.packing import Optimized
 
 Tensors = Tensor | Sequence[Tensor]
 
-_WARM_UPS = 3  # calls before the recording: libraries choose algorithms and allocate in them
-_RECORDING = Lock()  # a process may record one graph at a time
+_WARM_UPS = 3  # calls before the capture, in which libraries choose algorithms and allocate memory
+_RECORDING = Lock()  # a process may capture one graph at a time
 
 
 def graphed(model: Callable[[Any], Any], example: Tensors) -> Callable[[Any], Any]:
-    """Record ``model(example)`` as a CUDA graph; what is returned replays it on other inputs of the same shapes.
+    """Capture ``model(example)`` as a CUDA graph, and return a function that replays it on new inputs.
 
-    Inference forms (:meth:`~msflow_ext.MSFlow.optimize`) run each scale on a stream of its own, joined by events.
+    Optimized models (:meth:`~msflow_ext.MSFlow.optimize`) run each scale on its own stream, joined by events.
 
     Args:
-        model: a detector, a head, or any function whose work on the GPU depends on nothing but its argument's values.
+        model: a model, a head, or any function whose GPU work depends only on the values of its argument.
         example: a tensor or a sequence of tensors on one CUDA device.
 
     Returns:
-        ``run(inputs)``: copies the inputs into the graph's own and replays it. Its results are the graph's: the next
-        call overwrites them, so clone what must last. No gradients are recorded.
+        ``run(inputs)``, which copies ``inputs`` into the graph's inputs and replays the graph. Inputs must have the
+        shapes and dtypes of ``example``. The next call overwrites the results: clone those to keep. No gradients are
+        recorded.
 
     Raises:
-        RuntimeError: there is no CUDA, or the model does what a graph cannot hold.
-        ValueError: ``example`` is not on one CUDA device; a call's inputs differ from it in shape, dtype or device.
+        RuntimeError: there is no CUDA device, or the model cannot be captured.
+        ValueError: ``example`` is not on one CUDA device, or the inputs of a call differ from it in shape, dtype or
+            device.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("graphed: CUDA graphs need a GPU, and torch sees none")
+        raise RuntimeError("CUDA graphs need a GPU, but torch finds none")
     expected = _list(example)
     devices = {t.device for t in expected}
     if len(devices) != 1 or any(d.type != "cuda" for d in devices):
-        raise ValueError(
-            f"graphed: example must be on one CUDA device, got {sorted(map(str, devices))}"
-        )
+        raise ValueError(f"example must be on one CUDA device, got {sorted(map(str, devices))}")
     (device,) = devices
     own = [t.detach().clone(memory_format=torch.preserve_format) for t in expected]
     inputs = own[0] if isinstance(example, Tensor) else own
@@ -61,7 +61,7 @@ def graphed(model: Callable[[Any], Any], example: Tensors) -> Callable[[Any], An
         given = _list(inputs)
         if [_kind(t) for t in given] != [_kind(t) for t in own]:
             raise ValueError(
-                f"graphed: inputs must be as the example, {[_kind(t) for t in own]}, got {[_kind(t) for t in given]}"
+                f"inputs must be as the example, {[_kind(t) for t in own]}, got {[_kind(t) for t in given]}"
             )
         with torch.cuda.device(device):
             for to, t in zip(own, given, strict=True):
@@ -73,17 +73,17 @@ def graphed(model: Callable[[Any], Any], example: Tensors) -> Callable[[Any], An
 
 
 class Replayed:
-    """A detector's model, replayed as a CUDA graph for the batches that come again.
+    """A detector's model that replays CUDA graphs for repeated batch shapes.
 
-    The second batch of a shape is recorded by :func:`graphed`; one that comes once, as the last of a folder, is not worth
-    it. The first ``most`` shapes that come again keep their graphs, others run without. So does all that follows a
-    recording that failed, of which one warning tells. Threads take turns; off the GPU they do not wait.
+    The second batch of a shape is captured by :func:`graphed`, the first is not: it may be the only one, such as the last
+    batch of a folder. The first ``most`` repeated shapes keep their graphs; other shapes run without. If a capture
+    fails, one warning is raised and everything runs without graphs. Threads take turns on the GPU, not on the CPU.
 
     Args:
-        model: images to :class:`~msflow_ext.Prediction`.
-        record: ``record(model, batch)`` gives what is called in its place; the next call may overwrite its results.
-        on: type of the devices with graphs.
-        most: graphs to keep; each has memory of its own to work in.
+        model: maps images to :class:`~msflow_ext.Prediction`.
+        record: ``record(model, batch)`` returns a replacement for ``model``, whose results the next call may overwrite.
+        on: device type to use graphs on.
+        most: maximum number of graphs; each has its own working memory.
     """
 
     def __init__(
@@ -98,12 +98,12 @@ class Replayed:
         self._record, self._on, self._most = record, on, most
         self._seen: set[Any] = set()
         self._graphs: dict[Any, Callable[[Tensor], Any]] = {}
-        self._packed: list[Any] = []  # what the graphs read, kept as long as they are
+        self._packed: list[Any] = []  # weights that the graphs read
         self._turn = Lock()
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Scores ``(N,)`` and anomaly maps ``(N, S, S)`` by the model on this device: on the CPU, the caller's own."""
+        """Return scores ``(N,)`` and anomaly maps ``(N, S, S)`` on the CPU, which later calls do not overwrite."""
         if device.type != self._on:
             found = self.model(images.to(device))
             return found.score.cpu(), found.anomaly_map.cpu()
@@ -113,9 +113,9 @@ class Replayed:
             return found.score.to("cpu", copy=True), found.anomaly_map.to("cpu", copy=True)
 
     def _run(self, images: Tensor) -> Callable[[Tensor], Any]:
-        """The graph for such images, if there is one or should be one now, else the model."""
+        """Return the graph for this shape, captured now if it is due; without one, the model."""
         packed = _packed(self.model)
-        if list(map(id, packed)) != list(map(id, self._packed)):  # of weights that were replaced
+        if list(map(id, packed)) != list(map(id, self._packed)):  # weights were replaced
             self._packed = packed
             self._graphs.clear()
         kind = _kind(images)
@@ -125,17 +125,17 @@ class Replayed:
             except Exception as error:  # If the model is at fault, it fails again without a graph.
                 self._most = 0
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
-                text = f"inference goes on without CUDA graphs, slower: {reason}"
+                text = f"inference continues without CUDA graphs, more slowly: {reason}"
                 warnings.warn(text, stacklevel=2)
         self._seen.add(kind)
         return self._graphs.get(kind, self.model)
 
-    def __reduce__(self) -> Any:  # a copy records its own
+    def __reduce__(self) -> Any:  # a copy captures its own graphs
         return Replayed, (self.model,)
 
 
 def _packed(model: Any) -> list[Any]:
-    """What optimized parts of a model run at present."""
+    """Return the packed weights of a model's optimized parts."""
     parts = model.modules() if isinstance(model, nn.Module) else ()
     return [part.packed() for part in parts if isinstance(part, Optimized)]
 

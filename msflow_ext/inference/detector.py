@@ -1,4 +1,4 @@
-"""Score images with a trained model, however they come: a file, a folder, an array."""
+"""Score images with a trained model: files, folders, arrays and tensors."""
 
 from __future__ import annotations
 
@@ -30,31 +30,32 @@ from msflow_ext.inference.stored import read_stored
 from msflow_ext.models.base import refuse_range
 from msflow_ext.runs.checkpoint import CHECKPOINT
 
-#: What a single image may cause: damaged, vanished, too large, of another type, a score of NaN.
+#: Errors that a single image can cause: it is damaged, missing, too large or of another type, or scores NaN.
 OF_ONE_IMAGE = (ArithmeticError, MemoryError, OSError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a detector says of one image.
+    """The score, label and anomaly map of one image.
+
+    A detector with fit ``"pad"`` cuts the padding off ``map``, ``mask`` and ``image``. For an image
+    scored in tiles, all three have the size ``(H, W)`` of the image.
 
     Attributes:
-        name: path of the image; relative to the folder if the source is one folder; ``image 0``,
-            ``image 1``, ... if it has none.
-        score: the larger the more anomalous.
-        label: the verdict, 1 if the score exceeds the detector's threshold
+        name: path of the image, relative to the folder if the source is one folder; ``image 0``,
+            ``image 1``, ... for images without a path.
+        score: anomaly score; larger is more anomalous.
+        label: 1 if the score exceeds the detector's threshold
             (:func:`msflow_ext.evaluation.calibration.exceeds`), else 0; None without a threshold.
-        p_value: how rare such a score is among normal images at most, in (0, 1], see
-            :class:`msflow_ext.evaluation.calibration.Calibration`; None if training held none out.
-        map: ``(S, S)`` float32, the larger the more anomalous; the padding of a detector with fit
-            ``"pad"`` is cut off, here and below.
-        mask: ``(S, S)`` bool, where the map exceeds the pixel threshold; None without one.
-        image: ``(S, S, 3)`` uint8, RGB: what the model saw.
-        size: of the image itself, ``(H, W)`` in pixels.
-        error: why the image could not be scored; None if it was. With an error the score is NaN,
-            map and image are empty, and the rest is None.
-
-    Of an image in tiles, map, mask and image have the image's own size ``(H, W)``.
+        p_value: conformal p-value in (0, 1], an upper bound on the share of normal images that
+            score this high, see :class:`msflow_ext.evaluation.calibration.Calibration`; None if
+            training held out no images.
+        map: anomaly map ``(S, S)``, float32; larger is more anomalous.
+        mask: ``(S, S)``, bool: True where the map exceeds the pixel threshold; None without one.
+        image: ``(S, S, 3)``, uint8, RGB: the model's input.
+        size: height and width of the image file or array, in pixels.
+        error: why the image could not be scored; None if it was scored. With an error, the score
+            is NaN, map and image are empty, and the rest is None.
     """
 
     name: str
@@ -68,9 +69,9 @@ class Result:
     error: str | None = None
 
     def shown(self) -> Result:
-        """The same with map, mask and image in the aspect that the image itself has, for people.
+        """Return a copy for display: map, mask and image have the aspect ratio of the image file.
 
-        The longer side is as long as that of the map.
+        The longer side keeps the length of the map's longer side.
         """
         height, width = in_aspect(*self.size, max(self.map.shape))
         if self.map.shape == (height, width):
@@ -81,7 +82,7 @@ class Result:
 
     @classmethod
     def failed(cls, name: str, error: Exception) -> Result:
-        """The result of an image that could not be scored."""
+        """Return the result of an image that could not be scored."""
         nothing = np.empty((0, 0), np.float32)
         image = np.empty((0, 0, 3), np.uint8)
         return cls(name, math.nan, None, None, nothing, None, image, (0, 0), sentence(error))
@@ -94,27 +95,27 @@ def load(
     false_alarms: float | None = None,
     precision: str | None = None,
 ) -> Detector:
-    """Load a detector from a run folder, or from a checkpoint file.
+    """Load a detector from a run folder or a checkpoint file.
 
-    It has thresholds if its training held normal images out (``Recipe(hold_out=...)``).
+    It has thresholds if training held out normal images (``Recipe(hold_out=...)``).
 
     Args:
-        path: what training wrote; an unfinished run gives the model of its last checkpoint.
-        device: where to compute; by default on the GPU if there is one.
-        false_alarms: share of normal images that may exceed the thresholds; by default the recipe's.
-        precision: ``"float32"`` or ``"bfloat16"`` for the optimized form, ``model.optimize(dtype)``, of
-            which the first call is slower and the others are faster; by default the model as it trained.
+        path: run folder or checkpoint file. An unfinished run gives the model of its last checkpoint.
+        device: device to compute on. Default: the GPU if there is one, else the CPU.
+        false_alarms: share of normal images that may exceed the thresholds. Default: the recipe's.
+        precision: ``"float32"`` or ``"bfloat16"`` for an optimized model, ``model.optimize(dtype)``:
+            its first call is slower, later calls are faster. Default: the model as it was trained.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: not a checkpoint, or a damaged one; ``false_alarms`` for a model without held-out
-            images, or with too few of them; another ``precision``.
+        FileNotFoundError: ``path`` has no checkpoint.
+        ValueError: ``path`` is not a checkpoint or is damaged; ``false_alarms`` is given but training
+            held out no images, or too few; ``precision`` is unknown.
 
     Examples:
         >>> detector = load("runs/mine")
         >>> [result.name for result in detector.predict("photos")]
         ['large.jpg', 'small.png']
-        >>> stricter = load("runs/mine", false_alarms=0.2)  # fewer normal images are labelled 1
+        >>> stricter = load("runs/mine", false_alarms=0.2)  # fewer normal images are labeled 1
         >>> stricter.threshold >= detector.threshold
         True
     """
@@ -124,7 +125,10 @@ def load(
     path = path / CHECKPOINT if path.is_dir() else path
     stored = read_stored(path)
     if false_alarms is not None and not stored.calibration:
-        raise ValueError(f"{path} knows no rate of false alarms: its training held no images out")
+        raise ValueError(
+            f"false_alarms must be None for {path}, got {false_alarms:g}: its training held out no "
+            "images. Train with --hold-out SHARE (Recipe(hold_out=...)) for thresholds"
+        )
     calibration = stored.calibration
     rate: Any = stored.false_alarms if false_alarms is None else false_alarms
     model = stored.model.eval().to(pick_device(device))
@@ -140,19 +144,22 @@ def load(
 
 
 class Detector:
-    """A trained model that takes images as they come; several threads may use one at once.
+    """A trained model with its thresholds, which scores images of any size and source.
 
-    On a GPU, batches of a shape that comes again are replayed as a CUDA graph (:class:`msflow_ext.inference.cuda_graphs.Replayed`;
-    not run on a GPU yet), which shows later changes of weights only, not of settings such as ``model.score``.
+    Several threads may use one detector at once.
+
+    On a GPU, repeated batch shapes are replayed as CUDA graphs
+    (:class:`msflow_ext.inference.cuda_graphs.Replayed`; not run on a GPU yet). A replay uses new
+    weights, but it ignores later changes of settings such as ``model.score``.
 
     Args:
-        model: as training made it.
-        threshold: images that score higher are labelled 1; None for no labels.
-        pixel_threshold: pixels above it make the mask; None for no masks.
-        calibration: what held-out normal images scored, for p-values; None for none.
-        colours: the range of map values that the run's heat maps show; None if not known.
-        false_alarms: share of normal images that may exceed the thresholds; None if not known.
-        fit: how images become square, see :class:`msflow_ext.data.Images`.
+        model: trained model, such as :class:`msflow_ext.MSFlow`.
+        threshold: images with a larger score get label 1; None for no labels.
+        pixel_threshold: pixels with a larger map value form the mask; None for no masks.
+        calibration: scores of held-out normal images, for p-values; None for no p-values.
+        colours: range of map values that the run's heat maps show; None if unknown.
+        false_alarms: share of normal images that may exceed the thresholds; None if unknown.
+        fit: how an image becomes square, ``"resize"`` or ``"pad"``, see :class:`msflow_ext.data.Images`.
     """
 
     def __init__(
@@ -187,33 +194,38 @@ class Detector:
     ) -> list[Result]:
         """Score one image or many.
 
-        With ``tile``, an image is not resized but cut into squares of the model's size ``S``, which
-        overlap. Its score is the largest of theirs; its map, of the image's own size, joins theirs
-        (:func:`msflow_ext.inference.tiling.stitch`). A side below ``S`` is filled up with black. The model
-        then sees things as large as they are in the file: it should have been trained on pieces of
-        that scale. Thresholds and p-values of a calibrated detector are of whole images and do not
-        hold for tiles: label, mask and p-value are None. To judge tiles by thresholds of your own,
-        set these, and ``calibration`` to None.
+        With ``tile=True``, an image is not resized. It is cut into overlapping square tiles of the
+        model's input size ``S``, and padded with black where a side is shorter than ``S``. The
+        image's score is the largest score of its tiles. Its map has the image's size and joins the
+        maps of the tiles (:func:`msflow_ext.inference.tiling.stitch`).
+
+        Tiles show objects at the scale of the file, so train the model on crops of that scale. The
+        thresholds and p-values of a calibrated detector hold for whole images only: for tiles,
+        label, mask and p-value are None. To use other thresholds for tiles, set them, and set
+        ``calibration`` to None.
 
         Args:
-            source: a file; a folder, searched with all its folders; a PIL image; an array ``(H, W)``
-                or ``(H, W, 3)`` in the order RGB (OpenCV's are BGR), as
-                :func:`msflow_ext.data.load_image` takes it; a float tensor ``(3, S, S)`` or
-                ``(N, 3, S, S)``, RGB in 0..1, of the model's size, or with ``tile`` of any; or an
-                iterable of these. Patterns such as ``"*.png"`` are not expanded.
+            source: a file; a folder, searched with its subfolders; a PIL image; an array ``(H, W)``
+                or ``(H, W, 3)`` in RGB order (OpenCV uses BGR), see
+                :func:`msflow_ext.data.load_image`; a float tensor ``(3, S, S)`` or
+                ``(N, 3, S, S)``, RGB in 0..1 (with ``tile=True``, of any size); or an iterable of
+                these. Patterns such as ``"*.png"`` are not expanded.
             batch_size: images, or tiles of one image, per call of the model.
             workers: threads that decode images.
-            tile: whether to cut images into tiles.
-            overlap: of neighbouring tiles, as a share of their side, at least; 0 <= overlap < 1.
-            on_error: ``"stop"`` to raise the error of the first image that cannot be scored, or
-                ``"skip"`` to give it a result with this ``error`` and to continue.
+            tile: cut images into tiles instead of resizing them.
+            overlap: minimum overlap of neighboring tiles, as a share of their side; 0 <= overlap < 1.
+            on_error: ``"stop"`` raises the error of the first image that cannot be scored;
+                ``"skip"`` returns a result with this ``error`` and continues.
+
+        Returns:
+            A result per image, in the order of ``source``.
 
         Raises:
-            FileNotFoundError: no such file or folder.
-            ValueError: a file that is no image, a folder without images, a wrong shape or overlap,
-                a tensor outside 0..1.
-            TypeError: a source, ``batch_size`` or ``workers`` of another type.
-            FloatingPointError: a score or a map is not finite; its image is named.
+            FileNotFoundError: a file or folder does not exist.
+            ValueError: a file is not an image, a folder has no images, a shape or ``overlap`` is
+                wrong, or a tensor has values outside 0..1.
+            TypeError: ``source``, ``batch_size`` or ``workers`` has another type.
+            FloatingPointError: a score or a map is not finite; the message names the image.
 
         Examples:
             >>> (large,) = load("runs/mine").predict("photos/large.jpg", tile=True)
@@ -260,7 +272,7 @@ class Detector:
                     yield Result.failed(name, found)
 
     def _whole(self, batch: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        """The result of each decoded image, or its error; the images are scored together."""
+        """Yield each decoded image's result, or its error; the images are scored as one batch."""
         images = [image for _, image in batch if not isinstance(image, Exception)]
         scores, maps = self._score([pixels for pixels, *_ in images]) if images else ((), ())
         scored = iter(zip(scores, maps, strict=True))
@@ -273,7 +285,7 @@ class Detector:
             yield name, _caught(self._result, name, score, each[box], seen, size)
 
     def _score(self, images: list[Tensor]) -> tuple[list[float], np.ndarray]:
-        """Scores and maps ``(N, S, S)`` of images ``(3, S, S)``."""
+        """Return scores and maps ``(N, S, S)`` of images ``(3, S, S)``."""
         device = next(chain(self.model.parameters(), self.model.buffers())).device
         if self._replayed.model is not self.model:
             self._replayed = Replayed(self.model)
@@ -281,7 +293,7 @@ class Detector:
         return scores.tolist(), maps.float().numpy()
 
     def _tiled(self, name: str, image: Any, overlap: int, batch_size: int) -> Result:
-        """The result of an image ``(3, H, W)``, from tiles that overlap by so many pixels."""
+        """Return the result of an image ``(3, H, W)`` from tiles that overlap by ``overlap`` pixels."""
         if isinstance(image, Exception):
             raise image
         if image.is_floating_point():
@@ -305,7 +317,7 @@ class Detector:
         return self._result(name, float(np.max(scores)), joined, to_pixels(image), size, judged)
 
     def _decode(self, named: tuple[str, Any]) -> tuple[Tensor, Box, tuple[int, int]]:
-        """The square that the model sees, where in it the image is, and the image's own size."""
+        """Return the model's square input, the image's place in it, and the image's own size."""
         name, image = named
         size = self.model.image_size
         if not isinstance(image, Tensor):
@@ -314,8 +326,8 @@ class Detector:
             return images[0], images.box(0), pixels.shape[:2]
         if image.shape != (3, size, size) or not image.is_floating_point():
             raise ValueError(
-                f"{name}: a tensor must be (3, {size}, {size}) of floating point, "
-                f"got {tuple(image.shape)} of {image.dtype}"
+                f"{name}: a tensor must have shape (3, {size}, {size}) and a floating point dtype, "
+                f"got {tuple(image.shape)} and {image.dtype}"
             )
         refuse_range(image, f"{name}: a tensor")
         return image.float(), (slice(0, size), slice(0, size)), (size, size)
@@ -340,7 +352,7 @@ class Detector:
 
 
 def _caught(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What the work gives, or the error that its image causes."""
+    """Return the result of ``work``, or the error that its image caused."""
     try:
         return work(*arguments)
     except OF_ONE_IMAGE as error:

@@ -1,4 +1,4 @@
-"""What a prediction leaves in a folder: ``scores.csv``, heat maps and masks."""
+"""Write the files of a prediction: ``scores.csv``, heat maps and masks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOT_SCORED = "the prediction ended before this image was scored"
 
 
 def row_of(result: Result) -> Row:
-    """The row of ``scores.csv`` that says what a detector says."""
+    """Return the row of ``scores.csv`` for a result."""
     if result.error:
         return Row(result.name, error=result.error)
     p_value = result.p_value
@@ -26,17 +26,18 @@ def row_of(result: Result) -> Row:
 
 
 def remove_earlier(out: Path, images: Iterable[Path] = ()) -> None:
-    """Remove an earlier prediction or evaluation from a folder: its table and the pictures of its rows.
+    """Remove the table and pictures of an earlier prediction or evaluation from a folder.
 
-    So no picture of one prediction stands beside the rows of another. Nothing is removed if an
-    error is raised.
+    This keeps the pictures and the table of a folder in agreement. If an error is raised, nothing
+    has been removed.
 
     Args:
-        images: what is to be scored, and so must stay.
+        out: output folder.
+        images: images to be scored, which must stay.
 
     Raises:
-        ValueError: the table is another file of this name, a picture is of none of its rows or is
-            one of ``images``.
+        ValueError: ``scores.csv`` is not a table of scores, or a picture belongs to no row of it or
+            is one of ``images``.
     """
     table = out / TABLE
     rows = read_scores(table) if table.is_file() else []
@@ -46,17 +47,19 @@ def remove_earlier(out: Path, images: Iterable[Path] = ()) -> None:
     pictures = [path for kind in ("maps", "masks") for path in sorted((out / kind).glob("[!.]*"))]
     for path in pictures:
         if path.name.removesuffix(".tmp") not in known or path.resolve() in kept:
-            what = "an image to score" if path.resolve() in kept else f"of no row of {table}"
-            raise ValueError(f"--out {out} holds {path}, which is {what}: choose another folder")
+            what = "is an image to score" if path.resolve() in kept else f"has no row in {table}"
+            raise ValueError(
+                f"--out must be another folder, got {out}: {path} {what} and would be removed"
+            )
     for path in (*pictures, table, out / "evaluation.json"):
         path.unlink(missing_ok=True)
     for kind in ("maps", "masks"):
-        with suppress(OSError):  # there is none, or a hidden file is in it
+        with suppress(OSError):  # it does not exist, or has a hidden file
             (out / kind).rmdir()
 
 
 def write_pictures(out: Path, results: Iterable[Result], colours: Sequence[float] | None) -> None:
-    """Write a heat map, and a mask if it has one, per result; one result is in memory at a time."""
+    """Write a heat map per result, and its mask if it has one; one result is in memory at a time."""
     results = iter(results)
     first = next(results, None)
     if first is None:
@@ -69,7 +72,7 @@ def write_pictures(out: Path, results: Iterable[Result], colours: Sequence[float
 
 
 def _with_masks(out: Path, results: Iterable[Result]) -> Iterator[Result]:
-    """Pass results on and write their masks, white where the map exceeds the threshold."""
+    """Yield the results and write their masks, white where the map exceeds the threshold."""
     from PIL import Image
 
     taken: set[str] = set()

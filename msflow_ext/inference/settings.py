@@ -1,4 +1,4 @@
-"""How images are scored: by which detector, and in what batches."""
+"""The settings that scores depend on: which detector, which batches, which tiles."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Scoring:
     """The settings of ``msflow predict`` that scores, labels and maps depend on.
 
     Attributes:
-        batch_size, tile, overlap: as :meth:`msflow_ext.inference.Detector.predict` takes them.
-        precision, false_alarms: as :func:`msflow_ext.load` takes them.
-        threshold: images that score higher are labelled 1; None for the run's.
+        batch_size, tile, overlap: see :meth:`msflow_ext.inference.Detector.predict`.
+        precision, false_alarms: see :func:`msflow_ext.load`.
+        threshold: images with a larger score get label 1; None for the run's threshold.
 
     Raises:
-        ValueError: ``false_alarms`` for tiles, of which a run knows no rate.
+        ValueError: ``false_alarms`` is given with ``tile``: a run has rates of whole images only.
     """
 
     batch_size: int = 8
@@ -34,14 +34,17 @@ class Scoring:
 
     def __post_init__(self) -> None:
         if self.tile and self.false_alarms is not None:
-            raise ValueError("--false-alarms is of whole images and says nothing of tiles (--tile)")
+            raise ValueError(
+                f"--false-alarms must not be given with --tile, got {self.false_alarms:g}: the rate "
+                "holds for whole images only. Use --threshold SCORE for tiles"
+            )
 
     def load(self, run: str, device: str | None = None) -> Detector:
-        """The detector of a run; for tiles without the thresholds of the run, which are of whole images."""
+        """Load the detector of a run; for tiles without its thresholds, which hold for whole images."""
         detector = load(run, device, false_alarms=self.false_alarms, precision=self.precision)
         if self.tile and detector.calibration:
             log.info(
-                "the run's thresholds are of whole images: tiles get no label, p-value or mask"
+                "the run's thresholds hold for whole images: tiles get no label, p-value or mask"
             )
             detector.threshold = detector.pixel_threshold = detector.calibration = None
         if self.threshold is not None:
@@ -49,6 +52,6 @@ class Scoring:
         return detector
 
     def stream(self, detector: Detector, source: Any, **options: Any) -> Iterator[Result]:
-        """Results one after the other, see :meth:`msflow_ext.inference.Detector.stream`."""
+        """Yield the results one by one, see :meth:`msflow_ext.inference.Detector.stream`."""
         chosen = {"batch_size": self.batch_size, "tile": self.tile, "overlap": self.overlap}
         return detector.stream(source, **chosen, **options)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of a detector, each value checked before it is used."""
+"""Read a detector from a checkpoint, and check every value before it is used."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ MODELS: dict[str, type[MSFlow] | type[FastFlow]] = {"MSFlow": MSFlow, "FastFlow"
 
 @dataclass(frozen=True)
 class Stored:
-    """A trained model and what its training left for decisions.
+    """A trained model with its calibration and display settings, as a checkpoint stores them.
 
     Attributes:
-        calibration: the scores of held-out images; None if there were none.
-        false_alarms: the recipe's share of normal images over the thresholds; None without a calibration.
-        colours: the range of map values that heat maps show; None if not known.
+        model: the trained model, on the CPU.
+        calibration: scores of held-out images; None if training held out none.
+        false_alarms: the recipe's share of normal images above the thresholds; None without a calibration.
+        colours: range of map values that heat maps show; None if unknown.
         fit: how images become square.
     """
 
@@ -40,25 +41,32 @@ class Stored:
 def read_stored(path: Path) -> Stored:
     """Read the detector in a checkpoint, on the CPU.
 
-    Nothing larger than the file is allocated: the model is built without storage first, and compared with the tensors.
+    The model is first built without storage and compared with the tensors. So a crafted file cannot
+    make it allocate more memory than the file's own size.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it is no checkpoint of a model, or damaged; what is wrong is named.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a checkpoint of a model, or is damaged.
     """
     header, tensors = read_checkpoint(path)
     config = header.get("config")
     kind = MODELS.get(str(header.get("model")))
     if kind is None:
-        raise ValueError(f"{path} holds a model {header.get('model')!r}, unknown to this version")
+        raise ValueError(
+            f"{path} must hold a model {' or '.join(MODELS)}, got {header.get('model')!r}. "
+            "A later version of msflow_ext may have written it"
+        )
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: its configuration builds no {kind.__name__}: it is {config!r}")
+        raise ValueError(f"{path} is damaged: its configuration must be an object, got {config!r}")
     try:
         _check_steps(config, len(tensors))
         with torch.device("meta"):
             blank = kind(**config, pretrained=False)
         _check_config(config, blank.config)
-    except Exception as error:  # what is wrong with a value shows anywhere in the model, or in timm
-        raise ValueError(f"{path}: its configuration builds no {kind.__name__}: {error}") from error
+    except Exception as error:  # the model or timm may raise anything for a wrong value
+        raise ValueError(
+            f"{path} is damaged: its configuration does not build {kind.__name__}: {error}"
+        ) from error
     check_tensors(path, tensors, blank)
     recipe, damaged = header.get("recipe", {}), f"{path} is damaged: "
     if not isinstance(recipe, dict):
@@ -76,18 +84,18 @@ def read_stored(path: Path) -> Stored:
 
 
 def _check_steps(config: Mapping[str, Any], most: int) -> None:
-    """ValueError if there are more steps than tensors: each has one at least."""
+    """Raise ValueError if there are more steps than tensors: each step has at least one."""
     expected = config.get("blocks", config.get("steps", 0))
     count = sum(map(int, expected)) if isinstance(expected, list) else int(expected)
     if count > most:
-        raise ValueError(f"it wants {count} steps, the file holds {most} tensors")
+        raise ValueError(f"it has {count} steps, but the file holds {most} tensors")
 
 
 def _check_config(config: Mapping[str, Any], built: Mapping[str, Any]) -> None:
-    """ValueError if a value is not as models write it, such as a number in quotes."""
+    """Raise ValueError if a value differs from the model's own, such as a number in quotes."""
     for name, value in config.items():
         if name in built and value != built[name]:
-            raise ValueError(f"{name} {value!r} is read as {built[name]!r}")
+            raise ValueError(f"{name} must be {built[name]!r}, got {value!r}")
 
 
 def _calibration(value: Any, damaged: str) -> Calibration | None:
@@ -102,7 +110,7 @@ def _calibration(value: Any, damaged: str) -> Calibration | None:
             raise ValueError(f"{damaged}{name} of the calibration must be finite numbers")
         if numbers != sorted(numbers) or len(numbers) != len(value["scores"]) or not numbers:
             raise ValueError(
-                f"{damaged}{name} of the calibration must rise, one for each held-out image"
+                f"{damaged}{name} of the calibration must be sorted, one per held-out image"
             )
     return Calibration(**value)
 
@@ -113,5 +121,5 @@ def _colours(value: Any, damaged: str) -> list[float] | None:
     if not isinstance(value, list) or len(value) != 2 or not all(map(is_number, value)):
         raise ValueError(f"{damaged}colours must be two finite numbers, got {value!r}")
     if not value[0] < value[1]:
-        raise ValueError(f"{damaged}colours must rise, got {value!r}")
+        raise ValueError(f"{damaged}colours must be increasing, got {value!r}")
     return value

@@ -1,4 +1,4 @@
-"""Cut large images into overlapping squares, and join their maps without seams."""
+"""Cut large images into overlapping square tiles, and join the tiles' maps without seams."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Box = tuple[slice, slice]
 
 
 def pixels_of(overlap: float, side: int) -> int:
-    """The share ``overlap`` of a tile's side, in whole pixels; ValueError outside 0 <= overlap < 1."""
+    """Return the share ``overlap`` of a tile's side in whole pixels; raise ValueError unless 0 <= overlap < 1."""
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap must be at least 0 and below 1, got {overlap}")
     return int(overlap * side)
 
 
 def padded(image: Tensor, side: int) -> tuple[Tensor, Box]:
-    """An image ``(3, H, W)`` with black around it where it is smaller than a tile, and where it lies there."""
+    """Return an image ``(3, H, W)`` padded with black to at least a tile's side, and its place in the result."""
     height, width = image.shape[1:]
     high, wide = max(0, side - height), max(0, side - width)
     top, left = high // 2, wide // 2
@@ -29,15 +29,15 @@ def padded(image: Tensor, side: int) -> tuple[Tensor, Box]:
 
 
 def grid(height: int, width: int, side: int, overlap: int) -> list[Box]:
-    """Rows and columns of the tiles that cover an image, evenly spread, from its top left on.
+    """Return rows and columns of evenly spread tiles that cover an image, starting at the top left.
 
     Args:
-        height, width: of the image, each at least ``side``, in pixels, as all here.
-        side: of a tile.
-        overlap: of neighbours, at least.
+        height, width: size of the image in pixels, at least ``side``.
+        side: side of a tile in pixels.
+        overlap: minimum overlap of neighboring tiles in pixels, 0 <= overlap < side.
 
     Raises:
-        ValueError: a tile is larger than the image, or the overlap is not in 0 <= overlap < side.
+        ValueError: ``side`` is larger than the image, or ``overlap`` is out of range.
     """
     if not 0 < side <= min(height, width):
         raise ValueError(f"side must be 1 to {min(height, width)} pixels, got {side}")
@@ -48,13 +48,14 @@ def grid(height: int, width: int, side: int, overlap: int) -> list[Box]:
 
 
 def stitch(tiles: Iterable[tuple[Box, np.ndarray]], height: int, width: int) -> np.ndarray:
-    """Join square maps into one ``(height, width)``, float32.
+    """Join the maps of tiles into one map ``(height, width)``, float32.
 
     Where tiles overlap, the result is their mean, weighted by the distance from each tile's border.
-    It is taken as a running mean, so tiles that agree are repeated bit by bit.
+    The mean is a running mean, so that equal maps are joined without rounding.
 
     Args:
-        tiles: every box with its map ``(side, side)``, one at a time; together they cover the whole.
+        tiles: place and map ``(side, side)`` of each tile; together they cover the result.
+        height, width: size of the result in pixels.
     """
     mean, weight = (np.zeros((height, width), np.float32) for _ in range(2))
     for box, tile in tiles:
@@ -66,7 +67,7 @@ def stitch(tiles: Iterable[tuple[Box, np.ndarray]], height: int, width: int) -> 
 
 
 def cut(image: Tensor, box: Box) -> Tensor:
-    """A tile ``(3, side, side)`` of an image ``(3, H, W)``: float32 in 0..1, also of a uint8 image."""
+    """Return a tile of an image ``(3, H, W)`` as float32 in 0..1; a uint8 image is scaled by 1/255."""
     tile = image[:, box[0], box[1]]
     return tile.to(torch.float32) / 255 if tile.dtype == torch.uint8 else tile.float()
 

@@ -1,4 +1,4 @@
-"""Follow a folder: images as they arrive, and a table of scores that survives interruptions."""
+"""Watch a folder: yield images as they arrive, and append scores to a table that survives interruptions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from msflow_ext.data.walk import Found, walk
 from msflow_ext.runs.csv_cells import csv_line, whole_lines
 from msflow_ext.runs.score_table import HEADER, Row, read_scores, row_line
 
-LONGEST = 2**15  # bytes of a row that was cut off; more is no such row
+LONGEST = 2**15  # bytes; an unfinished last row is shorter, so more means a damaged table
 
 
 @contextmanager
 def stopped_by_signals() -> Iterator[Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second does what it always does.
+    """Yield an event that the first SIGINT or SIGTERM sets; the second has its previous effect.
 
-    Only the main thread can ask for signals.
+    Call it from the main thread: Python handles signals only there.
     """
     stop = Event()
     before: dict[int, Any] = {}
@@ -48,17 +48,23 @@ def arrivals(
     interval: float = 0.5,
     apart: Sequence[Path] = (),
 ) -> Iterator[tuple[str, Path]]:
-    """Name and path of each image that comes to lie in ``folder`` or in folders there, until ``stop``.
+    """Yield the name and path of each image that arrives in ``folder`` or its subfolders, until ``stop``.
 
-    The name is the path from ``folder`` on. An image has arrived when two looks, ``interval`` seconds
-    apart, find the same size above 0 and the same time of change: one still being written is left
-    alone, one moved in is taken at the second look. An image comes once, and again only if it has
-    changed and its name is not in ``known``. The folder is searched by
-    :func:`msflow_ext.data.walk.walk`, which says what is passed over and what ``apart`` is; the log
-    names what is passed over at first, and later what is for a reason.
+    An image is yielded when its size (above 0) and modification time have not changed for
+    ``interval`` seconds. So an image that is still being written is not read. It is yielded again
+    only if it has changed and its name is not in ``known``.
+
+    The log names every file passed over in the first poll, and later only those with a reason.
+
+    Args:
+        folder: folder to watch, searched by :func:`msflow_ext.data.walk.walk`.
+        known: names, relative to ``folder``, of images that need no score.
+        stop: ends the iteration when set.
+        interval: seconds between two polls of the folder.
+        apart: folders to pass over, see :func:`msflow_ext.data.walk.walk`.
 
     Raises:
-        FileNotFoundError: the folder is not there, or not any more.
+        FileNotFoundError: the folder does not exist, or no longer exists.
     """
     offered: dict[str, tuple[int, int]] = {}
     last: dict[str, tuple[int, int]] = {}
@@ -90,7 +96,7 @@ def _walked(folder: Path, apart: Sequence[Path]) -> Found:
 
 
 def _say_passed_over(found: Found, said: set[str] | None) -> set[str]:
-    """Log what is passed over and was not ``said`` before; at first all of it."""
+    """Log files passed over that were not ``said`` before, and return the names of all logged files."""
     new = {
         name: reason
         for name, reason in found.passed_over.items()
@@ -101,18 +107,18 @@ def _say_passed_over(found: Found, said: set[str] | None) -> set[str]:
 
 
 class ScoreLog:
-    """A table of scores as :func:`msflow_ext.runs.score_table.write_scores` makes, to which rows are appended.
+    """A table of scores, see :func:`msflow_ext.runs.score_table.write_scores`, that grows row by row.
 
-    A row is on the disk when :meth:`append` returns. A last row that was cut off, as by a loss of
-    power, is removed on opening. An image that could not be scored has a row that says why, and
-    another one when it is scored later: the last row of a name counts.
+    A row is on the disk when :meth:`append` returns. If the last row is incomplete, for example after
+    a loss of power, opening the table removes it. An image that cannot be scored has a row with its
+    error, and a second row once it is scored. The last row of a name counts.
 
     Args:
-        path: of the table; made with its first row if it is not there.
+        path: path of the table; the first row creates it.
 
     Attributes:
-        names: of the images with a score, in the order of their rows.
-        failed: names of the others, each with its error.
+        names: names of the images with a score, in the order of their rows.
+        failed: errors of the images without a score, by name.
 
     Raises:
         ValueError: the file is another kind of table, or damaged.
@@ -129,8 +135,8 @@ class ScoreLog:
             begin = text[: text.find(b"\n") + 1].decode("utf-8", "replace")
             if begin != csv_line(HEADER):
                 raise ValueError(
-                    f"{path} must begin with {','.join(HEADER)}, got {begin.strip()}, as an older version or "
-                    "another program writes it: choose another --out"
+                    f"{path} must begin with {','.join(HEADER)}, got {begin.strip()}: an older version or "
+                    "another program wrote it. Choose another --out"
                 )
             for row in read_scores(path, size):
                 self._note(row)
@@ -140,9 +146,10 @@ class ScoreLog:
             os.truncate(path, size)
 
     def append(self, row: Row) -> None:
-        """Write one image's row; OSError if the disk does not take all of it, and then none of it.
+        """Append the row of an image, unless the image failed before with the same error.
 
-        An image that fails again for the same reason gets no second row.
+        Raises:
+            OSError: the row cannot be written; the table is unchanged.
         """
         if row.error and self.failed.get(row.name) == row.error:
             return

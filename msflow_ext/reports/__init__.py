@@ -1,1 +1,1 @@
-"""Heat maps, charts, and the HTML pages of one run and of several."""
+"""Heat maps, charts, and HTML pages of single runs and of comparisons."""

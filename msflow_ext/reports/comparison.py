@@ -1,4 +1,4 @@
-"""Finished runs side by side: their metrics, their settings, and the images on which they disagree."""
+"""Compare finished runs: their metrics, their settings, and the images on which they disagree."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ from msflow_ext.runs.curves import Curve
 from msflow_ext.runs.results import SETTINGS, TestedRun
 from msflow_ext.text_table import text_table
 
-PICTURED = 24  # images that a page shows with the heat maps of all runs
+PICTURED = 24  # images that a page shows with heat maps
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """An image, and for each run the share of the other class that it is taken for.
+    """An image and, for each run, how badly the image is ranked.
 
-    Of a good image that is the share of defective images with a lower score, of a defective one
-    that of good images with a higher score; without another class, the share of all lower scores.
+    Attributes:
+        image: index of the image.
+        shares: one number per run. For a good image: the share of defective images with a lower
+            score. For a defective image: the share of good images with a higher score. Without
+            images of the other class: the share of all images with a lower score.
+        verdicts: the same in words, one per run.
     """
 
     image: int
@@ -35,11 +39,12 @@ class Disagreement:
 
     @property
     def spread(self) -> float:
+        """Return the largest difference between two runs."""
         return max(self.shares) - min(self.shares)
 
 
 def disagreements(runs: Sequence[TestedRun]) -> list[Disagreement]:
-    """The images of the runs, those first on which they disagree most."""
+    """Return the images of the runs; those on which the runs disagree most come first."""
     labels = [label for *_, label in runs[0].images]
     columns = [_shares(labels, run) for run in runs]
     found = []
@@ -50,9 +55,9 @@ def disagreements(runs: Sequence[TestedRun]) -> list[Disagreement]:
 
 
 def table(runs: Sequence[TestedRun]) -> list[tuple[str, list[tuple[float | None, float | None]]]]:
-    """For each metric its name and, for each run, the value and the difference from the first run's."""
+    """Return, per metric, its name and each run's value and difference from the first run."""
     keys = dict.fromkeys(key for run in runs for key in run.metrics["best"])
-    keys = [key for key in keys if key not in ("chosen", "epochs")]  # how the best were found
+    keys = [key for key in keys if key not in ("chosen", "epochs")]  # not metrics
     rows = []
     for key in keys:
         values = [_number(run.metrics.get(key)) for run in runs]
@@ -63,7 +68,7 @@ def table(runs: Sequence[TestedRun]) -> list[tuple[str, list[tuple[float | None,
 
 
 def decisions(runs: Sequence[TestedRun]) -> list[tuple[str, list[float | None]]]:
-    """The shares of good and of defective images over each run's threshold, if a run has one."""
+    """Return the shares of good and defective images above each run's threshold, if a run has one."""
     rows = []
     for index, kind in enumerate(("good", "defective")):
         members = np.array([label == index for *_, label in runs[0].images], bool)
@@ -79,7 +84,7 @@ def decisions(runs: Sequence[TestedRun]) -> list[tuple[str, list[float | None]]]
 
 
 def settings(runs: Sequence[TestedRun]) -> list[tuple[str, list[Any]]]:
-    """The settings in which the runs differ, with the value of each."""
+    """Return the settings in which the runs differ, with one value per run."""
     flat = [
         {f"{part}: {key}": value for part in SETTINGS for key, value in run.metrics[part].items()}
         for run in runs
@@ -90,7 +95,7 @@ def settings(runs: Sequence[TestedRun]) -> list[tuple[str, list[Any]]]:
 
 
 def lines(runs: Sequence[TestedRun], count: int = 10) -> list[str]:
-    """The comparison for a terminal, with so many of the images on which the runs disagree most."""
+    """Return the comparison as lines of text, with the ``count`` images on which the runs disagree most."""
     names = [run.name for run in runs]
     rows = [("", *names)]
     for key, values in table(runs):
@@ -107,10 +112,10 @@ def lines(runs: Sequence[TestedRun], count: int = 10) -> list[str]:
 
 
 def write_comparison(path: str | Path, runs: Sequence[TestedRun]) -> None:
-    """Write the comparison as one HTML file that needs nothing else.
+    """Write the comparison as one self-contained HTML file.
 
-    The 24 images on which the runs disagree most are shown with the heat maps of all runs, as far
-    as ``maps/`` of the run folders still holds them; the 200 next ones are listed.
+    It shows the 24 images on which the runs disagree most, and lists the next 200. Heat maps come
+    from ``maps/`` in the run folders, if all runs still have them.
     """
     labels = [label for *_, label in runs[0].images]
     scored = [(run.name, run.scores) for run in runs]
@@ -142,7 +147,7 @@ def _difference(value: float | None, first: float | None) -> float | None:
 
 
 def _shares(labels: Sequence[int | None], run: TestedRun) -> list[tuple[float, str]]:
-    """Share and verdict of each image, as :class:`Disagreement` has them."""
+    """Return the share and verdict of each image, see :class:`Disagreement`."""
     _, confused = worst_first(labels, run.scores.tolist())
     others = {0: labels.count(1), 1: labels.count(0)}
     ranked, flagged = np.sort(run.scores), run.flagged
@@ -168,16 +173,16 @@ def _roc(runs: Sequence[TestedRun], labels: Sequence[int | None]) -> _charts.Cha
 
 
 def _of_pixels(runs: Sequence[TestedRun]) -> list[_charts.Chart]:
-    """The curves of the pixels, of the runs that keep them."""
+    """Return the charts of pixels, for the runs that have these curves."""
     roc, pro = (
         _lines(runs, [run.curves.get(name) for run in runs]) for name in ("pixel_roc", "pro")
     )
-    charts = [_charts.roc(roc, "ROC curve of the pixels")] if roc else []
+    charts = [_charts.roc(roc, "Pixel ROC curve")] if roc else []
     return charts + ([_charts.pro(pro)] if pro else [])
 
 
 def _lines(runs: Sequence[TestedRun], found: Sequence[Curve | None]) -> list[_charts.Line]:
-    """The curve of each run that has one, in the colour of the run."""
+    """Return the curve of each run that has one, in the color of the run."""
     return [
         (run.name, f"run-{k % 6}", curve)
         for k, (run, curve) in enumerate(zip(runs, found, strict=True))
@@ -186,7 +191,7 @@ def _lines(runs: Sequence[TestedRun], found: Sequence[Curve | None]) -> list[_ch
 
 
 def _wins(first: TestedRun, run: TestedRun) -> tuple[int, int] | None:
-    """On how many images the AUPIMO of a run is above that of the first, and below; None if unknown."""
+    """Return on how many images a run's AUPIMO is above, and below, the first run's; None if unknown."""
     difference = (run.aupimo - first.aupimo)[~np.isnan(run.aupimo) & ~np.isnan(first.aupimo)]
     if run is first or not difference.size:
         return None
@@ -194,7 +199,7 @@ def _wins(first: TestedRun, run: TestedRun) -> tuple[int, int] | None:
 
 
 def _pictures(runs: Sequence[TestedRun], image: int) -> list[str]:
-    """The image with its mask's outline, and its heat map of each run; nothing if one is gone."""
+    """Return the image with its mask outline and the heat map of each run; empty if one is missing."""
     shown = []
     for run in runs:
         try:

@@ -1,4 +1,4 @@
-"""The pictures of a page: which come first, and each as small data URIs."""
+"""The pictures of a page: their order, and their encoding as small data URIs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from msflow_ext.reports.heat_maps import CONTOUR, heat_map, outline
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST = 2000  # pictures of a page
-BUDGET = 24_000_000  # bytes that all of them take in it
-SIDES = 112, 256  # pixels of a picture where there are many, and where there are few
+MOST = 2000  # images on a page
+BUDGET = 24_000_000  # bytes of all pictures on a page
+SIDES = 112, 256  # longer side of a picture in pixels, if there are many and if there are few
 
-# Image (H, W, 3) uint8, anomaly map (H, W), mask (H, W) bool or None.
+#: Image (H, W, 3) uint8, anomaly map (H, W), mask (H, W) bool or None.
 Picture: TypeAlias = tuple[np.ndarray, np.ndarray, "np.ndarray | None"]
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Data URIs: an image, its heat map, and the outline of its mask to lay over the image."""
+    """Data URIs of an image, its heat map, and its mask outline, which is drawn over the image."""
 
     image: str
     heat: str
@@ -36,18 +36,20 @@ class Layers:
 def worst_first(
     labels: Sequence[int | None], scores: Sequence[float]
 ) -> tuple[list[int], list[int | None]]:
-    """The images in order of their mistakes, and how many of the other class each is taken for.
+    """Sort images so that the worst mistakes come first.
 
-    A good image is as bad as the share of defective ones with a lower score, a defective image as
-    the share of good ones with a higher score. Among equals the image comes first that is closer to
-    the other class in the order of all scores; the unlabelled come last, the highest score first.
+    The mistake of a good image is the share of defective images with a lower score. The mistake of
+    a defective image is the share of good images with a higher score. Among equal mistakes, the
+    image whose rank among all scores is nearer to the other class comes first. Unlabeled images
+    come last, the highest score first.
 
     Returns:
-        Indices; and for each image in the order given the number, None where there is no other class.
+        The sorted indices. And, for each image in the given order, the number of images of the other
+        class on the wrong side of it; None where the other class is empty.
     """
     truth = np.array([-1 if label is None else label for label in labels], int)
     values = np.asarray(scores, float)
-    everyone = np.sort(values)
+    ranked_all = np.sort(values)
     others = {label: np.sort(values[truth == 1 - label]) for label in (0, 1)}
     confused: list[int | None] = []
     keys = []
@@ -58,16 +60,16 @@ def worst_first(
                 return len(ranked) - int(np.searchsorted(ranked, score, side="right"))
             return int(np.searchsorted(ranked, score, side="left"))
 
-        other = others.get(label, everyone[:0])
+        other = others.get(label, ranked_all[:0])
         confused.append(beyond(other) if len(other) else None)
-        keys.append((label < 0, -(confused[-1] or 0) / max(len(other), 1), -beyond(everyone)))
+        keys.append((label < 0, -(confused[-1] or 0) / max(len(other), 1), -beyond(ranked_all)))
     return sorted(range(len(keys)), key=keys.__getitem__), confused
 
 
 def draw_layers(
     pictures: Iterable[Picture], count: int, colours: tuple[float, float]
 ) -> list[Layers]:
-    """The layers of ``count`` pictures, smaller the more there are, within the budget of a page."""
+    """Return the layers of ``count`` pictures; more pictures are smaller, to keep within the page's budget."""
     few, many = SIDES[1], SIDES[0]
     side = int(min(few, max(many, few * math.sqrt(200 / max(count, 1)))))
     return [_draw(*each, side, BUDGET // (2 * count), colours) for each in pictures]
@@ -93,12 +95,12 @@ def _draw(
     line = None
     if mask is not None and mask.any():
         shares = Image.fromarray(mask.astype(np.float32)).resize((width, height), box)
-        line = _line_uri(outline(np.asarray(shares) > 0))  # the thinnest defect stays
+        line = _line_uri(outline(np.asarray(shares) > 0))  # keeps the thinnest defect
     return Layers(jpeg_uri(small, most), jpeg_uri(heat, most), line)
 
 
 def jpeg_uri(picture: Image, most: int = BUDGET) -> str:
-    """A JPEG of at most so many bytes as a data URI, in the best quality of four that allows it."""
+    """Return a JPEG as a data URI, in the best of four qualities that fits in ``most`` bytes, else the lowest."""
     coded = ""
     for quality in (82, 60, 35, 10):
         jpeg = io.BytesIO()
@@ -110,7 +112,7 @@ def jpeg_uri(picture: Image, most: int = BUDGET) -> str:
 
 
 def _line_uri(line: np.ndarray) -> str:
-    """A PNG that is transparent but for the line."""
+    """Return a PNG of an outline as a data URI, transparent elsewhere."""
     from PIL import Image
 
     drawing = Image.frombytes("P", line.shape[::-1], line.astype(np.uint8).tobytes())

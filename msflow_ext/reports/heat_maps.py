@@ -1,4 +1,4 @@
-"""Anomaly maps as colour over photographs, on one scale per category."""
+"""Draw anomaly maps as colors over images, on one color scale per category."""
 
 from __future__ import annotations
 
@@ -17,37 +17,42 @@ if TYPE_CHECKING:
 
 # Lightness rises evenly from night blue to yellow, so the order survives a gray printer.
 RAMP = ((8, 8, 32), (70, 17, 104), (152, 36, 104), (219, 76, 61), (249, 152, 36), (252, 236, 64))
-CONTOUR = (0, 229, 255)  # cyan, which the ramp never comes near
-WIDTH = "panel width"  # text in a PNG; files without it have square panels
+CONTOUR = (0, 229, 255)  # cyan, far from every color of the ramp
+WIDTH = "panel width"  # key of a PNG text; files without it have square panels
 
 
 def colour_range(
     maps: Iterable[np.ndarray], percentiles: tuple[float, float] = (50.0, 99.8)
 ) -> tuple[float, float]:
-    """Return ``(low, high)``, the one colour scale of all the anomaly maps of a category.
+    """Return ``(low, high)``, the common color range of a category's anomaly maps.
 
-    The quieter half of all pixels stays at the bottom of the ramp; a few hot pixels do not
-    stretch it. ``high > low`` always, also when every pixel is the same.
+    By default the lower half of all pixels has the lowest color, and a few extreme pixels do not
+    stretch the range. ``high > low`` holds even if all pixels are equal.
 
-    Shapes:
-        maps: any number of ``(H, W)`` float maps.
+    Args:
+        maps: anomaly maps of a category.
+        percentiles: percentiles of all pixels that become ``low`` and ``high``.
+
+    Shape:
+        maps: any number of ``(H, W)``, float.
+
     Raises:
-        ValueError: there is no pixel, or one is not finite.
+        ValueError: there are no pixels, or one is not finite.
     """
     sample, peak = [], -math.inf
     for number, each in enumerate(maps):
         values = np.asarray(each, dtype=np.float64).ravel()
         if not np.isfinite(values).all():
-            raise ValueError(f"maps: map {number} holds NaN or infinity, finite numbers are wanted")
-        # about 4,096 pixels a map are plenty for a percentile; odd, to visit every column
+            raise ValueError(f"maps must be finite, got NaN or infinity in map {number}")
+        # About 4,096 pixels per map suffice for a percentile. The odd step visits every column.
         sample.append(values[:: values.size // 4096 | 1])
         peak = max(peak, values.max(initial=-math.inf))
     if not sum(map(len, sample)):
-        raise ValueError("maps: got no pixels, at least one map is wanted")
+        raise ValueError("maps must have at least one pixel, got none")
     low, high = (float(v) for v in np.percentile(np.concatenate(sample), percentiles))
-    if high == low:  # all but a few pixels are the same
+    if high == low:  # almost all pixels are equal
         high = float(peak)
-    flat = high - low <= 1e-6 * max(abs(low), abs(high))  # nothing but the rounding of float32
+    flat = high - low <= 1e-6 * max(abs(low), abs(high))  # float32 rounding only
     return low, low + max(1.0, abs(low)) if flat else high
 
 
@@ -60,30 +65,36 @@ def heat_map(
     alpha: float = 0.5,
     mask: np.ndarray | None = None,
 ) -> Image:
-    """Lay ``anomaly_map`` over ``image`` as colour, and draw the outline of ``mask`` on top.
+    """Draw ``anomaly_map`` as colors over ``image``, with the outline of ``mask`` on top.
 
-    ``low`` and below is the dark end of the ramp, ``high`` and above the yellow one. ``alpha`` 0 is
-    the image alone, 1 the colours alone. Between them a higher value covers more of the image, so
-    that the highest values are yellow on any image.
+    Args:
+        image: image to draw on.
+        anomaly_map: anomaly map of the image.
+        low: map value at the dark end of the color ramp; lower values have the same color.
+        high: map value at the yellow end of the color ramp; higher values have the same color.
+        alpha: opacity from 0 (image only) to 1 (colors only). In between, higher map values are more
+            opaque, so that the highest are yellow on any image.
+        mask: region to outline; None for no outline.
 
-    Shapes:
+    Shape:
         image: ``(H, W, 3)``, uint8, RGB.
         anomaly_map: ``(H, W)``, float.
         mask: ``(H, W)``, bool.
+
     Raises:
-        ValueError: shapes differ, a value is not finite, ``low >= high``, alpha outside 0..1.
-        TypeError: image is not uint8.
+        ValueError: shapes differ, a value is not finite, ``low >= high``, or ``alpha`` is outside 0..1.
+        TypeError: ``image`` is not uint8.
     """
     _check_image(image)
     values = np.asarray(anomaly_map, dtype=np.float64)
     if values.shape != image.shape[:2]:
-        raise ValueError(f"anomaly_map: {image.shape[:2]} is wanted, got {values.shape}")
+        raise ValueError(f"anomaly_map must have shape {image.shape[:2]}, got {values.shape}")
     if not np.isfinite(values).all():
-        raise ValueError("anomaly_map: holds NaN or infinity, finite numbers are wanted")
+        raise ValueError("anomaly_map must be finite, got NaN or infinity")
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"low, high: finite numbers with low < high are wanted, got {low}, {high}")
+        raise ValueError(f"low and high must be finite with low < high, got {low} and {high}")
     if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha: a number in 0..1 is wanted, got {alpha}")
+        raise ValueError(f"alpha must be in 0..1, got {alpha}")
     level = np.clip((values - low) / (high - low), 0.0, 1.0)
     anchors = np.linspace(0.0, 1.0, len(RAMP))
     colours = np.stack([np.interp(level, anchors, channel) for channel in np.transpose(RAMP)], -1)
@@ -96,24 +107,25 @@ def heat_map(
 def mask_contour(image: np.ndarray, mask: np.ndarray) -> Image:
     """Draw the outline of ``mask`` on a copy of ``image``.
 
-    Shapes:
+    Shape:
         image: ``(H, W, 3)``, uint8, RGB.
         mask: ``(H, W)``, bool.
+
     Raises:
         ValueError: shapes differ.
-        TypeError: image is not uint8.
+        TypeError: ``image`` is not uint8.
     """
     from PIL import Image
 
     _check_image(image)
     inside = np.asarray(mask, dtype=bool)
     if inside.shape != image.shape[:2]:
-        raise ValueError(f"mask: {image.shape[:2]} is wanted, got {inside.shape}")
+        raise ValueError(f"mask must have shape {image.shape[:2]}, got {inside.shape}")
     return Image.fromarray(np.where(outline(inside)[..., None], np.array(CONTOUR, np.uint8), image))
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """The inner edge of a mask ``(H, W)``, bool: one pixel wide, more on large masks."""
+    """Return the inner edge of a mask ``(H, W)``, bool: one pixel wide, wider for large masks."""
     core = mask
     for _ in range(max(1, round(max(mask.shape) / 256))):
         padded = np.pad(core, 1)
@@ -132,14 +144,22 @@ def save_maps(
     high: float,
     alpha: float = 0.5,
 ) -> list[Path]:
-    """Write ``out_dir/maps/NAME.png`` for every image: image | heat map | mask outline.
+    """Write ``out_dir/maps/NAME.png`` for every image: image, heat map and mask outline side by side.
 
-    The last panel is left out where the mask is None. ``scar/006`` becomes ``scar-006.png``; no
-    name leads out of the folder, and two names never share a file. All arguments may be
-    generators: one image is held at a time.
+    The last panel is left out where the mask is None. ``scar/006`` becomes ``scar-006.png``. A name
+    cannot point outside the folder, and two names never share a file. The iterables may be
+    generators; one image is in memory at a time.
+
+    Args:
+        out_dir: folder in which to create ``maps/``.
+        names, images, maps, masks: one entry per image.
+        low, high, alpha: see :func:`heat_map`.
+
+    Returns:
+        The paths of the files.
 
     Raises:
-        ValueError: as ``heat_map``, or the four have different lengths.
+        ValueError: as :func:`heat_map`, or the iterables have different lengths.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -166,10 +186,11 @@ def save_maps(
 
 
 def read_panels(path: Path) -> list[Image]:
-    """The panels of a file that :func:`save_maps` wrote: image, heat map, and perhaps mask outline.
+    """Return the panels of a file of :func:`save_maps`: image, heat map and, if it has one, mask outline.
 
     Raises:
-        ValueError: another picture. OSError: none.
+        ValueError: the picture has other panels.
+        OSError: the file is not a PNG, or cannot be read.
     """
     from PIL import Image
 
@@ -179,7 +200,9 @@ def read_panels(path: Path) -> list[Image]:
     step = width + _gap(width)
     count, rest = divmod(strip.width + step - width, step)
     if rest or count < 2:
-        raise ValueError(f"{path} must hold two or three panels, got {strip.size}")
+        raise ValueError(
+            f"{path} must hold two or three panels, got {strip.width}x{strip.height} pixels"
+        )
     return [strip.crop((k * step, 0, k * step + width, strip.height)) for k in range(count)]
 
 
@@ -189,6 +212,6 @@ def _gap(width: int) -> int:
 
 def _check_image(image: np.ndarray) -> None:
     if image.dtype != np.uint8:
-        raise TypeError(f"image: uint8 is wanted, got {image.dtype}")
+        raise TypeError(f"image must be uint8, got {image.dtype}")
     if image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image: (H, W, 3) is wanted, got {image.shape}")
+        raise ValueError(f"image must have shape (H, W, 3), got {image.shape}")

@@ -1,4 +1,4 @@
-"""Pages of one HTML file each, which needs nothing else: no network, no other file, no script of others."""
+"""Render self-contained HTML pages: one file each, without network access or third-party scripts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _SHORT = {"auroc": "AUROC", "aupro": "AUPRO", "aupimo": "AUPIMO", "f1": "F1"}
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Write a page whole or not at all; arguments as :func:`render_page`."""
+    """Write a page completely or not at all; see :func:`render_page` for the arguments."""
     html = render_page(template, **values)
     with replacing(path) as temporary:
         temporary.write_bytes(html.encode("utf-8", "replace"))
 
 
 def render_page(template: str, **values: Any) -> str:
-    """The HTML of ``pages/template`` filled with ``values``, all of them escaped."""
+    """Return the HTML of ``templates/template``, filled with ``values``; all values are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     pages = Environment(
@@ -46,7 +46,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def metric_name(key: str) -> str:
-    """``image_auroc`` as "Image AUROC"; a key that holds no word of ours only loses underscores."""
+    """Return the name of a metric for people, such as "Image AUROC" for ``image_auroc``."""
     words = " ".join(
         _SHORT.get(word, word) for word in key.replace("average_precision", "AP").split("_")
     )
@@ -54,14 +54,14 @@ def metric_name(key: str) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction for a table, in percent."""
+    """Return a fraction in percent, with two decimals."""
     if fraction is None or math.isnan(fraction):
         return "not available"
     return f"{100 * fraction:.2f}%"
 
 
 def points(difference: float | None) -> str:
-    """A difference of fractions, in percentage points with its sign."""
+    """Return a difference of fractions in percentage points, with its sign."""
     if difference is None:
         return ""
     text = f"{100 * difference:+.2f}"
@@ -69,7 +69,7 @@ def points(difference: float | None) -> str:
 
 
 def score_format(scores: Sequence[float]) -> Callable[[float], str]:
-    """Return how to write a score, with digits that tell scores a hundredth of the spread of ``scores`` apart."""
+    """Return a formatter of scores, precise to about a hundredth of the range of ``scores``."""
     spread = float(np.ptp(scores)) if len(scores) else 0.0
     decimals = max(3 - math.ceil(math.log10(spread)), 0) if spread > 0 else 3
     if decimals < 7:
@@ -79,7 +79,7 @@ def score_format(scores: Sequence[float]) -> Callable[[float], str]:
 
 
 def plain(value: Any) -> str:
-    """A value of the recipe as a reader would write it."""
+    """Return a value of a recipe in plain words."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {plain(each)}" for key, each in value.items())
     if isinstance(value, (list, tuple)):
@@ -89,13 +89,13 @@ def plain(value: Any) -> str:
 
 
 def place(value: float | None, colours: tuple[float, float]) -> float | None:
-    """Where a value of a map lies on the colour scale, in percent of its length; None for none."""
+    """Return the position of a map value on the color scale in percent; None for no value."""
     low, high = colours
     return None if value is None else round(100 * min(max((value - low) / (high - low), 0), 1), 1)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds."""
+    """Return seconds as hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

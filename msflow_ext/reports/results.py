@@ -1,4 +1,4 @@
-"""What a finished run leaves in its folder: scores, curves, heat maps, the report."""
+"""Write the results of a finished run: scores, curves, heat maps and the report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def score_rows(
     threshold: float | None,
     calibration: Calibration | None,
 ) -> list[Row]:
-    """The rows of ``scores.csv`` of a test set; without verdicts and p-values where these are None."""
+    """Return the rows of ``scores.csv`` of a test set; without threshold or calibration, without verdicts or p-values."""
     aupimo = [None] * len(items) if found.aupimo is None else found.aupimo.tolist()
     return [
         Row(
@@ -48,7 +48,7 @@ def write_results(
     metrics: Mapping[str, Any],
     calibration: Calibration | None = None,
 ) -> tuple[float, float] | None:
-    """Write scores, curves, ``maps/*.png`` and ``report.html``; return the colour range of the maps."""
+    """Write scores, curves, ``maps/*.png`` and ``report.html``, and return the color range of the maps."""
     from msflow_ext.reports import heat_maps, run_report
 
     items = images.items
@@ -93,7 +93,7 @@ def write_results(
 
 
 class _Pictures(Sequence["tuple[np.ndarray, np.ndarray, np.ndarray | None]"]):
-    """Image, anomaly map and mask of each test image in its own aspect; read when asked for."""
+    """Image, anomaly map and mask of each test image in its aspect ratio, read on access."""
 
     def __init__(self, images: Images, maps: np.ndarray) -> None:
         self._images, self._maps = images, maps

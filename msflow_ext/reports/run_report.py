@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file."""
+"""Write the report of a run as one HTML file."""
 
 from __future__ import annotations
 
@@ -19,14 +19,29 @@ from msflow_ext.reports.html import duration, score_format, write_page
 
 @dataclass(frozen=True, kw_only=True)
 class ReportedRun:
-    """What a report tells about one training and its test; metrics are fractions, None: unknown.
+    """The contents of a report: one trained run and its results on test images.
 
-    ``names``, ``defects``, ``labels`` (0 good, 1 defective, None unknown), ``scores`` and, when not
-    empty, ``aupimo`` (NaN: none) and ``pictures`` have one entry per test image. A picture is
-    (image ``(H, W, 3)`` uint8, anomaly map ``(H, W)``, mask ``(H, W)`` bool or None); any sequence
-    will do, each entry is asked for once and only if it is shown. ``decisions`` is what
-    :func:`msflow_ext.evaluation.calibration.judged` says. ``name`` is that of the run, ``date`` when
-    it was tested.
+    Metrics are fractions; None means unknown.
+
+    Attributes:
+        title: title of the page.
+        metrics, best, baseline: metrics of the last epoch, of the best epoch, and of a baseline.
+        epochs, seconds: length of the training.
+        names: one name per test image.
+        defects: kind of defect of each image.
+        labels: label of each image: 0 good, 1 defective, None unknown.
+        scores: anomaly score of each image.
+        aupimo: AUPIMO of each image, NaN where undefined; empty if unknown.
+        decisions: result of :func:`msflow_ext.evaluation.calibration.judged`; None without a threshold.
+        curves: false positive rates and ordinates of the curves ``"pixel_roc"`` and ``"pro"``.
+        baseline_name: name of the baseline.
+        losses: training loss of each epoch, in nats per dimension.
+        pictures: image ``(H, W, 3)`` uint8, anomaly map ``(H, W)``, and mask ``(H, W)`` bool or None,
+            for each test image; empty for no gallery. An entry is read once, and only if it is shown.
+        colours: range of map values that heat maps show, ``(low, high)``.
+        facts: recipe, model, data and versions, shown as tables.
+        name: name of the run.
+        date: time of the test.
     """
 
     title: str
@@ -43,22 +58,23 @@ class ReportedRun:
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     baseline: Mapping[str, float | None] | None = None
     baseline_name: str = "Gaussian baseline"
-    losses: Sequence[float] = ()  # one per epoch, nats per dimension
+    losses: Sequence[float] = ()
     pictures: Sequence[Picture] = ()
-    colours: tuple[float, float] = (0.0, 1.0)  # the (low, high) of the heat maps
-    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # recipe, versions, ...
+    colours: tuple[float, float] = (0.0, 1.0)
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     name: str = ""
     date: str = ""
 
 
 def write_report(path: str | Path, run: ReportedRun) -> None:
-    """Write ``run`` as one HTML file that needs nothing else: no network, no other file.
+    """Write the report of a run as one self-contained HTML file.
 
-    The gallery shows at most 2000 images, the worst mistakes first, in 24 MB at most, and says when
-    it is cut.
+    The gallery shows at most 2000 images in at most 24 MB, the worst mistakes first. If it does not
+    show all images, the page says so.
 
     Raises:
-        ValueError: the sequences of ``run`` have different lengths, or a score is not finite.
+        ValueError: the sequences of ``run`` have different lengths, a score is not finite, or a
+            label is not 0, 1 or None.
     """
     _check_run(run)
     labels, scores = np.array(run.labels, dtype=object), np.asarray(run.scores, dtype=float)
@@ -68,7 +84,7 @@ def write_report(path: str | Path, run: ReportedRun) -> None:
     counts = {
         "good": len(good),
         "defective": len(defective),
-        "unlabelled": len(run.names) - len(good) - len(defective),
+        "unlabeled": len(run.names) - len(good) - len(defective),
     }
     write_page(
         Path(path),
@@ -95,17 +111,17 @@ def _check_run(run: ReportedRun) -> None:
     for name in ("defects", "labels", "scores", *optional):
         if len(getattr(run, name)) != len(run.names):
             raise ValueError(
-                f"run: {name} has {len(getattr(run, name))} entries for {len(run.names)} names"
+                f"{name} must have {len(run.names)} entries, one per name, got {len(getattr(run, name))}"
             )
     for name, score, label in zip(run.names, run.scores, run.labels, strict=True):
         if not math.isfinite(score):
-            raise ValueError(f"run: the score of {name!r} must be finite, got {score}")
+            raise ValueError(f"the score of {name!r} must be finite, got {score}")
         if label not in (0, 1, None):
-            raise ValueError(f"run: the label of {name!r} is {label!r}, 0, 1 or None is wanted")
+            raise ValueError(f"the label of {name!r} must be 0, 1 or None, got {label!r}")
 
 
 def _rocs(run: ReportedRun, good: np.ndarray, defective: np.ndarray) -> list[charts.Line]:
-    """The curve of the images and that of the pixels, where they are known."""
+    """Return the ROC curves of images and of pixels, where they are known."""
     lines = []
     if len(good) and len(defective):
         labels = np.repeat([0, 1], [len(good), len(defective)])
@@ -116,7 +132,7 @@ def _rocs(run: ReportedRun, good: np.ndarray, defective: np.ndarray) -> list[cha
 
 
 def _head(run: ReportedRun, counts: Mapping[str, int]) -> list[str]:
-    """What stands below the title: the model, the run, its data and its time."""
+    """Return the line below the title: model, run, test images, training time and date."""
     model = run.facts.get("model", {})
     known = [str(model[key]) for key in ("name", "backbone") if model.get(key)]
     images = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
@@ -131,13 +147,13 @@ def _head(run: ReportedRun, counts: Mapping[str, int]) -> list[str]:
 
 
 def _flagged(run: ReportedRun, i: int) -> bool | None:
-    """Whether an image is over the threshold of the run; None without one."""
+    """Return whether an image's score exceeds the run's threshold; None without a threshold."""
     decisions = run.decisions
     return None if decisions is None else bool(exceeds(run.scores[i], decisions["threshold"]))
 
 
 def _kinds(run: ReportedRun, good: np.ndarray) -> list[dict[str, Any]]:
-    """The rows of the per-defect table: the good images, then the defect hardest to find first."""
+    """Return the rows of the table of defects: good images, then the hardest kind of defect first."""
     groups: dict[tuple[int, str], list[int]] = {}
     for i in range(len(run.names)):
         groups.setdefault(_group(run, i), []).append(i)
@@ -167,13 +183,13 @@ def _kinds(run: ReportedRun, good: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _group(run: ReportedRun, i: int) -> tuple[int, str]:
-    """Class and kind of an image: 0 good, 1 defective, 2 unlabelled."""
+    """Return the class of an image (0 good, 1 defective, 2 unlabeled) and its kind of defect."""
     label = run.labels[i]
-    return (2, "unlabelled") if label is None else (label, run.defects[i] if label else "good")
+    return (2, "unlabeled") if label is None else (label, run.defects[i] if label else "good")
 
 
 def _gallery(run: ReportedRun, kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """The cards of the gallery, the worst mistake first."""
+    """Return the cards of the gallery, the worst mistake first."""
     order, confused = worst_first(run.labels, run.scores)
     others = {0: run.labels.count(1), 1: run.labels.count(0)}
     shown = order[:MOST]

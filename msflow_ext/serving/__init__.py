@@ -1,13 +1,13 @@
-"""A trained run as an HTTP service: an image in, its score, label, mask and heat map out.
+"""Serve a trained run over HTTP: it scores images, and returns label, mask and heat map.
 
-``POST /predict`` takes one image file, as its body or in a form (``multipart/form-data``), and answers JSON::
+``POST /predict`` accepts one image file, as its body or in a form (``multipart/form-data``), and returns JSON::
 
     {"score": 1.7, "label": 1, "threshold": 1.5, "mask": "iVBORw...", "heat_map": "iVBORw...", ...}
 
-The meaning is that of :class:`msflow_ext.inference.Result`; ``GET /openapi.json`` and ``GET /docs`` say what each field
-holds. ``GET /`` is a page to drop images on, ``GET /health`` tells that the service answers, ``GET /metrics`` is for
-Prometheus. A refusal is ``{"error": "one sentence"}``. With a token, ``/predict`` and ``/metrics`` want the header
-``Authorization: Bearer TOKEN``. Requests that name another host than the service's are refused.
+Scores and labels are those of :class:`msflow_ext.inference.Result`. ``GET /openapi.json`` and ``GET /docs`` describe each
+field. ``GET /`` is a page to drop images on, ``GET /health`` a health check, ``GET /metrics`` is for Prometheus. A refused
+request gets ``{"error": "one sentence"}``. With a token, ``/predict`` and ``/metrics`` require the header
+``Authorization: Bearer TOKEN``. Requests whose ``Host`` is not a name of the service are refused.
 """
 
 from __future__ import annotations

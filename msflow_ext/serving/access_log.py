@@ -1,4 +1,4 @@
-"""One line of the log for each answer: when, to whom, what was asked, status, size and time."""
+"""Log one line per answer: time, client, request, status, size and duration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class AccessLog:
-    """Write a line for each answer of an application; what a client chooses in it is quoted."""
+    """Middleware that logs a line per answer; text from the client is percent-encoded."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""The paths of the service, its pages and its metrics."""
+"""The paths, pages and metrics of the service."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from msflow_ext.version import __version__
 
 
 class Refusal(JSONResponse):
-    """Answers at once, and ends the connection when the body is in, or too long or late.
+    """An answer that is sent at once; the connection is closed after the body, or when it is too long or late.
 
-    A connection that is closed with something unread is reset, and a client that still sends may lose the answer.
+    Closing a connection with unread data would reset it, and a client that is still sending could lose the answer.
     """
 
     def __init__(self, error: AnyHTTPException, text: str, request: Request, most: int) -> None:
@@ -42,7 +42,8 @@ class Refusal(JSONResponse):
         head = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start", **head})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        with suppress(asyncio.TimeoutError, ClientDisconnect, RuntimeError):  # the last: was read
+        # RuntimeError: the body was read already.
+        with suppress(asyncio.TimeoutError, ClientDisconnect, RuntimeError):
             await asyncio.wait_for(self._drop(), LINGER)
         await send({"type": "http.response.body", "body": b""})
 
@@ -63,20 +64,27 @@ def application(
     hosts: Iterable[str] = (),
     allow_hosts: Iterable[str] = (),
 ) -> FastAPI:
-    """The service as an ASGI application, to be mounted in or served by others too.
+    """Return the service as an ASGI application, for any ASGI server or to mount in another application.
 
-    Limits of connections are those of the server, see :class:`msflow_ext.serving.Server`.
+    It does not limit connections: :class:`msflow_ext.serving.Server` does.
 
     Args:
-        detector: what scores the images.
-        token: that requests must bring; None for none.
-        limits: of bodies, images and time.
-        name: what the run is called.
-        hosts, allow_hosts: names besides those of loopback that requests may carry in ``Host``; those of
-            ``allow_hosts`` also in ``Origin``. ``"*"`` allows any.
+        detector: detector that scores the images.
+        token: token that requests must send; None for no token.
+        limits: limits of bodies, images and time.
+        name: name of the run.
+        hosts: names of the service that requests may have in ``Host``, in addition to the local ones.
+        allow_hosts: other names that requests may have in ``Host`` and ``Origin``; ``"*"`` for any.
 
     Raises:
-        ValueError: a token that is not of ASCII letters, digits and signs; something else than names of hosts.
+        ValueError: the token has other characters than ASCII letters, digits and punctuation, or one of
+            ``allow_hosts`` is not a name.
+
+    Examples:
+        >>> from msflow_ext.inference import load
+        >>> service = application(load("runs/mine"), token="secret", name="mine")
+        >>> service.title
+        'msflow_ext: mine'
     """
     limits = limits or Limits()
     service = Service(detector, token, limits)
@@ -89,12 +97,12 @@ def application(
     app = FastAPI(
         title=f"msflow_ext: {name}",
         version=__version__,
-        description="A trained run: an image in, its score, label, mask and heat map out.",
+        description="Scores images with a trained run, and returns label, mask and heat map.",
         lifespan=lifespan,
-        openapi_url=None,  # ours are below: FastAPI's pages load scripts from a network,
-        docs_url=None,  # and its document has no dependencies
+        openapi_url=None,  # replaced below: FastAPI's pages load scripts from the network,
+        docs_url=None,  # and its document would skip the check of hosts
         redoc_url=None,
-        redirect_slashes=False,  # to an address made of Host
+        redirect_slashes=False,  # the redirect would use the client's Host
         dependencies=[Depends(Hosts(hosts, allow_hosts).check)],
     )
     app.state.service = service
@@ -111,7 +119,7 @@ def _add_refusals(app: FastAPI, limits: Limits) -> None:
     @app.exception_handler(AnyHTTPException)
     async def refuse(request: Request, error: AnyHTTPException) -> Refusal:
         text = error.detail
-        if not isinstance(error, HTTPException):  # not ours: no such path or method
+        if not isinstance(error, HTTPException):  # raised by Starlette: no such path or method
             text = f"{request.method} {request.url.path}: {text}; images go to POST /predict"
         return Refusal(error, text, request, limits.max_bytes)
 
@@ -123,7 +131,7 @@ def _add_refusals(app: FastAPI, limits: Limits) -> None:
 
 
 def _secured(token: bool) -> dict[str, Any]:
-    """What says in the document that a path wants a token; the service itself checks it."""
+    """Return the options that mark a path as requiring a token; the service itself checks the token."""
     return {"dependencies": [Security(HTTPBearer(auto_error=False))]} if token else {}
 
 
@@ -133,9 +141,9 @@ def _add_predict(
     """Add ``/predict``, and return the metrics of its requests."""
     seen = CollectorRegistry()
     ProcessCollector(registry=seen)
-    requests = Counter("msflow_requests", "Images answered, by status", ["status"], registry=seen)
-    seconds = Histogram("msflow_request_seconds", "From head to answer", registry=seen)
-    in_flight = Gauge("msflow_requests_in_flight", "Not answered yet", registry=seen)
+    requests = Counter("msflow_requests", "Answered images, by status", ["status"], registry=seen)
+    seconds = Histogram("msflow_request_seconds", "Seconds from head to answer", registry=seen)
+    in_flight = Gauge("msflow_requests_in_flight", "Requests without an answer yet", registry=seen)
     refused = refusals(400, 403, 408, 413, 422, 500, 503, 504, *[401] * token)
 
     @app.post(
@@ -146,7 +154,7 @@ def _add_predict(
         **_secured(token),
     )
     async def predict(request: Request, image: bool = False) -> Answer:
-        """The body is an image file, or a form with one file. With ``image=true`` the answer holds what the model saw."""
+        """The body is an image file, or a form with one file. With ``image=true``, the answer has the model's input."""
         start, status = time.perf_counter(), 500
         try:
             with in_flight.track_inprogress():
@@ -172,13 +180,13 @@ def _add_metrics(app: FastAPI, service: Service, seen: CollectorRegistry, token:
         **_secured(token),
     )
     async def metrics(request: Request) -> Response:
-        """Requests by status, seconds until the answer, requests in flight, and the process's memory and files."""
+        """Requests by status, seconds per answer, requests in flight, and the process's memory and open files."""
         service.check_token(request)
         return Response(generate_latest(seen), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/health", summary="Tell that the service answers", responses=refusals(403))
+    @app.get("/health", summary="Check the health of the service", responses=refusals(403))
     async def health() -> Health:
-        """It answers while all places for images are taken, too."""
+        """It answers even while as many images as allowed are waiting."""
         return Health(status="ok")
 
 
@@ -193,19 +201,17 @@ def _add_pages(app: FastAPI, detector: Detector, about: dict[str, str], token: b
         colours=detector.colours,
     )
 
-    @app.get("/", summary="The page to drop images on", **html)
+    @app.get("/", summary="Page to drop images on", **html)
     async def root() -> HTMLResponse:
-        """An HTML page that needs no network but this service."""
+        """An HTML page that needs no other network than this service."""
         return HTMLResponse(page)
 
-    @app.get("/docs", summary="What the service answers, for people", **html)
+    @app.get("/docs", summary="API documentation for people", **html)
     async def docs() -> HTMLResponse:
-        """An HTML page that lists the paths, what they take and what they answer."""
+        """An HTML page that lists the paths, their input and their answers."""
         return HTMLResponse(render_page("serve_docs.html", api=app.openapi()))
 
-    @app.get(
-        "/openapi.json", summary="What the service answers, for programs", responses=refusals(403)
-    )
+    @app.get("/openapi.json", summary="API documentation for programs", responses=refusals(403))
     async def openapi() -> dict[str, Any]:
         """The OpenAPI document."""
         return app.openapi()

@@ -1,4 +1,4 @@
-"""Connections of the service: so many at once, each with a deadline for what its client does next."""
+"""Limit the number of connections, and the time that each waits for its client."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from msflow_ext.serving.service import LINGER, Limits
 
 SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-RESERVED = 48  # open files that are kept for everything but connections
-PAUSE = 0.05  # seconds until the next try after an accept that failed
-QUIET = 60.0  # seconds between two lines of the log about too many connections
+RESERVED = 48  # open files for everything other than connections
+PAUSE = 0.05  # seconds between a failed accept and the next try
+QUIET = 60.0  # seconds between two log lines about too many connections
 
 logger = logging.getLogger(__name__)
 
 
 class Connection(H11Protocol):
-    """A connection that is cut when its client is late.
+    """A connection that is closed when its client is late.
 
-    uvicorn itself closes a connection that is silent after an answer. It has no limit for a head, for bytes that
-    come after an answer and are no head, or for a client that does not read.
+    uvicorn itself only closes connections that are silent after an answer. It does not limit the time for a head, for
+    other bytes after an answer, or for a client that does not read.
     """
 
     def __init__(
@@ -41,33 +41,33 @@ class Connection(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._seconds = {
             "head": limits.head_timeout,
-            "answer": limits.timeout
-            + LINGER
-            + 1,  # the application is to say itself that it is late
+            # Later than the application's own limit, so that it can answer that it is late.
+            "answer": limits.timeout + LINGER + 1,
             "rest": limits.timeout + limits.idle_timeout,  # until the answer is read
         }
         self._enter("head")
 
     @property
     def answering(self) -> bool:
-        """Whether a request's head is here and its answer is not complete."""
+        """Return whether a request's head has arrived and its answer is not complete."""
         return self.cycle is not None and not self.cycle.response_complete
 
     @property
     def waits(self) -> tuple[bool, float] | None:
-        """Which of the connections that wait for their clients is cut first; None if the client waits."""
+        """Return a sort key, by which the smallest is cut first; None if the client waits for the service."""
         if not self.answering:
             return False, self._since
         return (True, self._heard) if self.cycle.more_body else None
 
     def cut(self) -> None:
-        """End the connection at once."""
+        """Close the connection at once."""
         if self.transport is not None:
             self.transport.abort()
-        elif self.opening is not None:  # in the handshake of TLS
+        elif self.opening is not None:  # during the TLS handshake
             self.opening.cancel()
 
     def shutdown(self) -> None:
+        """Close the connection, after the current answer if there is one."""
         if self.answering:
             self.cycle.keep_alive = False
         elif self.transport is not None:
@@ -88,20 +88,20 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         self._enter("rest")
-        super().on_response_complete()  # which begins the next request if its head is here
+        super().on_response_complete()  # which starts the next request if its head has arrived
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.end()
 
     def end(self) -> None:
-        """Forget the connection, which is closed."""
+        """Remove a closed connection from the server's connections."""
         if self._timer is not None:
             self._timer.cancel()
         self._closed(self)
 
     def _enter(self, phase: str) -> None:
-        """Give the client its time anew, unless the phase is still the same."""
+        """Restart the client's time, unless the phase is the same as before."""
         if phase == self._phase:
             return
         self._phase, self._since = phase, self.loop.time()
@@ -111,16 +111,16 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn with limits for connections.
+    """A uvicorn server with limits for connections.
 
-    When all are taken, a new one takes the place of the one whose client has been waited for longest: clients that
-    do nothing keep no other client out. asyncio's own accept writes a traceback for each refusal, thousands a second.
+    When all connections are in use, a new one replaces the one that has waited longest for its client. So idle clients
+    cannot block others. asyncio's own accept would log a traceback per failure, thousands per second.
 
     Args:
-        app: what answers.
-        listening: a socket that listens; it is closed at the end.
-        limits: of connections; the application has limits of its own.
-        options: more of ``uvicorn.Config``, such as ``ssl_certfile``.
+        app: ASGI application.
+        listening: listening socket; it is closed at the end.
+        limits: limits of connections; the application has its own limits.
+        options: other options of ``uvicorn.Config``, such as ``ssl_certfile``.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Server(uvicorn.Server):
         self._accepting = asyncio.create_task(self._accept())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish the answers in work, for as long as the grace lasts, and cut what is left."""
+        """Finish answers within the grace period, then cut the remaining connections."""
         self._accepting.cancel()
         await asyncio.wait([self._accepting])
         self._listening.close()
@@ -151,14 +151,14 @@ class Server(uvicorn.Server):
         await self._emptied(self._limits.grace)
         for connection in list(self._open):
             connection.cut()
-        await self._emptied(0.1)  # those that wait for a body end by themselves
+        await self._emptied(0.1)  # requests that wait for a body end by themselves
         for task in list(self.server_state.tasks):
             task.cancel()
         await self._emptied(1.0)
         await super().shutdown()
 
     async def _emptied(self, seconds: float) -> None:
-        """Wait until nothing is open or in work, at most so long; a second SIGINT ends the wait."""
+        """Wait until no connection or task is left, at most ``seconds``; a second SIGINT ends the wait."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         while (self._open or self.server_state.tasks) and loop.time() < end:
@@ -169,7 +169,8 @@ class Server(uvicorn.Server):
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(0)  # sock_accept alone never lets others run while clients queue
+            # While clients queue, sock_accept itself never yields to other tasks.
+            await asyncio.sleep(0)
             try:
                 client, _ = await loop.sock_accept(self._listening)
             except OSError as error:
@@ -177,7 +178,7 @@ class Server(uvicorn.Server):
                     self._make_room(str(error.strerror))
                 await asyncio.sleep(PAUSE)
                 continue
-            if len(self._open) >= self._most and not self._make_room("all connections are taken"):
+            if len(self._open) >= self._most and not self._make_room("all connections are in use"):
                 client.close()
                 continue
             connection = Connection(self, self._limits, self._open.discard)
@@ -188,7 +189,7 @@ class Server(uvicorn.Server):
         loop, secured = asyncio.get_running_loop(), self.config.ssl
         late = self._limits.head_timeout if secured else None
         try:
-            with suppress(OSError):  # a handshake that failed or came late
+            with suppress(OSError):  # the handshake failed or was late
                 await loop.connect_accepted_socket(
                     lambda: connection, client, ssl=secured, ssl_handshake_timeout=late
                 )
@@ -197,7 +198,7 @@ class Server(uvicorn.Server):
                 connection.end()
 
     def _make_room(self, reason: str) -> bool:
-        """Cut the connection whose client has been waited for longest; False if there is none."""
+        """Cut the connection that has waited longest for its client; return False if there is none."""
         now = asyncio.get_running_loop().time()
         if now >= self._silent_until:
             self._silent_until = now + QUIET
@@ -210,7 +211,7 @@ class Server(uvicorn.Server):
 
 
 def _most_connections(limits: Limits) -> int:
-    """The limit that was asked for, or the one that the limit of open files allows."""
+    """Return the limit of connections, lowered to what the limit of open files allows."""
     try:
         import resource
     except ImportError:  # Windows, which has no such limit
@@ -219,13 +220,13 @@ def _most_connections(limits: Limits) -> int:
     if files == resource.RLIM_INFINITY or files - RESERVED >= limits.connections:
         return limits.connections
     most = max(files - RESERVED, 1)
-    text = "at most %d connections at once, not %d: only %d files may be open (ulimit -n)"
+    text = "at most %d connections instead of %d: the limit of open files is %d (ulimit -n)"
     logger.warning(text, most, limits.connections, files)
     return most
 
 
 def _quiet(app: ASGIApp) -> ASGIApp:
-    """The application, given up without a traceback when the grace is over."""
+    """Return the application, without a traceback for requests that are canceled after the grace period."""
 
     async def quiet(scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(asyncio.CancelledError):

@@ -1,8 +1,8 @@
-"""Who may ask the service: requests that name it by one of its own names, and web pages of its own.
+"""Accept only requests that name the service in ``Host``, and web pages of the service itself in ``Origin``.
 
-A page of another site makes a browser send requests to services that only the browser's machine reaches. If its name
-is changed to the service's address meanwhile (DNS rebinding), it also reads the answers. Such requests carry the
-page's name in the header ``Host`` or ``Origin``.
+A web page of another site can make a browser send requests to services on the browser's machine. With DNS rebinding,
+where the page's name changes to the service's address, it can also read the answers. Such requests have the name of
+the page in the header ``Host`` or ``Origin``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _PORTS = {"http": 80, "https": 443}
 
 
 class Hosts:
-    """The names of the service.
+    """The names that requests may use for the service.
 
     Args:
-        own: names and addresses of the service besides those of loopback.
-        allowed: names and addresses of others that may stand in ``Host`` and ``Origin``; ``"*"`` for any.
+        own: names and addresses of the service, in addition to ``localhost``, 127.0.0.1 and ::1.
+        allowed: other names and addresses that ``Host`` and ``Origin`` may have; ``"*"`` for any.
 
     Raises:
-        ValueError: something else than a name or an address.
+        ValueError: one of ``allowed`` is not a name or an address.
     """
 
     def __init__(self, own: Iterable[str] = (), allowed: Iterable[str] = ()) -> None:
@@ -34,9 +34,9 @@ class Hosts:
         self._own = {"localhost", *(_plain(each.lower()) for each in own)}
 
     async def check(self, request: Request) -> None:
-        """Refuse with 403 what comes from elsewhere.
+        """Refuse a request with 403 if its ``Host`` or ``Origin`` is not allowed.
 
-        No browser leaves out ``Host``. Where it leaves out ``Origin``, no page of another site gets the answer.
+        Every browser sends ``Host``. If it sends no ``Origin``, it shows the answer to no page of another site.
         """
         if ANY in self._allowed:
             return
@@ -48,31 +48,31 @@ class Hosts:
             raise HTTPException(403, _refused("Origin", origin))
 
     def _is_ours(self, host: str, address: str) -> bool:
-        """Whether ``Host`` names the service; ``address`` is this machine's end of the connection."""
+        """Return whether ``Host`` names the service; ``address`` is the connection's address on this machine."""
         named = _split(host)
         if named is None:
             return False
-        return named[0] in {*self._own, *self._allowed, _plain(address)} or _is_loopback(named[0])
+        return named[0] in {*self._own, *self._allowed, _plain(address)} or _is_local(named[0])
 
     def _is_same(self, origin: str, host: str | None) -> bool:
-        """Whether a page of that origin is one of the service, or of a host that is allowed."""
+        """Return whether ``Origin`` is the service itself or an allowed host."""
         scheme, _, authority = origin.lower().partition("://")
         page, service = _split(authority), _split(host or "")
         if page is None or scheme not in _PORTS:
             return False
-        # Both by the page's scheme: behind a proxy for HTTPS the service itself speaks HTTP.
+        # Use the page's scheme for both: behind an HTTPS proxy, the service itself speaks HTTP.
         ends = [(each[0], each[1] or _PORTS[scheme]) for each in (page, service) if each]
         return page[0] in self._allowed or ends[1:] == ends[:1]
 
 
 def _split(authority: str) -> tuple[str, int | None] | None:
-    """Name and port of ``Host``; None if it is malformed."""
+    """Return the name and port of ``Host``; None if it is malformed."""
     found = _AUTHORITY.fullmatch(authority.lower())
     return None if found is None else (_plain(found[1]), int(found[2]) if found[2] else None)
 
 
 def _plain(name: str) -> str:
-    """A name without a last dot, an address in its shortest form and without brackets."""
+    """Return a name without a final dot, or an address in its shortest form without brackets."""
     bare = name.strip("[]").removesuffix(".")
     try:
         return str(ipaddress.ip_address(bare))
@@ -80,7 +80,8 @@ def _plain(name: str) -> str:
         return bare
 
 
-def _is_loopback(name: str) -> bool:
+def _is_local(name: str) -> bool:
+    """Return whether an address is this machine's own, such as 127.0.0.1 or ::1."""
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
@@ -88,7 +89,7 @@ def _is_loopback(name: str) -> bool:
 
 
 def _name(given: str) -> str:
-    """A name that somebody gives, as ``_split`` finds it in a header."""
+    """Return a given name in the form that ``_split`` returns; raise ValueError if it is not a name."""
     name = _plain(given.lower())
     address = ":" in name and ipaddress.ip_address(name)  # ValueError for NAME:PORT and URLs
     if name != ANY and not address and not _AUTHORITY.fullmatch(name):
@@ -109,4 +110,4 @@ def _names(given: Iterable[str]) -> frozenset[str]:
 
 
 def _refused(header: str, value: str) -> str:
-    return f"{header} {value!r} is not a name of this service; --allow-host NAME allows another one"
+    return f"{header} must be a name of this service, got {value!r}. --allow-host NAME adds a name"

@@ -1,4 +1,4 @@
-"""The service on a socket, from its start to a signal that ends it."""
+"""Run the service on a socket, until a signal ends it."""
 
 from __future__ import annotations
 
@@ -34,34 +34,36 @@ def serve(
     ssl_certfile: str | Path | None = None,
     ssl_keyfile: str | Path | None = None,
 ) -> int:
-    """Serve a run until SIGINT or SIGTERM; answers that are in work are finished while the grace lasts.
+    """Serve a run until SIGINT or SIGTERM, then finish the images in work within ``limits.grace`` seconds.
 
     Args:
         run, device, false_alarms, precision: see :func:`msflow_ext.inference.load`.
-        host: name or address to listen at.
-        port: 0 for any free one; the log says which.
-        token: that requests must bring; by default the environment's ``MSFLOW_TOKEN``, if any.
-        allow_hosts: names besides ``host``, loopback's and this machine's that requests may carry in ``Host`` and
-            ``Origin``, such as the name that a proxy is asked by; ``"*"`` for any.
-        limits: of images, connections and time.
-        ssl_certfile, ssl_keyfile: PEM files of a certificate and its key, without a passphrase, for HTTPS; the key
-            may lie in the first.
+        host: name or address to bind to.
+        port: port to bind to; 0 for any free port, which the log names.
+        token: token that requests must send. Default: ``MSFLOW_TOKEN`` of the environment, if it is set.
+        allow_hosts: other names that requests may have in ``Host`` and ``Origin``, such as the public name of a proxy;
+            ``"*"`` for any. Always accepted are ``host``, the local addresses and this machine's name.
+        limits: limits of images, connections and time.
+        ssl_certfile, ssl_keyfile: PEM files of a certificate and its key without a passphrase, for HTTPS. The first
+            file may hold both.
 
     Returns:
-        How many images are still in work, on threads that end by themselves.
+        The number of images still in work, on threads that end by themselves.
 
     Raises:
-        ValueError: a host that others can reach, without a token; a token that is not of ASCII
-            letters, digits and signs; files that are no certificate and its key; as :func:`load`.
-        FileNotFoundError: no such certificate or key.
-        OSError: no such host, or the port is taken.
+        ValueError: other machines can reach ``host`` and there is no token; the token has other characters than ASCII
+            letters, digits and punctuation; the files are not a certificate and its key; or :func:`load` raises it.
+        FileNotFoundError: the run, certificate or key does not exist.
+        OSError: the host does not exist, or the port is in use.
     """
     limits = limits or Limits()
     token = token or os.environ.get("MSFLOW_TOKEN") or None
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     family, *_, address = found[0]
     if not token and not all(ipaddress.ip_address(each[4][0]).is_loopback for each in found):
-        raise ValueError(f"others can reach host {host}: give --token, or set MSFLOW_TOKEN")
+        raise ValueError(
+            f"token must be set for host {host}, which other machines can reach. Give --token, or set MSFLOW_TOKEN"
+        )
     secured = _certificate(ssl_certfile, ssl_keyfile)
     detector = load(run, device, false_alarms=false_alarms, precision=precision)
     name, hosts = Path(run).resolve().name, (host, socket.gethostname())
@@ -75,26 +77,26 @@ def serve(
         def stop(*_: Any) -> None:
             server.should_exit = True
 
-        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again at its end
+        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it ends
             signal.signal(number, stop)
         server.run()
     return app.state.service.in_work
 
 
 def _certificate(certfile: str | Path | None, keyfile: str | Path | None) -> dict[str, Any]:
-    """What uvicorn is to be told of them, once they are known to fit; nothing without them."""
+    """Return uvicorn's options for a checked certificate and its key; empty without a certificate."""
     if certfile is None:
         if keyfile is not None:
-            raise ValueError("ssl_keyfile is of no use without ssl_certfile")
+            raise ValueError("ssl_keyfile requires ssl_certfile")
         return {}
     for path in filter(None, (certfile, keyfile)):
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such certificate or key")
-    try:  # an empty passphrase, or a terminal would be asked for one
+            raise FileNotFoundError(f"{path} cannot be read: no such certificate or key")
+    try:  # with an empty passphrase, so that OpenSSL does not ask for one
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, password="")
     except ssl.SSLError as error:
         files = " and ".join(str(path) for path in (certfile, keyfile) if path)
         raise ValueError(
-            f"{files}: not a PEM certificate with its key, which has no passphrase: {error.reason}"
+            f"{files} must hold a PEM certificate and its key without a passphrase: {error.reason}"
         ) from None
     return {"ssl_certfile": str(certfile), "ssl_keyfile": keyfile and str(keyfile)}

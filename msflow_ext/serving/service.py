@@ -1,4 +1,4 @@
-"""A detector that answers requests within limits: how many at once, how large, how long."""
+"""Answer requests with a detector, within limits of number, size and time."""
 
 from __future__ import annotations
 
@@ -27,28 +27,35 @@ from msflow_ext.reports.heat_maps import colour_range, heat_map
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LINGER = 2.0  # seconds for which the rest of a refused body is read and dropped
-THREADS = 4  # that decode images and encode answers; the model has one of its own
-SMALLEST = 8  # pixels a side: below, there is nothing to see
+LINGER = 2.0  # seconds in which the rest of a refused body is read and dropped
+THREADS = 4  # threads that decode images and encode answers; the model has a separate one
+SMALLEST = 8  # pixels per side; smaller images show nothing
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the service grants; ValueError where it would grant nothing.
+    """The limits of the service.
 
     Attributes:
-        max_bytes: of a body; more is refused with 413 as soon as it is known.
-        max_pixels: of an image; more is refused before it is decoded.
-        concurrency: images waiting and in work at once; more are refused with 503. Bodies that still arrive hold no
-            place. Together they are at most ``concurrency * max_bytes`` large.
-        timeout: seconds from a request's head to its answer, else 504 (408 while its body is awaited).
-        connections: open at once. A new one ends the one whose client has been waited for longest.
-        head_timeout: seconds from the first byte of a request (of the first one: from its connection) until its head
-            is complete.
-        idle_timeout: seconds in which nothing arrives, within a body or between two requests.
-        grace: seconds that answers in work are given once the service is told to stop.
+        max_bytes: largest body; larger ones are refused with 413 as soon as the size is known.
+        max_pixels: largest number of pixels of an image; larger images are refused before they are decoded.
+        concurrency: images that wait or are being scored; more are refused with 503. Bodies that are still arriving do
+            not count. Together, these have at most ``concurrency * max_bytes`` bytes.
+        timeout: seconds from a request's head to its answer, else 504, or 408 while the body arrives.
+        connections: open connections. A new one closes the one that has waited longest for its client.
+        head_timeout: seconds until a request's head is complete, from the first byte of the request, or from the start
+            of a new connection.
+        idle_timeout: seconds without data within a body or between two requests.
+        grace: seconds to finish answers after the service is told to stop.
+
+    Raises:
+        ValueError: a limit is not above 0 and finite, or ``connections`` is not more than ``concurrency``.
+
+    Examples:
+        >>> Limits(max_bytes=1_000_000).timeout
+        30.0
     """
 
     max_bytes: int = 32 * 2**20
@@ -64,20 +71,22 @@ class Limits:
         for name, value in vars(self).items():
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be above 0 and finite, got {value}")
-        if self.connections <= self.concurrency:  # else images keep others from /health
+        if self.connections <= self.concurrency:  # images could block /health
             given = f"{self.connections} and {self.concurrency}"
             raise ValueError(f"connections must be more than concurrency, got {given}")
 
 
 class Service:
-    """A detector behind a door that only so many pass at once."""
+    """A detector that scores a limited number of images at once."""
 
     def __init__(self, detector: Detector, token: str | None, limits: Limits) -> None:
-        if token is not None and not re.fullmatch(r"[!-~]+", token):  # what all clients can send
-            raise ValueError("token must be of ASCII letters, digits and signs, without spaces")
+        if token is not None and not re.fullmatch(r"[!-~]+", token):  # what every client can send
+            raise ValueError(
+                "token must consist of ASCII letters, digits and punctuation, without spaces"
+            )
         self._detector, self._token, self._limits = detector, token, limits
         self._working: set[Future[dict[str, Any]]] = set()
-        self._arriving = 0  # bytes of bodies that are not complete
+        self._arriving = 0  # bytes of incomplete bodies
         self._threads = ThreadPoolExecutor(THREADS, "msflow-images")
         self._model = ThreadPoolExecutor(1, "msflow-model")
 
@@ -86,29 +95,30 @@ class Service:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def check_token(self, request: Request) -> None:
+        """Refuse a request without the token with 401."""
         if self._token is None:
             return
         given = request.headers.get("authorization", "").encode("latin-1")
         if not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
-            expected = {"WWW-Authenticate": "Bearer"}
-            raise HTTPException(401, "the header 'Authorization: Bearer TOKEN' is wanted", expected)
+            text = "the request must have the header 'Authorization: Bearer TOKEN'"
+            raise HTTPException(401, text, {"WWW-Authenticate": "Bearer"})
 
     @property
     def in_work(self) -> int:
-        """How many images wait or are in work, also those whose client has gone."""
+        """Return how many images wait or are being scored, including those of closed connections."""
         return len(self._working)
 
     async def answer(self, request: Request, with_image: bool = False) -> dict[str, Any]:
-        """What is said of the image in the body; every refusal is an HTTPException."""
+        """Return the answer for the image in the body; raise HTTPException for a refusal."""
         end = time.monotonic() + self._limits.timeout
         self.check_token(request)
         self._check_size(int(request.headers.get("content-length", 0)))
-        self._check_places()  # before the body comes, which holds none
+        self._check_places()  # before the body arrives: arriving bodies do not count
         body = await self._body(request, end)
         self._check_places()
         kind = request.headers.get("content-type", "")
         work = self._threads.submit(self._predict, body, kind, with_image)
-        # Whoever waits no longer, the place is taken until the work has ended or will not begin.
+        # The place is taken until the work ends or is canceled, even if the client has left.
         self._working.add(work)
         work.add_done_callback(self._working.discard)
         try:
@@ -123,7 +133,7 @@ class Service:
             raise HTTPException(503, "too many images at once, try again", {"Retry-After": "1"})
 
     async def _body(self, request: Request, end: float) -> bytes:
-        """The whole body, if it arrives in time and without a long silence."""
+        """Return the body, if it arrives in time and without a long pause."""
         limits, stream = self._limits, request.stream()
         parts, size = [], 0
         try:
@@ -138,28 +148,28 @@ class Service:
                 if self._arriving > limits.concurrency * limits.max_bytes:
                     raise HTTPException(503, "too many large images at once, try again")
         except TimeoutError:
-            text = f"nothing of the image arrived for {limits.idle_timeout:g} s"
+            text = f"no data of the image arrived for {limits.idle_timeout:g} s"
             if time.monotonic() >= end:
                 text = self._too_late("did not arrive")
             raise HTTPException(408, text) from None
         except ClientDisconnect:
-            raise HTTPException(499, "the client hung up") from None
+            raise HTTPException(499, "the client closed the connection") from None
         finally:
             self._arriving -= size
         if not size:
-            raise HTTPException(400, "the body is empty, the bytes of an image file are wanted")
+            raise HTTPException(400, "the body must be an image file, got no bytes")
         return b"".join(parts)
 
     def _check_size(self, size: int) -> None:
         if size > self._limits.max_bytes:
             most = self._limits.max_bytes
-            raise HTTPException(413, f"the body is too large, at most {most} bytes are accepted")
+            raise HTTPException(413, f"the body is too large: it must have at most {most} bytes")
 
     def _too_late(self, what: str) -> str:
         return f"the image {what} within {self._limits.timeout:g} s"
 
     def _predict(self, body: bytes, kind: str, with_image: bool) -> dict[str, Any]:
-        """Decode, score and encode, on a thread; the model on its own, one image at a time."""
+        """Decode and encode on a worker thread, and score on the model's thread, one image at a time."""
         try:
             if kind.lower().startswith("multipart/form-data"):
                 body = _file_in(body, kind)
@@ -167,18 +177,19 @@ class Service:
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
         if min(image.size) < SMALLEST:
-            got = f"{image.width}x{image.height}"
-            expected = f"{SMALLEST}x{SMALLEST} or more are wanted"
-            raise HTTPException(400, f"the image has {got} pixels, {expected}")
+            least, got = f"{SMALLEST}x{SMALLEST}", f"{image.width}x{image.height}"
+            raise HTTPException(400, f"the image must have at least {least} pixels, got {got}")
         try:
             (result,) = self._model.submit(self._detector.predict, image, workers=1).result()
             return self._document(image.size, result.shown(), with_image)
         except Exception:
             logger.exception("an image of %d bytes could not be scored", len(body))
-            raise HTTPException(500, "the image could not be scored, the log says why") from None
+            raise HTTPException(
+                500, "the image could not be scored; see the service's log"
+            ) from None
 
     def _document(self, size: tuple[int, int], result: Result, with_image: bool) -> dict[str, Any]:
-        """The part of the answer that depends on the image."""
+        """Return the part of the answer that depends on the image."""
         from PIL import Image
 
         low, high = self._detector.colours or colour_range([result.map])
@@ -199,16 +210,16 @@ class Service:
 
 
 def _file_in(form: bytes, kind: str) -> bytes:
-    """The one file of a form in ``multipart/form-data``; ValueError if it holds none or more."""
+    """Return the file of a ``multipart/form-data`` form; raise ValueError unless it has exactly one."""
     found: list[bytes] = []
 
     def take(file: File) -> None:
         if found:
-            raise ValueError("the form holds more than one file, one image at a time is wanted")
+            raise ValueError("the form must hold one image file, got more than one")
         file.file_object.seek(0)
         found.append(file.file_object.read())
 
-    limits = {"MAX_MEMORY_FILE_SIZE": len(form), "MAX_FIELDS": 100}  # nothing goes to the disk
+    limits = {"MAX_MEMORY_FILE_SIZE": len(form), "MAX_FIELDS": 100}  # keep all in memory
     try:
         parser = create_form_parser({"Content-Type": kind.encode()}, None, take, limits)
         parser.write(form)
@@ -216,7 +227,7 @@ def _file_in(form: bytes, kind: str) -> bytes:
     except FormParserError as error:
         raise ValueError(f"the form cannot be read: {error}") from None
     if not found:
-        raise ValueError("the form holds no whole file, one with an image is wanted")
+        raise ValueError("the form must hold one image file, got no complete one")
     return found[0]
 
 

@@ -157,7 +157,7 @@ def test_tiles_are_scored_without_the_thresholds_of_the_run(
     Image.fromarray(pixels).save(image)
     predict = ["predict", "--run", str(run), str(image), "--device", "cpu", "--tile"]
     assert cli.main([*predict, "--out", str(tmp_path / "out")]) == 0
-    assert "thresholds are of whole images" in capsys.readouterr().err
+    assert "thresholds hold for whole images" in capsys.readouterr().err
     (row,) = read_scores(tmp_path / "out/scores.csv")
     assert (row.verdict, row.p_value_at_most) == (None, None)
     (picture,) = (tmp_path / "out/maps").iterdir()
@@ -169,7 +169,7 @@ def test_tiles_are_scored_without_the_thresholds_of_the_run(
     assert [row.verdict for row in read_scores(tmp_path / "own/scores.csv")] == [1]
     for flags, sentence in (
         (["--overlap", "1"], "overlap must be at least 0 and below 1, got 1.0"),
-        (["--false-alarms", "0.5"], "--false-alarms is of whole images"),
+        (["--false-alarms", "0.5"], "--false-alarms must not be given with --tile, got 0.5"),
         (["--precision", "int8"], "int8"),
     ):
         assert sentence in fails(*predict, *flags, "--out", str(tmp_path / "wrong"))

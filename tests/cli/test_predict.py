@@ -211,7 +211,7 @@ def test_a_picture_of_no_earlier_row_is_refused_and_nothing_is_removed(
     (out / name).write_bytes(b"mine")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert predict(out, photos / "c.png") == 2
-    assert f"{out / name}, which is of no row of" in capsys.readouterr().err
+    assert f"{out / name} has no row in" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert predict(tmp_path / "other", photos / "c.png") == 0
 
@@ -226,7 +226,7 @@ def test_an_earlier_heat_map_that_is_to_be_scored_is_not_removed(predict, tmp_pa
     (tmp_path / "in").mkdir()
     (tmp_path / "in/link.png").symlink_to(out / "maps/a.png")
     assert predict(out, tmp_path / "in") == 2
-    assert "which is an image to score" in capsys.readouterr().err
+    assert "is an image to score" in capsys.readouterr().err
     assert (out / "maps/a.png").exists()
 
 

@@ -1,4 +1,4 @@
-"""An archive's scores lie in Parquet, every image once, however often the work was interrupted."""
+"""An archive in Parquet has one row per image, even if the work was interrupted."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def prepared(run: Path, photos: Any, out: Path | str, **options: Any) -> Archive
 
 @pytest.fixture(scope="module")
 def whole(run, photos, tmp_path_factory) -> Path:
-    """What uninterrupted work writes; tests must not write to it."""
+    """The files of an uninterrupted job; tests must not write to them."""
     out = tmp_path_factory.mktemp("whole")
     prepared(run, photos, out).score()
     return out
@@ -77,7 +77,7 @@ def written(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_every_image_has_a_row_with_what_the_detector_says(run, photos, whole):
+def test_every_image_has_a_row_with_its_result(run, photos, whole):
     table = parquet.read_table(whole)
     assert table.schema.remove_metadata() == schema()
     found = table.to_pylist()
@@ -95,7 +95,7 @@ def test_every_image_has_a_row_with_what_the_detector_says(run, photos, whole):
     assert {row["label"] for row in found} == {0, 1, None}
 
 
-def test_a_damaged_image_has_a_row_that_says_so_and_its_batch_is_scored(whole):
+def test_a_damaged_image_has_a_row_with_its_error_and_its_batch_is_scored(whole):
     wrong = [row for row in rows(whole) if row["error"] is not None]
     (row,) = wrong
     assert row["path"].endswith(DAMAGED)
@@ -104,7 +104,7 @@ def test_a_damaged_image_has_a_row_that_says_so_and_its_batch_is_scored(whole):
     assert sum(row["score"] is not None for row in rows(whole)) == COUNT - 1
 
 
-def test_damaged_images_anywhere_in_a_shard_cost_no_other_image_its_row(run, photos, tmp_path):
+def test_damaged_images_leave_the_other_rows_of_a_shard_unchanged(run, photos, tmp_path):
     names = [str(photos / f"{i:03}.png") for i in range(7)]
     for place in (0, 3, 6):
         names[place] = str(tmp_path / f"broken {place}.png")
@@ -116,7 +116,7 @@ def test_damaged_images_anywhere_in_a_shard_cost_no_other_image_its_row(run, pho
     assert [row["score"] is None for row in found] == [i in (0, 3, 6) for i in range(7)]
 
 
-def test_a_row_says_how_much_of_the_map_is_above_the_threshold_and_where_its_maximum_is():
+def test_a_row_has_the_area_above_the_threshold_and_the_position_of_the_maximum():
     values = np.array([[0.0, 1.0], [2.0, 3.0], [2.0, 0.0]], np.float32)
     result = Result("a.png", 5.0, None, None, values, None, np.zeros((3, 2, 3), np.uint8), (3, 2))
     job: Any = SimpleNamespace(maps=None)
@@ -130,7 +130,7 @@ def test_a_row_says_how_much_of_the_map_is_above_the_threshold_and_where_its_max
     assert areas == [0.5, None]
 
 
-def test_maps_are_kept_as_numbers_or_as_pictures(run, photos, whole, tmp_path):
+def test_maps_are_stored_as_numbers_or_as_pictures(run, photos, whole, tmp_path):
     prepared(run, photos, tmp_path / "a", maps="array").score()
     prepared(run, photos, tmp_path / "b", maps="png").score()
     plain, arrays, pictures = rows(whole), rows(tmp_path / "a"), rows(tmp_path / "b")
@@ -145,7 +145,7 @@ def test_maps_are_kept_as_numbers_or_as_pictures(run, photos, whole, tmp_path):
         assert [{k: v for k, v in row.items() if k not in names} for row in kind] == plain
 
 
-def test_an_archive_of_an_earlier_version_is_continued(run, photos, tmp_path):
+def test_an_archive_of_an_earlier_version_is_resumed(run, photos, tmp_path):
     """The digest and the owner of a shard are compared with those in its file."""
     described = {"images": "a", "model": "b", "settings": {"tile": False, "batch_size": 2}}
     reordered = {"settings": {"batch_size": 2, "tile": False}, "model": "b", "images": "a"}
@@ -164,7 +164,7 @@ def test_an_archive_of_an_earlier_version_is_continued(run, photos, tmp_path):
     assert listed == {"path": str(photos / "000.png"), "bytes": size}
 
 
-def test_finished_shards_are_left_alone_and_missing_ones_made_again(run, photos, whole, tmp_path):
+def test_finished_shards_are_kept_and_missing_ones_are_written(run, photos, whole, tmp_path):
     prepared(run, photos, tmp_path).score()
     assert written(tmp_path) == written(whole)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -201,25 +201,29 @@ def test_another_list_model_or_setting_is_refused_by_name(run, photos, whole, tm
     before = written(whole)
     other = tmp_path / "photos"
     other.mkdir()
-    with pytest.raises(ValueError, match=r"_manifest\.json has --batch-size 2, this one 3: choose"):
+    with pytest.raises(
+        ValueError, match=r"--batch-size must be 2 as in .*_manifest\.json, got 3\. C"
+    ):
         prepare(run, photos, whole, Scoring(batch_size=3), shard_size=4)
-    with pytest.raises(ValueError, match=r"has --maps None, this one array"):
+    with pytest.raises(ValueError, match=r"--maps must be None as in .*, got array"):
         prepared(run, photos, whole, maps="array")
     for path in photos.iterdir():
         (other / path.name).write_bytes(path.read_bytes())
     names = [str(path) for path in sorted(photos.iterdir())]
-    with pytest.raises(ValueError, match=r"other images, 21 there and 20 here, .*020\.png"):
+    with pytest.raises(
+        ValueError, match=r"other images \(21\) than those given \(20\); .*020\.png"
+    ):
         prepared(run, names[:-1], whole)
-    with pytest.raises(ValueError, match=rf"other images, .*the first that differs is {other}"):
+    with pytest.raises(ValueError, match=rf"other images .*the first difference is {other}"):
         prepared(run, other, whole)
     changed = tmp_path / "model.safetensors"
     changed.write_bytes((run / "model.safetensors").read_bytes() + b" ")
-    with pytest.raises(ValueError, match="is of another model than --run"):
+    with pytest.raises(ValueError, match="belongs to another model than --run"):
         prepared(changed, photos, whole)
     assert written(whole) == before
 
 
-def test_a_model_that_changes_meanwhile_is_refused(run, photos, tmp_path):
+def test_a_model_that_changes_during_the_job_is_refused(run, photos, tmp_path):
     own = tmp_path / "model.safetensors"
     own.write_bytes((run / "model.safetensors").read_bytes())
     archive = prepared(own, photos, tmp_path / "out")
@@ -233,17 +237,17 @@ def test_a_damaged_shard_is_named(run, photos, whole, tmp_path, content):
     for name, kept in written(whole).items():
         (tmp_path / name).write_bytes(kept)
     (tmp_path / "part-00002.parquet").write_bytes(content)
-    with pytest.raises(ValueError, match=r"part-00002\.parquet cannot be read: .*remove it"):
+    with pytest.raises(ValueError, match=r"part-00002\.parquet cannot be read: .*Remove it"):
         prepared(run, photos, tmp_path)
     (tmp_path / "part-00002.parquet").write_bytes((whole / "part-00001.parquet").read_bytes())
-    with pytest.raises(ValueError, match=r"part-00002\.parquet is not what _manifest\.json says"):
+    with pytest.raises(ValueError, match=r"part-00002\.parquet does not belong to _manifest\.json"):
         prepared(run, photos, tmp_path)
     parquet.write_table(pyarrow.table({"path": ["a"]}), tmp_path / "part-00002.parquet")
-    with pytest.raises(ValueError, match=r"part-00002\.parquet is not what _manifest\.json says"):
+    with pytest.raises(ValueError, match=r"part-00002\.parquet does not belong to _manifest\.json"):
         prepared(run, photos, tmp_path)
 
 
-def test_a_uri_is_a_folder_too(run, photos, whole, tmp_path):
+def test_the_output_may_be_a_uri(run, photos, whole, tmp_path):
     prepared(run, photos, f"file://{tmp_path}/a b".replace(" ", "%20")).score()
     assert written(tmp_path / "a b") == written(whole)
     place = f"memory://{uuid4().hex}"  # by fsspec
@@ -261,7 +265,7 @@ def command(run: Path, photos: Path | str, out: Path | str, *more: str) -> list[
 
 
 @pytest.mark.family("broken images")
-def test_the_command_scores_all_and_reports_damage_with_status_1(
+def test_the_command_scores_all_images_and_exits_with_status_1_after_errors(
     run, photos, whole, tmp_path, capsys
 ):
     assert cli.main(command(run, photos, tmp_path)) == 1
@@ -275,7 +279,7 @@ def test_the_command_scores_all_and_reports_damage_with_status_1(
 
 
 @pytest.mark.family("broken images")
-def test_an_archive_stops_at_a_damaged_image_if_that_is_chosen(
+def test_an_archive_stops_at_a_damaged_image_with_on_error_stop(
     run, photos, whole, tmp_path, capsys
 ):
     assert cli.main(command(run, photos, tmp_path, "--on-error", "stop")) == 2
@@ -287,7 +291,7 @@ def test_an_archive_stops_at_a_damaged_image_if_that_is_chosen(
 
 
 @pytest.mark.family("broken images")
-def test_an_image_that_vanishes_after_the_listing_has_a_row_that_says_so(run, photos, tmp_path):
+def test_an_image_deleted_after_the_listing_has_a_row_with_its_error(run, photos, tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for path in paths:
         path.write_bytes((photos / "000.png").read_bytes())
@@ -297,7 +301,7 @@ def test_an_image_that_vanishes_after_the_listing_has_a_row_that_says_so(run, ph
     assert [row["score"] is None for row in rows(tmp_path / "out")] == [False, True, False]
 
 
-def test_what_cannot_be_done_is_one_sentence(run, photos, tmp_path, capsys):
+def test_wrong_arguments_are_reported_in_one_sentence(run, photos, tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "foreign").mkdir()
@@ -306,11 +310,11 @@ def test_what_cannot_be_done_is_one_sentence(run, photos, tmp_path, capsys):
     for arguments, sentence in (
         (command(run, tmp_path / "empty", new), "empty holds no images"),
         (command(run, tmp_path / "gone.png", new), "gone.png is not a file"),
-        (command(tmp_path / "none", photos, new), "none: no such checkpoint"),
+        (command(tmp_path / "none", photos, new), "none cannot be read: no such checkpoint"),
         (command(run, photos, tmp_path / "file/out"), "file/out"),
-        (command(run, photos, "nosuch://place"), "--out nosuch://place: Protocol not known"),
-        (command(run, photos, tmp_path / "foreign"), "a.parquet is there without _manifest.json"),
-        (command(run, photos, run), "model.safetensors is there without _manifest.json"),
+        (command(run, photos, "nosuch://place"), "got nosuch://place: Protocol not known"),
+        (command(run, photos, tmp_path / "foreign"), "a.parquet has no _manifest.json beside it"),
+        (command(run, photos, run), "model.safetensors has no _manifest.json beside it"),
         (command(run, photos, new, "--watch"), "neither --watch nor --score-only"),
         (
             command(run, photos, new, "--shard-size", "0"),
@@ -336,7 +340,7 @@ def test_without_pyarrow_the_extra_is_named(run, photos, tmp_path, capsys, monke
     assert "pip install 'msflow-ext[parquet]'" in capsys.readouterr().err
 
 
-def test_work_killed_at_any_moment_goes_on_where_it_was(run, photos, whole, tmp_path):
+def test_a_killed_job_is_resumed(run, photos, whole, tmp_path):
     out = tmp_path / "out"
     process = [sys.executable, "-m", "msflow_ext", *command(run, photos, out, "--threads", "1")]
     with subprocess.Popen(process, cwd=tmp_path, stderr=subprocess.DEVNULL) as started:

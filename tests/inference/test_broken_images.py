@@ -1,4 +1,4 @@
-"""An image that cannot be scored stops a prediction, or has a result that says why: as one chooses."""
+"""An image that cannot be scored stops a prediction, or gets a result with its error, as ``on_error`` says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BROKEN = {"a.png": b"\x89PNG\r\n\x1a\n", "c.png": b"", "e.png": b"no image", "g.
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Good and broken images in turn; ``g.png`` is cut off. Tests must not write to it."""
+    """Good and broken images in turn; ``g.png`` is truncated. Tests must not write to it."""
     folder = tmp_path_factory.mktemp("photos")
     for i, name in enumerate(GOOD):
         noise = np.random.default_rng(i).integers(0, 255, (64, 70), np.uint8)
@@ -33,7 +33,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("tile", [False, True])
-def test_every_image_has_a_result_and_the_good_ones_their_own_score(
+def test_every_image_has_a_result_and_good_ones_have_their_score(
     detector, photos, batch_size, tile
 ):
     results = detector.predict(photos, batch_size=batch_size, tile=tile, on_error="skip")
@@ -52,18 +52,14 @@ def test_every_image_has_a_result_and_the_good_ones_their_own_score(
 
 
 @pytest.mark.parametrize("tile", [False, True])
-def test_without_a_choice_the_first_error_is_raised_after_the_results_before_it(
-    detector, photos, tile
-):
+def test_by_default_the_first_error_is_raised_after_the_results_before_it(detector, photos, tile):
     found = detector.stream([photos / "b.png", photos / "e.png", photos / "d.png"], tile=tile)
     assert next(found).name.endswith("b.png")
     with pytest.raises(ValueError, match=r"e\.png is not an image"):
         next(found)
 
 
-def test_an_image_that_vanishes_meanwhile_is_one_of_those_without_a_score(
-    detector, photos, tmp_path
-):
+def test_an_image_deleted_during_the_prediction_has_an_error(detector, photos, tmp_path):
     gone = tmp_path / "gone.png"
     gone.write_bytes((photos / "b.png").read_bytes())
 
@@ -79,7 +75,7 @@ def test_an_image_that_vanishes_meanwhile_is_one_of_those_without_a_score(
 
 
 @pytest.mark.parametrize("where", ["score", "map"])
-def test_a_score_or_map_that_is_not_finite_is_the_error_of_its_image_alone(
+def test_a_score_or_map_that_is_not_finite_is_an_error_of_its_image_only(
     detector, photos, monkeypatch, where
 ):
     score = Detector._score
@@ -101,15 +97,15 @@ def test_a_score_or_map_that_is_not_finite_is_the_error_of_its_image_alone(
         detector.predict(paths)
 
 
-def test_an_array_or_tensor_of_another_type_is_the_error_of_its_number(detector):
+def test_an_array_or_tensor_of_another_dtype_or_shape_is_an_error_of_its_image(detector):
     sources = [np.zeros((4, 4)), torch.zeros(3, 9, 9), np.zeros((64, 64), np.uint8)]
     first, second, third = detector.predict(sources, on_error="skip")
     assert first.error is not None and "got float64" in first.error
-    assert second.error is not None and "image 1: a tensor must be" in second.error
+    assert second.error is not None and "image 1: a tensor must have shape" in second.error
     assert third.error is None
 
 
-def test_what_is_no_fault_of_an_image_is_raised_all_the_same(detector, photos, tmp_path):
+def test_errors_that_concern_no_single_image_are_always_raised(detector, photos, tmp_path):
     with pytest.raises(TypeError, match="source must be a path"):
         detector.predict([photos / "b.png", 7], on_error="skip")
     with pytest.raises(ValueError, match="holds no images"):
@@ -121,14 +117,14 @@ def test_what_is_no_fault_of_an_image_is_raised_all_the_same(detector, photos, t
 @pytest.mark.family("score tables")
 @pytest.mark.parametrize("option", ["batch_size", "workers"])
 @pytest.mark.parametrize("value", [2.0, "2", None, np.float32(1)])
-def test_a_number_of_images_that_is_not_whole_is_named(detector, photos, option, value):
+def test_a_count_that_is_not_a_whole_number_is_refused(detector, photos, option, value):
     with pytest.raises(TypeError, match=f"{option} must be a whole number, got "):
         detector.predict(photos / "b.png", **{option: value})
     assert len(detector.predict(photos / "b.png", **{option: np.int64(1)})) == 1
 
 
 @pytest.mark.family("score tables")
-def test_images_of_one_name_in_two_folders_are_told_apart_by_their_folders(detector, tmp_path):
+def test_images_of_the_same_name_in_two_folders_are_named_with_their_folder(detector, tmp_path):
     for folder in ("left", "right"):
         (tmp_path / folder).mkdir()
         Image.new("L", (8, 8)).save(tmp_path / folder / "0.png")

@@ -1,4 +1,4 @@
-"""CUDA graphs: replays give what the model gives; without a GPU the refusal says so. Not run on a GPU yet."""
+"""CUDA graphs: a replay equals the model, and without a GPU there is a clear error. Not run on a GPU yet."""
 
 from __future__ import annotations
 
@@ -35,11 +35,9 @@ def features(seed: int, device: str) -> list[torch.Tensor]:
     return [torch.randn(2, c, s, s, generator=generator).to(device) for c, s in sizes]
 
 
-def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(
-        RuntimeError, match=r"^graphed: CUDA graphs need a GPU, and torch sees none"
-    ):
+    with pytest.raises(RuntimeError, match=r"^CUDA graphs need a GPU, but torch finds none"):
         mx.graphed(head(), features(0, "cpu"))
 
 
@@ -51,7 +49,7 @@ def test_an_example_on_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 @needs_gpu
 @pytest.mark.parametrize("optimized", [False, True])
-def test_a_replay_gives_what_the_model_gives(optimized: bool) -> None:
+def test_a_replay_equals_the_model(optimized: bool) -> None:
     model = head().cuda()
     run = model.optimize() if optimized else model
     replay = mx.graphed(run.log_likelihood, features(0, "cuda"))
@@ -66,24 +64,24 @@ def test_a_replay_gives_what_the_model_gives(optimized: bool) -> None:
 @needs_gpu
 def test_a_replay_refuses_inputs_of_another_shape() -> None:
     replay = mx.graphed(head().cuda().log_likelihood, features(0, "cuda"))
-    with pytest.raises(ValueError, match=r"^graphed: inputs must be as the example"):
+    with pytest.raises(ValueError, match=r"^inputs must be as the example"):
         replay([t[:1] for t in features(0, "cuda")])
 
 
-# ---- a detector's model, recorded by itself; a stand-in for CUDA's graphs lives on the CPU ----
+# ---- automatic capture of a detector's model; a stand-in for CUDA graphs runs on the CPU ----
 
 CPU = torch.device("cpu")
 
 
 class Sums(torch.nn.Module):
-    """A model: an image's score is its sum, its map the mean over colours."""
+    """A model: the score is the sum of an image, the map its mean over channels."""
 
     def forward(self, images: torch.Tensor) -> mx.Prediction:
         return mx.Prediction(images.sum((1, 2, 3)), images.mean(1), images.mean(1), [])
 
 
 class Recorder:
-    """Records as CUDA does: inputs and results have one place each, which the next call overwrites, slowly."""
+    """A recorder like CUDA's: the next call overwrites inputs and results, and slowly."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.shapes: list[tuple[int, ...]] = []
@@ -116,7 +114,7 @@ def assert_of(found: tuple[torch.Tensor, torch.Tensor], images: torch.Tensor) ->
     assert torch.equal(found[0], expected.score) and torch.equal(found[1], expected.anomaly_map)
 
 
-def test_the_second_batch_of_a_shape_is_recorded_and_what_comes_once_is_not() -> None:
+def test_the_second_batch_of_a_shape_is_recorded_and_a_single_one_is_not() -> None:
     record = Recorder()
     replayed = Replayed(Sums(), record=record, on="cpu")
     for n in (8, 8, 8, 3, 8, 1, 1):
@@ -126,7 +124,7 @@ def test_the_second_batch_of_a_shape_is_recorded_and_what_comes_once_is_not() ->
 
 
 @pytest.mark.family("optimized models")
-def test_graphs_of_weights_that_were_replaced_are_recorded_again() -> None:
+def test_graphs_are_recorded_again_after_weights_are_replaced() -> None:
     options: Any = {"image_size": 64, "pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8}
     model = mx.MSFlow("test_efficientnet", seed=1, **options).eval().optimize()
     record, images = Recorder(), torch.rand(2, 3, 64, 64)
@@ -141,7 +139,7 @@ def test_graphs_of_weights_that_were_replaced_are_recorded_again() -> None:
         assert torch.equal(scores, model(images).score)
 
 
-def test_only_so_many_shapes_keep_a_graph() -> None:
+def test_only_the_first_repeated_shapes_keep_a_graph() -> None:
     record = Recorder()
     replayed = Replayed(Sums(), record=record, on="cpu", most=2)
     for n in (1, 2, 3, 1, 2, 3, 3, 1):
@@ -149,14 +147,14 @@ def test_only_so_many_shapes_keep_a_graph() -> None:
     assert [n for n, *_ in record.shapes] == [1, 2]
 
 
-def test_results_are_the_callers_own_and_last() -> None:
+def test_later_calls_do_not_overwrite_results() -> None:
     replayed = Replayed(Sums(), record=Recorder(), on="cpu")
     found = [replayed(batch(2, value), CPU) for value in (0.0, 1.0, 2.0, 3.0)]
     for value, each in enumerate(found):
         assert_of(each, batch(2, float(value)))
 
 
-def test_threads_do_not_see_the_results_of_others() -> None:
+def test_threads_get_their_own_results() -> None:
     replayed = Replayed(Sums(), record=Recorder(), on="cpu")
     inputs = [torch.rand(1 + i % 2, 3, 4, 4) for i in range(48)]
     with ThreadPoolExecutor(8) as pool:
@@ -165,11 +163,13 @@ def test_threads_do_not_see_the_results_of_others() -> None:
         assert_of(found, images)
 
 
-def test_what_cannot_be_recorded_runs_as_it_is_after_one_warning() -> None:
+def test_a_model_that_cannot_be_recorded_runs_without_graphs_after_one_warning() -> None:
     record = Recorder(RuntimeError("operation not permitted\nwhile capturing"))
     replayed = Replayed(Sums(), record=record, on="cpu")
     replayed(batch(1), CPU)
-    with pytest.warns(UserWarning, match=r"without CUDA graphs, slower: operation not permitted$"):
+    with pytest.warns(
+        UserWarning, match=r"without CUDA graphs, more slowly: operation not permitted$"
+    ):
         assert_of(replayed(batch(1), CPU), batch(1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -178,7 +178,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_after_one_warning() -> None:
     assert len(record.shapes) == 1
 
 
-def test_off_the_gpu_nothing_is_recorded_and_threads_do_not_wait_for_each_other() -> None:
+def test_on_the_cpu_nothing_is_recorded_and_threads_run_in_parallel() -> None:
     together = threading.Barrier(2, timeout=20)
 
     class Meeting(Sums):
@@ -194,7 +194,7 @@ def test_off_the_gpu_nothing_is_recorded_and_threads_do_not_wait_for_each_other(
     assert not record.shapes
 
 
-def test_a_detector_records_what_comes_again_also_after_its_model_was_replaced() -> None:
+def test_a_detector_records_repeated_batches_again_after_its_model_is_replaced() -> None:
     class Scaled(Sums):
         image_size = 4
 
@@ -226,7 +226,7 @@ def test_a_detector_with_graphs_can_be_pickled() -> None:
     assert_of(pickle.loads(pickle.dumps(replayed))(batch(2), CPU), batch(2))
 
 
-def test_streams_of_a_recording_are_not_those_of_other_threads(
+def test_streams_of_a_recording_are_not_used_by_other_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def current_stream() -> Any:
@@ -242,7 +242,7 @@ def test_streams_of_a_recording_are_not_those_of_other_threads(
 
 @needs_gpu
 @pytest.mark.parametrize("precision", [None, "float32", "bfloat16"])
-def test_a_detector_on_a_gpu_gives_the_same_with_its_graphs_from_many_threads(
+def test_a_detector_with_graphs_scores_alike_from_many_threads(
     untrained_run: Callable[..., Path], precision: str | None
 ) -> None:
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""A detector with a precision says the same of an image in every batch, copy and process."""
+"""A detector with a precision scores an image alike in every batch, copy and process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.parametrize("precision", ["float32", "bfloat16"]),
 ]
-ROUNDING = 2e-6  # of float32, in sums of another order
+ROUNDING = 2e-6  # of float32 sums in another order
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +51,13 @@ def test_copies_pickles_and_other_processes_score_alike(run, photos, precision, 
         assert scores(duplicate, photos) == expected
     (tmp_path / "detector").write_bytes(pickle.dumps(detector))
     command = [sys.executable, "-c", OTHER, str(tmp_path / "detector"), str(photos)]
-    # Not beside the sources, which would hide the installed package.
+    # Away from the sources, which would shadow the installed package.
     said = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     assert json.loads(said.stdout) == expected
 
 
 @pytest.mark.parametrize("first", [1, 2, 9])
-def test_what_came_first_changes_no_score(run, photos, precision, first):
+def test_the_size_of_the_first_batch_changes_no_score(run, photos, precision, first):
     detector = load(run, device="cpu", precision=precision)
     scores(detector, photos, first)
     alone = scores(load(run, device="cpu", precision=precision), photos, 1)

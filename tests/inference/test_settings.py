@@ -25,14 +25,14 @@ def test_the_rate_of_false_alarms_sets_both_thresholds(run):
     assert (strict.threshold, strict.pixel_threshold) == (4.0, 8.0)
 
 
-def test_a_run_without_held_out_images_knows_no_rate(untrained_run):
+def test_false_alarms_need_a_run_with_held_out_images(untrained_run):
     run = untrained_run()
     assert Scoring().load(str(run), "cpu").threshold is None
-    with pytest.raises(ValueError, match="knows no rate of false alarms"):
+    with pytest.raises(ValueError, match="its training held out no images"):
         Scoring(false_alarms=0.2).load(str(run), "cpu")
 
 
-def test_a_threshold_of_ones_own_replaces_that_of_the_images_alone(run):
+def test_a_given_threshold_replaces_only_the_image_threshold(run):
     detector = Scoring(threshold=2.5).load(str(run), "cpu")
     assert (detector.threshold, detector.pixel_threshold) == (2.5, 7.0)
     assert Scoring(threshold=0.0).load(str(run), "cpu").threshold == 0.0
@@ -45,10 +45,10 @@ def test_the_precision_is_that_of_the_optimized_model(run):
     assert type(found.model.head) is not type(Scoring().load(str(run), "cpu").model.head)
 
 
-def test_tiles_have_the_threshold_that_is_given_and_no_other(run):
+def test_tiles_use_only_the_given_threshold(run):
     for threshold in (None, 2.5):
         detector = Scoring(tile=True, threshold=threshold).load(str(run), "cpu")
         assert detector.threshold == threshold
         assert (detector.pixel_threshold, detector.calibration) == (None, None)
-    with pytest.raises(ValueError, match="--false-alarms is of whole images"):
+    with pytest.raises(ValueError, match="--false-alarms must not be given with --tile"):
         Scoring(tile=True, false_alarms=0.1)

@@ -1,4 +1,4 @@
-"""Whatever a crafted checkpoint holds, it is refused by name before anything large is allocated."""
+"""A crafted checkpoint is refused by name, before anything large is allocated."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CALIBRATION = {"scores": [0.1, 0.2, 0.3], "peaks": [1.0, 2.0, 3.0]}
 
 @pytest.fixture(scope="module")
 def sound(untrained_run) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a checkpoint with thresholds; not to be changed."""
+    """Header and tensors of a checkpoint with thresholds; tests must not change them."""
     run = untrained_run(
         recipe={"false_alarms": 0.4, "fit": "pad"}, calibration=CALIBRATION, colours=[0.0, 1.0]
     )
@@ -33,7 +33,7 @@ def sound(untrained_run) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 @pytest.fixture
 def crafted(tmp_path, sound) -> Callable[..., Path]:
-    """``crafted(header, change)``: a file with a right checksum, of this header and of changed tensors."""
+    """Return ``crafted(header, change)``, which writes a changed checkpoint with a valid checksum."""
 
     def write(
         header: Mapping[str, Any], change: Callable[[str, Tensor], Tensor] = lambda _, t: t
@@ -46,7 +46,7 @@ def crafted(tmp_path, sound) -> Callable[..., Path]:
     return write
 
 
-def test_the_checkpoint_that_is_changed_below_is_sound(crafted):
+def test_the_unchanged_checkpoint_is_read(crafted):
     detector = load(crafted({}), "cpu")
     assert (detector.threshold, detector.colours, detector.fit) == (0.3, [0.0, 1.0], "pad")
 
@@ -122,7 +122,7 @@ def test_a_configuration_that_does_not_build_the_stored_model_is_refused(crafted
     ],
     ids=str,
 )
-def test_a_header_of_other_types_and_values_is_refused(crafted, header):
+def test_a_header_with_wrong_types_or_values_is_refused(crafted, header):
     with pytest.raises(ValueError, match=r"crafted\.safetensors"):
         load(crafted(header), "cpu")
 
@@ -139,7 +139,7 @@ def test_a_header_of_other_types_and_values_is_refused(crafted, header):
         (lambda n, t: -t - 1 if "perm" in n else t, "perm must hold every number"),
     ],
 )
-def test_tensors_of_another_kind_shape_or_meaning_are_refused(crafted, change, sentence):
+def test_tensors_with_a_wrong_dtype_shape_or_value_are_refused(crafted, change, sentence):
     path = crafted({}, change)
     with pytest.raises(ValueError, match=sentence):
         load(path, "cpu")
@@ -148,14 +148,14 @@ def test_tensors_of_another_kind_shape_or_meaning_are_refused(crafted, change, s
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"a": ' * 100_000, "9" * 10_000, "NaN", "null", ""]
 )
-def test_a_header_that_is_no_object_or_nests_without_end_is_refused(tmp_path, text):
+def test_a_header_that_is_not_an_object_or_nests_too_deeply_is_refused(tmp_path, text):
     path, tensors = tmp_path / "crafted.safetensors", {"x": torch.zeros(1)}
     save_file(tensors, path, {"msflow_ext": text, "sha256": _digest(text, tensors)})
     with pytest.raises(ValueError, match=r"crafted\.safetensors is damaged"):
         load(path, "cpu")
 
 
-def test_a_fastflow_that_wants_more_steps_than_there_are_tensors_is_refused(tmp_path):
+def test_a_fastflow_with_more_steps_than_tensors_is_refused(tmp_path):
     model = mx.FastFlow("test_efficientnet", image_size=64, pretrained=False, steps=1)
     for steps in (2, 10**6, 10**30, -1, "1"):
         header = {"model": "FastFlow", "config": {**model.config, "steps": steps}}
@@ -176,7 +176,7 @@ except ValueError as error:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no limit on the memory of a process")
-def test_a_model_larger_than_its_file_is_refused_without_its_memory(crafted, sound):
+def test_a_model_larger_than_its_file_is_refused_without_allocating_it(crafted, sound):
     path = crafted({"config": {**sound[0]["config"], "cond_channels": [4 * 10**6] * 3}})
     script = LIMITED % (8 * 2**30)
     command = [sys.executable, "-c", script, str(path)]

@@ -1,4 +1,4 @@
-"""Threads and processes of Python: they may share a model, run beside a kernel, fork after one, and exit during one."""
+"""Python threads and processes: they may share a model, run beside a kernel, fork after one, and exit during one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from msflow_ext.ops import _backend
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_one_model_in_many_threads_gives_the_bits_of_one(each_backend: str) -> None:
+def test_a_model_in_many_threads_gives_bit_identical_results(each_backend: str) -> None:
     options = {"pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8, "seed": 1}
     model = MSFlow("test_efficientnet", image_size=64, **options).eval()
     images = torch.rand(6, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -42,7 +42,7 @@ def test_one_model_in_many_threads_gives_the_bits_of_one(each_backend: str) -> N
                 assert all(map(torch.equal, one, other))
 
 
-def test_python_goes_on_while_a_kernel_runs(native: None) -> None:
+def test_a_kernel_releases_the_gil(native: None) -> None:
     z = torch.zeros(1, 1, 30_000_000)
     inside: list[float] = []
     running = threading.Event()
@@ -81,7 +81,7 @@ def test_workers_of_a_data_loader_start_after_a_kernel_ran(context: str) -> None
         assert torch.equal(batch, torch.stack([images[first], images[first + 1]]))
 
 
-# A daemon's thread is torn down inside a kernel, as inside torch's own, by an abort: not promised.
+# A daemon thread inside a kernel would abort the exit, as inside torch's own operators, so it is not tested.
 EXIT = """
 import threading, torch
 from msflow_ext import ops
@@ -124,7 +124,7 @@ SCRIPTS = {"exit-during-a-kernel": EXIT, "fork-after-one": FORK, "threads-as-set
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-def test_an_interpreter_ends_well(script: str) -> None:
+def test_a_script_with_threads_or_forks_exits_cleanly(script: str) -> None:
     if "fork" in script and sys.platform == "win32":
         pytest.skip("no fork on this system")
     if script == THREADS and "threads of torch" not in _backend.STATUS:

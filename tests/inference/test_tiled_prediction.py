@@ -1,4 +1,4 @@
-"""Images larger than the model's input are scored in tiles, by the tiles' own rules."""
+"""Large images are scored in tiles, without the thresholds of whole images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
 
 
-def test_an_image_of_exactly_one_tile_is_scored_as_it_is_whole(detector):
+def test_an_image_of_exactly_one_tile_is_scored_like_a_whole_image(detector):
     image = _noise(64, 64, 3)
     (whole,), (tiled,) = detector.predict(image), detector.predict(image, tile=True)
     assert tiled.score == whole.score
@@ -25,7 +25,9 @@ def test_an_image_of_exactly_one_tile_is_scored_as_it_is_whole(detector):
 
 @pytest.mark.parametrize("shape", [(64, 65), (100, 150), (128, 128), (30, 40), (20, 130), (1, 1)])
 @pytest.mark.parametrize("overlap", [0.0, 1 / 64, 0.25])
-def test_tiles_give_map_mask_and_image_the_size_of_the_file(detector, tmp_path, shape, overlap):
+def test_with_tiles_map_mask_and_image_have_the_size_of_the_file(
+    detector, tmp_path, shape, overlap
+):
     Image.fromarray(_noise(*shape)).save(tmp_path / "image.png")
     judging = Detector(detector.model, threshold=0.0, pixel_threshold=0.0)
     (found,) = judging.predict(tmp_path / "image.png", tile=True, overlap=overlap, batch_size=3)
@@ -36,7 +38,7 @@ def test_tiles_give_map_mask_and_image_the_size_of_the_file(detector, tmp_path, 
     assert found.label == int(found.score > 0.0)
 
 
-def test_the_score_of_tiles_is_the_largest_and_their_maps_stand_side_by_side(detector):
+def test_the_score_is_the_largest_of_the_tiles_and_their_maps_are_joined(detector):
     image = _noise(64, 192, 3)
     parts = detector.predict([image[:, i : i + 64] for i in (0, 64, 128)])
     (found,) = detector.predict(image, tile=True, overlap=0)
@@ -45,7 +47,7 @@ def test_the_score_of_tiles_is_the_largest_and_their_maps_stand_side_by_side(det
     np.testing.assert_allclose(found.map, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_many_images_are_cut_into_tiles_one_after_the_other(detector):
+def test_images_of_several_sizes_are_scored_in_tiles(detector):
     images = [_noise(64, 64 + 16 * i, 3) for i in range(5)]
     found = detector.predict(images, tile=True, batch_size=2)
     assert [result.name for result in found] == [f"image {i}" for i in range(5)]
@@ -55,7 +57,7 @@ def test_many_images_are_cut_into_tiles_one_after_the_other(detector):
         assert result.score == alone.score
 
 
-def test_a_tensor_of_any_size_is_cut_like_the_array_that_it_is_of(detector):
+def test_a_tensor_is_cut_into_tiles_like_the_equal_array(detector):
     image = _noise(70, 90, 3)
     tensor = torch.from_numpy(image).permute(2, 0, 1).float() / 255
     (from_array,), (from_tensor,) = (detector.predict(x, tile=True) for x in (image, tensor))
@@ -67,7 +69,7 @@ def test_a_tensor_of_any_size_is_cut_like_the_array_that_it_is_of(detector):
             detector.predict(wrong, tile=True)
 
 
-def test_what_was_calibrated_on_whole_images_does_not_judge_tiles(detector):
+def test_thresholds_of_whole_images_are_not_used_for_tiles(detector):
     scores = [0.0, 1.0]
     options = {"threshold": 0.5, "pixel_threshold": 0.5, "calibration": Calibration(scores, scores)}
     judging = Detector(detector.model, **options)
@@ -78,6 +80,6 @@ def test_what_was_calibrated_on_whole_images_does_not_judge_tiles(detector):
 
 
 @pytest.mark.parametrize("overlap", [-0.1, 1, float("nan")])
-def test_an_overlap_out_of_range_is_named(detector, overlap):
+def test_an_overlap_out_of_range_is_refused(detector, overlap):
     with pytest.raises(ValueError, match="overlap must be at least 0 and below 1"):
         detector.predict(_noise(64, 64), tile=True, overlap=overlap)

@@ -1,4 +1,4 @@
-"""Tiles cover their image, and their maps join to what they were cut from."""
+"""Tiles cover their image, and the joined maps equal the map that they were cut from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_tiles_cover_the_image_and_overlap_as_asked(sizes):
+def test_tiles_cover_the_image_with_the_given_overlap(sizes):
     height, width, side, overlap = sizes
     covered = np.zeros((height, width), int)
     boxes = tiling.grid(*sizes)
@@ -41,7 +41,7 @@ def test_tiles_cover_the_image_and_overlap_as_asked(sizes):
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_maps_that_agree_are_joined_bit_by_bit(sizes):
+def test_equal_maps_are_joined_without_rounding(sizes):
     height, width = sizes[:2]
     for whole in (
         np.random.default_rng(0).normal(size=(height, width)).astype(np.float32),
@@ -52,7 +52,7 @@ def test_maps_that_agree_are_joined_bit_by_bit(sizes):
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_maps_that_differ_are_joined_by_weights_that_sum_to_one(sizes):
+def test_different_maps_are_averaged_with_weights_that_sum_to_one(sizes):
     height, width, side, _ = sizes
     boxes = tiling.grid(*sizes)
     maps = np.random.default_rng(0).normal(size=(len(boxes), side, side))
@@ -65,13 +65,13 @@ def test_maps_that_differ_are_joined_by_weights_that_sum_to_one(sizes):
     np.testing.assert_allclose(joined, sums / total, rtol=1e-5, atol=1e-5)
 
 
-def test_a_step_between_two_tiles_becomes_an_even_ramp():
+def test_a_step_between_two_tiles_becomes_a_linear_ramp():
     boxes = tiling.grid(8, 13, 8, 3)
     joined = tiling.stitch(((b, np.full((8, 8), b[1].start / 5)) for b in boxes), 8, 13)
     np.testing.assert_allclose(joined, np.tile([0] * 5 + [0.25, 0.5, 0.75] + [1] * 5, (8, 1)))
 
 
-def test_an_image_smaller_than_a_tile_lies_in_the_middle_of_black():
+def test_an_image_smaller_than_a_tile_is_centered_on_black():
     image = torch.full((3, 5, 30), 7, dtype=torch.uint8)
     whole, box = tiling.padded(image, 16)
     assert whole.shape == (3, 16, 30)
@@ -95,7 +95,7 @@ def test_a_tile_is_float_in_0_to_1():
 
 
 @pytest.mark.parametrize("overlap", [-1, 16, 20])
-def test_an_overlap_that_no_tile_can_have_is_refused(overlap):
+def test_an_overlap_out_of_range_is_refused(overlap):
     with pytest.raises(ValueError, match=f"overlap must be .* below 16 pixels, got {overlap}"):
         tiling.grid(32, 32, 16, overlap)
 

@@ -1,4 +1,4 @@
-"""A folder is followed: each image is scored once, whole, and its row survives whatever happens."""
+"""A watched folder: each image is scored once, when complete, and its row survives interruptions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from msflow_ext.runs.score_table import Row, read_scores, write_scores
 
 
 class Script(Event):
-    """An event that does one step at each wait, and is set when there is none left."""
+    """An event that runs one step at each wait, and is set after the last step."""
 
     def __init__(self, *steps: Callable[[], object]) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def names(folder: Path, *steps: Callable[[], object], known: Collection[str] = (
     return [name for name, _ in arrivals(folder, known, Script(*steps))]
 
 
-def test_an_image_comes_once_after_two_looks_that_agree(tmp_path):
+def test_an_image_is_yielded_once_after_two_equal_polls(tmp_path):
     path = tmp_path / "line 1" / "a.png"
     path.parent.mkdir()
     path.write_bytes(b"1")
@@ -51,7 +51,7 @@ def test_an_image_comes_once_after_two_looks_that_agree(tmp_path):
     assert list(arrivals(tmp_path, (), Script(idle))) == [("line 1/a.png", path)]
 
 
-def test_an_image_that_grows_is_left_alone_until_it_rests(tmp_path):
+def test_an_image_that_is_being_written_is_yielded_when_complete(tmp_path):
     path, seen = tmp_path / "a.jpg", []
 
     def grow() -> None:
@@ -64,7 +64,7 @@ def test_an_image_that_grows_is_left_alone_until_it_rests(tmp_path):
     assert seen == [4, 8, 12]
 
 
-def test_an_image_moved_in_is_taken_and_one_that_is_gone_is_not(tmp_path):
+def test_an_image_moved_in_is_yielded_and_a_deleted_one_is_not(tmp_path):
     outside, folder = tmp_path / "a.part", tmp_path / "in"
     folder.mkdir()
     outside.write_bytes(b"1")
@@ -77,7 +77,7 @@ def test_an_image_moved_in_is_taken_and_one_that_is_gone_is_not(tmp_path):
     assert names(folder, move, idle) == ["a.png"]
 
 
-def test_what_is_hidden_known_or_no_image_is_passed_over(tmp_path):
+def test_hidden_known_and_other_files_are_passed_over(tmp_path):
     for name in (".a.png", "a.png", "b.txt", "c.png.part", "known.png", "d.PNG", ".git/e.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"1")
@@ -85,7 +85,7 @@ def test_what_is_hidden_known_or_no_image_is_passed_over(tmp_path):
     assert names(tmp_path, idle, idle, known={"a.png", "known.png"}) == ["d.PNG"]
 
 
-def test_links_to_nowhere_do_not_hide_the_images_beside_them(tmp_path):
+def test_broken_links_do_not_hide_the_images_beside_them(tmp_path):
     expected = [f"{i:02}.png" for i in range(20)]
     for name in expected:
         (tmp_path / f"link {name}").symlink_to("nowhere.png")
@@ -93,14 +93,14 @@ def test_links_to_nowhere_do_not_hide_the_images_beside_them(tmp_path):
     assert names(tmp_path, idle, idle) == expected
 
 
-def test_an_image_that_was_damaged_comes_again_when_it_changes(tmp_path):
+def test_a_damaged_image_is_yielded_again_when_it_changes(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"1")
     assert names(tmp_path, idle, idle, lambda: path.write_bytes(b"22"), idle, idle) == ["a.png"] * 2
 
 
 @pytest.mark.family("folders")
-def test_pictures_that_are_written_into_the_folder_are_not_taken(tmp_path):
+def test_pictures_written_into_the_watched_folder_are_not_yielded(tmp_path):
     out = tmp_path / "out"
     for name in ("a.png", "out/maps/a.png.png", "out/b.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def test_pictures_that_are_written_into_the_folder_are_not_taken(tmp_path):
 
 
 @pytest.mark.family("folders")
-def test_what_a_watch_passes_over_is_said_once(tmp_path, monkeypatch):
+def test_a_file_that_is_passed_over_is_logged_once(tmp_path, monkeypatch):
     said: list[str] = []
     log = logging.getLogger("msflow_ext.data.walk")
     monkeypatch.setattr(log, "warning", lambda text, *names: said.append(text % names))
@@ -126,7 +126,7 @@ def test_what_a_watch_passes_over_is_said_once(tmp_path, monkeypatch):
     ]
 
 
-def test_a_folder_that_goes_away_is_named(tmp_path):
+def test_a_watched_folder_that_is_deleted_is_named(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     with pytest.raises(FileNotFoundError, match=f"{folder} cannot be watched"):
@@ -137,7 +137,7 @@ ODD = ("a,b.png", '"d"\n.png', "line\r.png", "=1+1.png", "\r\n=2.png", os.fsdeco
 
 
 @pytest.mark.family("score tables")
-def test_a_log_reads_like_a_table_written_at_once_and_continues_where_it_was(tmp_path):
+def test_an_appended_table_equals_one_written_at_once_and_is_continued(tmp_path):
     table = [Row(name, score=-0.5 + i, verdict=i % 2) for i, name in enumerate(ODD)]
     table.append(Row("broken.png", error='"broken.png" is\nnot an image'))
     path = tmp_path / "out/new/log.csv"
@@ -152,7 +152,7 @@ def test_a_log_reads_like_a_table_written_at_once_and_continues_where_it_was(tmp
 
 
 @pytest.mark.family("score tables")
-def test_a_last_row_that_was_cut_off_anywhere_is_removed(tmp_path):
+def test_an_incomplete_last_row_is_removed(tmp_path):
     path, names = tmp_path / "log.csv", ("a.png", '"\nb,\n".png')
     for name in names:
         ScoreLog(path).append(Row(name, score=0.25))
@@ -169,7 +169,7 @@ def test_a_last_row_that_was_cut_off_anywhere_is_removed(tmp_path):
 
 
 @pytest.mark.family("score tables")
-def test_a_missing_quotation_mark_far_from_the_end_costs_no_rows(tmp_path):
+def test_a_missing_quotation_mark_is_refused_and_deletes_no_rows(tmp_path):
     path = tmp_path / "log.csv"
     write_scores(path, [Row(f"{i}.png", score=0.5) for i in range(3000)])
     damaged = path.read_bytes().replace(b"\n7.png", b'\n"7.png')
@@ -191,7 +191,7 @@ def test_an_image_that_fails_again_has_one_row_until_it_is_scored(tmp_path):
     assert (list(again.names), again.failed) == (["a.png"], {})
 
 
-def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_only_complete_rows(tmp_path, monkeypatch):
     log = ScoreLog(tmp_path / "log.csv")
     log.append(Row("a.png", score=0.25))
     before, write = log.path.read_bytes(), os.write
@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
 )
 def test_a_table_of_an_older_version_or_another_program_is_refused(tmp_path, text):
     (tmp_path / "log.csv").write_text(text)
-    sentence = r"log\.csv must begin with name,defect,truth,.*, got .*: choose another --out"
+    sentence = r"log\.csv must begin with name,defect,truth,.*, got .*\. Choose another --out"
     with pytest.raises(ValueError, match=sentence):
         ScoreLog(tmp_path / "log.csv")
     assert (tmp_path / "log.csv").read_text() == text
@@ -222,14 +222,14 @@ def test_a_table_of_an_older_version_or_another_program_is_refused(tmp_path, tex
 
 @pytest.fixture
 def interruptible():
-    """SIGINT as Python starts with it, even where it is ignored, as in the background of a shell."""
+    """Python's default handler of SIGINT, also where a shell in the background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_the_first_signal_asks_and_the_second_does_what_it_always_did():
+def test_the_first_signal_sets_the_event_and_the_second_interrupts():
     before = signal.getsignal(signal.SIGTERM)
     with stopped_by_signals() as stop:
         assert not stop.is_set()
@@ -253,7 +253,7 @@ def run(untrained_run) -> Path:
 
 
 def picture(path: Path, seed: int = 0) -> None:
-    """An image, moved in whole."""
+    """Write an image to another name and move it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     image = Image.fromarray(np.random.default_rng(seed).integers(0, 255, (64, 80), np.uint8))
@@ -274,7 +274,7 @@ def rows(out: Path) -> list[str]:
 
 
 def interrupt() -> None:
-    time.sleep(0.6)  # after the next look
+    time.sleep(0.6)  # after the next poll
     os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -283,12 +283,12 @@ def command(run: Path, folder: Path, out: Path, *more: str) -> list[str]:
     return [*chosen, "--device", "cpu", *more]
 
 
-def test_a_folder_is_watched_until_a_signal_and_again_after_it(run, tmp_path, capsys):
+def test_a_folder_is_watched_until_a_signal_and_continued_later(run, tmp_path, capsys):
     folder, out = tmp_path / "in", tmp_path / "out"
     picture(folder / "a.png")
     started = subprocess.Popen(
         [sys.executable, "-m", "msflow_ext", *command(run, folder, out)],
-        cwd=tmp_path,  # not beside the sources, which would hide the installed package
+        cwd=tmp_path,  # away from the sources, which would shadow the installed package
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -312,7 +312,7 @@ def test_a_folder_is_watched_until_a_signal_and_again_after_it(run, tmp_path, ca
 
     before = (out / "scores.csv").read_bytes()
     picture(folder / "broken.png", 3)
-    picture(folder / "sub-a.png", 2)  # its picture must not take the place of sub/a.png's
+    picture(folder / "sub-a.png", 2)  # its picture must not replace that of sub/a.png
 
     def stop() -> None:
         wait_for(lambda: len(rows(out)) == 5)
@@ -337,7 +337,7 @@ def test_a_folder_is_watched_until_a_signal_and_again_after_it(run, tmp_path, ca
 
 
 @pytest.mark.family("score tables")
-def test_a_watched_folder_with_odd_names_is_watched_again(run, tmp_path, capsys):
+def test_watching_continues_in_a_folder_with_odd_names(run, tmp_path, capsys):
     folder, out = tmp_path / "in", tmp_path / "out"
     names = [*ODD, "a.png", "a.png.png"]
     for number, name in enumerate(names):
@@ -353,7 +353,7 @@ def test_a_watched_folder_with_odd_names_is_watched_again(run, tmp_path, capsys)
 
 
 @pytest.mark.family("broken images")
-def test_a_watched_folder_stops_at_a_broken_image_if_that_is_chosen(run, tmp_path, capsys):
+def test_watching_stops_at_a_broken_image_with_on_error_stop(run, tmp_path, capsys):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")

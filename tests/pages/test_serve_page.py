@@ -71,7 +71,7 @@ def cards(browser, count: int = 2) -> list[list[str]]:
 
 REFUSED = ["card not-scored", "notes.png"]
 REFUSED += ["not scored: the body is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP"]
-WANTED = [
+EXPECTED = [
     ["card fail", "FAIL", "plate <b>7</b>.png", "score 1.250, p-value 0.020"],
     REFUSED,
 ]
@@ -88,7 +88,7 @@ def test_images_are_judged_and_refusals_are_shown(browser, start, script, dark):
     browser.open(start(serving.application(Judge(), name="plates")), dark=dark)
     assert browser.run("document.querySelector('h1').textContent") == "plates"
     browser.run(script)
-    assert cards(browser) == WANTED
+    assert cards(browser) == EXPECTED
     assert browser.run(STATUS) == "2 images: 1 FAIL, 1 not scored"
     errors = [each for each in browser.errors if "400" not in each]  # the refusal's own
     assert not errors and len(browser.errors) == 1
@@ -180,7 +180,7 @@ def test_a_token_is_asked_for_and_sent(browser, start):
     browser.run("document.getElementById('clear').click()")
     browser.run("document.getElementById('token').value = 'secret'")
     browser.run(DROP)
-    assert cards(browser) == WANTED
+    assert cards(browser) == EXPECTED
 
 
 @pytest.mark.parametrize("path", ["", "docs"])

@@ -1,4 +1,4 @@
-"""A report to test, written and read back."""
+"""Fixtures that write a report and read it back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOID = {"meta", "img", "input", "br", "link", "hr"}
 
 
 class Page(HTMLParser):
-    """Reads a report: every tag must close, in order; texts are kept by the tag they are in."""
+    """A parsed page: checks that tags are closed in order, and keeps each text with its tag."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -54,13 +54,13 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="session")
 def a_run() -> Callable[..., run_report.ReportedRun]:
-    """``a_run(seconds=1.0)``: three good and three defective images of two kinds, with one mistake each way."""
+    """Return ``a_run(seconds=1.0)``: three good and three defective images of two kinds, with one mistake of each class."""
     return _a_run
 
 
 @pytest.fixture(scope="session")
 def page_of() -> Callable[[run_report.ReportedRun, Path], tuple[Page, str]]:
-    """``page_of(a_run(), folder)``: the report of a run, read and as text."""
+    """Return ``page_of(a_run(), folder)``: a run's report, parsed and as text."""
     return _page_of
 
 

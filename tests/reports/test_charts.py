@@ -1,4 +1,4 @@
-"""The charts of the report show the numbers they are given."""
+"""The charts of a report show the given numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_area_under_the_roc_curve_is_the_auroc():
     assert area(chance) == pytest.approx(5e3)
 
 
-def test_a_curve_of_very_many_points_is_thinned_and_keeps_its_ends_and_area():
+def test_a_curve_of_many_points_is_thinned_and_keeps_its_ends_and_area():
     labels, scores = RNG.random(50_000) < 0.5, RNG.random(50_000)
     scores[labels] **= 0.2
     many = roc_curve(labels, scores)
@@ -46,18 +46,18 @@ def test_the_area_under_the_pro_curve_is_the_aupro():
     assert area(curve) == pytest.approx(100 * 30 * aupro(masks, maps), rel=1e-9)
 
 
-def test_dots_lie_at_the_percentile_of_their_score_ties_in_the_middle():
+def test_dots_are_at_the_percentile_of_their_score_and_ties_at_the_middle():
     chart = charts.ranks(
         [0, 1, None, 1], ("a", np.array([1, 2, 3, 4])), ("b", np.array([5, 0, 5, 5]))
     )
     assert [(kind, xs.tolist(), ys.tolist()) for _, kind, xs, ys in chart.dots] == [
         ("good", [12.5], [62.5]),
         ("defective", [37.5, 87.5], [12.5, 62.5]),
-        ("unlabelled", [62.5], [62.5]),
+        ("unlabeled", [62.5], [62.5]),
     ]
 
 
-def test_the_bins_of_each_class_add_up_to_all_its_images():
+def test_the_bins_of_each_class_add_up_to_100_percent():
     chart = charts.histogram(GOOD, DEFECTIVE, [*GOOD, *DEFECTIVE])
     assert [legend for legend, *_ in chart.curves] == ["good (40)", "defective (25)"]
     for *_, edges, shares in chart.curves:
@@ -74,7 +74,7 @@ def test_a_threshold_outside_all_scores_widens_the_histogram():
     assert chart.x[0] < 0 < 9 < chart.x[1]
 
 
-def test_the_loss_curve_skips_what_is_not_finite_and_keeps_the_epoch_numbers():
+def test_the_loss_curve_skips_non_finite_values_and_keeps_the_epoch_numbers():
     (curve,) = charts.loss([3.0, float("nan"), 1.0, float("inf")]).curves
     assert curve[2].tolist() == [1.0, 3.0]
     assert curve[3].tolist() == [3.0, 1.0]
@@ -86,9 +86,9 @@ def test_the_loss_curve_skips_what_is_not_finite_and_keeps_the_epoch_numbers():
         (charts.roc([]), "needs good and defective test images"),
         (charts.pro([]), "needs masks of good and defective test images"),
         (charts.histogram(GOOD[:0], GOOD[:0], [1.0]), "no test image has a label"),
-        (charts.loss([1.0]), "needs two epochs or more"),
+        (charts.loss([1.0]), "needs at least two epochs"),
     ],
-    ids=["one-class", "no-masks", "unlabelled", "one-epoch"],
+    ids=["one-class", "no-masks", "unlabeled", "one-epoch"],
 )
 def test_a_chart_that_cannot_be_drawn_says_why(chart, note):
     assert (chart.curves, chart.note) == ((), note)
@@ -111,13 +111,13 @@ def test_points_span_the_plot_area_with_large_values_on_top():
     ],
     ids=str,
 )
-def test_ticks_are_round_numbers_with_the_digits_they_need(low, high, labels):
+def test_ticks_are_round_numbers_with_enough_digits(low, high, labels):
     ticks = charts.Chart("", "", "", x=(low, high)).x_ticks()
     assert [text for _, text in ticks] == labels
     assert all(36.0 - 1e-6 <= place <= 330.0 + 1e-6 for place, _ in ticks)
 
 
-def test_epochs_are_counted_in_whole_numbers():
+def test_ticks_of_epochs_are_whole_numbers():
     assert [text for _, text in charts.loss([3.0, 2.0, 1.0]).x_ticks()] == ["1", "2", "3"]
     assert [text for _, text in charts.loss([1.0] * 40).x_ticks()] == ["10", "20", "30", "40"]
 

@@ -1,4 +1,4 @@
-"""Runs are compared on the same images; what differs comes first, and what cannot be compared is named."""
+"""Runs are compared on the same images: the largest differences come first, and other runs are refused."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ NAMES = ("good/0", "good/1", "good/2", "scar/0", "scar/1")
 DEFECTS = ("good", "good", "good", "scar", "scar")
 LABELS = (0, 0, 0, 1, 1)
 NAN = float("nan")
-PIXELS = ("ROC curve of the pixels", "PRO curve")
+PIXELS = ("Pixel ROC curve", "PRO curve")
 WriteRun = Callable[..., Path]
 
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> WriteRun:
-    """``write_run("a", scores, **changes)``: the folder of a finished run on five images."""
+    """Return ``write_run("a", scores, **changes)``, which writes the folder of a finished run on five images."""
 
     def write(
         name: str,
@@ -75,20 +75,20 @@ def test_the_table_has_values_and_differences_from_the_first_run(write_run):
     assert table["image_auroc"] == [(0.9, None), (0.95, pytest.approx(0.05))]
     assert table["pixel_auroc"] == [(0.8, None), (None, None)]
     assert table["extra"] == [(None, None), (0.5, None)]
-    assert table.keys() == {"image_auroc", "pixel_auroc", "extra"}  # nobody measured the others
+    assert table.keys() == {"image_auroc", "pixel_auroc", "extra"}  # the others have no value
 
 
 @pytest.mark.parametrize(
     ("difference", "text"),
     [(0.05, "+5.00"), (-0.00126, "−0.13"), (-1e-9, "0.00"), (0.0, "0.00"), (None, "")],
 )
-def test_a_difference_has_its_sign_unless_it_rounds_to_nothing(difference, text):
+def test_a_difference_has_a_sign_unless_it_rounds_to_0(difference, text):
     assert comparison.points(difference) == text
 
 
 @pytest.mark.family("crafted files")
 @pytest.mark.parametrize("decisions", [[1], "high", {"threshold": None}, {"threshold": "2"}, {}])
-def test_decisions_without_a_threshold_are_damage(write_run, decisions):
+def test_decisions_without_a_threshold_are_refused(write_run, decisions):
     runs = [write_run("a"), write_run("b")]
     path = runs[1] / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"decisions": decisions}))
@@ -101,13 +101,13 @@ def test_decisions_without_a_threshold_are_damage(write_run, decisions):
         read_runs(runs)
 
 
-def test_only_settings_that_differ_are_named(write_run):
+def test_only_settings_that_differ_are_listed(write_run):
     runs = [write_run("a"), write_run("b", recipe={"lr": 2e-4, "clip": 2.0})]
     found = comparison.settings(read_runs(runs))
     assert found == [("recipe: lr", [1e-4, 2e-4]), ("recipe: clip", [None, 2.0])]
 
 
-def test_the_image_that_runs_judge_most_differently_comes_first(write_run):
+def test_the_image_with_the_largest_disagreement_comes_first(write_run):
     a = write_run("a", (0.1, 0.2, 0.3, 0.4, 0.5))
     b = write_run("b", (0.1, 0.2, 9.0, 1.0, 0.15))
     found = comparison.disagreements(read_runs([a, b]))
@@ -122,7 +122,7 @@ def test_the_image_that_runs_judge_most_differently_comes_first(write_run):
     assert found[1].verdicts == ("below 0 of 3 good", "below 2 of 3 good")
 
 
-def test_thresholds_tell_what_they_flag(write_run):
+def test_images_above_the_thresholds_are_counted(write_run):
     a = write_run("a", (0.1, 0.2, 0.3, 0.4, 0.5), threshold=0.25)
     b = write_run("b", (0.1, 0.2, 9.0, 1.0, 0.15))
     runs = read_runs([a, b])
@@ -142,7 +142,7 @@ def test_thresholds_tell_what_they_flag(write_run):
 
 
 @pytest.mark.family("score tables")
-def test_names_in_no_unicode_are_compared_and_printed(write_run, tmp_path, capsys):
+def test_names_that_are_not_unicode_are_compared_and_printed(write_run, tmp_path, capsys):
     odd = (*NAMES[:2], "good/\udcff\r.png", "=scar.png", NAMES[4])
     runs = [write_run("a", names=odd), write_run("b", (0.1, 0.2, 9.0, 0.0, 0.15), names=odd)]
     page = tmp_path / "page.html"
@@ -152,7 +152,7 @@ def test_names_in_no_unicode_are_compared_and_printed(write_run, tmp_path, capsy
     assert read_runs(runs)[0].images[2][0] == "good/\udcff\r.png"
 
 
-def test_without_another_class_the_order_of_the_scores_is_compared(write_run):
+def test_with_one_class_only_the_order_of_the_scores_is_compared(write_run):
     good = (0,) * 5
     a = write_run("a", (1, 2, 3, 4, 5), labels=good, aupimo=None)
     b = write_run("b", (1, 2, 3, 4, 0), labels=good, aupimo=None)
@@ -177,7 +177,7 @@ def test_images_in_another_order_are_matched_by_name(write_run):
     assert second.aupimo.tolist()[3:] == [0.5, 0.25]
 
 
-def test_a_terminal_and_a_page_tell_the_same(write_run, tmp_path, capsys):
+def test_the_terminal_and_the_page_show_the_same(write_run, tmp_path, capsys):
     a = write_run("a", image_auroc=0.9)
     b = write_run(
         "b", (0.1, 0.2, 9.0, 1.0, 0.15), image_auroc=0.85, aupimo=(NAN, NAN, NAN, 0.75, 0)
@@ -198,17 +198,17 @@ def test_a_terminal_and_a_page_tell_the_same(write_run, tmp_path, capsys):
     assert "://" not in html
 
 
-def test_a_page_is_written_when_the_maps_are_gone(write_run, tmp_path):
+def test_a_page_is_written_without_maps(write_run, tmp_path):
     a, b = write_run("a"), write_run("b", (0.1, 0.2, 9.0, 1.0, 0.15))
     (b / "maps" / "good-2.png").unlink()
     (b / "maps" / "scar-1.png").write_bytes(b"no picture")
     comparison.write_comparison(tmp_path / "page.html", read_runs([a, b]))
     html = (tmp_path / "page.html").read_text()
-    assert html.count("no pictures kept") == 2
+    assert html.count("no pictures available") == 2
     assert html.count("data:image/jpeg") == 2 * 3
 
 
-def test_the_curves_of_the_pixels_are_drawn_for_the_runs_that_keep_them(write_run, tmp_path):
+def test_pixel_curves_are_drawn_for_the_runs_that_have_them(write_run, tmp_path):
     folders = [write_run(name) for name in ("a", "b", "c")]
     without = page_of(read_runs(folders), tmp_path)
     assert "PRO curve" not in without
@@ -235,7 +235,7 @@ def test_hostile_names_are_shown_and_never_run(write_run, tmp_path):
     assert "&lt;b&gt;" in html
 
 
-def test_runs_of_one_folder_name_go_by_their_paths(write_run):
+def test_runs_with_the_same_folder_name_are_named_by_their_paths(write_run):
     runs = read_runs([write_run("x/run"), write_run("y/run")])
     assert [run.name[-5:] for run in runs] == ["x/run", "y/run"]
 
@@ -254,14 +254,14 @@ def fails(capsys: pytest.CaptureFixture[str], *folders: Path) -> str:
     return line
 
 
-def test_what_cannot_be_compared_is_named_in_one_sentence(write_run, tmp_path, capsys):
+def test_runs_that_cannot_be_compared_are_named_in_one_sentence(write_run, tmp_path, capsys):
     a = write_run("a")
     (tmp_path / "empty").mkdir()
     for missing in ("empty", "nowhere"):
         folder = tmp_path / missing
         assert f"{folder} is not a finished run: it has no metrics.json" in fails(capsys, a, folder)
-    assert "two different runs or more are expected to compare" in fails(capsys, a)
-    assert "two different runs or more are expected to compare" in fails(capsys, a, a)
+    assert "two different runs" in fails(capsys, a)
+    assert "two different runs" in fails(capsys, a, a)
     unfinished = write_run("unfinished")
     (unfinished / "scores.csv").unlink()
     assert "unfinished is not a finished run: it has no scores.csv" in fails(capsys, a, unfinished)
@@ -306,7 +306,7 @@ def test_damaged_files_are_named(write_run, file, text, message):
 
 @pytest.mark.family("pages")
 @pytest.mark.parametrize("shape", [(130, 130), (130, 66), (40, 300), (1, 9)], ids=str)
-def test_panels_read_back_as_they_were_saved(tmp_path, shape):
+def test_panels_are_read_as_they_were_saved(tmp_path, shape):
     rng = np.random.default_rng(0)
     image, mask = rng.integers(0, 256, (*shape, 3), np.uint8), np.eye(*shape, dtype=bool)
     values = rng.random(shape)
@@ -317,8 +317,8 @@ def test_panels_read_back_as_they_were_saved(tmp_path, shape):
         heat_maps.heat_map(image, values, low=0, high=1),
         heat_maps.mask_contour(image, mask),
     )
-    for panel, want in zip(panels, expected, strict=True):
-        assert np.array_equal(np.asarray(panel), np.asarray(want))
+    for panel, each in zip(panels, expected, strict=True):
+        assert np.array_equal(np.asarray(panel), np.asarray(each))
 
 
 def test_panels_of_files_without_a_width_are_square_and_other_pictures_are_refused(tmp_path):

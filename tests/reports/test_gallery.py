@@ -1,4 +1,4 @@
-"""The gallery of a report: which images come first, and what their pictures show."""
+"""The gallery of a report: the order of the images, and what their pictures show."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def decoded(source: str | None) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode((source or "").partition(",")[2])))
 
 
-def test_its_pictures_are_the_image_the_heat_map_and_the_outline(tmp_path, a_run, page_of):
+def test_the_pictures_are_image_heat_map_and_outline(tmp_path, a_run, page_of):
     mask = np.zeros((24, 24), bool)
     mask[6:12, 8:20] = True
     image, values, _ = a_run().pictures[0]
@@ -64,14 +64,14 @@ def test_the_gallery_puts_the_worst_mistakes_first(tmp_path, a_run, page_of):
     )
 
 
-def test_unlabelled_images_come_last_the_highest_score_first(tmp_path, a_run, page_of):
+def test_unlabeled_images_come_last_the_highest_score_first(tmp_path, a_run, page_of):
     page, _ = page_of(a_run(labels=[0, None, None, 1, 1, None]), tmp_path)
     assert page.within("b") == ["scar/0", "good/0", "scar/1", "blob/0", "good/1", "good/2"]
 
 
 @pytest.fixture(scope="module")
 def large_report(tmp_path_factory, a_run) -> tuple[Path, list[int]]:
-    """A report on 2,100 noisy images, and which of them were asked for."""
+    """A report on 2,100 noisy images, and the indices of the images that were read."""
     rng, asked = np.random.default_rng(0), []
     noise = rng.integers(0, 256, (128, 128, 3), np.uint8)
     mask = rng.random((128, 128)) < 0.5
@@ -102,21 +102,21 @@ def test_a_large_report_shows_the_2000_worst_images_and_stays_small(large_report
     assert "2000 of 2100 test images are shown." in html
     assert len(asked) == len(set(asked)) == html.count('<figure class="card"') == 2000
     assert 0 not in asked
-    assert path.stat().st_size < 30e6  # of the worst case, noise with a mask of noise
+    assert path.stat().st_size < 30e6  # the worst case: noise with a mask of noise
 
 
-def test_a_gallery_with_every_image_does_not_claim_to_be_cut(tmp_path, a_run, page_of):
+def test_a_gallery_with_all_images_does_not_say_that_some_are_missing(tmp_path, a_run, page_of):
     _, html = page_of(a_run(), tmp_path)
     assert "are shown" not in html
 
 
-def test_large_pictures_are_made_small(tmp_path, a_run, page_of):
+def test_large_pictures_are_scaled_down(tmp_path, a_run, page_of):
     noise = np.random.default_rng(0).integers(0, 255, (900, 600, 3), np.uint8)
     page, _ = page_of(a_run(pictures=[(noise, noise[..., 0], None)] * 6), tmp_path)
     assert {decoded(a["src"]).size for a in page.all("img")} == {(171, 256)}
 
 
-def test_there_is_a_button_for_each_layer_that_a_picture_has(tmp_path, a_run, page_of):
+def test_each_layer_has_a_button(tmp_path, a_run, page_of):
     image, values, _ = a_run().pictures[0]
     masked = (image, values, np.eye(24, dtype=bool))
     without, every = ["image", "heat"], ["image", "heat", "outline"]

@@ -1,4 +1,4 @@
-"""Heat maps keep the order of their values, and files of maps stay inside their folder."""
+"""Heat maps keep the order of map values, and their files stay inside their folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def save(folder: Path, *names: str, mask: np.ndarray | None = None) -> list[Path
     return heat_maps.save_maps(folder, names, [GRAY] * n, maps, [mask] * n, low=0, high=1)
 
 
-def test_lightness_rises_with_the_value_from_one_end_of_the_ramp_to_the_other():
+def test_lightness_increases_with_the_value_over_the_whole_ramp():
     values = np.linspace(-1.0, 2.0, 300)[None].repeat(2, 0)
     picture = heat_maps.heat_map(
         np.zeros((2, 300, 3), np.uint8), values, low=0.0, high=1.0, alpha=1.0
@@ -36,7 +36,7 @@ def test_lightness_rises_with_the_value_from_one_end_of_the_ramp_to_the_other():
     assert (row[200:] == row[-1]).all()
 
 
-def test_alpha_zero_is_the_image_and_a_higher_value_has_more_colour():
+def test_alpha_0_shows_the_image_and_higher_values_are_more_opaque():
     image = np.zeros((1, 50, 3), np.uint8)
     values = np.linspace(0.0, 1.0, 50)[None]
     none, half, full = (
@@ -44,12 +44,12 @@ def test_alpha_zero_is_the_image_and_a_higher_value_has_more_colour():
     )
     assert (none == image).all()
     cover = half[0].max(-1) / full[0].max(-1)
-    assert (np.diff(cover) > -0.03).all()  # of rounded colours
+    assert (np.diff(cover) > -0.03).all()  # colors are rounded
     assert cover[0] < 0.4 < 0.95 < cover[-1]
 
 
 @pytest.mark.family("pages")
-def test_the_highest_value_has_a_warmer_colour_than_the_lowest_on_any_image():
+def test_the_highest_value_has_a_warmer_color_than_the_lowest_on_any_image():
     corners = np.stack(np.meshgrid(*[[0, 255]] * 3), -1).reshape(1, -1, 3).astype(np.uint8)
 
     def warmth(value: float) -> np.ndarray:
@@ -59,7 +59,7 @@ def test_the_highest_value_has_a_warmer_colour_than_the_lowest_on_any_image():
     assert warmth(1.0).min() > warmth(0.0).max()
 
 
-def test_the_outline_is_the_edge_of_the_mask_and_nothing_else():
+def test_the_outline_is_the_edge_of_the_mask_only():
     mask = np.zeros((24, 24), bool)
     mask[5:10, 6:12] = True
     changed = (pixels(heat_maps.mask_contour(GRAY, mask)) != GRAY).any(-1)
@@ -68,7 +68,7 @@ def test_the_outline_is_the_edge_of_the_mask_and_nothing_else():
     assert (changed == edge).all()
 
 
-def test_a_mask_given_to_the_heat_map_is_outlined_on_top_of_the_colours():
+def test_a_mask_is_outlined_on_top_of_the_heat_map():
     mask = np.eye(24, dtype=bool)
     plain = pixels(heat_maps.heat_map(GRAY, np.zeros((24, 24)), low=0, high=1))
     marked = pixels(heat_maps.heat_map(GRAY, np.zeros((24, 24)), low=0, high=1, mask=mask))
@@ -83,24 +83,32 @@ def test_a_mask_that_covers_the_whole_image_still_shows_an_outline():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"image": GRAY.astype(float)}, TypeError, "image: uint8 is expected, got float64"),
-        ({"image": GRAY[..., 0]}, ValueError, r"image: \(H, W, 3\) is expected, got \(24, 24\)"),
-        ({"anomaly_map": np.zeros((24, 23))}, ValueError, r"anomaly_map: \(24, 24\) is expected"),
-        ({"anomaly_map": np.full((24, 24), np.nan)}, ValueError, "anomaly_map: holds NaN"),
-        ({"low": 1.0}, ValueError, "low < high are expected, got 1.0, 1.0"),
-        ({"high": np.inf}, ValueError, "low < high are expected, got 0.0, inf"),
-        ({"alpha": 1.5}, ValueError, "alpha: a number in 0..1 is expected, got 1.5"),
-        ({"mask": np.ones((3, 3), bool)}, ValueError, r"mask: \(24, 24\) is expected"),
+        ({"image": GRAY.astype(float)}, TypeError, "image must be uint8, got float64"),
+        ({"image": GRAY[..., 0]}, ValueError, r"image must have shape \(H, W, 3\), got \(24, 24\)"),
+        (
+            {"anomaly_map": np.zeros((24, 23))},
+            ValueError,
+            r"anomaly_map must have shape \(24, 24\), got",
+        ),
+        (
+            {"anomaly_map": np.full((24, 24), np.nan)},
+            ValueError,
+            "anomaly_map must be finite, got NaN",
+        ),
+        ({"low": 1.0}, ValueError, "low < high, got 1.0 and 1.0"),
+        ({"high": np.inf}, ValueError, "low < high, got 0.0 and inf"),
+        ({"alpha": 1.5}, ValueError, "alpha must be in 0..1, got 1.5"),
+        ({"mask": np.ones((3, 3), bool)}, ValueError, r"mask must have shape \(24, 24\), got"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_bad_input_is_refused_by_name(change, error, message):
+def test_wrong_arguments_are_refused_by_name(change, error, message):
     good = {"image": GRAY, "anomaly_map": np.zeros((24, 24)), "low": 0.0, "high": 1.0}
     with pytest.raises(error, match=message):
         heat_maps.heat_map(**{**good, **change})
 
 
-def test_a_few_hot_pixels_do_not_stretch_the_scale():
+def test_a_few_extreme_pixels_do_not_stretch_the_range():
     maps = np.random.default_rng(0).random((4, 100, 100))
     maps[0, 0, :3] = 1e6
     low, high = heat_maps.colour_range(maps)
@@ -109,7 +117,7 @@ def test_a_few_hot_pixels_do_not_stretch_the_scale():
 
 
 @pytest.mark.parametrize("value", [0.0, -3.0, 1e-30, 1e20], ids=str)
-def test_constant_maps_lie_at_the_bottom_of_a_valid_scale(value):
+def test_constant_maps_have_the_lowest_color_of_a_valid_range(value):
     maps = np.full((2, 24, 24), value, np.float32)
     low, high = heat_maps.colour_range(maps)
     assert low == maps[0, 0, 0]
@@ -118,13 +126,13 @@ def test_constant_maps_lie_at_the_bottom_of_a_valid_scale(value):
     assert set(np.unique(np.asarray(picture))) == {8, 32}
 
 
-def test_a_map_that_is_constant_but_for_one_pixel_shows_that_pixel():
+def test_a_single_pixel_that_differs_is_visible():
     maps = np.zeros((1, 64, 64))
     maps[0, 3, 3] = 5.0
     assert heat_maps.colour_range(maps) == (0.0, 5.0)
 
 
-def test_maps_of_any_magnitude_keep_their_own_scale():
+def test_the_color_range_scales_with_the_maps():
     maps = np.random.default_rng(0).random((2, 32, 32))
     low, high = heat_maps.colour_range(maps)
     assert heat_maps.colour_range(1e-30 * maps) == pytest.approx((1e-30 * low, 1e-30 * high))
@@ -134,12 +142,12 @@ def test_maps_of_any_magnitude_keep_their_own_scale():
 def test_values_that_are_not_finite_are_refused(bad):
     maps = np.zeros((3, 200, 200))
     maps[1, 1, 1] = bad
-    with pytest.raises(ValueError, match="maps: map 1 holds NaN or infinity"):
+    with pytest.raises(ValueError, match="maps must be finite, got NaN or infinity in map 1"):
         heat_maps.colour_range(maps)
 
 
-def test_no_maps_are_refused():
-    with pytest.raises(ValueError, match="got no pixels"):
+def test_an_empty_list_of_maps_is_refused():
+    with pytest.raises(ValueError, match="must have at least one pixel"):
         heat_maps.colour_range([])
 
 
@@ -152,7 +160,7 @@ def test_names_with_folders_become_flat_files(tmp_path):
     ]
 
 
-def test_the_panels_are_image_heat_map_and_where_there_is_a_mask_its_outline(tmp_path):
+def test_the_panels_are_image_heat_map_and_mask_outline_if_there_is_a_mask(tmp_path):
     mask = np.zeros((24, 24), bool)
     mask[4:12, 4:12] = True
     with_mask, without = (pixels(Image.open(save(tmp_path, "a", mask=m)[0])) for m in (mask, None))
@@ -167,14 +175,14 @@ def test_the_panels_are_image_heat_map_and_where_there_is_a_mask_its_outline(tmp
 @pytest.mark.parametrize(
     "name", ["../../x", "/etc/x", "..", "", "a\\..\\b", "x" * 400, "\udcff/\n", "é/" * 150]
 )
-def test_no_name_leads_out_of_the_folder(tmp_path, name):
+def test_no_name_points_outside_the_folder(tmp_path, name):
     (path,) = save(tmp_path / "run", name)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     assert list((tmp_path / "run" / "maps").iterdir()) == [path]
     assert not path.name.startswith((".", "-"))
 
 
-def test_names_that_flatten_to_one_file_name_get_files_of_their_own(tmp_path):
+def test_names_that_flatten_to_the_same_file_name_get_separate_files(tmp_path):
     paths = save(tmp_path, "a/b", "a-b", "A-b", "a-b-2")
     assert len({p.name.casefold() for p in paths}) == 4
     assert all(p.exists() for p in paths)

@@ -1,4 +1,4 @@
-"""What a run leaves for people: pictures in the aspect of the images."""
+"""The pictures of a run have the aspect ratio of the images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METRICS = {
 
 @pytest.mark.family("pages")
 @pytest.mark.parametrize("fit", ["resize", "pad"])
-def test_maps_and_report_of_a_run_keep_the_aspect_of_the_images(tmp_path, fit):
+def test_maps_and_report_of_a_run_keep_the_aspect_ratio_of_the_images(tmp_path, fit):
     image = np.full((30, 90, 3), 120, np.uint8)
     marked = np.zeros((30, 90), bool)
     marked[10:20, 60:] = True

@@ -1,4 +1,4 @@
-"""A report is one whole, well-formed file that needs no network and runs no text."""
+"""A report is one well-formed HTML file that needs no network and runs no text from the data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pixels(picture: Image.Image) -> np.ndarray:
 
 
 @pytest.mark.parametrize("what", ["scores.csv", "report.html", "maps/a.png"])
-def test_a_disk_that_fails_while_writing_leaves_the_old_file_and_nothing_else(
+def test_an_error_while_writing_keeps_the_old_file_and_leaves_no_others(
     tmp_path, monkeypatch, what, a_run
 ):
     def write(value: float) -> None:
@@ -62,7 +62,7 @@ def test_a_disk_that_fails_while_writing_leaves_the_old_file_and_nothing_else(
     assert sorted(tmp_path.rglob("*")) == files
 
 
-def test_it_is_well_formed_and_asks_nothing_of_the_network(tmp_path, a_run, page_of):
+def test_a_report_is_well_formed_and_loads_nothing_from_the_network(tmp_path, a_run, page_of):
     page, html = page_of(a_run(), tmp_path)
     assert not re.search(r"https?:|//[a-z]|url\(|@import", re.sub(r"base64,[^\"]+", "", html))
     sources = [a["src"] or "" for t, a in page.tags if "src" in a]
@@ -90,7 +90,7 @@ def test_hostile_text_is_shown_and_never_run(tmp_path, field, a_run, page_of):
     assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]
 
 
-def test_metrics_are_percent_with_two_decimals_and_unknown_ones_say_so(tmp_path, a_run, page_of):
+def test_metrics_are_in_percent_with_two_decimals_or_not_available(tmp_path, a_run, page_of):
     page, _ = page_of(a_run(baseline={"image_auroc": 0.975}, baseline_name="PaDiM"), tmp_path)
     table = page.within("td")[:9]
     assert table == [
@@ -102,10 +102,10 @@ def test_metrics_are_percent_with_two_decimals_and_unknown_ones_say_so(tmp_path,
         *("Metric", "Last epoch", "Best epoch", "PaDiM"),
         *("Image AUROC", "Pixel AUROC", "AUPRO"),
     ]
-    assert " ".join(page.within("small")) == "best on the test set, for comparison only"
+    assert " ".join(page.within("small")) == "chosen on the test set, for comparison only"
 
 
-def test_a_threshold_is_drawn_and_what_it_does_is_told(tmp_path, a_run, page_of):
+def test_a_threshold_is_drawn_and_explained(tmp_path, a_run, page_of):
     page, _ = page_of(a_run(decisions={**DECISIONS, "threshold": 0.55}), tmp_path)
     assert "Threshold 0.550" in page.within("th")
     assert "33.3%, 95%: 0.84% to 90.6%" in page.within("small")
@@ -115,14 +115,12 @@ def test_a_threshold_is_drawn_and_what_it_does_is_told(tmp_path, a_run, page_of)
     assert not page_of(a_run(), tmp_path)[0].all("polyline", **{"class": "threshold"})
 
 
-def test_columns_that_nobody_measured_are_left_out(tmp_path, a_run, page_of):
+def test_columns_without_values_are_left_out(tmp_path, a_run, page_of):
     page, _ = page_of(a_run(best={}, baseline=None), tmp_path)
     assert page.within("th")[:3] == ["Metric", "Last epoch", "Image AUROC"]
 
 
-def test_each_kind_of_defect_has_its_auroc_against_the_good_images_hardest_first(
-    tmp_path, a_run, page_of
-):
+def test_each_kind_of_defect_has_its_auroc_and_the_hardest_comes_first(tmp_path, a_run, page_of):
     page, _ = page_of(a_run(metrics={}), tmp_path)
     assert page.within("td") == [
         *("3", "0.300"),
@@ -134,7 +132,7 @@ def test_each_kind_of_defect_has_its_auroc_against_the_good_images_hardest_first
 
 @pytest.mark.parametrize("step", [0.02, 2e-4, 1e-6, 1e-9])
 @pytest.mark.parametrize("offset", [0.0, 0.7, -3000.0])
-def test_scores_are_told_apart_however_close_they_are(tmp_path, step, offset, a_run, page_of):
+def test_close_scores_are_shown_with_enough_digits(tmp_path, step, offset, a_run, page_of):
     scores = [offset + step * i for i in range(6)]
     page, _ = page_of(a_run(scores=scores), tmp_path)
     shown = sorted(float(t.split(", ")[1]) for t in page.within("figcaption") if ", " in t)
@@ -142,7 +140,7 @@ def test_scores_are_told_apart_however_close_they_are(tmp_path, step, offset, a_
     assert len(set(shown)) == 6
 
 
-def test_the_aupimo_of_images_and_their_kinds_is_shown_where_it_is_known(tmp_path, a_run, page_of):
+def test_the_aupimo_of_images_and_kinds_is_shown_if_known(tmp_path, a_run, page_of):
     nan = float("nan")
     page, html = page_of(a_run(aupimo=[nan, nan, nan, 0.25, 0.5, nan]), tmp_path)
     found = f"{100 * auroc([0, 0, 0, 1, 1], [0.1, 0.6, 0.2, 0.5, 0.9]):.2f}%"
@@ -154,7 +152,7 @@ def test_the_aupimo_of_images_and_their_kinds_is_shown_where_it_is_known(tmp_pat
     assert "AUPIMO" not in page_of(a_run(), tmp_path)[1]
 
 
-@pytest.mark.parametrize("label", [0, 1, None], ids=["good", "defective", "unlabelled"])
+@pytest.mark.parametrize("label", [0, 1, None], ids=["good", "defective", "unlabeled"])
 def test_test_sets_of_one_class_are_reported_without_a_roc_curve(tmp_path, label, a_run, page_of):
     run = a_run(labels=[label] * 6, metrics={"image_auroc": None})
     page, html = page_of(run, tmp_path)
@@ -190,7 +188,7 @@ def test_a_run_without_any_test_image_is_reported(tmp_path, a_run, page_of):
     assert "not available: no test image has a label" in page.within("p")
 
 
-def test_a_name_that_is_not_unicode_does_not_stop_the_report(tmp_path, a_run, page_of):
+def test_a_name_that_is_not_unicode_is_reported(tmp_path, a_run, page_of):
     page, _ = page_of(a_run(names=[os.fsdecode(b"\xff%d" % i) for i in range(6)]), tmp_path)
     assert page.within("b")[0] == "?1"
 
@@ -203,15 +201,15 @@ def test_the_recipe_is_written_in_plain_words(tmp_path, a_run, page_of):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": [0]}, "run: labels has 1 entries for 6 names"),
-        ({"pictures": [()]}, "run: pictures has 1 entries for 6 names"),
-        ({"aupimo": [0.5]}, "run: aupimo has 1 entries for 6 names"),
-        ({"scores": [float("nan")] * 6}, "run: the score of 'good/0' must be finite, got nan"),
-        ({"labels": [2] * 6}, "run: the label of 'good/0' is 2, 0, 1 or None is expected"),
+        ({"labels": [0]}, "labels must have 6 entries, one per name, got 1"),
+        ({"pictures": [()]}, "pictures must have 6 entries, one per name, got 1"),
+        ({"aupimo": [0.5]}, "aupimo must have 6 entries, one per name, got 1"),
+        ({"scores": [float("nan")] * 6}, "the score of 'good/0' must be finite, got nan"),
+        ({"labels": [2] * 6}, "the label of 'good/0' must be 0, 1 or None, got 2"),
     ],
     ids=["labels", "pictures", "aupimo", "nan", "class"],
 )
-def test_a_run_that_does_not_fit_together_is_refused(tmp_path, changes, message, a_run):
+def test_an_inconsistent_run_is_refused(tmp_path, changes, message, a_run):
     with pytest.raises(ValueError, match=message):
         run_report.write_report(tmp_path / "report.html", a_run(**changes))
     assert not list(tmp_path.iterdir())
@@ -221,13 +219,13 @@ def test_a_run_that_does_not_fit_together_is_refused(tmp_path, changes, message,
     ("seconds", "words"),
     [(0.4, "0 s"), (59.6, "1 min 0 s"), (125, "2 min 5 s"), (3600 * 26 + 61, "26 h 1 min")],
 )
-def test_the_time_is_written_in_words(tmp_path, seconds, words, a_run, page_of):
+def test_the_training_time_is_written_with_units(tmp_path, seconds, words, a_run, page_of):
     page, _ = page_of(a_run(seconds=seconds), tmp_path)
     assert page.within("p")[0].endswith(f" in {words}")
 
 
 @pytest.mark.family("pages")
-def test_the_head_says_model_run_and_date(tmp_path, a_run, page_of):
+def test_the_head_names_model_run_and_date(tmp_path, a_run, page_of):
     facts = {"model": {"name": "MSFlow", "backbone": "resnet18"}}
     page, _ = page_of(a_run(facts=facts, name="plates-3", date="2026-11-30 18:45+00:00"), tmp_path)
     head = page.within("p")[0]
@@ -238,9 +236,7 @@ def test_the_head_says_model_run_and_date(tmp_path, a_run, page_of):
 
 
 @pytest.mark.family("pages")
-def test_the_confusion_at_the_threshold_is_counted_and_every_image_has_its_verdict(
-    tmp_path, a_run, page_of
-):
+def test_the_confusion_matrix_is_counted_and_every_image_has_a_verdict(tmp_path, a_run, page_of):
     scores = [0.1, 0.2, 0.9, 0.5, 0.6, 0.7]
     on_test = rates([0, 0, 0, 1, 1, 1], np.array(scores), 0.55)
     run = a_run(scores=scores, decisions={**DECISIONS, "threshold": 0.55, "on_test": on_test})
@@ -253,11 +249,11 @@ def test_the_confusion_at_the_threshold_is_counted_and_every_image_has_its_verdi
 
 
 @pytest.mark.family("pages")
-def test_a_run_without_a_threshold_shows_no_verdict_and_says_how_to_get_one(
+def test_a_run_without_a_threshold_has_no_verdicts_and_says_how_to_get_them(
     tmp_path, a_run, page_of
 ):
     page, html = page_of(a_run(), tmp_path)
-    assert any("train with --hold-out" in text for text in page.within("p"))
+    assert any("Train with --hold-out" in text for text in page.within("p"))
     assert 'class="verdict' not in html
 
 
@@ -265,7 +261,7 @@ def test_a_run_without_a_threshold_shows_no_verdict_and_says_how_to_get_one(
 @pytest.mark.parametrize(
     ("pixel_threshold", "left"), [(1.0, "50.0%"), (-3.0, "0%"), (9.0, "100%"), (0.5, "25.0%")]
 )
-def test_the_colour_scale_has_a_tick_at_the_pixel_threshold(
+def test_the_color_scale_has_a_tick_at_the_pixel_threshold(
     tmp_path, pixel_threshold, left, a_run, page_of
 ):
     decisions = {**DECISIONS, "threshold": 0.55, "pixel_threshold": pixel_threshold}

@@ -1,4 +1,4 @@
-"""What the tests of the service share: the checkpoint that they serve, and the command in a process of its own."""
+"""Fixtures of the service's tests: a checkpoint, and the command in a separate process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(untrained_run) -> Path:
 
 @pytest.fixture
 def command(run) -> Callable[..., AbstractContextManager[tuple[subprocess.Popen[str], str]]]:
-    """``command("--port", "0")``: the service in a process of its own, and its address; its log is read at the end."""
+    """Return ``command("--grace", "1")``, which starts the service and yields its process and address."""
     return partial(_command, run)
 
 
@@ -42,7 +42,7 @@ def _command(
     words += ["serve", "--run", str(run), "--port", "0", "--device", "cpu", *flags]
     with subprocess.Popen(
         [sys.executable, "-W", "error", *words],
-        cwd=run,  # not beside the sources, which would hide the installed package
+        cwd=run,  # away from the sources, which would shadow the installed package
         env={**os.environ, "OMP_NUM_THREADS": "1", "MSFLOW_TOKEN": token},
         stderr=subprocess.PIPE,
         text=True,

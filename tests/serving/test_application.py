@@ -1,4 +1,4 @@
-"""The OpenAPI document says what the service takes and answers, the page of docs shows it, and a log keeps it."""
+"""The OpenAPI document describes the service, a page shows it, and a log has a line per answer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def size_of(coded: str) -> tuple[int, int]:
     return Image.open(io.BytesIO(base64.b64decode(coded))).size
 
 
-def test_an_answer_says_thresholds_run_version_and_sizes(url, detector):
+def test_an_answer_has_thresholds_run_version_and_sizes(url, detector):
     answer = httpx.post(f"{url}predict", content=png()).json()
     assert (answer["run"], answer["version"]) == ("plates", mx.__version__)
     assert answer["threshold"] == detector.threshold is not None
@@ -58,7 +58,7 @@ def test_an_answer_says_thresholds_run_version_and_sizes(url, detector):
     assert answer["image"] is None
 
 
-def test_what_the_model_saw_comes_when_it_is_asked_for(url, detector):
+def test_the_input_of_the_model_is_returned_on_request(url, detector):
     answer = httpx.post(f"{url}predict?image=true", content=png()).json()
     (seen,) = detector.predict(Image.open(io.BytesIO(png())))
     picture = Image.open(io.BytesIO(base64.b64decode(answer["image"])))
@@ -68,7 +68,7 @@ def test_what_the_model_saw_comes_when_it_is_asked_for(url, detector):
     assert wrong.json() == {"error": "image must be true or false, got 'maybe'"}
 
 
-def test_a_run_without_thresholds_says_so_in_its_answers(start, detector):
+def test_the_thresholds_of_a_run_without_them_are_null(start, detector):
     plain = start(serving.application(Detector(detector.model)))
     answer = httpx.post(f"{plain}predict", content=png()).json()
     assert answer["threshold"] is answer["pixel_threshold"] is answer["mask"] is None
@@ -76,7 +76,7 @@ def test_a_run_without_thresholds_says_so_in_its_answers(start, detector):
     assert low < high
 
 
-def test_every_path_is_in_the_document_with_its_meaning(document, url):
+def test_the_document_describes_every_path_and_field(document, url):
     paths = {"/predict", "/metrics", "/health", "/", "/docs", "/openapi.json"}
     assert document["paths"].keys() == paths
     for methods in document["paths"].values():
@@ -87,7 +87,7 @@ def test_every_path_is_in_the_document_with_its_meaning(document, url):
     assert "securitySchemes" not in document["components"]
 
 
-def test_a_token_is_in_the_document_where_it_is_required(start):
+def test_the_document_says_which_paths_require_a_token(start):
     document = httpx.get(
         f"{start(serving.application(Detector(None), 'geheim'))}openapi.json"
     ).json()
@@ -98,7 +98,7 @@ def test_a_token_is_in_the_document_where_it_is_required(start):
     assert document["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
 
 
-def test_answers_are_as_the_document_says(document, url):
+def test_answers_agree_with_the_document(document, url):
     def check(answer: httpx.Response, method: str, path: str) -> None:
         said = document["paths"][path][method]["responses"][str(answer.status_code)]["content"]
         kind = answer.headers["content-type"].split(";")[0]
@@ -115,7 +115,7 @@ def test_answers_are_as_the_document_says(document, url):
         check(httpx.post(f"{url}predict{query}", content=body), "post", "/predict")
 
 
-def test_the_page_of_docs_names_every_path_and_field_and_loads_nothing(document, url):
+def test_the_page_of_docs_lists_every_path_and_field_and_loads_nothing(document, url):
     page = httpx.get(f"{url}docs").text
     for path, methods in document["paths"].items():
         assert all(f"<code>{method.upper()} {path}</code>" in page for method in methods)
@@ -124,7 +124,7 @@ def test_the_page_of_docs_names_every_path_and_field_and_loads_nothing(document,
     assert "<script" not in page and not re.search(r"(src|href)\s*=\s*.?(https?:)?//", page)
 
 
-def test_a_name_with_markup_is_text_on_the_pages(start):
+def test_markup_in_a_name_is_escaped(start):
     url = start(serving.application(Detector(None), name="<script>alert(1)</script>"))
     for path in ("", "docs"):
         page = httpx.get(f"{url}{path}").text
@@ -135,7 +135,7 @@ LINE = re.compile(r'[\d-]{10}T[\d:]{8}Z (\S+) "(\S+ \S+)" (\S+) (\d+) bytes (\d+
 
 
 class Lines(logging.Handler):
-    """Keeps what is logged."""
+    """A handler that keeps the logged lines."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -145,12 +145,12 @@ class Lines(logging.Handler):
         self.kept.append(record.getMessage())
 
 
-def test_the_access_log_has_a_line_for_each_answer(url, monkeypatch):
+def test_the_access_log_has_one_line_per_answer(url, monkeypatch):
     logger, lines = logging.getLogger("msflow_ext.serving.access_log"), Lines()
     monkeypatch.setattr(logger, "handlers", [lines])
     monkeypatch.setattr(logger, "propagate", False)
     logger.setLevel(logging.INFO)
-    httpx.get(f"{url}begin")  # the line of the test before may come after its answer
+    httpx.get(f"{url}begin")  # the line of the previous test may come after its answer
     answers = [httpx.post(f"{url}predict", content=png()), httpx.get(f"{url}nowhere")]
     answers += [httpx.get(f"{url}%0d%0a%1b[31mforged%20line?token=secret")]
     until = time.monotonic() + 20
@@ -168,7 +168,7 @@ def test_the_access_log_has_a_line_for_each_answer(url, monkeypatch):
     assert sizes == [len(answer.content) for answer in answers]
 
 
-def test_no_address_made_of_the_host_is_redirected_to(url):
+def test_there_is_no_redirect_to_an_address_from_host(url):
     answer = httpx.post(f"{url}predict/", content=png())
     assert answer.status_code == 404 and "location" not in answer.headers
     assert json.loads(answer.text)["error"]

@@ -1,4 +1,4 @@
-"""A client that is late, silent or one of too many loses its connection; others are answered meanwhile."""
+"""Connections of late, silent or too many clients are closed, and other clients still get answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.family("service
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 PATIENT: dict[str, Any] = {"timeout": 60.0, "head_timeout": 60.0, "idle_timeout": 60.0}
-PATIENCE = 20.0  # seconds for what takes tenths of one on an idle machine
+PATIENCE = 20.0  # seconds; an idle machine needs less than one
 
 
 def connect(url: str) -> socket.socket:
@@ -35,7 +35,7 @@ def connect(url: str) -> socket.socket:
 
 
 def rest(client: socket.socket) -> bytes:
-    """All that the service still says; TimeoutError if it does not end the connection."""
+    """Return the rest of the answer; TimeoutError if the service does not close the connection."""
     try:
         return b"".join(iter(lambda: client.recv(1 << 16), b""))
     except ConnectionResetError:
@@ -43,7 +43,7 @@ def rest(client: socket.socket) -> bytes:
 
 
 def trickle(client: socket.socket, piece: bytes) -> None:
-    """Send a piece now and then, until the service ends the connection; fails if it never does."""
+    """Send a piece now and then until the service closes the connection; fail if it does not."""
     client.settimeout(0.05)
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
@@ -60,7 +60,7 @@ def trickle(client: socket.socket, piece: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def hasty(start: Callable[..., str]) -> str:
-    """A service that waits 0.3 s for a head or a body, and longer for nothing."""
+    """A service that waits 0.3 s for a head or a body."""
     limits = serving.Limits(timeout=0.8, head_timeout=0.3, idle_timeout=0.3)
     return start(serving.application(Detector(None), limits=limits), limits)
 
@@ -70,7 +70,7 @@ def hasty(start: Callable[..., str]) -> str:
     [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\n", b"\r\n", HEALTH],
     ids=["nothing", "line", "head", "blank", "answered"],
 )
-def test_a_connection_that_sends_no_whole_head_is_ended(hasty, sent):
+def test_a_connection_without_a_complete_head_is_closed(hasty, sent):
     with connect(hasty) as client:
         client.sendall(sent)
         answer = rest(client)
@@ -89,19 +89,19 @@ def test_a_connection_that_sends_no_whole_head_is_ended(hasty, sent):
     ],
     ids=["head", "blank-lines", "body-of-a-get", "chunks-of-a-get", "second-head", "image"],
 )
-def test_a_client_that_always_sends_a_little_is_ended_all_the_same(hasty, first, piece):
+def test_a_connection_of_a_slow_client_is_closed(hasty, first, piece):
     with connect(hasty) as client:
         client.sendall(first)
         trickle(client, piece)
 
 
-def test_a_client_that_does_not_read_its_answers_is_ended(hasty):
+def test_a_connection_of_a_client_that_does_not_read_is_closed(hasty):
     with connect(hasty) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
         client.settimeout(0.2)
         end, gone = time.monotonic() + PATIENCE, False
-        while not gone and time.monotonic() < end:  # many answers are asked for, none is read
+        while not gone and time.monotonic() < end:  # request many answers and read none
             try:
                 client.sendall(page * 500)
             except TimeoutError:
@@ -112,18 +112,18 @@ def test_a_client_that_does_not_read_its_answers_is_ended(hasty):
 
 
 @pytest.mark.parametrize("head", [HEAD % 9, HEAD % 0], ids=["length", "chunked"])
-def test_a_body_of_which_nothing_more_arrives_is_refused(hasty, head):
+def test_a_body_that_stops_arriving_is_refused(hasty, head):
     if b" 0\r\n" in head:
         head = head.replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + b"9\r\n"
     with connect(hasty) as client:
         client.sendall(head + b"ab")
         answer = rest(client)
-    assert b" 408 " in answer and b"nothing of the image arrived for 0.3 s" in answer
+    assert b" 408 " in answer and b"no data of the image arrived for 0.3 s" in answer
 
 
 @contextmanager
 def held(url: str, count: int, sent: bytes = b"") -> Iterator[list[socket.socket]]:
-    """So many connections that have sent this and nothing more."""
+    """Yield ``count`` connections that have sent ``sent`` and then stay silent."""
     with ExitStack() as stack:
         clients = [stack.enter_context(connect(url)) for _ in range(count)]
         for client in clients:
@@ -144,20 +144,21 @@ def is_open(client: socket.socket) -> bool:
 @pytest.mark.parametrize(
     "sent", [b"", HEALTH[:20], HEAD % 1000 + b"ab"], ids=["nothing", "head", "body"]
 )
-def test_silent_clients_on_all_connections_keep_no_other_client_out(start, sent):
+def test_silent_clients_on_all_connections_do_not_block_others(start, sent):
     limits = serving.Limits(concurrency=2, connections=4, **PATIENT)
     url = start(serving.application(Detector(None), limits=limits), limits)
     with held(url, 12, sent) as clients:
         for path in ("health", "metrics"):
             assert httpx.get(f"{url}{path}", timeout=PATIENCE).status_code == 200
         until = time.monotonic() + PATIENCE
-        while sum(map(is_open, clients)) > 3:  # the oldest were cut, and one for the last request
-            assert time.monotonic() < until, "more connections are open than the limit says"
+        # The oldest were cut, and one more for the last request.
+        while sum(map(is_open, clients)) > 3:
+            assert time.monotonic() < until, "more connections are open than the limit allows"
             time.sleep(0.02)
         assert not is_open(clients[0])
 
 
-def test_stalled_bodies_hold_no_places(start):
+def test_stalled_bodies_take_no_places(start):
     limits = serving.Limits(concurrency=1, **PATIENT)
     url = start(serving.application(Detector(None), limits=limits), limits)
     with held(url, 20, HEAD % 1000 + b"ab"):
@@ -165,7 +166,7 @@ def test_stalled_bodies_hold_no_places(start):
     assert answer.status_code == 400  # not 503
 
 
-def test_bodies_that_arrive_take_so_much_memory_and_no_more(start):
+def test_arriving_bodies_have_limited_memory(start):
     limits = serving.Limits(concurrency=2, max_bytes=1000, **PATIENT)
     url = start(serving.application(Detector(None), limits=limits), limits)
     with held(url, 2, HEAD % 1000 + bytes(999)) as clients:
@@ -175,12 +176,12 @@ def test_bodies_that_arrive_take_so_much_memory_and_no_more(start):
         assert "too many large images" in answer.json()["error"]
         for client in clients:
             client.sendall(b"\0")
-            assert b" 400 " in client.recv(1 << 16)  # they were taken, and are no images
+            assert b" 400 " in client.recv(1 << 16)  # accepted, but not images
     assert httpx.post(f"{url}predict", content=b"no image").status_code == 400
 
 
 class Scarce:
-    """An event loop's accept in a process that may open no more files."""
+    """An event loop's accept that fails as in a process at its limit of open files."""
 
     def __init__(self, accept: Callable[..., object], times: int) -> None:
         self._accept, self.left = accept, times
@@ -192,7 +193,7 @@ class Scarce:
         return await self._accept(listening)  # pyright: ignore[reportGeneralTypeIssues]
 
 
-def test_an_accept_that_fails_makes_room_and_is_tried_again_without_a_traceback(caplog):
+def test_a_failed_accept_cuts_a_connection_and_is_retried_without_a_traceback(caplog):
     limits = serving.Limits(**PATIENT)
 
     async def attempts() -> None:
@@ -207,7 +208,7 @@ def test_an_accept_that_fails_makes_room_and_is_tried_again_without_a_traceback(
                 while len(server.server_state.connections) < 3:
                     await asyncio.sleep(0.01)
                 loop.sock_accept = failing = Scarce(loop.sock_accept, 3)  # pyright: ignore
-                for _ in range(2):  # the first one is met by the accept that began before
+                for _ in range(2):  # the first one is accepted by the call that began before
                     async with httpx.AsyncClient(timeout=PATIENCE) as client:
                         assert (await client.get(url)).status_code == 200
             assert failing.left == 0
@@ -220,7 +221,7 @@ def test_an_accept_that_fails_makes_room_and_is_tried_again_without_a_traceback(
     assert not [each for each in caplog.records if each.exc_info]
 
 
-# ---- the command, with few files and signals ----
+# ---- the command, with a low limit of files and with signals ----
 
 LIMITED = """
 import resource, sys
@@ -231,7 +232,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def stop(process: subprocess.Popen[str]) -> tuple[float, str]:
-    """Seconds from SIGTERM to the end, and the rest of the log."""
+    """Send SIGTERM, and return the seconds until the end and the rest of the log."""
     begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
@@ -239,18 +240,18 @@ def stop(process: subprocess.Popen[str]) -> tuple[float, str]:
     return time.monotonic() - begin, process.stderr.read()
 
 
-def test_idle_connections_beyond_the_limit_of_files_keep_no_client_out(command):
+def test_idle_connections_beyond_the_limit_of_files_do_not_block_others(command):
     with command(script=LIMITED) as (process, url), held(url, 120):
         for _ in range(3):
             assert httpx.get(f"{url}health", timeout=PATIENCE).status_code == 200
         _, log = stop(process)
-    assert "at most 48 connections at once, not 256: only 96 files may be open" in log
+    assert "at most 48 connections instead of 256: the limit of open files is 96" in log
     assert "Traceback" not in log and len(log.splitlines()) < 10
 
 
-def test_sigterm_ends_within_the_grace_whatever_is_open_or_in_work(command):
+def test_sigterm_ends_the_service_within_the_grace_period(command):
     Image.fromarray(np.zeros((7999, 8000), np.uint8)).save(large := io.BytesIO(), "PNG")
-    body = large.getvalue()  # takes seconds to decode
+    body = large.getvalue()  # needs seconds to decode
     with command("--grace", "0.5") as (process, url), ExitStack() as stack:
         for count, sent in ((3, b""), (3, HEAD % 9 + b"ab"), (8, HEAD % len(body) + body)):
             stack.enter_context(held(url, count, sent))
@@ -260,10 +261,10 @@ def test_sigterm_ends_within_the_grace_whatever_is_open_or_in_work(command):
         seconds, log = stop(process)
     assert "images given up in work: 4" in log and "Traceback" not in log
     assert log.count(" cut ") == 8 and log.count(" 499 ") == 3
-    assert seconds < 8, "the default is in force, or a thread is waited for"
+    assert seconds < 8, "--grace is ignored, or the service waits for a thread"
 
 
-def test_sigterm_lets_an_image_finish_that_is_in_work(command):
+def test_an_image_in_work_is_finished_after_sigterm(command):
     Image.fromarray(np.zeros((3000, 4000), np.uint8)).save(large := io.BytesIO(), "PNG")
     with command() as (process, url), connect(url) as client:
         client.sendall(HEAD % len(large.getvalue()) + large.getvalue()[:-1])

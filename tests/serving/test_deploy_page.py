@@ -1,4 +1,4 @@
-"""docs/deploy.md says of the service what the service does."""
+"""docs/deploy.md agrees with the service."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="ut
 
 
 def first_cells(heading: str) -> list[str]:
-    """What stands in code in the first column of the table below a heading."""
+    """Return the code in the first column of the table below a heading."""
     section = PAGE.partition(f"\n{heading}\n")[2]
     table = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
     assert table

@@ -1,4 +1,4 @@
-"""The service is asked by its own names, and by no page of another site."""
+"""The service accepts only its own names, and no pages of other sites."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FOREIGN += ["localhost:80:80", "localhost:x", "local host", "", "*", "x.proxy.ex
 
 
 @pytest.mark.parametrize("host", OWN)
-def test_a_name_of_the_service_is_answered(url, host):
+def test_a_name_of_the_service_is_accepted(url, host):
     assert asked(url, host).status_code == 200
 
 
@@ -53,11 +53,11 @@ def test_a_name_of_the_service_is_answered(url, host):
 def test_another_name_is_refused_in_a_sentence(url, host):
     answer = asked(url, host)
     assert answer.status_code == 403
-    assert answer.json()["error"].startswith(f"Host {host!r} is not a name of this service")
+    assert answer.json()["error"].startswith(f"Host must be a name of this service, got {host!r}.")
 
 
 @pytest.mark.parametrize(("method", "path"), PATHS)
-def test_every_path_refuses_a_foreign_host_and_a_foreign_page(url, method, path):
+def test_every_path_refuses_other_hosts_and_pages(url, method, path):
     assert asked(url, "evil.example", None, method, path).status_code == 403
     assert asked(url, "localhost", "http://evil.example", method, path).status_code == 403
     assert asked(url, "localhost", "http://localhost", method, path).status_code != 403
@@ -84,11 +84,11 @@ PAGES = {
 
 
 @pytest.mark.parametrize(("pair", "same"), PAGES.items(), ids=map(" ".join, PAGES))
-def test_a_page_is_answered_if_it_is_of_the_host_that_it_asks(url, pair, same):
+def test_a_page_is_accepted_only_from_the_same_host(url, pair, same):
     assert asked(url, *pair).status_code == (200 if same else 403)
 
 
-def test_a_program_that_names_no_host_is_answered_and_a_page_without_host_is_not(url):
+def test_a_missing_host_is_accepted_from_programs_but_not_from_pages(url):
     for more, status in ((b"", b" 200 "), (b"Origin: http://evil.example\r\n", b" 403 ")):
         with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), 20) as client:
             client.sendall(b"GET /health HTTP/1.0\r\n" + more + b"\r\n")
@@ -101,12 +101,12 @@ def test_any_host_and_page_may_be_allowed(start):
 
 
 @pytest.mark.parametrize("name", ["http://x.example", "x.example:80", "x example", "", "[::1]:80"])
-def test_what_is_no_name_of_a_host_is_refused(name):
+def test_an_invalid_name_of_a_host_is_refused(name):
     with pytest.raises(ValueError, match="allow_hosts must be names or addresses without scheme"):
         serving.application(Detector(None), allow_hosts=[name])
 
 
-def test_the_command_refuses_what_is_no_name_of_a_host(run, capsys):
+def test_the_command_refuses_an_invalid_name_of_a_host(run, capsys):
     words = ["serve", "--run", str(run), "--port", "0", "--allow-host", "a", "--allow-host", "b:1"]
     assert cli.main(words) == 2
     assert "allow_hosts must be names" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Whatever a generator makes of the OpenAPI document, the service answers as the document says."""
+"""The answers to requests generated from the OpenAPI document agree with it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def document(run, start) -> Any:
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
-@pytest.mark.parametrize("number", range(5))  # of all paths but that of the document itself
-def test_answers_to_generated_requests_are_as_the_document_says(document, number, data):
+@pytest.mark.parametrize("number", range(5))  # all paths except that of the document
+def test_answers_to_generated_requests_agree_with_the_document(document, number, data):
     operations = [found.ok() for found in document.get_all_operations()]
     assert len(operations) == 5
-    # A schema cannot say that a string of bytes must be an image of 8x8 pixels or more.
+    # A schema cannot require that bytes are an image of at least 8x8 pixels.
     any_bytes = schemathesis.specs.openapi.checks.positive_data_acceptance
     case = data.draw(operations[number].as_strategy())
     case.call_and_validate(timeout=20, excluded_checks=[any_bytes])

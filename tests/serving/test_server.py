@@ -1,4 +1,4 @@
-"""The command serves over HTTP and HTTPS until it is told to stop."""
+"""The command serves over HTTP and HTTPS until a signal stops it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bearer(token: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory) -> tuple[Path, Path]:
-    """PEM files of a certificate for 127.0.0.1 that nobody has signed, and of its key."""
+    """PEM files of a self-signed certificate for 127.0.0.1 and its key."""
     openssl = shutil.which("openssl") or pytest.skip("no openssl")
     folder = tmp_path_factory.mktemp("certificate")
     pair = folder / "certificate.pem", folder / "key.pem"
@@ -44,23 +44,24 @@ def certificate(tmp_path_factory) -> tuple[Path, Path]:
     return pair
 
 
-def test_a_wrong_certificate_or_key_is_a_sentence(run, certificate, tmp_path, capsys):
+def test_a_wrong_certificate_or_key_is_refused(run, certificate, tmp_path, capsys):
     good, key = map(str, certificate)
     (tmp_path / "text.pem").write_text("hello")
     for flags, sentence in (
-        (["--ssl-keyfile", key], "ssl_keyfile is of no use without ssl_certfile"),
-        (["--ssl-certfile", "absent.pem"], "absent.pem: no such certificate or key"),
-        (["--ssl-certfile", good], "certificate.pem: not a PEM certificate with its key"),
-        (["--ssl-certfile", good, "--ssl-keyfile", str(tmp_path / "text.pem")], "text.pem: not a"),
+        (["--ssl-keyfile", key], "ssl_keyfile requires ssl_certfile"),
+        (["--ssl-certfile", "absent.pem"], "absent.pem cannot be read: no such certificate"),
+        (["--ssl-certfile", good], "certificate.pem must hold a PEM certificate and its key"),
+        (
+            ["--ssl-certfile", good, "--ssl-keyfile", str(tmp_path / "text.pem")],
+            "text.pem must hold",
+        ),
     ):
         assert cli.main(["serve", "--run", str(run), "--port", "0", *flags]) == 2
         assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.family("service")
-def test_the_command_serves_https_with_a_certificate_and_ends_silent_handshakes(
-    command, certificate
-):
+def test_the_command_serves_https_and_closes_silent_handshakes(command, certificate):
     pem, key = certificate
     files = ("--ssl-certfile", str(pem), "--ssl-keyfile", str(key))
     with command(*files, "--head-timeout", "3") as (service, url):
@@ -69,7 +70,7 @@ def test_the_command_serves_https_with_a_certificate_and_ends_silent_handshakes(
         answer = httpx.post(f"{url}predict", content=png(), verify=trusted, timeout=30)
         assert answer.json()["label"] == 1
         with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), 30) as silent:
-            assert silent.recv(1) == b""  # the handshake is a part of the first head's time
+            assert silent.recv(1) == b""  # the time for the first head includes the handshake
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             httpx.get(f"{url}health")
         with pytest.raises(httpx.HTTPError):
@@ -81,7 +82,7 @@ def test_the_command_serves_https_with_a_certificate_and_ends_silent_handshakes(
 
 @pytest.mark.family("service")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
-def test_the_command_serves_until_it_is_told_to_stop(command, number):
+def test_the_command_serves_until_a_signal(command, number):
     flags = ("--max-bytes", "9000", "--precision", "bfloat16")
     with command(*flags, token="geheim") as (service, url):
         for content, token, status in (
@@ -96,4 +97,4 @@ def test_the_command_serves_until_it_is_told_to_stop(command, number):
         lines = service.stderr.read().splitlines()
     pattern = r"\d{4}-\d\d-\d\dT[\d:]{8}Z 127\.0\.0\.1 \"POST /predict\" (\d+) \d+ bytes \d+ ms"
     statuses = [found[1] for line in lines if (found := re.fullmatch(pattern, line))]
-    assert statuses == ["200", "401", "413"] and len(lines) == 3  # an access log, and nothing else
+    assert statuses == ["200", "401", "413"] and len(lines) == 3  # the access log only

@@ -1,4 +1,4 @@
-"""The service says of an image what the detector says, and survives everything else that comes."""
+"""The service answers like the detector, and survives bad requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def detector(run) -> Detector:
 
 
 class Waiting(Detector):
-    """A model that waits until it is let go."""
+    """A detector that waits until ``go`` is set."""
 
     def __init__(self) -> None:
         super().__init__(None, colours=(0.0, 1.0))
@@ -67,7 +67,7 @@ def url(detector, start: Start) -> str:
 
 
 def refused(answer: httpx.Response) -> str:
-    """The sentence of a refusal, which is all that it says."""
+    """Return the sentence of a refusal, which has no other content."""
     (sentence,) = answer.json().values()
     assert list(answer.json()) == ["error"] and "\n" not in sentence
     return sentence
@@ -78,7 +78,7 @@ def still_answers(url: str) -> bool:
 
 
 def raw(url: str, sent: bytes) -> bytes:
-    """All that the service says to these bytes until it ends the connection."""
+    """Send bytes, and return all that the service answers until it closes the connection."""
     with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), 20) as client:
         client.sendall(sent)
         return b"".join(iter(lambda: client.recv(4096), b""))
@@ -89,7 +89,7 @@ def bearer(token: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
-def test_an_image_is_answered_as_the_detector_does(url, detector, kind):
+def test_an_answer_equals_the_result_of_the_detector(url, detector, kind):
     body = png(kind=kind)
     (expected,) = detector.predict(Image.open(io.BytesIO(body)))
     answer = httpx.post(f"{url}predict", content=body).raise_for_status().json()
@@ -102,7 +102,7 @@ def test_an_image_is_answered_as_the_detector_does(url, detector, kind):
     assert heat.mode == "RGB" and heat.size == mask.size == (64, 48)
 
 
-def test_an_image_in_a_form_is_answered_as_its_bytes_are(url):
+def test_an_image_in_a_form_is_answered_like_a_plain_body(url):
     plain = httpx.post(f"{url}predict", content=png()).json()
     for name, large in (("image", ""), ("file", "x" * 5000)):
         files = {name: ("part.png", png(), "image/png")}
@@ -119,9 +119,17 @@ def form(*bodies: bytes, boundary: str = "----b") -> bytes:
 @pytest.mark.parametrize(
     ("body", "kind", "sentence"),
     [
-        (form(png(), png()), "; boundary=----b", "the form holds more than one file"),
-        (form(), "; boundary=----b", "the form holds no whole file"),
-        (form(png())[:-20], "; boundary=----b", "the form holds no whole file"),
+        (
+            form(png(), png()),
+            "; boundary=----b",
+            "the form must hold one image file, got more than one",
+        ),
+        (form(), "; boundary=----b", "the form must hold one image file, got no complete one"),
+        (
+            form(png())[:-20],
+            "; boundary=----b",
+            "the form must hold one image file, got no complete",
+        ),
         (form(b"hello"), "; boundary=----b", "the body is not an image of the kinds PNG"),
         (b"hello", "; boundary=----b", "the form cannot be read: "),
         (form(png()), "", "the form cannot be read: "),
@@ -135,7 +143,7 @@ def test_a_bad_form_is_refused_in_a_sentence(url, body, kind, sentence):
     assert still_answers(url)
 
 
-def test_without_thresholds_there_is_neither_label_nor_mask(detector, start):
+def test_without_thresholds_an_answer_has_no_label_and_no_mask(detector, start):
     plain = start(serving.application(Detector(detector.model)))
     answer = httpx.post(f"{plain}predict", content=png()).json()
     assert (answer["label"], answer["p_value"], answer["mask"]) == (None, None, None)
@@ -145,13 +153,13 @@ def test_without_thresholds_there_is_neither_label_nor_mask(detector, start):
 @pytest.mark.parametrize(
     ("body", "status", "sentence"),
     [
-        (b"", 400, "the body is empty"),
+        (b"", 400, "the body must be an image file, got no bytes"),
         (b"hello", 400, "the body is not an image of the kinds PNG, JPEG"),
         (png()[:200], 400, "the body cannot be decoded"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 400, "the body is not an image"),
-        (png(1, 1), 400, "the image has 1x1 pixels, 8x8 or more"),
+        (png(1, 1), 400, "the image must have at least 8x8 pixels, got 1x1"),
         (png(2000, 501, "JPEG"), 400, "2000x501 pixels are more than 1000000"),
-        (bytes(1_000_001), 413, "too large, at most 1000000 bytes"),
+        (bytes(1_000_001), 413, "too large: it must have at most 1000000 bytes"),
     ],
     ids=["empty", "text", "cut-off", "postscript", "one-pixel", "many-pixels", "many-bytes"],
 )
@@ -162,7 +170,7 @@ def test_a_bad_body_is_refused_in_a_sentence(url, body, status, sentence):
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])
-def test_an_upload_of_100_mb_is_refused_without_being_read(url, declared):
+def test_an_upload_of_100_mb_is_refused_before_it_is_read(url, declared):
     sent = 0
 
     def upload() -> Iterator[bytes]:
@@ -185,7 +193,7 @@ def test_a_declared_length_is_refused_before_any_of_the_body_arrives(url):
     assert b" 413 " in answer and b"too large" in answer
 
 
-def test_a_client_that_still_sends_does_not_lose_the_refusal(detector, start):
+def test_a_client_that_is_still_sending_gets_the_refusal(detector, start):
     url = httpx.URL(start(serving.application(detector, "geheim")))
     with socket.create_connection(("127.0.0.1", url.port or 0)) as client:
         client.sendall(
@@ -203,17 +211,17 @@ def test_a_client_that_still_sends_does_not_lose_the_refusal(detector, start):
         began = time.monotonic()
         while client.recv(1 << 16):
             pass
-        assert time.monotonic() - began < 20, "whoever never sends the rest is waited for"
+        assert time.monotonic() - began < 20, "the service waits too long for the rest"
 
 
-def test_an_unknown_path_and_a_wrong_method_say_where_images_go(url):
+def test_an_unknown_path_or_a_wrong_method_is_refused_with_a_hint(url):
     for answer, status in ((httpx.get(f"{url}nowhere"), 404), (httpx.get(f"{url}predict"), 405)):
         assert answer.status_code == status and "POST /predict" in refused(answer)
 
 
-def test_only_the_right_token_opens_the_service(detector, start):
+def test_requests_without_the_right_token_are_refused(detector, start):
     guarded = start(serving.application(detector, "geheim-17"))
-    with pytest.raises(ValueError, match="token must be of ASCII letters"):
+    with pytest.raises(ValueError, match="token must consist of ASCII letters"):
         serving.application(detector, "geheim-ü")
     for header in (
         "",
@@ -231,10 +239,10 @@ def test_only_the_right_token_opens_the_service(detector, start):
     assert httpx.post(f"{guarded}predict", content=png(), headers=headers).status_code == 200
     assert httpx.get(f"{guarded}metrics", headers=headers).status_code == 200
     assert httpx.get(f"{guarded}health").json() == {"status": "ok"}
-    assert "Token of the service" in httpx.get(guarded).text
+    assert "Access token" in httpx.get(guarded).text
 
 
-def test_a_client_that_hangs_up_does_no_harm(detector, start):
+def test_a_closed_connection_frees_its_place(detector, start):
     limits = serving.Limits(concurrency=1)
     url = start(serving.application(detector, limits=limits))
     head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
@@ -243,12 +251,12 @@ def test_a_client_that_hangs_up_does_no_harm(detector, start):
             client.sendall(head % len(whole) + whole[:part])
         until = time.monotonic() + 20
         while not still_answers(url):
-            assert time.monotonic() < until, "its place was never given back"
+            assert time.monotonic() < until, "its place is still taken"
             time.sleep(0.02)
     assert 'msflow_requests_total{status="499"} 1.0' in httpx.get(f"{url}metrics").text
 
 
-def test_a_full_service_refuses_at_once_and_a_slow_model_meets_the_time_limit(start):
+def test_a_full_service_refuses_at_once_and_a_slow_model_exceeds_the_time_limit(start):
     slow = Waiting()
     url = start(serving.application(slow, limits=serving.Limits(concurrency=2, timeout=1.0)))
     answers: list[httpx.Response] = []
@@ -275,39 +283,42 @@ def test_a_full_service_refuses_at_once_and_a_slow_model_meets_the_time_limit(st
     slow.go.set()
     until = time.monotonic() + 20
     while not still_answers(url):
-        assert time.monotonic() < until, "their places were never given back"
+        assert time.monotonic() < until, "their places are still taken"
     text = httpx.get(f"{url}metrics").text
     assert 'msflow_requests_total{status="504"} 2.0' in text
     assert "msflow_requests_in_flight 0.0" in text
     assert "msflow_request_seconds_bucket" in text
 
 
-def test_a_body_that_does_not_arrive_meets_the_time_limit(detector, start):
+def test_a_body_that_does_not_arrive_is_refused_after_the_time_limit(detector, start):
     url = start(serving.application(detector, limits=serving.Limits(timeout=0.3)))
     answer = raw(url, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nhi")
     assert b" 408 " in answer and b"the image did not arrive within 0.3 s" in answer
 
 
-def test_a_model_that_fails_is_an_error_of_the_service_and_logged(start, caplog):
+def test_an_error_of_the_model_is_an_error_of_the_service_and_logged(start, caplog):
     url = start(serving.application(Broken()))
     answer = httpx.post(f"{url}predict", content=png())
-    assert answer.status_code == 500 and "the log says why" in refused(answer)
+    assert answer.status_code == 500 and "see the service's log" in refused(answer)
     assert "score is not finite" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["max_bytes", "max_pixels", "concurrency", "timeout"])
-def test_a_limit_of_nothing_is_refused(name):
+def test_a_limit_of_0_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be above 0 and finite, got 0"):
         serving.Limits(**{name: 0})
 
 
-def test_a_host_that_others_reach_needs_a_token(run, capsys, monkeypatch):
+def test_a_host_that_other_machines_can_reach_requires_a_token(run, capsys, monkeypatch):
     monkeypatch.delenv("MSFLOW_TOKEN", raising=False)
     assert cli.main(["serve", "--run", str(run), "--host", "0.0.0.0", "--port", "0"]) == 2
-    assert "others can reach host 0.0.0.0: give --token" in capsys.readouterr().err
+    assert (
+        "token must be set for host 0.0.0.0, which other machines can reach. Give --token"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_missing_package_is_named_with_what_installs_it(run, capsys, monkeypatch):
+def test_a_missing_package_is_named_with_the_command_to_install_it(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     monkeypatch.delitem(sys.modules, "msflow_ext.serving")
     monkeypatch.delattr(mx, "serving")

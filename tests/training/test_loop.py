@@ -209,7 +209,7 @@ def test_the_default_recipe_holds_nothing_out(finished_run, squares):
     assert "decisions" not in json.loads((finished_run / "metrics.json").read_text())
     (result,) = load(finished_run, device="cpu").predict(squares.test[0].image)
     assert (result.label, result.p_value, result.mask) == (None, None, None)
-    with pytest.raises(ValueError, match="its training held no images out"):
+    with pytest.raises(ValueError, match="its training held out no images"):
         load(finished_run, device="cpu", false_alarms=0.1)
 
 

@@ -1,4 +1,4 @@
-"""Score archives of images into Parquet, restartable, by one process or many."""
+"""Score archives of images into Parquet, resumable, with one process or many."""
 
 from msflow_ext.inference.archive.job import Archive, Job, Shard, prepare, score_shard
 

@@ -1,4 +1,4 @@
-"""Score an archive of images into Parquet files, by any engine: interrupted, it goes on where it was."""
+"""Score an archive of images into Parquet files with any engine; interrupted work can be resumed."""
 
 from __future__ import annotations
 
@@ -27,29 +27,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """Images that are scored together and lie in one file."""
+    """Images that are scored together and stored in one Parquet file."""
 
     number: int
     paths: tuple[str, ...]
 
     @property
     def name(self) -> str:
+        """Return the file name of the shard."""
         return f"part-{self.number:05d}.parquet"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done with every shard.
+    """The settings that all shards share.
 
     Attributes:
-        run: run folder or checkpoint file, and ``sha256``, the digest of the latter.
+        run: run folder or checkpoint file.
+        sha256: digest of the checkpoint file.
         out: folder or URI, see :class:`msflow_ext.inference.archive.parquet.Store`.
-        scoring: how images are scored.
-        maps: what of the anomaly maps is kept, ``"array"``, ``"png"`` or None.
-        manifest: the digest of everything that rows depend on.
-        device: where to compute; None for a GPU if there is one.
-        threads: of torch on the CPU; None to leave them.
-        on_error: as :meth:`msflow_ext.inference.Detector.predict` takes it.
+        scoring: settings that scores depend on.
+        maps: format in which anomaly maps are stored, ``"array"`` or ``"png"``; None for none.
+        manifest: digest of all inputs and settings that rows depend on.
+        device: device to compute on; None for a GPU if there is one.
+        threads: torch's CPU threads; None to leave them unchanged.
+        on_error: see :func:`prepare`.
     """
 
     run: str
@@ -65,7 +67,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Archive:
-    """A prepared job: ``shards`` of all images, of which the ``finished`` are in their files."""
+    """A prepared job: all ``shards``, and the numbers of those that are ``finished``."""
 
     job: Job
     shards: tuple[Shard, ...]
@@ -73,18 +75,20 @@ class Archive:
 
     @cached_property
     def images(self) -> int:
+        """Return the number of images in all shards."""
         return sum(len(shard.paths) for shard in self.shards)
 
     def score(
         self, engine: Engine = one_by_one, *, progress: bool = False
     ) -> list[tuple[str, str]]:
-        """Write the shards that are not there; path and error of every image that has no score.
+        """Write the missing shards, and return the path and error of every image without a score.
 
-        A shard whose workers died again and again does not stop the others.
+        If the workers of a shard die repeatedly, the other shards are still written.
 
         Raises:
-            RuntimeError: such shards are not written. What else a task raises stops the work; finished
-                shards are kept. BlockingIOError: another process writes into the folder.
+            RuntimeError: shards were not written because their workers died repeatedly.
+            BlockingIOError: another process writes into the folder.
+            Exception: any other error of a shard stops the work; finished shards are kept.
         """
         store = Store(self.job.out)
         with store.locked():
@@ -94,14 +98,14 @@ class Archive:
             raise RuntimeError(
                 f"{len(lost)} of {len(self.shards)} shards were not written, first "
                 f"{store.path(shard.name)} ({shard.paths[0]} to {shard.paths[-1]}): {error}; "
-                "the same command again tries these only"
+                "run the same command again to retry them"
             )
         return [each for shard in self.shards for each in _errors(store, shard)]
 
     def _score_missing(
         self, store: Store, engine: Engine, progress: bool
     ) -> list[tuple[Shard, TaskLost]]:
-        """Write the shards that are not there; those whose workers died."""
+        """Write the missing shards, and return those whose workers died."""
         from tqdm import tqdm
 
         missing = [shard for shard in self.shards if shard.number not in self.finished]
@@ -138,25 +142,37 @@ def prepare(
     threads: int | None = None,
     on_error: str = "skip",
 ) -> Archive:
-    """List the images, and write the manifest into ``out`` or compare with the one that is there.
+    """Prepare to score images into Parquet files, or to resume that work.
 
-    ``out`` gets ``part-00000.parquet`` and so on, ``shard_size`` images in each in the order of the
-    list, see :func:`msflow_ext.inference.archive.parquet.schema`. The list and every setting that a row depends on are
-    in the manifest. So each image is once in the output, with the same bits whichever engine, worker
-    and restart wrote it, as far as torch computes the same on them: the number of threads counts.
+    The images are listed and split into shards ``part-00000.parquet``, ``part-00001.parquet``, ... of
+    ``shard_size`` images each (columns: :func:`msflow_ext.inference.archive.parquet.schema`). A
+    manifest in ``out`` records the images and every setting that a row depends on. If ``out`` has a
+    manifest, it must agree.
+
+    So each image has exactly one row. The row has the same bits for every engine, worker and restart
+    on which torch computes the same; the number of threads matters.
 
     Args:
         run: run folder or checkpoint file.
-        source: image files, and folders with all that is in them.
-        out: folder, or URI that pyarrow or fsspec knows.
-        on_error: ``"skip"`` for a row with the error of an image that cannot be scored, ``"stop"``
-            to end the work with it.
+        source: image files, and folders, which are searched with their subfolders.
+        out: folder, or URI that pyarrow or fsspec supports.
+        scoring: settings that scores depend on.
+        maps: store anomaly maps as ``"array"`` or ``"png"``; None to store none.
+        shard_size: images per Parquet file.
+        device: device to compute on; None for a GPU if there is one.
+        threads: torch's CPU threads; None to leave them unchanged.
+        on_error: ``"skip"`` writes a row with the error of an image that cannot be scored;
+            ``"stop"`` raises the error.
+
+    Returns:
+        The work, which :meth:`Archive.score` does.
 
     Raises:
-        FileNotFoundError: a file or the run is not there.
-        ValueError: no images, or one twice; ``out`` holds the scores of other images, of another
-            model or with other settings, or something else; a damaged shard.
-        BlockingIOError: another process writes into ``out``. OSError: it cannot be written.
+        FileNotFoundError: an image or the run does not exist.
+        ValueError: there are no images, or one is given twice; ``out`` belongs to other images,
+            another model or other settings, or holds other files; a shard is damaged.
+        BlockingIOError: another process writes into ``out``.
+        OSError: ``out`` cannot be written.
         ModuleNotFoundError: pyarrow is not installed.
     """
     scoring = scoring or Scoring()
@@ -178,20 +194,22 @@ def prepare(
     finished = [shard for shard in parts if shard.name in names]
     for shard in finished:
         if store.owner_of(shard.name) != (_owner(digest, shard), len(shard.paths)):
-            what = f"{store.path(shard.name)} is not what {manifest.MANIFEST} says"
-            raise ValueError(f"{what}: remove it, and it is made again")
+            path = store.path(shard.name)
+            raise ValueError(
+                f"{path} does not belong to {manifest.MANIFEST}. Remove it, and it is scored again"
+            )
     job = Job(str(run), sha256, str(out), scoring, maps, digest, device, threads, on_error)
     return Archive(job, parts, frozenset(shard.number for shard in finished))
 
 
 def _claimed(store: Store, expected: dict[str, Any], images: manifest.Images) -> set[str]:
-    """The files that are there, once the manifest says that they are of these images."""
+    """Write or check the manifest, and return the names of the files in the store."""
     names = store.names()
     if manifest.MANIFEST in names:
         manifest.check(store, expected, images)
     elif foreign := sorted(n for n in names if n.endswith((".parquet", CHECKPOINT))):
-        what = f"{store.path(foreign[0])} is there without {manifest.MANIFEST}"
-        raise ValueError(f"{what}: choose another --out")
+        path = store.path(foreign[0])
+        raise ValueError(f"{path} has no {manifest.MANIFEST} beside it. Choose another --out")
     else:
         manifest.write(store, expected, images)
     return names
@@ -219,12 +237,14 @@ def _owner(manifest: str, shard: Shard) -> dict[str, Any]:
 
 @lru_cache(1)
 def _detector(job: Job) -> Detector:
-    """Loaded once in a process; the same model as the manifest's."""
+    """Load the detector of the manifest, once per process."""
     if manifest.file_digest(manifest.checkpoint_of(job.run)) != job.sha256:
         raise ValueError(f"{job.run} has changed since the scoring began")
     detector = job.scoring.load(job.run, job.device)
     if job.maps == "png" and not detector.colours:
-        raise ValueError(f"--maps png: {job.run} knows no range of colours, take --maps array")
+        raise ValueError(
+            f"--maps must be array for {job.run}, got png: the run has no color range of heat maps"
+        )
     return detector
 
 
@@ -260,6 +280,6 @@ def _png(result: Result, detector: Detector) -> bytes:
 
 
 def _errors(store: Store, shard: Shard) -> Iterator[tuple[str, str]]:
-    """Path and error of the images of a shard that have no score."""
+    """Yield the path and error of each image of a shard without a score."""
     found = store.read_table(shard.name, ("path", "error")).to_pylist()
     yield from ((row["path"], row["error"]) for row in found if row["error"] is not None)

@@ -1,4 +1,4 @@
-"""A folder or bucket of Parquet files, each whole or absent, that together hold every image's row once."""
+"""A folder or bucket of Parquet files that together hold one row per image; a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from uuid import uuid4
 
 from msflow_ext.files import locked
 
-_OWNER = b"msflow_ext"  # the key of our metadata in a Parquet file
+_OWNER = b"msflow_ext"  # key of this package's metadata in a Parquet file
 
 
 class Store:
-    """Files by name in one place, local or not; a file appears when all of it is there.
+    """Files by name in a local or remote folder; a file appears only when it is complete.
 
     Args:
-        place: a folder, or a URI that pyarrow or fsspec knows: ``s3://``, ``gs://``, ``file://``, ...
+        place: folder, or URI that pyarrow or fsspec supports: ``s3://``, ``gs://``, ``file://``, ...
 
     Raises:
-        ValueError: a URI that neither knows. ModuleNotFoundError: pyarrow is not installed.
+        ValueError: neither supports the URI.
+        ModuleNotFoundError: pyarrow is not installed.
     """
 
     def __init__(self, place: str) -> None:
@@ -30,7 +31,7 @@ class Store:
         self._files, self._root = _opened(place)
 
     def locked(self) -> AbstractContextManager[object]:
-        """Keep other processes from writing here, see :func:`msflow_ext.files.locked`; a bucket knows no locks."""
+        """Lock the folder against other writers, see :func:`msflow_ext.files.locked`; a bucket has no lock."""
         from pyarrow.fs import LocalFileSystem
 
         return (
@@ -38,15 +39,15 @@ class Store:
         )
 
     def names(self) -> set[str]:
-        """The files that are there, without those that a killed process left unfinished."""
+        """Return the names of all complete files."""
         return {info.base_name for info in self._there() if not info.base_name.startswith(".")}
 
     def path(self, name: str) -> str:
-        """A file as messages call it."""
+        """Return the path of a file as error messages show it."""
         return f"{self.place}/{name}"
 
     def write(self, name: str, content: Any) -> None:
-        """Write bytes under a name, in place of what may be there; OSError if that cannot be done."""
+        """Write a file, or replace it; raise OSError if it cannot be written."""
         temporary, final = f"{self._root}/.{name}.{uuid4().hex}", f"{self._root}/{name}"
         try:
             self._files.create_dir(self._root, recursive=True)
@@ -60,7 +61,7 @@ class Store:
             raise OSError(f"{self.path(name)} cannot be written: {_reason(error)}") from error
 
     def read(self, name: str) -> Any:
-        """The content of a file, as pyarrow's buffer; OSError if it cannot be read."""
+        """Return a file's content as a pyarrow buffer; raise OSError if it cannot be read."""
         try:
             with self._files.open_input_stream(f"{self._root}/{name}") as stream:
                 return stream.read_buffer()
@@ -68,7 +69,7 @@ class Store:
             raise OSError(f"{self.path(name)} cannot be read: {_reason(error)}") from error
 
     def write_table(self, name: str, table: Any, owner: Mapping[str, Any]) -> None:
-        """Write a table as Parquet, with what :meth:`owner_of` gives back."""
+        """Write a table as Parquet, with an owner that :meth:`owner_of` returns."""
         import pyarrow
         from pyarrow import parquet
 
@@ -78,20 +79,20 @@ class Store:
         self.write(name, sink.getvalue())
 
     def read_table(self, name: str, columns: Sequence[str]) -> Any:
-        """Some columns of a Parquet file; ValueError if it is damaged."""
+        """Return columns of a Parquet file; raise ValueError if it is damaged."""
         from pyarrow import parquet
 
         return self._parquet(name, lambda file: parquet.read_table(file, columns=list(columns)))
 
     def owner_of(self, name: str) -> tuple[dict[str, Any], int]:
-        """What a Parquet file says of its origin, and how many rows it has; ValueError if damaged."""
+        """Return the owner and the number of rows of a Parquet file; raise ValueError if it is damaged."""
         from pyarrow import parquet
 
         found = self._parquet(name, parquet.read_metadata)
         return json.loads((found.metadata or {}).get(_OWNER, b"{}")), found.num_rows
 
     def clear_unfinished(self) -> None:
-        """Remove what killed processes left."""
+        """Remove incomplete files of killed processes."""
         for info in self._there():
             if info.is_file and info.base_name.startswith((".part-", "._")):
                 with suppress(OSError):
@@ -113,10 +114,10 @@ class Store:
                 return read(file)
         except (ArrowInvalid, OSError) as error:
             what = f"{self.path(name)} cannot be read: {_reason(error)}"
-            raise ValueError(f"{what}; remove it, and it is made again") from error
+            raise ValueError(f"{what}. Remove it, and it is scored again") from error
 
     def _sync(self, path: str) -> None:
-        """A local file reaches the disk before its name does."""
+        """Flush a local file to the disk, before it gets its final name."""
         from pyarrow.fs import LocalFileSystem
 
         if isinstance(self._files, LocalFileSystem):
@@ -125,14 +126,15 @@ class Store:
 
 
 def schema(maps: str | None = None) -> Any:
-    """The columns of a shard.
+    """Return the columns of a shard.
 
-    * ``path``: as the image was given, or found in a folder that was; ``error``: why it has no score.
+    * ``path``: path of the image; ``error``: why it has no score.
     * ``score``, ``label``, ``p_value``: as in :class:`msflow_ext.inference.Result`.
-    * ``map_max``, ``map_mean``: of the anomaly map; ``map_area``: share of it above the pixel threshold.
-    * ``map_max_x``, ``map_max_y``: where its maximum is in the image, 0 left and top, 1 right and bottom.
-    * ``map`` with ``map_height`` and ``map_width`` (maps ``"array"``): float32, row by row; or ``map_png``
-      (``"png"``): the heat map over the image.
+    * ``map_max``, ``map_mean``: maximum and mean of the anomaly map.
+    * ``map_area``: share of the anomaly map above the pixel threshold.
+    * ``map_max_x``, ``map_max_y``: position of the maximum, from 0 (left, top) to 1 (right, bottom).
+    * ``map``, ``map_height``, ``map_width`` (maps ``"array"``): the anomaly map, float32, row by row.
+    * ``map_png`` (maps ``"png"``): the heat map over the image.
     """
     pa = _pyarrow()
     columns = [("path", pa.string()), ("score", pa.float64()), ("label", pa.int8())]
@@ -147,7 +149,7 @@ def schema(maps: str | None = None) -> Any:
 
 
 def _opened(place: str) -> tuple[Any, str]:
-    """A file system and the path in it."""
+    """Return the file system of a place, and the path in it."""
     pa = _pyarrow()
     from pyarrow import fs
 
@@ -161,7 +163,9 @@ def _opened(place: str) -> tuple[Any, str]:
         try:
             found, root = fsspec.core.url_to_fs(place)
         except (ImportError, ValueError) as error:
-            raise ValueError(f"--out {place}: {error}") from None
+            raise ValueError(
+                f"--out must be a folder or a known URI, got {place}: {error}"
+            ) from None
         files = fs.PyFileSystem(fs.FSSpecHandler(found))
     return files, root.rstrip("/")
 
@@ -177,6 +181,6 @@ def _pyarrow() -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What pyarrow says, without the path and the numbers around it."""
+    """Return the reason of an error, without the path and numbers around it."""
     found = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else found
