@@ -135,7 +135,9 @@ def _cases(cuda: bool) -> Iterator[tuple[str, Any, list[Tensor]]]:
     for layout, memory_format in _LAYOUTS.items():
         for x, a in _element_types(cuda):
             if x is a:
-                yield from _norm_cases(f"{str(x).removeprefix('torch.')} {layout}", x, memory_format)
+                yield from _norm_cases(
+                    f"{str(x).removeprefix('torch.')} {layout}", x, memory_format
+                )
     for dtype in (torch.float32, torch.float64):
         normal = _normal(dtype, torch.contiguous_format)
         maps = [-normal(2, s, s).square() for s in (8, 4, 3)]

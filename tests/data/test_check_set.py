@@ -102,7 +102,9 @@ def test_16_bit_files_that_hold_fewer_bits_are_warned_of(tmp_path, bits):
     levels[0, 0] = 2**bits - 1
     Image.fromarray(levels).save(tmp_path / "a.png")
     share = {10: "1.6%", 12: "6.3%"}[bits]
-    sentence = f"1 images have 16 bits, but their largest value is only {share} of white (65535): scar/0"
+    sentence = (
+        f"1 images have 16 bits, but their largest value is only {share} of white (65535): scar/0"
+    )
     for image in (levels, tmp_path / "a.png"):
         assert doubts(Item("scar/0", 1, "scar", image, SPOT)) == [sentence]
     for bright in (levels << (16 - bits), NOISE // np.uint8(16)):  # 8 bits may be dark

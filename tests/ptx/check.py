@@ -31,7 +31,9 @@ def main() -> None:
     ]
     if wrong or left:
         sys.exit(f"wrong results: {wrong}\nkernels that no case runs: {left}")
-    print(f"{sys.argv[1]}: {len(executed)} compiled kernels match their reference in {len(rows)} cases")
+    print(
+        f"{sys.argv[1]}: {len(executed)} compiled kernels match their reference in {len(rows)} cases"
+    )
 
 
 if __name__ == "__main__":

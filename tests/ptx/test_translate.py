@@ -234,19 +234,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = folder / "kernels.so"
     flags = ["-std=c++17", "-O0", "-w", "-fwrapv", "-ffp-contract=off", "-mfma", "-mf16c"]
     paths = [f"-I{HERE}", f"-I{HERE.parent / 'cuda_emulator'}", '-DMSFLOW_EXT_PTX="test"']
-    subprocess.run(
-        [
-            str(COMPILER),
-            *flags,
-            *paths,
-            str(HERE / "exports.cpp"),
-            str(folder / "kernels.cpp"),
-            "-o",
-            str(out),
-            "-ldl",
-        ],
-        check=True,
-    )
+    sources = [str(HERE / "exports.cpp"), str(folder / "kernels.cpp")]
+    command = [str(COMPILER), *flags, "-shared", "-fPIC", *paths, *sources, "-o", str(out), "-ldl"]
+    subprocess.run(command, check=True)
     return out
 
 
