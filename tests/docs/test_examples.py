@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import runpy
 import sys
+import tomllib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -20,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of FrEIA, anomalib and Lightning
 ]
 EXAMPLES = Path(__file__).parents[2] / "examples"
+NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 Run = Callable[[str], str]
 
@@ -124,6 +128,54 @@ def test_own_subnet_has_right_gradients_and_learns(run: Run) -> None:
     losses = [float(loss) for loss in re.findall(r"loss (-?[\d.]+)", printed)]
     assert len(set(losses)) == 5
     assert losses == sorted(losses, reverse=True)
+
+
+# ---- the notebook ----
+
+
+def pictures(cells: Iterable[dict[str, Any]]) -> list[int]:
+    """How many pictures each cell shows."""
+    outputs = (cell.get("outputs", []) for cell in cells)
+    return [sum("image/png" in each.get("data", {}) for each in output) for output in outputs]
+
+
+def test_the_notebook_is_stored_with_its_outputs_and_is_small() -> None:
+    assert NOTEBOOK.stat().st_size < 300_000
+    cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    streams = [output.get("name") for cell in code for output in cell["outputs"]]
+    assert "stdout" in streams and "stderr" not in streams
+    assert sum(pictures(cells)) == 4
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_shows_what_is_stored(tmp_path: Path) -> None:
+    pytest.importorskip("skimage", reason="scikit-image is not installed")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    stored = pictures(notebook.cells)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(
+        notebook, timeout=500, kernel_name="python3", resources=resources
+    ).execute()
+    assert pictures(notebook.cells) == stored
+    assert (tmp_path / "runs/brick/report.html").is_file()
+
+
+# ---- what the files must be ----
+
+
+def test_the_page_lists_every_example_and_extras_that_exist() -> None:
+    page = (EXAMPLES / "README.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| \[`([^`]+)`\]\(\1\) \|[^|]+\| (.*) \|$", page, re.MULTILINE))
+    assert set(rows) == {path.name for path in (*SCRIPTS, NOTEBOOK)}
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    for needs in rows.values():
+        assert set(re.findall(r"`(\w+)`", needs)) <= project["optional-dependencies"].keys()
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
