@@ -124,6 +124,6 @@ def test_a_smoothing_that_is_no_width_or_has_no_map_to_smooth_is_refused() -> No
         ):
             build(smoothing=wrong)
     with pytest.raises(
-        ValueError, match=r"needs anomaly_map clamped, got smoothing 4\.0 and 'paper'"
+        ValueError, match=r"must be 0 unless anomaly_map is 'clamped', got 4\.0 and 'paper'"
     ):
         build(smoothing=4.0, anomaly_map="paper")

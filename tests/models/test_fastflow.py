@@ -182,15 +182,18 @@ def test_the_inference_form_in_bfloat16_stays_near(normal: Normal) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no scale": ({"channels": ()}, r"channels must name one scale or more, .* got \(\)"),
+    "no scale": ({"channels": ()}, r"channels must have one scale or more, .* got \(\)"),
     "one channel": ({"channels": (4, 1)}, r"of 2 channels or more, got \(4, 1\)"),
     "no step": ({"steps": 0}, "steps must be at least 1, got 0"),
     "no hidden channel": (
         {"channels": (8, 4), "hidden_ratio": 0.3},
-        "hidden_ratio 0.3 leaves no hidden channels of the 2 that a subnet sees",
+        "hidden_ratio must leave at least 1 of a subnet's 2 input channels, got 0.3",
     ),
-    "ratio nan": ({"hidden_ratio": float("nan")}, "hidden_ratio must be above 0, got nan"),
-    "clamp": ({"clamp": 0}, "clamp must be positive, got 0.0"),
+    "ratio nan": (
+        {"hidden_ratio": float("nan")},
+        "hidden_ratio must be above 0 and finite, got nan",
+    ),
+    "clamp": ({"clamp": 0}, "clamp must be positive and finite, got 0.0"),
     "clamp form": ({"clamp_form": "atan"}, "clamp_form must be '0.2' or 'head', got 'atan'"),
     "sizes": ({"input_sizes": [(4, 4)]}, r"for each of 2 scales, got \[\(4, 4\)\]"),
     "empty size": ({"input_sizes": [(4, 4), (0, 4)]}, r"got \[\(4, 4\), \(0, 4\)\]"),
@@ -213,13 +216,17 @@ def test_backbones_and_sizes_that_do_not_fit_are_refused_by_both_models(kind: ty
     ):
         kind("deit_tiny_patch16_224", pretrained=False, image_size=230)
     too_small = {FastFlow: r"H and W at least 32 for resnet18, got \(1, 3, 16, 16\)"}
-    message = too_small.get(kind, "image_size 16 leaves maps of 1 x 1 at stride 16 of resnet18")
+    message = too_small.get(
+        kind, "image_size must give maps of at least 3 x 3 at stride 16 of resnet18, got 16"
+    )
     with pytest.raises(ValueError, match=message):
         kind("resnet18", pretrained=False, image_size=16)
 
 
 def test_msflow_refuses_maps_smaller_than_its_pooling() -> None:
-    with pytest.raises(ValueError, match=r"maps of 2 x 2 at .*, smaller than the 3 x 3 that are"):
+    with pytest.raises(
+        ValueError, match=r"maps of at least 3 x 3 at stride 16 .* which gives 2 x 2"
+    ):
         MSFlow("test_resnet", pretrained=False, image_size=32)
     MSFlow("test_resnet", pretrained=False, image_size=33)
 
@@ -228,15 +235,15 @@ def test_features_that_do_not_fit_are_refused(normal: Normal) -> None:
     head, x = make(), draw(normal)
     with pytest.raises(ValueError, match=r"features must be 2 tensors \(N, C, H, W\)"):
         head(x[:1])
-    with pytest.raises(ValueError, match=r"one N and channels \(8, 11\)"):
+    with pytest.raises(ValueError, match=r"the same N and channels \(8, 11\)"):
         head([x[0][:, :7], x[1]])
-    message = r"features must have the sizes of the LayerNorms, \[\(6, 5\), \(3, 3\)\], got \[\(5"
+    message = r"features must have the sizes \[\(6, 5\), \(3, 3\)\] of the LayerNorms, got \[\(5"
     with pytest.raises(ValueError, match=message):
         head([x[0].mT, x[1]])
-    with pytest.raises(ValueError, match=r"z must have the sizes of the LayerNorms"):
+    with pytest.raises(ValueError, match=r"z must have the sizes .* of the LayerNorms"):
         head.inverse([x[0].mT, x[1]])
     x[1][1, 2, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="features: scale 1 holds NaN or infinite values"):
+    with pytest.raises(ValueError, match="features must be finite, scale 1 has NaN or infinity"):
         head(x)
 
 

@@ -178,5 +178,5 @@ def whitened_by(seen: list[Tensor], maps: list[Tensor]) -> list[Tensor]:
 
 
 def test_whitening_needs_standardized_features() -> None:
-    with pytest.raises(ValueError, match="whiten needs standardize"):
+    with pytest.raises(ValueError, match="standardize must be True if whiten is True, got False"):
         MSFlow(**SMALL, standardize=False, whiten=True)

@@ -234,17 +234,23 @@ def test_one_number_of_condition_channels_is_for_every_scale() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "one scale": ({"channels": (8,)}, r"channels must name two scales or more, got \(8,\)"),
+    "one scale": ({"channels": (8,)}, r"channels must have two scales or more, got \(8,\)"),
     "odd channels": ({"channels": (8, 9, 8)}, "channels must be even, because the fusion flow"),
     "no channels": ({"channels": (8, 0, 8)}, r"channels must be even, .* got \(8, 0, 8\)"),
     "too few channels": ({"channels": (2, 2, 2)}, r"channels must sum to 8 or more, got \(2, 2"),
-    "blocks missing": ({"blocks": (1, 2)}, r"blocks must be one per scale \(3\), got \(1, 2\)"),
+    "blocks missing": (
+        {"blocks": (1, 2)},
+        r"blocks must have one number per scale \(3\), got \(1, 2\)",
+    ),
     "no block": ({"blocks": (1, 0, 1)}, r"blocks must be at least 1 on every scale, got \(1, 0"),
-    "conditions missing": ({"cond_channels": (4, 4)}, r"cond_channels must be one per scale \(3\)"),
+    "conditions missing": (
+        {"cond_channels": (4, 4)},
+        r"cond_channels must have one number per scale \(3\)",
+    ),
     "condition of six": ({"cond_channels": 6}, "cond_channels must be multiples of 4, got"),
     "no condition": ({"cond_channels": (4, 0, 4)}, "cond_channels must be multiples of 4, got"),
-    "clamp zero": ({"clamp": 0}, "clamp must be positive, got 0.0"),
-    "clamp nan": ({"clamp": math.nan}, "clamp must be positive, got nan"),
+    "clamp zero": ({"clamp": 0}, "clamp must be positive and finite, got 0.0"),
+    "clamp nan": ({"clamp": math.nan}, "clamp must be positive and finite, got nan"),
     "clamp form": ({"clamp_form": "atan"}, "clamp_form must be '0.2' or 'head', got 'atan'"),
 }
 
@@ -259,8 +265,8 @@ def test_the_head_refuses_arguments(case: str) -> None:
 UNFIT: dict[str, tuple[Callable[[list[Tensor]], Sequence[Tensor]], str]] = {
     "a scale missing": (lambda x: x[:2], r"must be 3 tensors \(N, C, H, W\), got shapes \[\(2, 6"),
     "no batch": (lambda x: [t[0] for t in x], r"must be 3 tensors \(N, C, H, W\)"),
-    "scales swapped": (lambda x: x[::-1], r"must have one N and channels \(6, 8, 10\), got"),
-    "batches differ": (lambda x: [x[0], x[1][:1], x[2]], "must have one N and channels"),
+    "scales swapped": (lambda x: x[::-1], r"must have the same N and channels \(6, 8, 10\), got"),
+    "batches differ": (lambda x: [x[0], x[1][:1], x[2]], "must have the same N and channels"),
     "no positions": (lambda x: [*x[:2], x[2][..., :0]], "must have at least one position"),
 }
 
@@ -282,5 +288,5 @@ def test_features_that_are_not_finite_are_refused_by_their_scale(
     head, x = make(), draw(normal)
     x[scale][1, 3, 0, 1] = value
     for function in (head, head.loss, head.log_likelihood):
-        with pytest.raises(ValueError, match=f"^features: scale {scale} holds NaN or infinite"):
+        with pytest.raises(ValueError, match=f"^features must be finite, scale {scale} has NaN"):
             function(x)

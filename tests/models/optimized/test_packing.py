@@ -87,7 +87,7 @@ def test_images_and_features_that_are_not_finite_are_refused(kind: str) -> None:
             scores(each, torch.full_like(IMAGES, float("nan")))
         features = each.features(IMAGES)
         features[0][0, 0, 0, 0] = float("inf")
-        with pytest.raises(ValueError, match="features: scale 0 holds NaN"):
+        with pytest.raises(ValueError, match="features must be finite, scale 0 has NaN"):
             each.head.log_likelihood(features)
 
 
