@@ -141,7 +141,11 @@ def test_only_msflow_takes_transistors_at_256_pixels(
         ),
         ("fastflow", ["--steps", "0"], "steps must be at least 1, got 0"),
         ("fastflow", ["--hidden-ratio", "0.01"], "hidden_ratio must leave at least 1 of a subnet"),
-        ("fastflow", ["--out-indices", "3", "1"], "out_indices must be increasing, 0 or more"),
+        (
+            "fastflow",
+            ["--out-indices", "3", "1"],
+            "out_indices must be increasing numbers from 0 up",
+        ),
         ("padim", [], "padim"),
     ],
 )

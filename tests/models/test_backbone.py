@@ -67,7 +67,7 @@ def test_reflect_padding_mirrors_the_input_of_every_convolution_larger_than_one(
 
 
 def test_reflect_padding_is_refused_where_layers_pad_by_themselves():
-    message = r"reflect.*not available for efficientnet_lite0.*Conv2dSame"
+    message = r"must be 'zeros' for efficientnet_lite0, got 'reflect'.*Conv2dSame"
     with pytest.raises(ValueError, match=message):
         Backbone("efficientnet_lite0", padding_mode="reflect")
 
@@ -247,27 +247,36 @@ def test_a_backbone_on_a_gpu_has_an_inference_form_there(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "resnet19"}, "'resnet19' is unknown to timm .*resnet1[08]"),
-        ({"name": "resnet18.nobody_in1k"}, r"'resnet18\.nobody_in1k' is unknown to timm"),
-        ({"name": "levit_128s", "out_indices": (1, 3)}, r"levit_128s has no feature maps \(1, 3\)"),
-        ({"name": "test_vit", "out_indices": (6,)}, r"test_vit has no feature maps \(6,\)"),
-        ({"name": "test_vit", "out_indices": 5}, "test_vit has no feature maps 5 .it has 6 in all"),
-        ({"out_indices": 5}, "test_resnet has no feature maps 5 .it has 5 in all"),
-        ({"out_indices": 0}, "out_indices must ask for 1 map or more, got 0"),
-        ({"out_indices": (1, 9)}, r"test_resnet has no feature maps \(1, 9\)"),
-        ({"out_indices": (2, 1)}, r"out_indices must be increasing, 0 or more, got \(2, 1\)"),
+        (
+            {"name": "resnet19"},
+            "must be a model of timm .*, got 'resnet19': did you mean resnet1[08]",
+        ),
+        ({"name": "resnet18.nothing_in1k"}, r"timm .*, got 'resnet18\.nothing_in1k'"),
+        (
+            {"name": "levit_128s", "out_indices": (1, 3)},
+            r"must be feature maps of backbone levit_128s, got \(1, 3\)",
+        ),
+        ({"name": "test_vit", "out_indices": (6,)}, r"maps of backbone test_vit, got \(6,\)"),
+        ({"name": "test_vit", "out_indices": 5}, "maps of backbone test_vit, got 5 .it has 6."),
+        ({"out_indices": 5}, "maps of backbone test_resnet, got 5 .it has 5."),
+        ({"out_indices": 0}, "out_indices must be 1 map or more, got 0"),
+        ({"out_indices": (1, 9)}, r"maps of backbone test_resnet, got \(1, 9\)"),
+        (
+            {"out_indices": (2, 1)},
+            r"out_indices must be increasing numbers from 0 up, got \(2, 1\)",
+        ),
         ({"out_indices": (-1,)}, r"out_indices must be increasing.*got \(-1,\)"),
         ({"out_indices": ()}, r"out_indices must be increasing.*got \(\)"),
         ({"padding_mode": "circular"}, "padding_mode must be .*'circular'"),
         (
             {"name": "test_vit", "padding_mode": "reflect"},
-            "test_vit: it has no padded convolutions",
+            "must be 'zeros' for test_vit, got 'reflect': it has no padded convolutions",
         ),
         ({"image_size": 0}, "image_size must be from 1 to 16384 pixels, got 0"),
         ({"name": "test_vit", "image_size": 100}, r"multiple of 16 for test_vit, got \(100, 100\)"),
         (
             {"name": "levit_128s", "image_size": 256},
-            r"must be \(224, 224\) for levit_128s, which takes no other, got \(256, 256\)",
+            r"must be \(224, 224\), the only size of levit_128s, got \(256, 256\)",
         ),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",

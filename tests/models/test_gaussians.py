@@ -109,7 +109,9 @@ def test_unfitted_or_reset_it_changes_nothing_and_one_image_is_too_few() -> None
 
 
 def test_maps_of_another_size_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"maps must be \[\(4, 13, 5\), .* got \[\(4, 5, 13\), "):
+    with pytest.raises(
+        ValueError, match=r"maps must have \(C, H, W\) = \[\(4, 13, 5\), .* got \[\(4, 5, 13\), "
+    ):
         Whitening((4, 5), SIZES)([features(2)[0].mT, features(2)[1]])
 
 
