@@ -1,4 +1,4 @@
-"""FastFlow: presets have the paper's sizes, its flow inverts, its loss is a likelihood, one model behind many backbones."""
+"""FastFlow: sizes of the paper's presets, inverse, loss, arguments, and backbones of every kind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHANNELS, SIZES = (8, 11), [(6, 5), (3, 3)]
 
 
 def make(dtype: torch.dtype = F64, *, scramble: bool = True, **options: Any) -> FastFlowHead:
-    """A small head whose scales, offsets and norms are not those of its first moment."""
+    """Return a small head whose scales, offsets and norms are not the initial ones."""
     arguments = {"steps": 3, "input_sizes": SIZES, "seed": 0, **options}
     head = FastFlowHead(CHANNELS, **arguments).to(dtype)
     generator = torch.Generator().manual_seed(1)
@@ -116,7 +116,7 @@ def test_the_loss_is_the_sum_over_scales_of_the_mean_negative_log_likelihood(
     assert relative_error(head.loss(x), expected) <= 1e-12
 
 
-def test_a_new_norm_standardises_each_image_over_channels_and_positions(normal: Normal) -> None:
+def test_a_new_norm_standardizes_each_image_over_channels_and_positions(normal: Normal) -> None:
     head = make(scramble=False)
     for x in head.normalize([5 * t + 3 for t in draw(normal)]):
         for image in x.detach():
@@ -124,7 +124,7 @@ def test_a_new_norm_standardises_each_image_over_channels_and_positions(normal: 
             assert float(image.var(correction=0)) == pytest.approx(1, abs=1e-4)
 
 
-def test_likelihoods_do_not_depend_on_the_batch(normal: Normal, native: None) -> None:
+def test_likelihoods_do_not_depend_on_the_rest_of_the_batch(normal: Normal, native: None) -> None:
     head, x = make(F32), draw(normal, 3, F32)
     whole = head.log_likelihood(x)
     for got, want in zip(head.log_likelihood([t[1:2] for t in x]), whole, strict=True):
@@ -145,7 +145,7 @@ def test_training_lowers_the_loss_and_reaches_every_parameter(normal: Normal) ->
     assert all(p.grad is not None and bool(p.grad.any()) for p in head.parameters())
 
 
-def test_a_seed_fixes_permutations_and_weights_and_leaves_the_generator_alone() -> None:
+def test_a_seed_fixes_permutations_and_weights_and_keeps_the_global_generator() -> None:
     before = torch.get_rng_state()
     first, again, other = (FastFlowHead((6,), steps=2, seed=s).state_dict() for s in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
@@ -156,7 +156,7 @@ def test_a_seed_fixes_permutations_and_weights_and_leaves_the_generator_alone() 
 
 
 @pytest.mark.parametrize("normed", [True, False], ids=["normed", "plain"])
-def test_the_inference_form_is_a_snapshot_that_takes_and_returns_what_the_head_does(
+def test_the_optimized_head_is_a_snapshot_with_the_same_inputs_and_outputs(
     normal: Normal, normed: bool
 ) -> None:
     head = make(input_sizes=SIZES if normed else None)
@@ -173,7 +173,7 @@ def test_the_inference_form_is_a_snapshot_that_takes_and_returns_what_the_head_d
     assert [z.stride() for z in out.z] == [t.stride() for t in x]
 
 
-def test_the_inference_form_in_bfloat16_stays_near(normal: Normal) -> None:
+def test_the_optimized_head_in_bfloat16_is_close_to_float32(normal: Normal) -> None:
     head, x = make(F32, scramble=False), draw(normal, dtype=F32)
     maps = head.optimize(torch.bfloat16).log_likelihood(x)
     for got, want in zip(maps, head.log_likelihood(x), strict=True):
@@ -257,7 +257,7 @@ BACKBONES: dict[str, tuple[str, int, list[int], bool]] = {
 
 
 @pytest.mark.parametrize("case", BACKBONES)
-def test_a_model_scores_images_by_the_mean_likelihood_of_its_scales(case: str) -> None:
+def test_the_score_is_the_mean_likelihood_over_scales(case: str) -> None:
     name, size, sides, normed = BACKBONES[case]
     model = FastFlow(name, image_size=size, pretrained=False, steps=2, seed=0).eval()
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -276,7 +276,7 @@ def test_a_model_scores_images_by_the_mean_likelihood_of_its_scales(case: str) -
     assert relative_error(form(images).anomaly_map, got.anomaly_map) <= 1e-4
 
 
-def test_the_scores_that_cannot_saturate_are_those_of_the_aggregate() -> None:
+def test_the_log_and_nll_scores_are_those_of_aggregate() -> None:
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     options = {"image_size": 64, "steps": 1, "top_k": 0.1}
     model = FastFlow("test_resnet", pretrained=False, **options)
@@ -302,7 +302,7 @@ def test_the_config_builds_the_model_again(case: str) -> None:
     assert torch.equal(again(images).anomaly_map, model(images).anomaly_map)
 
 
-def test_statistics_standardise_the_features() -> None:
+def test_statistics_standardize_the_features() -> None:
     model = FastFlow("test_resnet", image_size=64, pretrained=False, steps=1, standardize=True)
     images = torch.rand(4, 3, 64, 64)
     features = model.features(images)
@@ -312,13 +312,13 @@ def test_statistics_standardise_the_features() -> None:
         torch.testing.assert_close(f.mean((0, 2, 3)), torch.zeros(f.size(1)), atol=1e-4, rtol=0)
 
 
-def test_images_have_the_size_that_a_transformer_was_trained_with_or_256_pixels() -> None:
+def test_the_default_image_size_is_that_of_the_transformer_or_256_pixels() -> None:
     assert FastFlow("test_vit", pretrained=False, steps=1).image_size == 160
     assert FastFlow("test_resnet", pretrained=False, steps=1).image_size == 256
     assert MSFlow("test_vit", pretrained=False, blocks=(1, 1)).image_size == 160
 
 
-def test_msflow_takes_three_depths_of_a_transformer_unpooled() -> None:
+def test_msflow_reads_three_depths_of_a_transformer_without_pooling() -> None:
     model = MSFlow("test_vit", image_size=64, pretrained=False, blocks=(1, 1, 1), seed=0).eval()
     assert model.backbone.out_indices == (0, 2, 3)
     images = torch.rand(2, 3, 64, 64)
@@ -336,7 +336,7 @@ def test_msflow_takes_three_depths_of_a_transformer_unpooled() -> None:
     assert torch.equal(again(images).score, got.score)
 
 
-def test_msflow_takes_chosen_maps() -> None:
+def test_msflow_reads_the_chosen_maps() -> None:
     model = MSFlow("test_resnet", pretrained=False, blocks=(1, 1), out_indices=(2, 4))
     assert model.backbone.strides == (8, 32)
     assert model.config["out_indices"] == [2, 4]
