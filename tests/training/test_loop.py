@@ -200,7 +200,7 @@ def test_images_held_out_set_the_thresholds_and_are_not_trained_on(
     assert found["on_test"]["detected"] == sum(r.label == 1 for r in results[3:]) / 3
     assert [r.label == 1 for r in results] == [r.p_value == 0.25 for r in results]
     assert load(tmp_path / "run", device="cpu", false_alarms=0.5).threshold < found["threshold"]
-    with pytest.raises(ValueError, match=r"rate of 0\.01 needs 99 held-out"):
+    with pytest.raises(ValueError, match=r"false_alarms 0\.01 needs 99 held-out"):
         load(tmp_path / "run", device="cpu", false_alarms=0.01)
 
 
