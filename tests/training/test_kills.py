@@ -112,7 +112,7 @@ def test_a_checkpoint_of_an_older_version_without_a_checksum_is_read(tmp_path):
 def test_a_header_that_is_not_an_object_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"x": torch.zeros(1)}, path, {"msflow_ext": "[1]"})
-    with pytest.raises(ValueError, match="its header is no JSON object"):
+    with pytest.raises(ValueError, match="its header is not a JSON object"):
         read_checkpoint(path)
 
 

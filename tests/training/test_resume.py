@@ -284,12 +284,15 @@ def test_a_checkpoint_with_invalid_progress_is_not_resumed(
     [
         (
             lambda t: {"optimizer.0.exp_avg": t["optimizer.0.exp_avg"][None]},
-            "exp_avg is .* of no parameter",
+            "exp_avg must fit a parameter, got shape",
         ),
-        (lambda t: {"optimizer.999.step": t["optimizer.0.step"]}, "optimizer.999.step is .* of no"),
+        (
+            lambda t: {"optimizer.999.step": t["optimizer.0.step"]},
+            "optimizer.999.step must fit a parameter",
+        ),
         (
             lambda t: {"optimizer.x.step": t["optimizer.0.step"]},
-            "has optimizer.x.step, which no optimiser",
+            "has optimizer.x.step, which the optimizer does not know",
         ),
         (
             lambda t: {"optimizer.0.more": t["optimizer.0.step"]},
