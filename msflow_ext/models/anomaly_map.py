@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msflow_ext.models.gaussians import Total, alone
+from msflow_ext.models.gaussians import Total, one_process
 
 #: Upper limit of a scale's contribution to the map.
 MOST = 8.0
@@ -40,7 +40,7 @@ class ClampedMap(nn.Module):
         self.register_buffer("usual", torch.tensor([[0.0, 1.0]]).repeat(scales, 1))
 
     @torch.no_grad()
-    def fit(self, likelihoods: Iterable[Sequence[Tensor]], total: Total = alone) -> None:
+    def fit(self, likelihoods: Iterable[Sequence[Tensor]], total: Total = one_process) -> None:
         """Estimate m and s from normal images.
 
         Args:

@@ -18,7 +18,7 @@ from msflow_ext import ops
 from msflow_ext.choices import ANOMALY_MAPS, CLAMP_FORMS, MEMORY, SCORES
 from msflow_ext.models.anomaly_map import ClampedMap
 from msflow_ext.models.backbone import Backbone
-from msflow_ext.models.gaussians import Total, Whitening, alone
+from msflow_ext.models.gaussians import Total, Whitening, one_process
 from msflow_ext.ops._backend import hides_values
 
 ROUNDING = 1e-3  # a quarter of a gray level
@@ -33,11 +33,6 @@ class Prediction:
         anomaly_map: ``(N, S, S)``, for localization.
         image_map: ``(N, S, S)``, the map from which the paper computes its image score.
         log_likelihood: ``(N, H_i, W_i)`` per scale.
-
-    Examples:
-        >>> maps = torch.zeros(2, 8, 8)
-        >>> Prediction(maps.amax((1, 2)), maps, maps, [maps]).score
-        tensor([0., 0.])
     """
 
     score: Tensor
@@ -270,7 +265,7 @@ class AnomalyModel(nn.Module, ABC):
         return anomaly_map.flatten(1).topk(count, sorted=False).values.mean(1)
 
     @torch.no_grad()
-    def fit_map(self, batches: Iterable[Sequence[Tensor]], total: Total = alone) -> None:
+    def fit_map(self, batches: Iterable[Sequence[Tensor]], total: Total = one_process) -> None:
         """Fit the clamped map to the log-likelihoods of normal images; without such a map, do nothing.
 
         Args:

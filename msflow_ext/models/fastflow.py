@@ -59,13 +59,6 @@ class FastFlowHead(FlowHead):
 
     Raises:
         ValueError: an argument is out of range; the message names it.
-
-    Examples:
-        >>> head = FastFlowHead([8, 16], steps=2)
-        >>> features = [torch.randn(2, 8, 6, 6), torch.randn(2, 16, 3, 3)]
-        >>> recovered = head.inverse(head(features).z).z
-        >>> all(torch.allclose(a, b, atol=1e-3) for a, b in zip(features, recovered))
-        True
     """
 
     def __init__(
@@ -206,12 +199,6 @@ class FastFlow(AnomalyModel):
     Raises:
         ValueError: an argument is out of range; the message names it.
         RuntimeError: the pretrained weights are not available.
-
-    Examples:
-        >>> model = FastFlow("test_resnet", image_size=64, pretrained=False, steps=2)
-        >>> prediction = model(torch.rand(2, 3, 64, 64))
-        >>> prediction.score.shape, prediction.anomaly_map.shape
-        (torch.Size([2]), torch.Size([2, 64, 64]))
     """
 
     def __init__(

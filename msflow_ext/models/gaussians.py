@@ -12,11 +12,11 @@ from torch import Tensor, nn
 #: Most numbers that the covariances of a scale may have: 256 MiB of float64.
 LIMIT = 2**25
 
-#: Sums a tensor over the processes that train together; :func:`alone` for one process.
+#: Sums a tensor over the processes that train together; :func:`one_process` for one process.
 Total = Callable[[Tensor], Tensor]
 
 
-def alone(part: Tensor) -> Tensor:
+def one_process(part: Tensor) -> Tensor:
     """Return ``part``: the sum over a single process."""
     return part
 
@@ -34,7 +34,7 @@ class Moments:
         positions: number of positions in each cell, ``(cells, 1, 1)``.
     """
 
-    def __init__(self, like: Tensor, total: Total = alone, side: int = 1) -> None:
+    def __init__(self, like: Tensor, total: Total = one_process, side: int = 1) -> None:
         self.count = 0
         self._sum, self._side = total, side
         near, images = like.double().sum(0), torch.tensor(len(like))
@@ -142,7 +142,7 @@ class Whitening(nn.Module):
             self.get_buffer(f"whiten{i}").zero_().diagonal(dim1=1, dim2=2).fill_(1)
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Sequence[Tensor]], total: Total = alone) -> None:
+    def fit(self, batches: Iterable[Sequence[Tensor]], total: Total = one_process) -> None:
         """Estimate the Gaussians from normal images.
 
         Args:
@@ -158,7 +158,7 @@ class Whitening(nn.Module):
     def count(
         self,
         batches: Iterable[Sequence[Tensor]],
-        total: Total = alone,
+        total: Total = one_process,
         like: Sequence[Moments] = (),
     ) -> list[Moments]:
         """Return the moments of batches, per scale.

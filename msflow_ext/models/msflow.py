@@ -57,14 +57,6 @@ class MSFlow(AnomalyModel):
     Raises:
         ValueError: an argument is out of range; the message names it.
         RuntimeError: the pretrained weights are not available.
-
-    Examples:
-        >>> import torch
-        >>> options = {"blocks": (1, 1, 1), "cond_channels": 8}  # a small one, without pretrained weights
-        >>> model = MSFlow("test_resnet", image_size=96, pretrained=False, **options)
-        >>> prediction = model(torch.rand(2, 3, 96, 96))
-        >>> prediction.score.shape, prediction.anomaly_map.shape
-        (torch.Size([2]), torch.Size([2, 96, 96]))
     """
 
     def __init__(

@@ -38,12 +38,6 @@ class MSFlowHead(FlowHead):
 
     Raises:
         ValueError: an argument is out of range; the message names it.
-
-    Examples:
-        >>> head = MSFlowHead([8, 8], blocks=(1, 2), cond_channels=4)
-        >>> features = [torch.randn(2, 8, 6, 6), torch.randn(2, 8, 3, 3)]
-        >>> head(features).log_det.shape, head.loss(features).ndim
-        (torch.Size([2]), 0)
     """
 
     def __init__(

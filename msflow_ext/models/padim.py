@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from msflow_ext.models.gaussians import Moments, Total, alone, cells, resize
+from msflow_ext.models.gaussians import Moments, Total, cells, one_process, resize
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Padim:
         self._gaussians: tuple[Tensor, Tensor, tuple[int, ...]] | None = None
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Sequence[Tensor]], total: Total = alone) -> Padim:
+    def fit(self, batches: Iterable[Sequence[Tensor]], total: Total = one_process) -> Padim:
         """Estimate the Gaussians in one pass over normal images, and return self.
 
         Args:

@@ -82,19 +82,6 @@ def train(
         ConnectionError: another process has ended.
         ProcessFailed: another process has one of these errors.
         TrainingDiverged: a loss, a gradient or a score is not finite; the last checkpoint is kept.
-
-    Examples:
-        >>> import tempfile
-        >>> import numpy as np
-        >>> from msflow_ext import FastFlow
-        >>> from msflow_ext.data import Item
-        >>> rng = np.random.default_rng(0)
-        >>> photos = [Item(str(i), 0, "good", rng.integers(0, 255, (64, 64), np.uint8)) for i in range(4)]
-        >>> model = FastFlow("test_resnet", image_size=64, pretrained=False, steps=1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     metrics = train(model, DataSet("cups", "", photos, ()), folder, Recipe(epochs=2), device="cpu")
-        >>> len(metrics["losses"])
-        2
     """
     recipe = recipe or Recipe()
     ranks = join(device) if ranks is None else ranks

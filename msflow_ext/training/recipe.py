@@ -32,28 +32,23 @@ class Recipe:
             ``cosine``, half a wave from ``lr`` to 0.
         decay: factor of the learning rate at each of ``milestones``.
         milestones: shares of the epochs after which the learning rate decays; none for a constant rate.
-        noise: standard deviation of normal noise on the features, new in every epoch, which acts as regularisation.
+        noise: standard deviation of normal noise on the features, new in every epoch, which acts as regularization.
         seed: seed of the order of the images, of the noise and, on the command line, of the initial weights.
         precision: precision of the flows in training: ``float32``, or ``bfloat16`` (autocast; weights stay float32,
             cached features are halved).
-        memory: what is kept for the backward pass: ``lean`` recomputes what is cheap; ``reversible`` keeps no
-            activations, takes longer and needs ``float32``.
-        cache: where the backbone's features are kept: ``memory`` (on disk what needs more than half of what is free),
-            ``disk`` or ``off``.
-        eval_every: epochs between tests; by default a tenth of them.
+        memory: what training keeps for the backward pass: ``lean`` recomputes cheap activations; ``reversible`` keeps
+            no activations, is slower and needs ``float32``.
+        cache: where the backbone's features are kept: ``memory`` (on disk if they need more than half of the free
+            memory), ``disk`` or ``off``.
+        eval_every: epochs between tests; by default a tenth of all epochs.
         workers: threads that decode images.
         fit: how images become square: ``resize`` fills the square, ``pad`` keeps their aspect.
         hold_out: share of the training images that are not trained on, but set the thresholds (see
-            :class:`msflow_ext.evaluation.calibration.Calibration`); none in the papers.
+            :class:`msflow_ext.evaluation.calibration.Calibration`); the papers hold out none.
         false_alarms: share of normal images that may exceed a threshold.
 
     Raises:
         ValueError: a value is out of range; the message names it.
-
-    Examples:
-        >>> recipe = Recipe(epochs=20, lr=1e-3, schedule="cosine", warmup=0.0)
-        >>> [round(recipe.learning_rate(epoch), 6) for epoch in (0, 10, 19)]
-        [0.001, 0.0005, 6e-06]
     """
 
     epochs: int = 100

@@ -19,7 +19,7 @@ IMAGES = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 WRONG = {  # images, and their range in the error
     "0..255": (IMAGES * 255, r"[\d.e-]+\.\.255"),
-    "normalised": ((IMAGES - MEAN) / STD, r"-2\.12\.\.2\.64"),
+    "normalized": ((IMAGES - MEAN) / STD, r"-2\.12\.\.2\.64"),
     "-1..1": (2 * IMAGES - 1, r"-1\.\.1"),
     "slightly above": (IMAGES * 1.01, r"[\d.e-]+\.\.1\.01"),
     "slightly below": (IMAGES - 0.01, r"-0\.0\d+\.\.0\.9\d+"),

@@ -73,8 +73,8 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(
 ) -> None:
     whole = predicted(model, images())
     for k in range(3):
-        for alone, beside in zip(predicted(model, images()[k : k + 1]), whole, strict=True):
-            assert relative_error(alone[0], beside[k]) <= 1e-6
+        for single, batch in zip(predicted(model, images()[k : k + 1]), whole, strict=True):
+            assert relative_error(single[0], batch[k]) <= 1e-6
 
 
 @pytest.mark.parametrize("name", MODELS)

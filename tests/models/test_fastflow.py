@@ -83,8 +83,8 @@ def test_the_inverse_undoes_the_flows(
     x = draw(normal)
     out = head(x)
     back = head.inverse(out.z)
-    for got, want in zip(back.z, head.normalize(x), strict=True):
-        assert relative_error(got, want) <= 1e-10
+    for got, right in zip(back.z, head.normalize(x), strict=True):
+        assert relative_error(got, right) <= 1e-10
     assert relative_error(back.log_det, -out.log_det) <= 1e-10
 
 
@@ -127,8 +127,8 @@ def test_a_new_norm_standardizes_each_image_over_channels_and_positions(normal: 
 def test_likelihoods_do_not_depend_on_the_rest_of_the_batch(normal: Normal, native: None) -> None:
     head, x = make(F32), draw(normal, 3, F32)
     whole = head.log_likelihood(x)
-    for got, want in zip(head.log_likelihood([t[1:2] for t in x]), whole, strict=True):
-        assert relative_error(got, want[1:2]) <= 1e-5
+    for got, right in zip(head.log_likelihood([t[1:2] for t in x]), whole, strict=True):
+        assert relative_error(got, right[1:2]) <= 1e-5
 
 
 def test_training_lowers_the_loss_and_reaches_every_parameter(normal: Normal) -> None:
@@ -168,17 +168,17 @@ def test_the_optimized_head_is_a_snapshot_with_the_same_inputs_and_outputs(
         for p in [*head.parameters(), *head.buffers()]:
             p.zero_()
     out = form(x)
-    for got, want in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
-        assert relative_error(got, want) <= 1e-12
+    for got, right in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
+        assert relative_error(got, right) <= 1e-12
     assert [z.stride() for z in out.z] == [t.stride() for t in x]
 
 
 def test_the_optimized_head_in_bfloat16_is_close_to_float32(normal: Normal) -> None:
     head, x = make(F32, scramble=False), draw(normal, dtype=F32)
     maps = head.optimize(torch.bfloat16).log_likelihood(x)
-    for got, want in zip(maps, head.log_likelihood(x), strict=True):
+    for got, right in zip(maps, head.log_likelihood(x), strict=True):
         assert got.dtype is F32
-        assert relative_error(got, want) <= 0.03
+        assert relative_error(got, right) <= 0.03
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -325,8 +325,8 @@ def test_msflow_reads_three_depths_of_a_transformer_without_pooling() -> None:
     features = model.features(images)
     assert [tuple(f.shape) for f in features] == [(2, 64, 4, 4)] * 3
     out = model.head(features)
-    for got, want in zip(model.head.inverse(out.z).z, features, strict=True):
-        assert relative_error(got, want) <= 1e-4
+    for got, right in zip(model.head.inverse(out.z).z, features, strict=True):
+        assert relative_error(got, right) <= 1e-4
     model.loss(images).backward()
     assert all(p.grad is not None for p in model.head.parameters())
     got, form = model(images), model.optimize()(images)

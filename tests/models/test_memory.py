@@ -64,8 +64,8 @@ def test_reversible_memory_gives_the_gradients_of_lean_memory(
     x = [memory_format(t.detach()).requires_grad_() for t in draw(normal, dtype)]
     expected = differentiate(head, x)
     head.memory = "reversible"
-    for got, want in zip(differentiate(head, x), expected, strict=True):
-        assert relative_error(got, want) <= bound
+    for got, right in zip(differentiate(head, x), expected, strict=True):
+        assert relative_error(got, right) <= bound
 
 
 @pytest.mark.parametrize("name", HEADS)

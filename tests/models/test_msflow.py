@@ -128,10 +128,10 @@ def test_bfloat16_is_close_to_float32(
     assert {t.dtype for t in (*mixed.z, mixed.log_det, narrow.log_det)} == {torch.float32}
     assert {t.dtype for t in (*narrow.z, *back.z)} == {torch.bfloat16}
     for out in (mixed, narrow):
-        for got, want in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
-            assert relative_error(got, want) <= 0.03
-    for got, want in zip(back.z, x, strict=True):
-        assert relative_error(got, want) <= 0.1
+        for got, right in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
+            assert relative_error(got, right) <= 0.03
+    for got, right in zip(back.z, x, strict=True):
+        assert relative_error(got, right) <= 0.1
 
 
 def test_a_head_can_train_after_inference_mode(normal: Normal) -> None:
@@ -202,8 +202,8 @@ def test_the_optimized_head_is_a_snapshot(normal: Normal, memory_format: Layout)
     form = head.optimize()
     head.load_state_dict(make(seed=1).state_dict())
     out = form(x)
-    for got, want in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
-        assert relative_error(got, want) <= 1e-12
+    for got, right in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
+        assert relative_error(got, right) <= 1e-12
 
 
 @pytest.mark.parametrize("kind", ["msflow", "fastflow"])
@@ -223,8 +223,8 @@ def test_likelihoods_of_the_optimized_head_compute_no_log_det(
     monkeypatch.setattr(ops, "affine_coupling", asking)
     maps = form.log_likelihood(x)
     assert asked and not any(asked)
-    for got, want in zip(maps, expected, strict=True):
-        assert relative_error(got, want) <= 1e-12
+    for got, right in zip(maps, expected, strict=True):
+        assert relative_error(got, right) <= 1e-12
 
 
 def test_one_number_of_condition_channels_applies_to_all_scales() -> None:

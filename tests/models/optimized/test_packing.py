@@ -98,6 +98,6 @@ def test_scores_do_not_depend_on_the_first_batch(kind: str, dtype: torch.dtype) 
     model = make(kind)
     one, many = model.optimize(dtype), model.optimize(dtype)
     scores(many, torch.rand(9, 3, 64, 64))
-    alone = torch.cat([scores(one, image[None]) for image in IMAGES])
+    single = torch.cat([scores(one, image[None]) for image in IMAGES])
     for form in (one, many):
-        torch.testing.assert_close(scores(form), alone, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(scores(form), single, rtol=1e-6, atol=1e-6)
