@@ -1,4 +1,4 @@
-"""Test a model on labelled images, and choose thresholds from normal ones."""
+"""Test a model on labeled images, and choose thresholds from normal images."""
 
 from msflow_ext.evaluation.calibration import Calibration
 from msflow_ext.evaluation.evaluator import Evaluation, Truth, evaluate, measure

@@ -1,4 +1,4 @@
-"""Test a model on labelled images: scores, maps, exact metrics and the curves behind them."""
+"""Test a model on labeled images: scores, maps, exact metrics and their curves."""
 
 from __future__ import annotations
 
@@ -18,9 +18,17 @@ from msflow_ext.features import Features
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of a test set: ``labels (N,)`` and ``masks (N, S, S)``, bool.
+    """Ground truth of a test set.
 
-    Each is None where one of them is unknown, or all are of one class: then nothing can be measured.
+    Attributes:
+        labels: ``(N,)`` bool, True for defective. None if a label is unknown or all are of one class.
+        masks: ``(N, S, S)`` bool, True for defective. None if a mask is unknown or all pixels are of
+            one class.
+
+    Examples:
+        >>> truth = Truth(labels=np.array([False, True]), masks=None)
+        >>> measure(truth, np.array([0.1, 0.9]), np.zeros((2, 4, 4))).metrics["image_auroc"]
+        1.0
     """
 
     labels: np.ndarray | None
@@ -28,18 +36,30 @@ class Truth:
 
     @classmethod
     def of(cls, images: Images) -> Truth:
-        """Read all masks; ValueError if one does not fit its image."""
+        """Read the labels and masks of images.
+
+        Raises:
+            ValueError: a mask does not fit its image.
+        """
         labels = [item.label for item in images.items]
         return cls(_known(labels), _known([images.mask(i) for i in range(len(images))]))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores ``(N,)``, maps ``(N, S, S)`` float32 and metrics of a test set, in the order of its images.
+    """Scores, maps and metrics of a test set, in the order of its images.
 
-    A map is of the whole image and nothing else, as are the images and masks of fit ``"resize"``.
-    Of a set with masks also the AUPIMO of each image, ``(N,)`` with NaN for the good ones, and the
-    curves ``pixel_roc`` and ``pro``, each rates of false positives and what is found at them.
+    Attributes:
+        scores: ``(N,)``.
+        maps: ``(N, S, S)`` float32. A map covers exactly the image, resized to a square.
+        metrics: value of each metric, None where it is undefined, see :func:`evaluate`.
+        aupimo: AUPIMO of each image, ``(N,)``, NaN for good ones; None without masks.
+        curves: ``pixel_roc`` and ``pro``, if there are masks: false-positive rates, and the rates
+            found at them.
+
+    Examples:
+        >>> Evaluation(np.zeros(2), np.zeros((2, 4, 4), np.float32), {"image_auroc": None}).curves
+        {}
     """
 
     scores: np.ndarray
@@ -56,23 +76,37 @@ def evaluate(
     truth: Truth,
     batch_size: int = 8,
 ) -> Evaluation:
-    """Score every image of ``features`` and compare with the truth.
+    """Score every image of ``features``, and compare with the ground truth.
+
+    If several processes evaluate together, each scores its share of the images. The first one returns
+    the metrics of all images; the others return no metrics.
 
     Args:
-        predict: from features to something with ``score (N,)`` and ``anomaly_map (N, S, S)``,
-            such as the ``predict_features`` of a model.
-        truth: of the same images with fit ``"resize"``. Of padded images the maps are cut back and
-            stretched to the square, so that an image counts the same whatever its fit and aspect.
+        predict: function of a batch of features, which returns an object with ``score (N,)`` and
+            ``anomaly_map (N, S, S)``, such as ``model.predict_features``.
+        features: features of the test images.
+        truth: ground truth of the same images with fit ``"resize"``. Maps of padded images are
+            cropped and resized to it, so that metrics do not depend on the fit.
+        batch_size: images per call of ``predict``.
 
-    The metrics are fractions: ``image_auroc``, ``image_average_precision``, ``image_f1_max``, the
-    same three for ``pixel``, ``aupro`` and ``aupro_0.05`` (up to a false-positive rate of 0.3 and
-    0.05), and ``aupimo``; None where the truth is, ``aupimo`` also without labels of both classes:
-    its normal images are those labelled so, whatever their masks hold.
-    Of several processes each scores its own images, and the first one measures them all; the others
-    return theirs without metrics.
+    Returns:
+        Scores, maps and metrics. Metrics are fractions: ``image_auroc``,
+        ``image_average_precision``, ``image_f1_max``, the same three with ``pixel_``, ``aupro`` and
+        ``aupro_0.05`` (up to a false-positive rate of 0.3 and 0.05), and ``aupimo``. A metric is None
+        if its labels or masks are. ``aupimo`` needs both: the labels select its normal images.
 
     Raises:
-        FloatingPointError: a score or a map is not finite; its image is named.
+        FloatingPointError: a score or a map is not finite; the message names its image.
+
+    Examples:
+        >>> from msflow_ext import FastFlow
+        >>> from msflow_ext.data import Item
+        >>> photos = np.random.default_rng(0).integers(0, 255, (2, 64, 64), np.uint8)
+        >>> images = Images([Item(str(i), i, "", photo) for i, photo in enumerate(photos)], 64)
+        >>> model = FastFlow("test_resnet", image_size=64, pretrained=False, steps=1)
+        >>> found = evaluate(model.predict_features, Features(model, images), Truth.of(images))
+        >>> found.scores.shape, found.maps.shape
+        ((2,), (2, 64, 64))
     """
     ranks = features.ranks
     with ranks.agreed():
@@ -85,7 +119,20 @@ def evaluate(
 
 
 def measure(truth: Truth, scores: np.ndarray, maps: np.ndarray) -> Evaluation:
-    """The evaluation of scores and maps that are there."""
+    """Return the evaluation of given scores and maps, with the metrics of :func:`evaluate`.
+
+    Args:
+        truth: ground truth of the images.
+        scores: ``(N,)``.
+        maps: ``(N, S, S)``.
+
+    Examples:
+        >>> masks = np.zeros((2, 4, 4), bool)
+        >>> masks[1, :2] = True
+        >>> truth = Truth(labels=np.array([False, True]), masks=masks)
+        >>> measure(truth, np.array([0.1, 0.9]), masks.astype(np.float32)).metrics["pixel_auroc"]
+        1.0
+    """
     known = _compare("image", truth.labels, scores) | _compare("pixel", truth.masks, maps)
     known |= dict.fromkeys(("aupro", "aupro_0.05", "aupimo"))
     if truth.masks is None:
@@ -106,7 +153,7 @@ def measure(truth: Truth, scores: np.ndarray, maps: np.ndarray) -> Evaluation:
 def _scored(
     predict: Callable[[Sequence[Tensor]], Any], features: Features, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores ``(N,)`` and maps ``(N, S, S)`` of this process's own images."""
+    """Return scores ``(N,)`` and maps ``(N, S, S)`` of this process's share of the images."""
     own, size = features.own.tolist(), features.images.size
     scores, maps = np.empty(len(own)), np.empty((len(own), size, size), np.float32)
     done = 0

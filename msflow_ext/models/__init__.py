@@ -1,3 +1,3 @@
-"""Models: one file each, plus the backbones they share."""
+"""Models, one file each, and the backbones that they share."""
 
 from __future__ import annotations

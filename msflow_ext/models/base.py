@@ -1,4 +1,4 @@
-"""What MSFlow and FastFlow share: a frozen backbone, statistics of its features, a flow, a score."""
+"""Base classes of MSFlow and FastFlow: frozen backbone, feature statistics, flow head, scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from msflow_ext import ops
 from msflow_ext.choices import ANOMALY_MAPS, CLAMP_FORMS, MEMORY, SCORES
 from msflow_ext.models.anomaly_map import ClampedMap
 from msflow_ext.models.backbone import Backbone
-from msflow_ext.models.gaussians import Total, Whitening, alone
+from msflow_ext.models.gaussians import Total, Whitening, one_process
 from msflow_ext.ops._backend import hides_values
 
 ROUNDING = 1e-3  # a quarter of a gray level
@@ -26,13 +26,13 @@ ROUNDING = 1e-3  # a quarter of a gray level
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a detector says of a batch of images.
+    """Scores and maps of a batch of images.
 
     Attributes:
-        score: ``(N,)``, the larger the more anomalous; which score, the model says.
-        anomaly_map: ``(N, S, S)`` for localization.
-        image_map: ``(N, S, S)``, the map behind the paper's image score.
-        log_likelihood: one ``(N, H_i, W_i)`` per scale.
+        score: ``(N,)``, larger for more anomalous images; the model's ``score`` argument selects which one.
+        anomaly_map: ``(N, S, S)``, for localization.
+        image_map: ``(N, S, S)``, the map from which the paper computes its image score.
+        log_likelihood: ``(N, H_i, W_i)`` per scale.
     """
 
     score: Tensor
@@ -42,18 +42,31 @@ class Prediction:
 
 
 class FlowHead(nn.Module):
-    """The trainable part of a detector: maps features of several scales to a standard normal distribution.
+    """Base class of the trainable part of a detector, a normalizing flow over features of several scales.
 
-    A subclass has ``forward(features) -> FlowOutput`` and its ``inverse``.
+    It maps the features to a standard normal distribution. A subclass implements ``forward(features) -> FlowOutput`` and
+    its ``inverse``.
 
     Args:
         channels: channels of each scale.
-        clamp, clamp_form: of the coupling steps, see :func:`msflow_ext.ops.affine_coupling`.
+        clamp, clamp_form: soft clamp of the coupling steps, see :func:`msflow_ext.ops.affine_coupling`.
 
     Attributes:
-        memory: what the backward pass of training rests on. ``"lean"``: saved activations, without those that are
-            cheap to compute again. ``"reversible"``: the latent tensors alone, from which the inverse recovers the
-            rest; float32 or float64, slower, and without forward hooks in subnets.
+        memory: what training keeps for the backward pass. ``"lean"``: the activations, except those that are cheap to
+            recompute. ``"reversible"``: only the latent tensors, from which the inverse recovers the activations. That
+            is slower, needs float32 or float64, and ignores forward hooks of subnets.
+
+    Raises:
+        ValueError: ``clamp`` is not positive, or ``clamp_form`` is unknown.
+
+    Examples:
+        >>> from msflow_ext import FlowOutput
+        >>> class Identity(FlowHead):
+        ...     def forward(self, features):
+        ...         return FlowOutput(list(features), torch.zeros(len(features[0])))
+        >>> head = Identity([4], clamp=2.0, clamp_form="0.2")
+        >>> head.log_likelihood([torch.zeros(1, 4, 8, 8)])[0].shape
+        torch.Size([1, 8, 8])
     """
 
     def __init__(self, channels: Sequence[int], *, clamp: float, clamp_form: str) -> None:
@@ -63,7 +76,7 @@ class FlowHead(nn.Module):
         self.clamp_form = clamp_form
         self._memory = "lean"
         if not 0 < self.clamp < math.inf:
-            raise ValueError(f"clamp must be positive, got {self.clamp}")
+            raise ValueError(f"clamp must be positive and finite, got {self.clamp}")
         if self.clamp_form not in CLAMP_FORMS:
             raise ValueError(f"clamp_form must be '0.2' or 'head', got {self.clamp_form!r}")
 
@@ -82,11 +95,11 @@ class FlowHead(nn.Module):
                     module.memory = value  # type: ignore[assignment]
 
     def log_likelihood(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Log-likelihood maps ``[(N, H_i, W_i)]``: see :func:`msflow_ext.ops.log_likelihood_map`."""
+        """Return log-likelihood maps ``[(N, H_i, W_i)]``, see :func:`msflow_ext.ops.log_likelihood_map`."""
         return [ops.log_likelihood_map(z) for z in self(features).z]
 
     def loss(self, features: Sequence[Tensor]) -> Tensor:
-        """Mean over the batch of the negative log-likelihood in nats, without its constant."""
+        """Return the mean negative log-likelihood of the batch in nats, without its constant."""
         out = self(features)
         return (sum(ops.half_square_norm(z) for z in out.z) - out.log_det).mean()
 
@@ -98,32 +111,41 @@ class FlowHead(nn.Module):
             )
         if tuple(s[1] for s in got) != self.channels or any(s[0] != got[0][0] for s in got):
             raise ValueError(
-                f"{name} must have one N and channels {self.channels}, got shapes {got}"
+                f"{name} must have the same N and channels {self.channels}, got shapes {got}"
             )
         if any(0 in s[1:] for s in got):
             raise ValueError(f"{name} must have at least one position per scale, got shapes {got}")
 
 
 class AnomalyModel(nn.Module, ABC):
-    """A model that scores images by the likelihood of their features.
+    """Base class of the models, which score images by the likelihood of their features.
 
-    A subclass has ``predict_features(features) -> Prediction``, and may pool the backbone's maps.
+    A subclass implements ``predict_features(features) -> Prediction``, and may pool the backbone's maps.
 
     Args:
-        backbone: frozen.
-        head: a :class:`FlowHead` for the maps that :meth:`features` gives.
-        image_size: side ``S`` of the square input and of the maps, in pixels; None: see :func:`side`.
-        standardize: whether features are standardised per channel by statistics of the training set, once
-            :meth:`set_statistics` was called.
-        whiten: whether standardised features are whitened at every position: see :class:`Whitening`.
-        score: of an image: ``paper``, ``log``, ``nll`` or ``map``.
-        top_k: share of the pixels that make it.
+        backbone: the frozen network that computes the features.
+        head: a :class:`FlowHead` for the maps that :meth:`features` returns.
+        image_size: side ``S`` of the square input and of the maps, in pixels. None: the size that the backbone
+            requires, else 256.
+        standardize: whether features are standardized per channel, by the statistics of :meth:`set_statistics`.
+        whiten: whether standardized features are whitened at every position, see :class:`Whitening`.
+        score: image score: ``paper``, ``log``, ``nll`` or ``map``.
+        top_k: share of the pixels from which the score is computed.
         anomaly_map: ``paper`` or ``clamped``.
-        smoothing: of the clamped map, see :class:`ClampedMap`.
+        smoothing: standard deviation of the clamped map's Gaussian filter, in pixels, see :class:`ClampedMap`.
         config: further arguments of the subclass.
 
     Attributes:
         config: plain values that build the model again: ``type(model)(**model.config)``.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+
+    Examples:
+        >>> from msflow_ext import FastFlow
+        >>> model = FastFlow("test_resnet", image_size=64, pretrained=False, steps=1)
+        >>> isinstance(model, AnomalyModel), model(torch.rand(2, 3, 64, 64)).score.shape
+        (True, torch.Size([2]))
     """
 
     def __init__(
@@ -148,7 +170,7 @@ class AnomalyModel(nn.Module, ABC):
         if not 0 < top_k <= 1:
             raise ValueError(f"top_k must be in (0, 1], got {top_k}")
         if whiten and not standardize:
-            raise ValueError("whiten needs standardize, got whiten True and standardize False")
+            raise ValueError("standardize must be True if whiten is True, got False")
         self.score, self.top_k = score, top_k
         self.image_size = side(image_size, backbone)
         self.standardize = standardize
@@ -161,7 +183,7 @@ class AnomalyModel(nn.Module, ABC):
             )
         if smoothing and anomaly_map != "clamped":
             raise ValueError(
-                f"smoothing needs anomaly_map clamped, got smoothing {smoothing} and {anomaly_map!r}"
+                f"smoothing must be 0 unless anomaly_map is 'clamped', got {smoothing} and {anomaly_map!r}"
             )
         clamped = anomaly_map == "clamped"
         self.clamped = ClampedMap(len(head.channels), smoothing) if clamped else None
@@ -185,30 +207,36 @@ class AnomalyModel(nn.Module, ABC):
         }
 
     def forward(self, images: Tensor) -> Prediction:
-        """Score RGB ``images (N, 3, S, S)`` in 0..1; normalisation happens inside.
+        """Score a batch of images; the backbone normalizes them itself.
+
+        Args:
+            images: RGB in 0..1.
+
+        Shape:
+            images: ``(N, 3, S, S)``.
 
         Raises:
-            ValueError: images outside 0..1, such as 0..255 or normalised ones. Values are not checked on a GPU, where
-                that would wait for the device, and in a graph that is traced or compiled.
+            ValueError: ``images`` has another shape, or values outside 0..1, such as 0..255 or normalized ones. Values
+                are not checked on a GPU, where that would wait for the device, nor in a traced or compiled graph.
         """
         return self.predict_features(self.features(images))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
-        """Feature maps ``[(N, C_i, H_i, W_i)]`` as the head takes them."""
+        """Return the feature maps ``[(N, C_i, H_i, W_i)]`` that are the head's input."""
         found = self.plain_features(images)
         return found if self.whitening is None else self.whitening(found)
 
     @torch.no_grad()
     def plain_features(self, images: Tensor) -> list[Tensor]:
-        """The feature maps before they are whitened, where they are."""
+        """Return the feature maps of :meth:`features` before whitening."""
         if images.is_cpu and images.is_floating_point() and not hides_values(images):
             refuse_range(images, "images")
         pooled = [self.pool(f) for f in self.backbone(images)]
         return self.standardized(pooled) if self.standardize else pooled
 
     def standardized(self, pooled: Sequence[Tensor]) -> list[Tensor]:
-        """Pooled maps by the statistics of their channels."""
+        """Return pooled maps standardized by the mean and the standard deviation of each channel."""
         return [
             (f - _column(getattr(self, f"feature_mean{i}")))
             / _column(getattr(self, f"feature_std{i}"))
@@ -216,51 +244,55 @@ class AnomalyModel(nn.Module, ABC):
         ]
 
     def pool(self, x: Tensor) -> Tensor:
-        """What the head gets of a map of the backbone: here all of it."""
+        """Return the head's input from a map of the backbone: here the map itself."""
         return x
 
     def _sizes(self) -> list[tuple[int, int]]:
-        """Of the maps that the head gets."""
+        """Return the sizes of the head's input maps."""
         return [self.pooled_size(*grid) for grid in self.backbone.grids(self.image_size)]
 
     def pooled_size(self, height: int, width: int) -> tuple[int, int]:
-        """Size of what :meth:`pool` makes of a map of this size."""
+        """Return the size that :meth:`pool` makes of a map of this size."""
         return height, width
 
     def localize(self, log_likelihood: Sequence[Tensor], paper: Tensor) -> Tensor:
-        """The anomaly map: the clamped one where the model wants that, else the paper's."""
+        """Return the clamped anomaly map if the model has one, else the paper's."""
         return paper if self.clamped is None else self.clamped(log_likelihood, self.image_size)
 
     def top_k_mean(self, anomaly_map: Tensor) -> Tensor:
-        """The score ``map`` of images: the mean of the largest ``top_k`` share of their maps, ``(N,)``."""
+        """Return the mean of the largest ``top_k`` share of each map, ``(N,)``: the score ``map``."""
         count = max(1, int(self.top_k * self.image_size**2))
         return anomaly_map.flatten(1).topk(count, sorted=False).values.mean(1)
 
     @torch.no_grad()
-    def fit_map(self, batches: Iterable[Sequence[Tensor]], total: Total = alone) -> None:
-        """Fit the clamped map, where the model has one, to what the trained head says of normal images.
+    def fit_map(self, batches: Iterable[Sequence[Tensor]], total: Total = one_process) -> None:
+        """Fit the clamped map to the log-likelihoods of normal images; without such a map, do nothing.
 
         Args:
             batches: the features of all normal images.
-            total: of several processes with batches of their own, sums a tensor over all.
+            total: sums a tensor over the processes, if each has a share of the batches.
         """
         if self.clamped is not None:
             self.clamped.fit(map(self.head.log_likelihood, batches), total)
 
     @abstractmethod
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
-        """Score features as :meth:`features` gives them."""
+        """Score the feature maps that :meth:`features` returns."""
 
     def set_statistics(self, means: Sequence[Tensor], stds: Sequence[Tensor]) -> None:
-        """Store per-channel mean and standard deviation ``(C_i,)`` of the training set's pooled features."""
+        """Store mean and standard deviation ``(C_i,)`` of each channel of the training set's pooled features.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
         for i, (mean, std) in enumerate(zip(means, stds, strict=True)):
             if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
-                raise ValueError(f"set_statistics: scale {i} holds non-finite values")
+                raise ValueError(f"means and stds must be finite, scale {i} has NaN or infinity")
             getattr(self, f"feature_mean{i}").copy_(mean)
             getattr(self, f"feature_std{i}").copy_(std.clamp_min(1e-6))
 
     def forget_statistics(self) -> None:
-        """Leave features as the backbone gives them, until statistics are set again."""
+        """Return to features that are neither standardized nor whitened, until statistics are set again."""
         for i in range(len(self.head.channels)):
             getattr(self, f"feature_mean{i}").zero_()
             getattr(self, f"feature_std{i}").fill_(1)
@@ -268,32 +300,39 @@ class AnomalyModel(nn.Module, ABC):
             self.whitening.reset()
 
     def loss(self, images: Tensor) -> Tensor:
-        """Training loss of a batch of images: see :meth:`FlowHead.loss`."""
+        """Return the training loss of a batch of images, see :meth:`FlowHead.loss`."""
         return self.head.loss(self.features(images))
 
     def optimize(self, dtype: torch.dtype | None = None) -> Self:
-        """Return an optimized copy of the whole pipeline for inference; this model stays as it is.
+        """Return an optimized copy of the model for inference; this model does not change.
 
-        Batch norms of the backbone are folded, all convolutions optimized, everything runs channels_last in ``dtype``:
-        float32 (None) or bfloat16; a backbone that bfloat16 spoils stays in float32, see :meth:`Backbone.optimize`.
+        Batch norms of the backbone are folded into its convolutions, weights are packed, and memory is channels_last.
 
-        The copy shares nothing with this model. It has the same ``state_dict``, can be copied and pickled, and packs
-        again after its weights changed: see :class:`~msflow_ext.models.optimized.packing.Optimized`. An image has the
-        same score alone and in any batch.
+        The copy shares no tensors with this model. It has the same ``state_dict`` and can be copied and pickled. After
+        its weights change, it packs them again, see :class:`~msflow_ext.models.optimized.packing.Optimized`. The score
+        of an image does not depend on the rest of its batch, bit for bit.
+
+        Args:
+            dtype: float32 (None) or bfloat16. A backbone that loses accuracy in bfloat16 stays in float32, see
+                :meth:`Backbone.optimize`.
         """
         parts: dict[int, Any] = {
             id(self.backbone): self.backbone.optimize(self.image_size, dtype),
             id(self.head): self.head.optimize(dtype),
         }
         with torch.inference_mode(False):
-            form = copy.deepcopy(self, parts)  # with these in the place of the originals
-        if form.whitening is not None:
-            form.whitening.one_by_one = True
-        return form.eval()
+            optimized = copy.deepcopy(self, parts)  # which uses these parts instead of its own
+        if optimized.whitening is not None:
+            optimized.whitening.one_by_one = True
+        return optimized.eval()
 
 
 def side(image_size: int | None, backbone: Backbone) -> int:
-    """The side of the images in pixels: what is asked for, else the one that the backbone takes, else 256."""
+    """Return the side of the images in pixels: ``image_size``, else the backbone's required size, else 256.
+
+    Raises:
+        TypeError: ``image_size`` is not a whole number.
+    """
     if image_size is not None:
         try:
             return operator.index(image_size)
@@ -305,9 +344,9 @@ def side(image_size: int | None, backbone: Backbone) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Random numbers of torch inside come from ``seed``, those outside as if nothing was drawn; None changes nothing."""
+    """Seed torch's random numbers in a block, and restore the generator afterwards; None does neither."""
     if seed is not None and not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must be a number of at most 64 bits, got {seed}")
+        raise ValueError(f"seed must be a whole number from -2**63 to 2**64 - 1, got {seed}")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -315,23 +354,23 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def refuse_range(images: Tensor, name: str) -> None:
-    """ValueError unless ``images`` are in 0..1, up to rounding: others score like none that a model has seen."""
+    """Raise a ValueError unless ``images`` are in 0..1, up to rounding: the model has not seen other values."""
     if not images.numel():
         return
     low, high = (end.item() for end in images.detach().aminmax())
-    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN is not, either
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN fails too
         raise ValueError(f"{name} must be RGB in 0..1, got {low:.3g}..{high:.3g}")
 
 
 def refuse_non_finite(log_det: Tensor, features: Sequence[Tensor]) -> None:
-    """Non-finite features show in ``log_det``, where looking costs nothing; other causes are the caller's."""
+    """Raise a ValueError if ``log_det``, which is cheap to check, is not finite because of the features."""
     if log_det.device.type != "cpu" or hides_values(log_det):
         return
     if bool(torch.isfinite(log_det).all()):
         return
     for i, f in enumerate(features):
         if not bool(torch.isfinite(f).all()):
-            raise ValueError(f"features: scale {i} holds NaN or infinite values")
+            raise ValueError(f"features must be finite, scale {i} has NaN or infinity")
 
 
 def _column(vector: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """FastFlow: an unconditional flow on each scale of a frozen backbone, convolutional or transformer.
 
-Source: Yu et al., "FastFlow: Unsupervised Anomaly Detection and Localization via 2D Normalizing Flows", 2021; where it
-is silent, the behaviour of ``gathierry/FastFlow`` and of anomalib.
+Source: Yu et al., "FastFlow: Unsupervised Anomaly Detection and Localization via 2D Normalizing Flows", 2021. Details
+that the paper leaves open follow ``gathierry/FastFlow`` and anomalib.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from msflow_ext.models.conv.training import TrainedConv2d, laid_out
 if TYPE_CHECKING:
     from msflow_ext.models.optimized.fastflow import OptimizedFastFlowHead
 
-#: What the paper fixes for its backbones. Others have what the paper's backbones of their kind share.
+#: Settings of the paper for its backbones. Other backbones have the common settings of their kind.
 PRESETS: dict[str, dict[str, Any]] = {
     "resnet18": {"image_size": 256, "conv3x3_only": True},
     "wide_resnet50_2": {"image_size": 256},
@@ -37,13 +37,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cait_m48_448": {"image_size": 448, "out_indices": (40,)},
 }
 PYRAMID: dict[str, Any] = {"steps": 8, "hidden_ratio": 1.0, "conv3x3_only": False}
-#: A pyramid with a map of fewer channels than any of the paper's has, 64: its subnets would be too narrow to learn much.
+#: For a pyramid with a map of fewer than 64 channels, the paper's fewest: the paper's subnets would be too narrow.
 NARROW: dict[str, Any] = {**PYRAMID, "hidden_ratio": 2.0}
 TRANSFORMER: dict[str, Any] = {"steps": 20, "hidden_ratio": 0.16, "conv3x3_only": False}
 
 
 class FastFlowHead(FlowHead):
-    """The trainable part of FastFlow: a LayerNorm where there is one, and a flow, on every scale.
+    """Trainable part of FastFlow: an optional LayerNorm and a flow on every scale.
 
     The subnet of a step is Conv - ReLU - Conv of the conditioning half.
 
@@ -51,14 +51,14 @@ class FastFlowHead(FlowHead):
         channels: channels of each scale, 2 or more.
         steps: flow steps of every scale.
         hidden_ratio: hidden channels of a subnet, as a share of its input channels (rounded down).
-        conv3x3_only: convolve 3x3 in every step, instead of 3x3 and 1x1 in turn.
+        conv3x3_only: whether all steps use 3x3 convolutions, instead of alternating 3x3 and 1x1.
         clamp, clamp_form: see :func:`msflow_ext.ops.affine_coupling`.
-        input_sizes: ``(height, width)`` of each scale, for LayerNorms over channels and positions before the flows,
-            with a weight and a bias for each channel at each position; None for no norms, then any size will do.
-        seed: of permutations and initial weights; None draws from torch's global generator.
+        input_sizes: ``(height, width)`` of each scale, for LayerNorms over channels and positions before the flows.
+            They have a weight and a bias for each channel at each position. None: no norms, and inputs of any size.
+        seed: seed of permutations and initial weights; None uses torch's global generator.
 
     Raises:
-        ValueError: an argument does not fit; it is named.
+        ValueError: an argument is out of range; the message names it.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class FastFlowHead(FlowHead):
         )
 
     def forward(self, features: Sequence[Tensor]) -> FlowOutput:
-        """Map features ``[(N, C_i, H_i, W_i)]`` to the latent space; ``log_det`` is that of the flows alone."""
+        """Map features ``[(N, C_i, H_i, W_i)]`` to the latent space; ``log_det`` omits the LayerNorms."""
         normed = self.normalize(features)
         z, log_dets = [], []
         for x, flow in zip(normed, self.flows, strict=True):
@@ -101,20 +101,23 @@ class FastFlowHead(FlowHead):
         return FlowOutput(z, total)
 
     def normalize(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """What the flows see of the features: the results of the LayerNorms."""
+        """Return the input of the flows: the features after the LayerNorms."""
         self._check_features(features)
         if not self.norms:
             return list(features)
         return [norm(f) for f, norm in zip(features, self.norms, strict=True)]
 
     def inverse(self, z: Sequence[Tensor]) -> FlowOutput:
-        """Map latent tensors back to normalised features (a LayerNorm forgets); ``log_det`` is the inverse's."""
+        """Map latent tensors back to the input of the flows; the LayerNorms cannot be inverted.
+
+        ``log_det`` is that of the inverse.
+        """
         self._check_features(z, "z")
         pairs: Any = [flow.inverse(t) for t, flow in zip(z, self.flows, strict=True)]  # type: ignore[operator]
         return FlowOutput([x for x, _ in pairs], sum(d for _, d in pairs))  # type: ignore[arg-type]
 
     def optimize(self, dtype: torch.dtype | None = None) -> OptimizedFastFlowHead:
-        """Return an optimized copy for inference: channels_last, with packed weights in ``dtype`` (None: as they are)."""
+        """Return an optimized copy for inference: channels_last, with packed weights in ``dtype`` (None: unchanged)."""
         from msflow_ext.models.optimized.fastflow import OptimizedFastFlowHead
 
         return OptimizedFastFlowHead(self, dtype)
@@ -125,7 +128,7 @@ class FastFlowHead(FlowHead):
         hidden = int(conditioning * self.hidden_ratio)
         if hidden < 1:
             raise ValueError(
-                f"hidden_ratio {self.hidden_ratio} leaves no hidden channels of the {conditioning} that a subnet sees"
+                f"hidden_ratio must leave at least 1 of a subnet's {conditioning} input channels, got {self.hidden_ratio}"
             )
 
         def step(i: int) -> AffineCoupling:
@@ -144,57 +147,58 @@ class FastFlowHead(FlowHead):
         sizes = [(f.size(2), f.size(3)) for f in features]
         if self.input_sizes is not None and sizes != self.input_sizes:
             raise ValueError(
-                f"{name} must have the sizes of the LayerNorms, {self.input_sizes}, got {sizes}"
+                f"{name} must have the sizes {self.input_sizes} of the LayerNorms, got {sizes}"
             )
 
     def _check_arguments(self) -> None:
         if not self.channels or any(c < 2 for c in self.channels):
             raise ValueError(
-                f"channels must name one scale or more, of 2 channels or more, got {self.channels}"
+                f"channels must have one scale or more, of 2 channels or more, got {self.channels}"
             )
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if not 0 < self.hidden_ratio < math.inf:
-            raise ValueError(f"hidden_ratio must be above 0, got {self.hidden_ratio}")
+            raise ValueError(f"hidden_ratio must be above 0 and finite, got {self.hidden_ratio}")
         sizes = self.input_sizes
         if sizes is not None and (len(sizes) != len(self.channels) or min(map(min, sizes)) < 1):
             raise ValueError(
-                f"input_sizes must be a (height, width) for each of {len(self.channels)} scales, got {sizes}"
+                f"input_sizes must have a (height, width) for each of {len(self.channels)} scales, got {sizes}"
             )
 
 
 class FastFlow(AnomalyModel):
-    """FastFlow whole: frozen backbone, LayerNorms, flows, scores.
+    """FastFlow model: frozen backbone, LayerNorms, flows and scores.
 
-    A convolutional backbone, or a transformer whose grid shrinks, is read at three scales, each through a trainable
-    LayerNorm. A transformer of one grid is read after one block, through its own final norm.
+    A convolutional backbone, or a transformer whose grid shrinks, is read at three scales, each with a trainable
+    LayerNorm. A transformer whose blocks share one grid is read after one block, through its own final norm.
 
     Args:
-        backbone: name of a timm network, or ``efficientnet_lite0``, whose weights a pip package ships.
-        image_size: side ``S`` of the square input and of the map, in pixels; by default the preset's, else the one
-            that a transformer was trained with, else 256.
-        pretrained: True, a path of local weights, or False for random weights (loading a checkpoint, tests).
-        out_indices: which maps of the backbone; by default the preset's, else the backbone chooses: see
+        backbone: name of a timm network, or ``efficientnet_lite0``, whose weights come with a pip package.
+        image_size: side ``S`` of the square input and of the map, in pixels. Default: the paper's for its backbones,
+            the training size of a transformer of fixed size, else 256.
+        pretrained: True; the path of local weights; or False for random weights, if a checkpoint is loaded next.
+        out_indices: maps of the backbone. Default: the paper's for its backbones, else see
             :class:`~msflow_ext.models.backbone.Backbone`.
-        steps, conv3x3_only: see :class:`FastFlowHead`; by default as in the paper for the backbone or its kind.
-        hidden_ratio: see :class:`FastFlowHead`; by default as in the paper for the backbone or its kind, but 2 for a
-            pyramid with a map of fewer than 64 channels (mobile networks).
+        steps, conv3x3_only: see :class:`FastFlowHead`. Default: the paper's for the backbone or its kind.
+        hidden_ratio: see :class:`FastFlowHead`. Default: the paper's for the backbone or its kind, but 2 for a pyramid
+            with a map of fewer than 64 channels (mobile networks).
         clamp, clamp_form, seed: see :class:`FastFlowHead`.
-        layer_norm: whether there are trainable LayerNorms; by default where the backbone does not apply its own.
+        layer_norm: whether there are trainable LayerNorms. Default: True unless the backbone applies its own norm.
         padding_mode: padding of the backbone's convolutions, ``"reflect"`` or ``"zeros"``.
-        standardize: whether features are standardised per channel by statistics of the training set
+        standardize: whether features are standardized per channel by statistics of the training set
             (:meth:`set_statistics`).
-        score: score of an image: ``"paper"``, the maximum of the map; ``"log"``, ``"nll"`` or ``"map"``, as in
+        score: image score. ``"paper"``: the maximum of the map. ``"log"``, ``"nll"``, ``"map"``: as in
             :class:`~msflow_ext.MSFlow`.
-        top_k: share of the pixels that make the latter three.
-        anomaly_map: anomaly map: ``"paper"``, the mean over scales; or ``"clamped"``: see
+        top_k: share of the pixels from which ``"log"``, ``"nll"`` and ``"map"`` are computed.
+        anomaly_map: ``"paper"``: the mean over scales. ``"clamped"``: see
             :class:`~msflow_ext.models.anomaly_map.ClampedMap`.
-        smoothing: standard deviation in pixels of a Gaussian filter over the clamped map.
-        whiten: for parts that always lie alike: standardised features are whitened at every position given the coarser
-            scales there, by the training set's means and covariances: see :class:`~msflow_ext.models.gaussians.Whitening`.
+        smoothing: standard deviation of a Gaussian filter over the clamped map, in pixels.
+        whiten: whether standardized features are whitened at every position, given the coarser scales there. Use it
+            for parts that always lie in the same place, see :class:`~msflow_ext.models.gaussians.Whitening`.
 
     Raises:
-        ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.
+        ValueError: an argument is out of range; the message names it.
+        RuntimeError: the pretrained weights are not available.
     """
 
     def __init__(
@@ -230,14 +234,14 @@ class FastFlow(AnomalyModel):
         )
         narrow = min(network.channels) < 64
         kind = TRANSFORMER if network.is_flat else NARROW if narrow else PYRAMID
-        usual = {**kind, **preset}
+        defaults = {**kind, **preset}
         if layer_norm is None:
             layer_norm = not network.is_flat
         head = FastFlowHead(
             network.channels,
-            steps=usual["steps"] if steps is None else steps,
-            hidden_ratio=usual["hidden_ratio"] if hidden_ratio is None else hidden_ratio,
-            conv3x3_only=usual["conv3x3_only"] if conv3x3_only is None else conv3x3_only,
+            steps=defaults["steps"] if steps is None else steps,
+            hidden_ratio=defaults["hidden_ratio"] if hidden_ratio is None else hidden_ratio,
+            conv3x3_only=defaults["conv3x3_only"] if conv3x3_only is None else conv3x3_only,
             clamp=clamp,
             clamp_form=clamp_form,
             input_sizes=network.grids(side(size, network)) if layer_norm else None,
@@ -260,7 +264,7 @@ class FastFlow(AnomalyModel):
         )
 
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
-        """Score features as :meth:`features` gives them."""
+        """Score the feature maps that :meth:`features` returns."""
         log_likelihood = self.head.log_likelihood(features)
         maps = ops.mean_aggregate(log_likelihood, self.image_size)
         anomaly_map = self.localize(log_likelihood, maps.anomaly_map)

@@ -6,7 +6,7 @@ Source: Zhou et al., "MSFlow: Multi-Scale Flow-based Framework for Unsupervised 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,12 +16,9 @@ from msflow_ext.models.backbone import Backbone
 from msflow_ext.models.base import AnomalyModel, Prediction
 from msflow_ext.models.msflow_head import MSFlowHead
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["MSFlow", "MSFlowHead", "Prediction"]
 
-#: What the paper fixes for its backbone; every other backbone keeps its own padding and has its features standardised.
+#: Settings of the paper for its backbone. Other backbones keep their padding, and their features are standardized.
 PRESETS: dict[str, dict[str, Any]] = {
     "wide_resnet50_2": {"image_size": 512, "padding_mode": "reflect", "standardize": False},
     "efficientnet_lite0": {"image_size": 192, "padding_mode": "zeros", "standardize": True},
@@ -30,35 +27,36 @@ OTHER: dict[str, Any] = {"image_size": None, "padding_mode": "zeros", "standardi
 
 
 class MSFlow(AnomalyModel):
-    """MSFlow whole: frozen backbone, pooling, flows, scores.
+    """MSFlow model: frozen backbone, pooling, flows and scores.
 
-    The maps of a pyramid are pooled (3x3, stride 2), as in the paper. Where all maps of a transformer have one grid,
-    they are not: its patches are as coarse as the paper's coarsest pooled map, and attention has mixed neighbours.
+    The maps of a pyramid are pooled (3x3, stride 2), as in the paper. The maps of a transformer whose blocks share one
+    grid are not. Its patches are already as coarse as the paper's coarsest pooled map.
 
     Args:
-        backbone: name of a timm network, or ``efficientnet_lite0``, whose weights a pip package ships.
-        image_size: side ``S`` of the square input and of the maps, in pixels; by default the paper's for the
-            backbone, else the one that a transformer was trained with, else 256.
-        pretrained: True, a path of local weights, or False for random weights (loading a checkpoint, tests).
+        backbone: name of a timm network, or ``efficientnet_lite0``, whose weights come with a pip package.
+        image_size: side ``S`` of the square input and of the maps, in pixels. Default: the paper's for its backbone,
+            the training size of a transformer of fixed size, else 256.
+        pretrained: True; the path of local weights; or False for random weights, if a checkpoint is loaded next.
         blocks, cond_channels, clamp, clamp_form, seed: see :class:`MSFlowHead`.
-        out_indices: maps of the backbone to read, one per entry of ``blocks``; by default the backbone chooses: see
+        out_indices: maps of the backbone, one per entry of ``blocks``. Default: see
             :class:`~msflow_ext.models.backbone.Backbone`.
-        padding_mode: padding of the backbone's convolutions, ``"reflect"`` or ``"zeros"``; by default the paper's for the
+        padding_mode: padding of the backbone's convolutions, ``"reflect"`` or ``"zeros"``. Default: the paper's for its
             backbone, else ``"zeros"``.
-        standardize: whether features are standardised per channel by statistics of the training set
-            (:meth:`set_statistics`); by default off for the backbone of the paper, on for others.
-        score: score of an image: ``"log"``, the paper's image score as ``-log(1 - score)``, which has the same order
-            and cannot saturate; ``"paper"``, the value itself; ``"nll"``, the mean of the largest summed negative
-            log-likelihoods; ``"map"``, that of the anomaly map's largest values.
-        top_k: share of the pixels that make the score.
-        anomaly_map: anomaly map: ``"paper"``, additive over scales; or ``"clamped"``: see
+        standardize: whether features are standardized per channel by statistics of the training set
+            (:meth:`set_statistics`). Default: False for the paper's backbone, True for others.
+        score: image score. ``"log"``: the paper's score as ``-log(1 - score)``, which has the same order and does not
+            saturate. ``"paper"``: the paper's score. ``"nll"``: top-k mean of the summed negative log-likelihoods.
+            ``"map"``: top-k mean of the anomaly map.
+        top_k: share of the pixels from which the score is computed.
+        anomaly_map: ``"paper"``: additive over scales. ``"clamped"``: see
             :class:`~msflow_ext.models.anomaly_map.ClampedMap`.
-        smoothing: standard deviation in pixels of a Gaussian filter over the clamped map.
-        whiten: for parts that always lie alike: standardised features are whitened at every position given the coarser
-            scales there, by the training set's means and covariances: see :class:`~msflow_ext.models.gaussians.Whitening`.
+        smoothing: standard deviation of a Gaussian filter over the clamped map, in pixels.
+        whiten: whether standardized features are whitened at every position, given the coarser scales there. Use it
+            for parts that always lie in the same place, see :class:`~msflow_ext.models.gaussians.Whitening`.
 
     Raises:
-        ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.
+        ValueError: an argument is out of range; the message names it.
+        RuntimeError: the pretrained weights are not available.
     """
 
     def __init__(
@@ -114,13 +112,13 @@ class MSFlow(AnomalyModel):
         smallest = -(-self.image_size // network.strides[-1])
         if self.pooled and smallest < 3:
             raise ValueError(
-                f"image_size {self.image_size} leaves maps of {smallest} x {smallest} at stride {network.strides[-1]} "
-                f"of {backbone}, smaller than the 3 x 3 that are pooled"
+                f"image_size must give maps of at least 3 x 3 at stride {network.strides[-1]} of {backbone}, "
+                f"got {self.image_size}, which gives {smallest} x {smallest}"
             )
 
     @property
     def pooled(self) -> bool:
-        """Whether the backbone's maps are pooled."""
+        """Return whether the backbone's maps are pooled."""
         return not self.backbone.is_flat
 
     def pool(self, x: Tensor) -> Tensor:
@@ -130,7 +128,7 @@ class MSFlow(AnomalyModel):
         return ((height + 1) // 2, (width + 1) // 2) if self.pooled else (height, width)
 
     def predict_features(self, features: Sequence[Tensor]) -> Prediction:
-        """Score pooled features as :meth:`features` gives them."""
+        """Score the pooled feature maps that :meth:`features` returns."""
         log_likelihood = self.head.log_likelihood(features)
         maps = ops.aggregate(log_likelihood, self.image_size, top_k=self.top_k)
         anomaly_map = self.localize(log_likelihood, maps.anomaly_map)

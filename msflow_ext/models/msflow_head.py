@@ -1,4 +1,4 @@
-"""MSFlow's head: a conditional flow on each scale, and the fusion flow across scales."""
+"""Head of MSFlow: a conditional flow per scale, and the fusion flow across scales."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 
 class MSFlowHead(FlowHead):
-    """The trainable part of MSFlow: parallel flows and fusion flow over pooled feature maps.
+    """Trainable part of MSFlow: parallel flows and fusion flow over pooled feature maps.
 
     Args:
-        channels: channels of each scale, two scales or more, even numbers.
-        blocks: flow steps of each scale; the paper's 2, 5, 8 grow with depth.
-        cond_channels: channels of the positional condition, a multiple of 4, one number or one per scale.
+        channels: channels of each scale; even numbers, for two or more scales.
+        blocks: flow steps of each scale. The paper's 2, 5, 8 grow with depth.
+        cond_channels: channels of the positional condition, a multiple of 4; one number, or one per scale.
         clamp: alpha of the soft clamp.
-        clamp_form: form of the soft clamp, ``"0.2"`` (the authors' code, FrEIA 0.2) or ``"head"`` (FrEIA master); the
-            fusion flow has its own.
-        seed: of permutations and initial weights; None draws from torch's global generator.
+        clamp_form: soft clamp of the parallel flows, ``"0.2"`` (FrEIA 0.2, as the reference implementation) or
+            ``"head"`` (FrEIA master). The fusion flow has a different one.
+        seed: seed of permutations and initial weights; None uses torch's global generator.
 
     Raises:
-        ValueError: an argument does not fit; it is named.
+        ValueError: an argument is out of range; the message names it.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class MSFlowHead(FlowHead):
         return FlowOutput(z, total)
 
     def inverse(self, z: Sequence[Tensor]) -> FlowOutput:
-        """Map latent tensors back to pooled features; ``log_det`` is the inverse's."""
+        """Map latent tensors back to pooled features; ``log_det`` is that of the inverse."""
         self._check_features(z, "z")
         x, total = self.fusion.inverse(z)
         features = []
@@ -88,18 +88,18 @@ class MSFlowHead(FlowHead):
         return FlowOutput(features, total)
 
     def optimize(self, dtype: torch.dtype | None = None) -> OptimizedMSFlowHead:
-        """Return an optimized copy for inference: channels_last, with packed weights in ``dtype`` (None: as they are)."""
+        """Return an optimized copy for inference: channels_last, with packed weights in ``dtype`` (None: unchanged)."""
         from msflow_ext.models.optimized.msflow import OptimizedMSFlowHead
 
         return OptimizedMSFlowHead(self, dtype)
 
     def _check_arguments(self) -> None:
         if len(self.channels) < 2:
-            raise ValueError(f"channels must name two scales or more, got {self.channels}")
+            raise ValueError(f"channels must have two scales or more, got {self.channels}")
         for name in ("blocks", "cond_channels"):
             if len(getattr(self, name)) != len(self.channels):
                 raise ValueError(
-                    f"{name} must be one per scale ({len(self.channels)}), got {getattr(self, name)}"
+                    f"{name} must have one number per scale ({len(self.channels)}), got {getattr(self, name)}"
                 )
         if any(c < 2 or c % 2 for c in self.channels):
             raise ValueError(
@@ -114,7 +114,7 @@ class MSFlowHead(FlowHead):
 
 
 class ConditionalFlow(Flow):
-    """The parallel flow of one scale: coupling steps conditioned on the position in the map."""
+    """Parallel flow of one scale: coupling steps conditioned on the position in the map."""
 
     def __init__(
         self, channels: int, blocks: int, cond_channels: int, *, clamp: float, clamp_form: str
@@ -142,28 +142,28 @@ class ConditionalFlow(Flow):
         return super().inverse(y, self._encoding(y))
 
     def _encoding(self, x: Tensor) -> Tensor:
-        """The condition for the size of ``x``, computed once per size, dtype and device."""
+        """Return the condition for the size of ``x``, computed once per size, dtype and device."""
         height, width = x.shape[2:]
-        if hides_values(x):  # nothing of a graph or of fake tensors stays
+        if hides_values(x):  # a tensor of a graph, or a fake one, must not be cached
             return positional_encoding(self.cond_channels, height, width).to(x.device, x.dtype)
         key = (height, width, x.dtype, x.device)
         if key not in self._encodings:
-            with torch.inference_mode(False):  # what is kept must also serve training
+            with torch.inference_mode(False):  # training uses the cached tensor too
                 encoding = positional_encoding(self.cond_channels, height, width)
                 self._encodings[key] = encoding.to(x.device, x.dtype)
         return self._encodings[key]
 
 
-# The condition's share of a convolution is kept for the backward pass, not computed again, where so many images have it
-# in common: the less memory it is beside theirs.
+# From this batch size on, the convolution of the condition is kept for the backward pass instead of recomputed. All
+# images share it, so its memory is small beside theirs.
 _SHARING = 4
 
 
 class ConditionedSubnet(nn.Module):
     """Conv3x3 - LayerNorm over channels - ReLU - Conv3x3 of the conditioning half and the condition.
 
-    The first convolution of ``cat(x1, cond)`` is the sum of two: ``conv_x`` of ``x1``, and ``conv_cond`` of the
-    condition, which is the same for every image and therefore computed once per step, not once per image.
+    The first convolution of ``cat(x1, cond)`` is the sum of ``conv_x`` of ``x1`` and ``conv_cond`` of the condition.
+    The condition is the same for every image, so ``conv_cond`` is computed once per step, not once per image.
     """
 
     def __init__(self, channels: int, cond_channels: int) -> None:
@@ -199,14 +199,14 @@ class ConditionedSubnet(nn.Module):
 
 
 def _share(conv: nn.Conv2d, cond: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The condition's share of the first convolution, in the accumulation dtype."""
+    """Return the condition's share of the first convolution, in the accumulation dtype."""
     share = conv._conv_forward(cond, weight, bias)
     return share.to(accumulation_dtype(share.dtype))
 
 
 def _normed(h: Tensor, weight: Tensor, bias: Tensor, bias_map: Tensor | None = None) -> Tensor:
-    wide = accumulation_dtype(h.dtype)
-    return ops.channel_norm(h, weight.to(wide), bias.to(wide), bias_map)
+    accumulation = accumulation_dtype(h.dtype)
+    return ops.channel_norm(h, weight.to(accumulation), bias.to(accumulation), bias_map)
 
 
 def _is_plain_conv(conv: nn.Module) -> bool:
@@ -226,11 +226,11 @@ class ChannelNorm(nn.Module):
 
 
 class FusionFlow(nn.Module):
-    """A permutation per scale, then one two-sided coupling whose subnets see all scales.
+    """Permutation per scale, then a coupling of both halves, whose subnets read all scales.
 
     Attributes:
-        memory: as in :class:`~msflow_ext.flows.Flow`.
-        limit: latent values beyond it are cut off.
+        memory: see :class:`~msflow_ext.flows.Flow`.
+        limit: latent values are clamped to this magnitude.
     """
 
     memory = "lean"
@@ -247,18 +247,18 @@ class FusionFlow(nn.Module):
         self.subnet_2 = CrossScaleSubnet(halves)
 
     def perms(self) -> list[Tensor]:
-        """The permutation of each scale; the step before the fusion flow applies it."""
+        """Return the permutation of each scale, which the step before the fusion flow applies."""
         return [getattr(self, f"perm{i}") for i in range(len(self.channels))]
 
     def couple(self, halves: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
-        """Latent tensors and ``log_det`` from the halves of the permuted scales."""
+        """Return latent tensors and ``log_det`` for the halves of the permuted scales."""
         run = reversible if self.memory == "reversible" else in_turn
         steps = [_CoupleFirst(self), _CoupleSecond(self)]
         *z, log_det = run(steps, [t for pair in halves for t in pair])
         return z, log_det
 
     def inverse(self, z: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Inputs of the fusion flow, un-permuted, and the inverse's ``log_det``."""
+        """Return the inputs of the fusion flow before permutation, and the ``log_det`` of the inverse."""
         total = []
         halves = [t.tensor_split(2, 1) for t in z]
         x2 = []
@@ -283,9 +283,9 @@ class FusionFlow(nn.Module):
 
 
 class _CoupleFirst:
-    """Step of the fusion flow: the first half of every scale, by the second halves of all. See :func:`reversible`.
+    """Fusion step that transforms the first half of each scale, given all second halves; see :func:`reversible`.
 
-    Its state is first and second half of each scale in turn.
+    Its state alternates: first half, second half of each scale.
     """
 
     tensors = ()
@@ -317,7 +317,7 @@ class _CoupleFirst:
 
 
 class _CoupleSecond:
-    """Step of the fusion flow: the second half of every scale, by the first halves of all; its results are whole."""
+    """Fusion step that transforms the second half of each scale, given all first halves, and joins the halves."""
 
     tensors = ()
 
@@ -332,8 +332,8 @@ class _CoupleSecond:
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         if any(bool((z.abs() >= self.fusion.limit).any()) for z in results):
             raise RuntimeError(
-                f"memory='reversible': latent values beyond {self.fusion.limit:.0e} are cut off and cannot be inverted; "
-                "use memory='lean'"
+                f"memory must be 'lean' if latent values exceed {self.fusion.limit:.0e}, got 'reversible': "
+                "such values are clamped and cannot be inverted"
             )
         halves = [z.tensor_split(2, 1) for z in results]
         y1 = [y.detach().requires_grad_() for y, _ in halves]
@@ -357,7 +357,7 @@ class _CoupleSecond:
 
 
 class CrossScaleSubnet(nn.Module):
-    """Scales and shifts of every scale from all scales: pool, mix by convolutions, upsample, add, convolve."""
+    """Subnet over all scales, which returns the coupling's input ``a`` per scale: pool, convolve, upsample, add, convolve."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()

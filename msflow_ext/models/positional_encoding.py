@@ -1,4 +1,4 @@
-"""Sine and cosine waves of the position in a map, the condition of MSFlow's parallel flows."""
+"""Sinusoidal encoding of the position in a map, the condition of MSFlow's parallel flows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from torch import Tensor
 
 
 def positional_encoding(channels: int, height: int, width: int) -> Tensor:
-    r"""Sines and cosines of column, then row index, ``(1, channels, height, width)`` float32.
+    r"""Return sines and cosines of the column index, then of the row index.
 
-    With :math:`d = \mathrm{channels} / 2` and :math:`\omega_k = 10^{-4k/d}` for even k: channels k and k + 1 hold
-    :math:`\sin(w\,\omega_k)` and :math:`\cos(w\,\omega_k)`, channels d + k and d + k + 1 the same of the row h.
+    With :math:`d = \mathrm{channels} / 2` and :math:`\omega_k = 10^{-4k/d}` for even k, channels k and k + 1 hold
+    :math:`\sin(w\,\omega_k)` and :math:`\cos(w\,\omega_k)` of column w. Channels d + k and d + k + 1 hold those of row h.
+
+    Shape:
+        output: ``(1, channels, height, width)``, float32.
     """
     d = channels // 2
     omega = torch.exp(

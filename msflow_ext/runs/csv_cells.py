@@ -1,4 +1,4 @@
-"""Lines of CSV whose cells no spreadsheet runs as a formula, and the cells read back from them."""
+"""CSV lines that no spreadsheet runs as formulas, written and read back."""
 
 from __future__ import annotations
 
@@ -9,43 +9,45 @@ from collections.abc import Iterable
 
 Cell = str | int | float | None
 
-# A spreadsheet runs a cell that begins so as a formula (OWASP, "CSV injection").
+# A spreadsheet runs a cell that begins like this as a formula (OWASP, "CSV injection").
 _FORMULA = re.compile("'*(\\s*[=+\\-@＝＋－＠]|[\t\r\n])")
-_PLAIN = re.compile(r"[\w./ -]*")  # what every reader takes as it is
+_PLAIN = re.compile(r"[\w./ -]*")  # needs no quotes for any reader
 
 
 def csv_line(cells: Iterable[Cell]) -> str:
-    r"""Return one line of CSV; :func:`csv_rows` gives the same cells back as text.
+    r"""Return one line of CSV, from which :func:`csv_rows` reads the same cells as text.
 
-    Text that begins with ``=``, ``+``, ``-`` or ``@`` (also after spaces), a tab or a line break is written with an
-    apostrophe before it. Text of more than letters, digits, spaces and ``._/-`` stands in quotes.
+    Text that begins with ``=``, ``+``, ``-`` or ``@`` (also after spaces), a tab or a line break gets an apostrophe before
+    it. Text is quoted if it has other characters than letters, digits, spaces and ``._/-``.
 
-    >>> csv_line(["=1+1.png", 'a"b', -0.5, None])
-    '"\'=1+1.png","a""b",-0.5,\n'
+    Examples:
+        >>> csv_line(["=1+1.png", 'a"b', -0.5, None])
+        '"\'=1+1.png","a""b",-0.5,\n'
     """
     return ",".join(map(_written, cells)) + "\n"
 
 
 def csv_rows(text: str) -> list[list[str]]:
-    r"""Return the cells of each line that :func:`csv_line` wrote, numbers as text.
-
-    >>> csv_rows('"\'=1+1.png","a""b",-0.5,\n')
-    [['=1+1.png', 'a"b', '-0.5', '']]
+    r"""Return the cells of each line that :func:`csv_line` wrote, as text.
 
     Raises:
-        ValueError: the text is no CSV.
+        ValueError: the text is not CSV.
+
+    Examples:
+        >>> csv_rows('"\'=1+1.png","a""b",-0.5,\n')
+        [['=1+1.png', 'a"b', '-0.5', '']]
     """
     try:
         rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except csv.Error as error:
-        raise ValueError(f"it is no CSV: {error}") from None
+        raise ValueError(f"it is not CSV: {error}") from None
     return [[_read(cell) for cell in row] for row in rows]
 
 
 def whole_lines(content: bytes) -> int:
-    """Return how many bytes of CSV are whole lines: a last line that was cut off is not counted.
+    """Return the number of bytes of CSV in complete lines, without a truncated last line.
 
-    A line break inside quotes ends no line.
+    A line break inside quotes does not end a line.
     """
     end = content.rfind(b"\n") + 1
     while content.count(b'"', 0, end) % 2:

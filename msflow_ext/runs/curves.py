@@ -1,4 +1,4 @@
-"""The curves of a test as a run keeps them: a few hundred points of each, which lie on it exactly."""
+"""Curves of a test, stored as a few hundred exact points of each."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 
 from msflow_ext.files import read_json, write_text
 
-#: Rates of false positives, and what is found at them; both rise.
+#: False-positive rates, and the rates found at them; both rise.
 Curve: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 CURVES = "curves.json"
-POINTS = 500  # of a curve, at most
+POINTS = 500  # maximum number of points of a curve
 
 
 def write_curves(run: Path, curves: Mapping[str, Curve]) -> None:
-    """Write ``curves.json`` into the folder of a run, whole or not at all; nothing without curves."""
+    """Write ``curves.json`` to a run folder, completely or not at all; without curves, write nothing."""
     few = {name: [part.tolist() for part in thinned(*each)] for name, each in curves.items()}
     if few:
         write_text(run / CURVES, json.dumps(few, allow_nan=False))
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """The curves that the folder of a run holds; none where it has no ``curves.json``.
+    """Return the curves of a run folder, or none without ``curves.json``.
 
     Raises:
         ValueError: the file is damaged.
@@ -37,15 +37,15 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
 
 def thinned(xs: np.ndarray, ys: np.ndarray) -> Curve:
-    """At most 500 points of a rising curve, evenly along its way, both ends among them."""
-    way = (xs - xs[0]) / max(np.ptp(xs), 1e-9) + (ys - ys[0]) / max(np.ptp(ys), 1e-9)
-    few = np.unique(np.searchsorted(way, np.linspace(0.0, way[-1], POINTS - 1)))
+    """Return at most 500 points of a rising curve, evenly spaced along it, with both ends."""
+    length = (xs - xs[0]) / max(np.ptp(xs), 1e-9) + (ys - ys[0]) / max(np.ptp(ys), 1e-9)
+    few = np.unique(np.searchsorted(length, np.linspace(0.0, length[-1], POINTS - 1)))
     few = np.unique([0, *np.minimum(few, len(xs) - 1), len(xs) - 1])
     return xs[few], ys[few]
 
 
 def _rising(path: Path, name: str, values: Any) -> Curve:
-    """Two rows of rates, neither of which falls."""
+    """Return the two rows of a curve, or raise a ValueError if they are not rising rates."""
     try:
         xs, ys = np.array(values, float)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Finished runs read back from their folders, all on the same test images in the same order."""
+"""Finished runs, read from their folders, with the same test images in the same order."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ SETTINGS = ("model", "recipe", "data", "versions")
 
 @dataclass(frozen=True)
 class TestedRun:
-    """A finished run as its folder tells it.
+    """Finished run, read from its folder.
 
     Attributes:
         images: name, kind of defect and truth of each test image.
-        scores, aupimo: ``(N,)``, of the latter NaN where there is none.
-        flagged: which images are above the run's threshold, ``(N,)`` bool; None without one.
+        maps: path of each image's map.
+        scores: ``(N,)``.
+        aupimo: ``(N,)``, NaN where it is undefined.
+        flagged: whether each image is above the run's threshold, ``(N,)`` bool; None without a threshold.
     """
 
     name: str
@@ -44,12 +46,12 @@ def read_runs(folders: Sequence[str | Path]) -> list[TestedRun]:
 
     Raises:
         FileNotFoundError: a folder is not a finished run.
-        ValueError: fewer than two runs or one twice, a damaged file, other test images.
+        ValueError: there are fewer than two runs, or duplicates; a file is damaged; or the test images differ.
     """
     paths = [Path(folder) for folder in folders]
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
         given = ", ".join(map(str, paths))
-        raise ValueError(f"two different runs or more are wanted to compare, got {given}")
+        raise ValueError(f"folders must be two different runs or more, got {given}")
     names = [path.resolve().name for path in paths]
     short = len(set(names)) == len(names)
     first, *others = (
@@ -81,16 +83,16 @@ def _read(folder: Path, name: str) -> TestedRun:
     maps = tuple(map_paths(folder, (image for image, *_ in images)))
     verdicts = [row.verdict for row in rows]
     flagged = None if None in verdicts else np.array(verdicts, bool)
-    if flagged is None and decisions:  # an older version wrote no verdicts, and decided so
+    if flagged is None and decisions:  # an older version wrote no verdicts, and compared like this
         flagged = scores > decisions["threshold"]
     curves = read_curves(folder)
     return TestedRun(name, folder, metrics, images, maps, scores, aupimo, flagged, curves)
 
 
 def _in_order_of(first: TestedRun, run: TestedRun) -> TestedRun:
-    """The run with its images in the order of the first; ValueError if they are others.
+    """Return the run with its images in the order of the first, or raise a ValueError if they differ.
 
-    The suffix of a name does not count: runs of an older version had none.
+    Suffixes of names are ignored, because runs of an older version have none.
     """
     expected, own = (
         [(bare_name(image), *rest) for image, *rest in each.images] for each in (first, run)

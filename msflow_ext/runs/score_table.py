@@ -1,4 +1,4 @@
-"""The table of scores, ``scores.csv``: a row for each image, written and read back."""
+"""Table of scores, ``scores.csv``, with a row for each image."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from msflow_ext.runs.csv_cells import csv_line, csv_rows
 
 
 class Row(NamedTuple):
-    """One image in a table of scores; what is not known is empty there, and None here.
+    """Row of one image in a table of scores. Unknown values are None, and empty cells in the file.
 
     Attributes:
-        name: path of the image with its suffix, ``scar/006.png``; the same in the tables of ``train``
-            and of ``predict``.
-        defect: kind of defect as the data set says, ``good`` where there is none; ``""`` if unknown.
-        truth: what the data set says, 0 good, 1 defective.
-        score: the larger the more anomalous; None if the image could not be scored.
-        verdict: what the model says, 1 if the score is above the threshold, else 0.
-        p_value_at_most: the conformal p-value. Of a score above all ``n`` held-out ones it is
-            ``1 / (n + 1)``, however large the score: so rare or rarer.
-        aupimo: of the anomaly map, for defective images with masks.
+        name: path of the image with its suffix, such as ``scar/006.png``. It is the same in the tables
+            of ``train`` and ``predict``.
+        defect: kind of defect in the data set, ``good`` for none; ``""`` if unknown.
+        truth: class in the data set, 0 for good, 1 for defective.
+        score: larger for more anomalous images; None if the image could not be scored.
+        verdict: decision of the model, 1 if the score is above the threshold, else 0.
+        p_value_at_most: upper bound of the conformal p-value. For a score above all ``n`` held-out
+            scores it is ``1 / (n + 1)``, however large the score is.
+        aupimo: AUPIMO of the anomaly map, for defective images with masks.
         error: why there is no score; ``""`` if there is one.
     """
 
@@ -44,30 +44,30 @@ def row_line(row: Row) -> str:
     """Return a row as a line of the table.
 
     Raises:
-        ValueError: the score is not finite, or missing without an error that says why.
+        ValueError: the score is not finite, or is missing without an error.
     """
     if not row.error and (row.score is None or not math.isfinite(row.score)):
-        raise ValueError(f"rows: the score of {row.name!r} must be finite, got {row.score}")
+        raise ValueError(f"score of {row.name!r} must be finite, got {row.score}")
     return csv_line(map(_known, row))
 
 
 def write_scores(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write a table of scores, whole or not at all. Names need not be valid Unicode.
+    """Write a table of scores, completely or not at all. Names need not be valid Unicode.
 
     Raises:
-        ValueError: as :func:`row_line`.
+        ValueError: as in :func:`row_line`.
     """
     write_text(Path(path), csv_line(HEADER) + "".join(map(row_line, rows)))
 
 
 def read_scores(path: str | Path, size: int | None = None) -> list[Row]:
-    """Read a table of scores, or its first ``size`` bytes; also one of an older version.
+    """Read a table of scores, or its first ``size`` bytes.
 
-    There, one column ``label`` was the truth beside a kind of defect, and the verdict elsewhere;
-    the names in runs had no suffix.
+    Tables of older versions are read too. Their column ``label`` is the truth in rows with a kind of
+    defect, and the verdict in others. Their names in runs have no suffix.
 
     Raises:
-        ValueError: the file is no such table, or damaged.
+        ValueError: the file is damaged, or is not a table of scores.
     """
     try:
         text = Path(path).read_bytes()[:size].decode("utf-8", "surrogateescape")
@@ -76,7 +76,7 @@ def read_scores(path: str | Path, size: int | None = None) -> list[Row]:
             if column not in header:
                 raise ValueError(f"it has no column {column}")
         if any(len(line) != len(header) for line in lines):
-            raise ValueError(f"a row has not {len(header)} cells")
+            raise ValueError(f"all rows must have {len(header)} cells")
         return [_row(dict(zip(header, line, strict=True))) for line in lines]
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
@@ -109,7 +109,7 @@ def _number(cell: str) -> float | None:
 
 
 def _known(value: str | float | None) -> str | int | float | None:
-    """A cell; a number without a value, such as NaN, is empty."""
+    """Return the content of a cell, which is empty for NaN and infinity."""
     if isinstance(value, (str, int)) or value is None:
         return value
     return float(value) if math.isfinite(value) else None

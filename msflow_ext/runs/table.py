@@ -1,4 +1,4 @@
-"""Many runs as one table: what each category reached, the spread over seeds, and what others published."""
+"""Table of many runs: results per category, standard deviation over seeds, and published results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from msflow_ext.metrics import RESULTS
 from msflow_ext.runs.csv_cells import csv_line
 from msflow_ext.text_table import text_table
 
-BEST = "best epoch on the test set"  # beside every last epoch, and never a result
+BEST = "best epoch on the test set"  # shown beside the last epoch; it is not a result
 MEAN = "mean"
 
 
@@ -24,11 +24,12 @@ class Run:
     """One training of a series.
 
     Attributes:
-        category: of the data set, ``""`` where it has no parts.
-        split_seed, seed: of the split of the images, and of the training.
-        folder: where it is.
-        metrics: what its ``metrics.json`` holds; None if it failed.
-        failure: why it failed, one sentence.
+        category: category of the data set, ``""`` if it has no categories.
+        split_seed: seed of the split into training and test images.
+        seed: seed of the training.
+        folder: the run folder.
+        metrics: content of its ``metrics.json``; None if it failed.
+        failure: why it failed, in one sentence.
     """
 
     category: str
@@ -44,12 +45,13 @@ class Line:
     """One number of the table.
 
     Attributes:
-        data, category: of the runs; the category ``mean`` is that of all others.
+        data: name of the data set.
+        category: category of the runs, or ``mean`` for the mean over categories.
         metric: a key of :data:`msflow_ext.metrics.RESULTS`.
-        source: whose number it is: a model's last epoch, its best one, a baseline's, a publication's.
-        value: a fraction, the mean over the runs.
-        spread: their standard deviation; None for fewer than two.
-        runs: how many; 0 for a published number.
+        source: origin of the number: a model's last epoch, its best epoch, a baseline or a publication.
+        value: mean over the runs, a fraction.
+        spread: standard deviation over the runs; None for fewer than two.
+        runs: number of runs; 0 for a published number.
     """
 
     data: str
@@ -62,26 +64,26 @@ class Line:
 
     @property
     def percent(self) -> str:
-        """``98.41`` or, over several runs, ``98.41 ± 0.12``."""
+        """Return ``98.41`` or, for several runs, ``98.41 ± 0.12``."""
         spread = "" if self.spread is None else f" ± {100 * self.spread:.2f}"
         return f"{100 * self.value:.2f}{spread}"
 
 
 def lines(runs: Sequence[Run]) -> list[Line]:
-    """The table of the runs that did not fail, all of one data set and model."""
+    """Return the table of the runs that did not fail, which have one data set and model."""
     done = [run for run in runs if run.metrics]
     return [line for metric in RESULTS for line in _lines_of(metric, done)]
 
 
 def published(data: str, model: str, backbone: str) -> list[dict[str, Any]]:
-    """What others reached on a data set with this backbone or, if that is not known, with the paper's."""
+    """Return published results on a data set with this backbone or, if there are none, with the paper's."""
     known = [each for each in _records(data) if each["model"] == model]
     chosen = backbone if backbone in {each["backbone"] for each in known} else None
     return [each for each in known if each["backbone"] == (chosen or known[0]["backbone"])]
 
 
 def write(folder: Path, runs: Sequence[Run]) -> list[Line]:
-    """Write ``table.csv``, ``table.json`` and ``table.md`` into a folder."""
+    """Write ``table.csv``, ``table.json`` and ``table.md`` to a folder, and return the lines."""
     found = lines(runs)
     table = [Line.__dataclass_fields__, *(asdict(line).values() for line in found)]
     write_text(folder / "table.csv", "".join(map(csv_line, table)))
@@ -92,14 +94,14 @@ def write(folder: Path, runs: Sequence[Run]) -> list[Line]:
 
 
 def brief(run: Run) -> dict[str, Any]:
-    """A run in plain values, without what changes with every epoch."""
+    """Return a run as plain values, without losses and evaluations."""
     left_out = ("losses", "evaluations")
     found = {name: value for name, value in (run.metrics or {}).items() if name not in left_out}
     return {**asdict(run), "metrics": found or None}
 
 
 def markdown(found: Sequence[Line], runs: Sequence[Run]) -> Iterator[str]:
-    """A table per metric, in percent: a line per category, a column per source."""
+    """Yield the lines of a Markdown table per metric, in percent: a row per category, a column per source."""
     for metric, title in RESULTS.items():
         chosen = [line for line in found if line.metric == metric]
         if not chosen:
@@ -116,7 +118,7 @@ def markdown(found: Sequence[Line], runs: Sequence[Run]) -> Iterator[str]:
     most = max((line.runs for line in found if line.category != MEAN), default=0)
     if most > 1:
         yield f"Mean ± standard deviation of {most} runs."
-    yield "Results are those of the last epoch; a best epoch is chosen on the test set and is no result."
+    yield "Results are those of the last epoch. A best epoch is chosen on the test set and is not a result."
     sources = {line.source for line in found if not line.runs}
     if sources:
         metrics = next(run.metrics for run in runs if run.metrics)
@@ -145,7 +147,7 @@ def _lines_of(metric: str, done: Sequence[Run]) -> Iterator[Line]:
 
 
 def _published_lines(metric: str, metrics: Mapping[str, Any], ours: set[str]) -> Iterator[Line]:
-    """What others say of our categories, and their mean if it is that of the same ones."""
+    """Yield the published results of our categories, and their mean if it is over the same categories."""
     data = metrics["data"]["name"]
     everything = {name for record in _records(data) for name in record["values"]}
     shown = everything if everything == {*ours, MEAN} else ours
@@ -156,7 +158,7 @@ def _published_lines(metric: str, metrics: Mapping[str, Any], ours: set[str]) ->
 
 
 def _values(metrics: Mapping[str, Any], metric: str) -> Iterator[tuple[str, float]]:
-    """What one run says of a metric, by source; nothing where nothing is known."""
+    """Yield the values of a metric in one run, by source."""
     name, baseline = metrics["model"]["name"], metrics["baseline"]
     sources = {name: metrics, f"{name}, {BEST}": metrics["best"]}
     sources |= {baseline["name"]: baseline} if baseline else {}
@@ -166,7 +168,7 @@ def _values(metrics: Mapping[str, Any], metric: str) -> Iterator[tuple[str, floa
 
 
 def _mean(columns: Sequence[Mapping[tuple[int, int], float]]) -> tuple[float, float | None, int]:
-    """The mean over categories and, where all have the same seeds, its spread over these."""
+    """Return the mean over categories and, if all have the same seeds, its standard deviation over seeds."""
     if all(column.keys() == columns[0].keys() for column in columns):
         return _spread([fmean(column[key] for column in columns) for key in columns[0]])
     return fmean(fmean(column.values()) for column in columns), None, min(map(len, columns))

@@ -1,4 +1,4 @@
-"""Train a model's head on normal images: recipe, loop, checkpoints, series of trainings."""
+"""Train a model's head on normal images: recipe, loop, resumption, series of runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
     "train_epoch",
 ]
 
-# Names are resolved on first use: the command line needs the recipe, and not torch.
+# Names are imported on first use, because the command line needs the recipe without torch.
 _HOME = {
     "TrainingDiverged": "step",
     "make_optimizer": "step",

@@ -1,4 +1,4 @@
-"""The features of the images to train on, hold out and test on."""
+"""Features of the training, held-out and test images of a run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Parts:
-    """Features of each part of the images; each process has its share of all parts.
+    """Features of each part of the images, of which each process has a share.
 
     Attributes:
-        shown: the test images as they are reported, resized whatever the recipe's fit.
-        truth: their labels and masks, on the first process.
-        batch_size: images per call of a model.
+        training: features of the images to train on.
+        held_out: features of the images that set the thresholds.
+        test: features of the test images.
+        shown: test images as the report shows them: resized, whatever the recipe's fit.
+        truth: labels and masks of the test images, on the first process.
+        batch_size: images per call of the model.
     """
 
     training: Features
@@ -40,7 +43,7 @@ class Parts:
     batch_size: int
 
     def evaluate(self, predict: Callable[..., Any]) -> Evaluation:
-        """Test ``predict``, see :func:`msflow_ext.evaluation.evaluate`."""
+        """Test ``predict`` on the test images, see :func:`msflow_ext.evaluation.evaluate`."""
         return evaluate(predict, self.test, self.truth, self.batch_size)
 
 
@@ -48,9 +51,9 @@ class Parts:
 def features_of_parts(
     model: Any, dataset: DataSet, run: Path, recipe: Recipe, ranks: Ranks, progress: bool
 ) -> Iterator[Parts]:
-    """Compute the features of each part of the images, and let go of them at the end.
+    """Compute the features of each part of the images, and release them at the end of the context.
 
-    If the model wants that, all are standardised by the first part, the images to train on.
+    If the model standardizes features, the statistics are those of the training images.
     """
     kept, held = recipe.split(len(dataset.train))
     items = {
@@ -78,7 +81,7 @@ def features_of_parts(
             )
             return stack.enter_context(closing(features))
 
-        if model.standardize:  # what a former training left would count twice
+        if model.standardize:  # statistics of an earlier training would be applied twice
             model.forget_statistics()
         with ranks.agreed():
             training = compute("training")
@@ -91,7 +94,7 @@ def features_of_parts(
 
 
 def _announce(parts: tuple[Features, ...], ranks: Ranks) -> None:
-    """Log how many images there are, and where their features are."""
+    """Log the number of images, and where their features are cached."""
     megabytes = int(ranks.total(torch.tensor(sum(each.nbytes for each in parts)))) / 1e6
     filled = [each for each in parts if len(each)]
     counts = " + ".join(str(len(each)) for each in filled)

@@ -1,4 +1,4 @@
-"""What a finished run leaves: its thresholds, its baseline, its results and its last checkpoint."""
+"""Finish a run: thresholds, baseline, results and last checkpoint."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from msflow_ext.training.resume import summary
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training came to.
+    """Results of a training.
 
     Attributes:
-        shown: the test images as they are reported.
-        test: what the test after the last epoch found.
-        calibration: the scores of the held-out images; None without any.
-        baseline: the metrics of a Gaussian per position on the same features, and its name; None if not asked for.
+        shown: test images as the report shows them.
+        test: evaluation after the last epoch.
+        calibration: scores of the held-out images; None without such images.
+        baseline: name and metrics of the per-position Gaussian on the same features; None if not requested.
     """
 
     shown: Images
@@ -39,7 +39,7 @@ class Outcome:
 
     @classmethod
     def of(cls, test: Evaluation, model: Any, parts: Parts, *, baseline: bool) -> Outcome:
-        """Score the held-out images with the trained model, and fit the baseline."""
+        """Score the held-out images with the trained model, and evaluate the baseline if requested."""
         calibration, gaussian = None, None
         if baseline:
             normal = parts.training
@@ -54,7 +54,7 @@ class Outcome:
 
 
 def write_run(run: Path, model: Any, state: Mapping[str, Any], outcome: Outcome) -> None:
-    """Write results, report and last checkpoint, and at the end the metrics, with which a run is finished."""
+    """Write results, report, last checkpoint, and at the end ``metrics.json``, which marks the run as finished."""
     test, calibration = outcome.test, outcome.calibration
     metrics = summary(state, test.metrics)
     metrics |= {"baseline": outcome.baseline, "seconds": round(state["seconds"], 3)}

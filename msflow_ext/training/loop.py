@@ -49,31 +49,36 @@ def train(
     progress: bool = False,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Train ``model.head`` on ``dataset.train``, test it on ``dataset.test``, and write the folder ``run``.
+    """Train ``model.head`` on ``dataset.train``, test it on ``dataset.test``, and write the run folder.
 
-    The result is that of the last epoch; the best epoch on the test set stands beside it, as such.
-    A checkpoint is written after the first epoch, after every test and at least once a minute; less often for large
-    models (:class:`msflow_ext.runs.checkpoint.Saver`).
-    Several processes take the steps that one would take, and the first of them writes all files.
+    The result is that of the last epoch. The best epoch on the test set is reported beside it, marked as such.
+
+    A checkpoint is written after the first epoch, after every test and at least once a minute, less often for large
+    models (:class:`msflow_ext.runs.checkpoint.Saver`). If several processes train together, they take the same steps as
+    one process, and the first one writes all files.
 
     Args:
-        model: such as :class:`msflow_ext.MSFlow`; only its head is trained.
-        device: where to compute; by default on the GPU if there is one.
-        settings: plain values that ``config.yaml`` shall hold.
-        resume: continue the run that the folder holds, bit for bit as if it had not been interrupted.
-        overwrite: remove the run that the folder holds, once all images of the new one are decoded.
-        baseline: also fit :class:`msflow_ext.models.padim.Padim` to the same features.
-        progress: show bars on stderr when that is a terminal.
+        model: a model such as :class:`msflow_ext.MSFlow`, of which only the head is trained.
+        dataset: images to train on and to test on.
+        run: the run folder to write.
+        recipe: how to train; by default that of the MSFlow paper.
+        device: device of the model; by default a GPU if there is one.
+        settings: plain values to write to ``config.yaml``.
+        resume: whether to continue the run in the folder. The result is bit-identical to that of an uninterrupted run.
+        overwrite: whether to replace the run in the folder, after all images of the new one are decoded.
+        baseline: whether to fit :class:`msflow_ext.models.padim.Padim` to the same features.
+        progress: whether to show progress bars if stderr is a terminal.
         ranks: the processes that train together; by default those that ``torchrun`` started, if any.
 
     Returns:
-        What ``metrics.json`` holds.
+        The content of ``metrics.json``.
 
     Raises:
-        ValueError: the folder holds a run and neither ``resume`` nor ``overwrite`` is given, or that run is
-            another one; no training images, or too few to hold some out, or fewer than processes; an
-            image that cannot be decoded; processes that are not given the same.
-        BlockingIOError: another training writes into the folder. OSError: it cannot be written.
+        ValueError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given; the run to resume differs
+            in model, recipe or data; there are too few training images; an image cannot be decoded; or the processes
+            have different arguments.
+        BlockingIOError: another process writes to the folder.
+        OSError: the folder cannot be written.
         ConnectionError: another process has ended.
         ProcessFailed: another process has one of these errors.
         TrainingDiverged: a loss, a gradient or a score is not finite; the last checkpoint is kept.
@@ -98,7 +103,7 @@ def train(
 
 @contextmanager
 def _writing(run: Path, ranks: Ranks) -> Iterator[None]:
-    """The processes of this training are the only ones that write into the folder; the first keeps the lock for all."""
+    """Lock the run folder for the processes of this training; the first one holds the lock."""
     with ExitStack() as stack:
         with ranks.agreed():
             if ranks.first:
@@ -108,11 +113,11 @@ def _writing(run: Path, ranks: Ranks) -> Iterator[None]:
 
 @dataclass
 class Session:
-    """One training, from the state that it starts with to the files that it leaves.
+    """One training, from its initial state to its files.
 
     Attributes:
-        state: the header of its checkpoints, see :func:`msflow_ext.training.resume.initial_state`; it is kept up to date.
-        began: when the training began by the monotonic clock, less the interruptions.
+        state: current header of the checkpoints, see :func:`msflow_ext.training.resume.initial_state`.
+        began: start of the training on the monotonic clock, as if there had been no interruptions.
     """
 
     model: Any
@@ -138,18 +143,18 @@ class Session:
         resume: bool,
         overwrite: bool,
     ) -> Session | None:
-        """Check the arguments, and bring the model to its device and to the state that it starts from.
+        """Check the arguments, move the model to its device, and restore the checkpoint of a run to resume.
 
         Returns:
-            None if the run is finished already.
+            The session, or None if the run is already finished.
         """
         with ranks.agreed():
             if resume and overwrite:
-                raise ValueError("resume and overwrite exclude each other")
+                raise ValueError("overwrite must be False if resume is True, got True")
             device = pick_device(own_device(device))
         if recipe.precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
             log.warning(
-                "this processor has no instructions for bfloat16: precision float32 is much faster here"
+                "this processor has no bfloat16 instructions: precision float32 is much faster"
             )
         first = initial_state(model, dataset, recipe)
         state, tensors = open_run_together(ranks, run, first, resume=resume, overwrite=overwrite)
@@ -167,17 +172,17 @@ class Session:
         return cls(model, dataset, run, recipe, ranks, state, adam, Saver(run / CHECKPOINT), began)
 
     def features(self, progress: bool) -> AbstractContextManager[Parts]:
-        """Return the features of all images, which are let go of at the end of the context."""
+        """Return a context with the features of all images."""
         return features_of_parts(
             self.model, self.dataset, self.run, self.recipe, self.ranks, progress
         )
 
     def write_settings(self, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Write ``config.yaml``; ``overwrite``: instead of the run that is there, as all images are known to be sound."""
+        """Write ``config.yaml``, and remove the run to overwrite, now that all images have been decoded."""
         import yaml
 
         class Dumper(yaml.SafeDumper):
-            """Write a list that two settings share twice: readers take no aliases."""
+            """Dumper that writes a shared list twice, because readers refuse aliases."""
 
             def ignore_aliases(self, data: Any) -> bool:
                 return True
@@ -190,12 +195,12 @@ class Session:
                 write_text(self.run / "config.yaml", text)
 
     def fit(self, parts: Parts, progress: bool) -> Evaluation:
-        """Train the epochs that are left, test and save in between; what the test after the last one found.
+        """Train the remaining epochs with tests and checkpoints, and return the evaluation after the last one.
 
-        A test comes before the checkpoint of its epoch: no model is saved whose scores are not finite.
+        An epoch is tested before its checkpoint is written, so that no model with non-finite scores is saved.
         """
         self.model.eval()
-        # A run that was interrupted after its last epoch, or by an older version before a test, is tested first.
+        # A run may have been interrupted after its last epoch, or by an older version before a test.
         found = self._test(parts) if self.recipe.is_tested(self.state["epoch"]) else None
         with self._bar(parts, progress) as bar:
             while self.state["epoch"] < self.recipe.epochs:
@@ -210,7 +215,7 @@ class Session:
         return found
 
     def finish(self, outcome: Outcome) -> None:
-        """Write what a finished run leaves."""
+        """Write the files of a finished run."""
         with self.ranks.agreed():
             if self.ranks.first:
                 self.state["seconds"] = time.monotonic() - self.began
@@ -225,9 +230,9 @@ class Session:
         return tqdm(total=steps, desc="training", unit="step", disable=hidden)
 
     def _train_epoch(self, features: Features, bar: tqdm) -> None:
-        """Train one epoch, and note its mean loss in nats per dimension of the latent space.
+        """Train one epoch, and record its mean loss in nats per dimension of the latent space.
 
-        The constant log(2 pi) / 2 = 0.9189 per dimension is left out, as in the loss itself.
+        As in the loss itself, the constant log(2 pi) / 2 = 0.9189 per dimension is omitted.
         """
         epoch, recipe = self.state["epoch"], self.recipe
         for group in self.optimizer.param_groups:
@@ -264,10 +269,11 @@ class Session:
         self.state["epoch"] += 1
 
     def _test(self, parts: Parts) -> Evaluation:
-        """Test the model as it is, and note what was found, once for an epoch.
+        """Test the model, and record the metrics once per epoch.
 
         Raises:
-            TrainingDiverged, ProcessFailed: a score or a map is not finite.
+            TrainingDiverged: a score or a map is not finite.
+            ProcessFailed: the same in another process.
         """
         epoch, evaluations = self.state["epoch"], self.state["evaluations"]
         try:
@@ -276,7 +282,7 @@ class Session:
             raise self._stopped(epoch, str(error)) from None
         if epoch not in (each["epoch"] for each in evaluations):
             evaluations.append({"epoch": epoch, **found.metrics})
-        if found.metrics:  # those of several processes are with the first
+        if found.metrics:  # only the first process has them
             loss = self.state["losses"][epoch - 1]
             log.info("epoch %d: loss %.4f, %s", epoch, loss, _brief(found.metrics))
         return found
@@ -297,21 +303,23 @@ class Session:
 def _check_images(
     model: Any, dataset: DataSet, recipe: Recipe, ranks: Ranks, baseline: bool
 ) -> None:
-    """ValueError if there are too few images to train on, or for what is asked for besides."""
+    """Raise a ValueError if there are too few training images, or too few for the baseline or for whitening."""
     if not dataset.train:
         raise ValueError(f"{dataset.name} {dataset.category} has no images to train on")
     kept, _ = recipe.split(len(dataset.train))
     if len(kept) < ranks.size:
-        raise ValueError(f"{ranks.size} processes are more than the {len(kept)} training images")
+        raise ValueError(
+            f"processes must not outnumber the {len(kept)} training images, got {ranks.size}"
+        )
     whiten = getattr(model, "whitening", None) is not None
     for name, asked, least in (("baseline", baseline, 2), ("whiten", whiten, 3)):
         if asked and len(kept) < least:
-            more = f"train without it, or give {least} images that are not held out"
             raise ValueError(
-                f"{name} must have {least} training images or more, got {len(kept)}: {more}"
+                f"{name} must have {least} training images or more, got {len(kept)}: train without it, "
+                f"or use {least} images that are not held out"
             )
 
 
 def _brief(metrics: Mapping[str, float | None]) -> str:
     shown = (f"{name} {metrics[k]:.4f}" for k, name in RESULTS.items() if metrics[k] is not None)
-    return ", ".join(shown) or "nothing to measure: good and defective test images are wanted"
+    return ", ".join(shown) or "no metrics, because they need good and defective test images"

@@ -1,4 +1,4 @@
-"""How to train: the papers' numbers, and what follows from them for each epoch."""
+"""Recipes of training: the papers' settings, and the rate, order and noise of each epoch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; the defaults are the MSFlow paper's, ``PRESETS`` has all others.
+    """Settings of training. The defaults are those of the MSFlow paper; ``PRESETS`` has others.
 
-    The command line has a flag for every attribute, and these texts are its help.
+    The command line has a flag for each attribute, with this text as its help.
 
     Attributes:
         epochs: passes over the training images (the paper's sub-epochs).
@@ -32,23 +32,23 @@ class Recipe:
             ``cosine``, half a wave from ``lr`` to 0.
         decay: factor of the learning rate at each of ``milestones``.
         milestones: shares of the epochs after which the learning rate decays; none for a constant rate.
-        noise: standard deviation of normal noise on the features, new in every epoch, which acts as regularisation.
+        noise: standard deviation of normal noise on the features, new in every epoch, which acts as regularization.
         seed: seed of the order of the images, of the noise and, on the command line, of the initial weights.
         precision: precision of the flows in training: ``float32``, or ``bfloat16`` (autocast; weights stay float32,
             cached features are halved).
-        memory: what is kept for the backward pass: ``lean`` recomputes what is cheap; ``reversible`` keeps no
-            activations, takes longer and needs ``float32``.
-        cache: where the backbone's features are kept: ``memory`` (on disk what needs more than half of what is free),
-            ``disk`` or ``off``.
-        eval_every: epochs between tests; by default a tenth of them.
+        memory: what training keeps for the backward pass: ``lean`` recomputes cheap activations; ``reversible`` keeps
+            no activations, is slower and needs ``float32``.
+        cache: where the backbone's features are kept: ``memory`` (on disk if they need more than half of the free
+            memory), ``disk`` or ``off``.
+        eval_every: epochs between tests; by default a tenth of all epochs.
         workers: threads that decode images.
         fit: how images become square: ``resize`` fills the square, ``pad`` keeps their aspect.
         hold_out: share of the training images that are not trained on, but set the thresholds (see
-            :class:`msflow_ext.evaluation.calibration.Calibration`); none in the papers.
+            :class:`msflow_ext.evaluation.calibration.Calibration`); the papers hold out none.
         false_alarms: share of normal images that may exceed a threshold.
 
     Raises:
-        ValueError: a value out of range; it is named.
+        ValueError: a value is out of range; the message names it.
     """
 
     epochs: int = 100
@@ -84,12 +84,14 @@ class Recipe:
             if value not in words:
                 raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}")
         if self.memory == "reversible" and self.precision != "float32":
-            raise ValueError(f"memory 'reversible' needs precision float32, got {self.precision!r}")
+            raise ValueError(
+                f"precision must be float32 if memory is 'reversible', got {self.precision!r}"
+            )
 
     def learning_rate(self, epoch: int) -> float:
-        """Rate of ``epoch``, counted from 0.
+        """Return the learning rate of ``epoch``, counted from 0.
 
-        That of torch's ``LinearLR`` together with its ``MultiStepLR`` or ``CosineAnnealingLR``.
+        It equals torch's ``LinearLR`` chained with ``MultiStepLR`` or ``CosineAnnealingLR``.
         """
         rising = round(self.warmup * self.epochs)
         rise = min(epoch / rising, 1.0) if rising else 1.0
@@ -99,22 +101,22 @@ class Recipe:
         return rate * self.decay ** sum(epoch >= round(s * self.epochs) for s in self.milestones)
 
     def is_tested(self, epoch: int) -> bool:
-        """Whether the model is tested after so many epochs."""
+        """Return whether the model is tested after this number of epochs."""
         every = self.eval_every or math.ceil(self.epochs / 10)
         return epoch == self.epochs or (epoch > 0 and epoch % every == 0)
 
     def order(self, epoch: int, images: int) -> Tensor:
-        """The order of the images in ``epoch``, ``(images,)`` int64: a function of seed and epoch alone."""
+        """Return the order of the images in ``epoch``, ``(images,)`` int64. It depends only on seed and epoch."""
         import numpy as np
         import torch
 
         return torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(images))
 
     def split(self, images: int) -> tuple[list[int], list[int]]:
-        """Which of the training images are trained on, and which are held out; a function of the seed.
+        """Return the indices of the images to train on and of those to hold out, which depend on the seed.
 
         Raises:
-            ValueError: too few are held out to tell the rate of false alarms, or none are left.
+            ValueError: too few images are held out for the rate of false alarms, or none are left.
         """
         import numpy as np
 
@@ -126,9 +128,9 @@ class Recipe:
         needed = images_needed(self.false_alarms)
         if held < needed or held == images:
             raise ValueError(
-                f"hold_out {self.hold_out:g} of {images} training images is {held} to hold out and "
-                f"{images - held} to train on, false_alarms {self.false_alarms:g} needs {needed} or "
-                f"more to hold out, and at least 1 to train on{_offer(images, held, needed)}"
+                f"hold_out must hold out {needed} or more of {images} training images for "
+                f"false_alarms {self.false_alarms:g}, and leave 1 to train on, got {self.hold_out:g}, "
+                f"which holds out {held}: {_offer(images, held, needed)}"
             )
         order = np.random.default_rng((self.seed, 0, 1)).permutation(images).tolist()
         return sorted(order[held:]), sorted(order[:held])
@@ -139,11 +141,12 @@ class Recipe:
         batches: Iterable[list[Tensor]],
         shares: Iterable[tuple[Tensor, int]] | None = None,
     ) -> Iterator[list[Tensor]]:
-        """The features of an epoch with its noise, which depends on seed and epoch alone.
+        """Yield the batches of an epoch with noise, which depends only on seed and epoch.
 
         Args:
-            batches: of features.
-            shares: where only parts of the batches come, the places of each part and the whole's size.
+            epoch: the epoch, counted from 0.
+            batches: features of each batch, or this process's share of them.
+            shares: for shares, the indices of each share within its batch, and the size of the batch.
         """
         import numpy as np
         import torch
@@ -160,19 +163,19 @@ class Recipe:
 
 
 def _offer(images: int, held: int, needed: int) -> str:
-    """Which values would hold out enough of so many images."""
+    """Return a sentence with values that hold out enough of so many images."""
     if images < 2:
-        return "; 2 images are the fewest"
+        return "at least 2 images are needed"
     rate = ""
     if needed >= images:
         needed = min(max(held, 1), images - 1)
         rate = f" with false_alarms {math.ceil(1000 / (needed + 1)) / 1000:g}"
     shares = (round(needed / images, digits) for digits in (2, 3, 6, 12))
     share = next(share for share in shares if round(share * images) == needed)
-    return f"; hold_out {share:g}{rate} would do"
+    return f"use hold_out {share:g}{rate}"
 
 
-#: What numbers must be, in words and as a condition, and which attributes must be so.
+#: Expectations of numbers, in words and as a condition, with the attributes that they apply to.
 _EXPECTED: dict[tuple[str, Callable[[Any], bool]], tuple[str, ...]] = {
     ("1 or more", lambda x: x >= 1): ("epochs", "batch_size", "eval_every", "workers"),
     ("above 0", lambda x: 0 < x < math.inf): ("lr", "clip", "warmup_from", "decay"),
@@ -190,7 +193,17 @@ _WORDS = ("schedule", "precision", "memory", "cache", "fit")
 
 @dataclass(frozen=True)
 class Preset:
-    """A recipe, and the arguments of the model that go with it."""
+    """Recipe, and arguments of the model that belong to it.
+
+    Attributes:
+        recipe: settings of training.
+        model: arguments of the model.
+
+    Examples:
+        >>> preset = PRESETS["robust"]["msflow"]
+        >>> preset.recipe.lr, preset.model["blocks"]
+        (0.001, (1, 1, 2))
+    """
 
     recipe: Recipe
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -207,7 +220,7 @@ _WHITENED: dict[str, Any] = {
     "smoothing": 4.0,
 }
 
-#: What the papers train with, and what was better and steadier on average on other data (``docs/notes/accuracy.md``).
+#: Settings of the papers, and settings with better and steadier results on other data (``docs/notes/accuracy.md``).
 PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {
         "msflow": Preset(Recipe()),

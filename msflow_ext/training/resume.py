@@ -1,4 +1,4 @@
-"""Start a run or continue one that was interrupted, and sum up its metrics."""
+"""Start a run, resume an interrupted one, and summarize its metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BEST = "best epoch of each metric, chosen on the test set: not a result"
 
 
 def initial_state(model: Any, dataset: DataSet, recipe: Recipe) -> dict[str, Any]:
-    """The header of a run's checkpoints before its first epoch, in JSON's types."""
+    """Return the header of a run's checkpoints before the first epoch, in JSON's types."""
     items = hashlib.sha256()
     for item in (*dataset.train, *dataset.test):
         items.update(f"{item.name} {item.label}\n".encode("utf-8", "surrogateescape"))
@@ -54,11 +54,11 @@ def initial_state(model: Any, dataset: DataSet, recipe: Recipe) -> dict[str, Any
 def open_run(
     run: Path, state: dict[str, Any], *, resume: bool, overwrite: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """State and tensors to start from: ``state`` and none, or those of the folder's checkpoint.
+    """Return the state and tensors to start from: ``state`` and no tensors, or those of the checkpoint.
 
     Raises:
-        ValueError: the folder holds a run that is neither to be resumed nor overwritten, or that is
-            to be resumed but differs from ``state`` in model, recipe or data, or is damaged.
+        ValueError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given; or the
+            run to resume is damaged, or differs from ``state`` in model, recipe or data.
     """
     old = [run / name for name in (METRICS, CHECKPOINT) if (run / name).exists()]
     if old and not (resume or overwrite):
@@ -71,19 +71,19 @@ def open_run(
         if saved.get(part) != state[part]:
             there, here = _first_difference(saved.get(part), state[part])
             raise ValueError(
-                f"{run / CHECKPOINT} cannot be resumed: its {part} has {there}, this one {here}"
+                f"{run / CHECKPOINT} cannot be resumed: its {part} has {there}, this one has {here}"
             )
     return saved, tensors
 
 
 def _check_progress(path: Path, saved: Mapping[str, Any]) -> None:
-    """ValueError if a checkpoint does not say how far its training is."""
+    """Raise a ValueError if the progress of the training in a checkpoint's header is not valid."""
     losses: Any = saved.get("losses")
     seconds: Any = saved.get("seconds")
     epoch, tests = saved.get("epoch"), saved.get("evaluations")
     counted = isinstance(epoch, int) and isinstance(losses, list) and len(losses) == epoch
     if not counted or not all(map(is_number, losses)):
-        raise ValueError(f"{path} is damaged: epoch {epoch!r} and losses must tell its epochs")
+        raise ValueError(f"{path} is damaged: epoch must be the number of losses, got {epoch!r}")
     if not is_number(seconds) or seconds < 0:
         raise ValueError(f"{path} is damaged: seconds must be a number from 0 up, got {seconds!r}")
     for test in tests if isinstance(tests, list) else [None]:
@@ -96,12 +96,12 @@ def _check_progress(path: Path, saved: Mapping[str, Any]) -> None:
 def open_run_together(
     ranks: Ranks, run: Path, state: dict[str, Any], *, resume: bool, overwrite: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What :func:`open_run` says on the first process, for all; nothing if the run is finished.
+    """Return the result of :func:`open_run` on the first process to all processes; empty if the run is finished.
 
-    The folder is there afterwards, on every machine, and can be written to.
+    Afterwards the folder exists on every machine and can be written.
 
     Raises:
-        ValueError: as `open_run`, or the processes are not to train the same on the same.
+        ValueError: as in :func:`open_run`; or the processes have different models, recipes or data.
         OSError: the folder cannot be written.
     """
     expected = ranks.broadcast(state)
@@ -111,12 +111,12 @@ def open_run_together(
             if state[part] != value:
                 there, here = _first_difference(value, state[part])
                 raise ValueError(
-                    f"all processes must train the same, {part} has {there} on the first and {here} "
-                    f"on number {ranks.rank}"
+                    f"{part} must be the same on all processes, got {there} on the first and {here} on "
+                    f"process {ranks.rank}"
                 )
         if ranks.first:
             opened = open_run(run, state, resume=resume, overwrite=overwrite)
-            for stale in run.glob("features-*.cache"):  # of killed processes, perhaps more than now
+            for stale in run.glob("features-*.cache"):  # killed processes may have left them
                 stale.unlink()
             if (run / METRICS).exists() and not overwrite:
                 opened = {}, {}
@@ -129,7 +129,7 @@ def open_run_together(
 
 
 def clear_run(run: Path) -> None:
-    """Remove what an older run left in the folder."""
+    """Remove the files of an older run from the folder."""
     written = ("scores.csv", CURVES, "report.html")
     names = (METRICS, CHECKPOINT, previous(Path(CHECKPOINT)), *written)
     for path in (*(run / name for name in names), *run.glob("maps/*.png")):
@@ -144,7 +144,7 @@ def _first_difference(there: Any, here: Any) -> tuple[str, str]:
 
 
 def summary(state: Mapping[str, Any], result: Mapping[str, float | None]) -> dict[str, Any]:
-    """What ``metrics.json`` says of a finished run, without its duration and its baseline."""
+    """Return the content of ``metrics.json`` for a finished run, without its duration and its baseline."""
     evaluations = state["evaluations"]
     best: dict[str, Any] = {"chosen": BEST}
     epochs = {}

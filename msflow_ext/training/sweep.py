@@ -1,4 +1,4 @@
-"""Many runs, each in its own folder, and one table of them all."""
+"""Series of trainings, each in its own folder, with one table of results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """A training; ``category`` is None where the data set has no parts."""
+    """One training of a series.
+
+    Attributes:
+        category: category of the data set; None if it has no categories.
+        split_seed: seed of the split into training and test images.
+        seed: seed of the training.
+        folder: the run folder.
+    """
 
     category: str | None
     split_seed: int
@@ -35,14 +42,16 @@ def plan(
     split_seeds: Sequence[int],
     seeds: Sequence[int],
 ) -> list[Trial]:
-    """All combinations; the folder of one is ``out/CATEGORY/split-K/seed-N``, as far as there are several.
+    """Return the trials of all combinations.
+
+    The folder of a trial is ``out/CATEGORY/split-K/seed-N``. The seeds are part of it only if there are several.
 
     Raises:
-        ValueError: there is none, or one is there twice.
+        ValueError: a list is empty or has duplicates.
     """
     for name, values in (("category", categories), ("split_seeds", split_seeds), ("seeds", seeds)):
         if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} must be given, and each once, got {list(values)}")
+            raise ValueError(f"{name} must have one value or more, each once, got {list(values)}")
     trials = []
     for category, split_seed, seed in product(categories, split_seeds, seeds):
         parts = [category] if category is not None else []
@@ -61,13 +70,18 @@ def do_all(
     *,
     write: bool = True,
 ) -> list[table.Run]:
-    """Do each trial, note the ones that fail, and write the table into ``out`` after every one.
+    """Run all trials, and write the table to ``out`` after each one.
 
     Args:
-        one: does a trial and returns what its ``metrics.json`` holds.
-        failures: the errors that end a trial but not the series.
-        engine: where the trials are done.
-        write: false where another process of the same trainings writes the table.
+        trials: trials to run.
+        out: folder of the table.
+        one: function that runs a trial and returns the content of its ``metrics.json``.
+        failures: errors that end a trial but not the series; the table lists them.
+        engine: executor of the trials.
+        write: whether this process writes the table.
+
+    Returns:
+        The runs, in the order of the trials.
     """
     runs: dict[Trial, table.Run] = {}
     with closing(engine(one, _announced(trials))) as outcomes:
@@ -93,10 +107,10 @@ def _announced(trials: Sequence[Trial]) -> Iterator[Trial]:
 
 
 def refuse_old(trials: Sequence[Trial]) -> None:
-    """ValueError if a folder holds a run, which training anew would refuse one by one."""
+    """Raise a ValueError if the folder of a trial holds a run, before any training begins."""
     for trial in trials:
         if any((trial.folder / name).exists() for name in (METRICS, CHECKPOINT)):
             raise ValueError(
-                f"{trial.folder} holds a run: --resume continues and skips what is finished, "
-                "--overwrite starts all again"
+                f"{trial.folder} holds a run: --resume continues and skips finished runs, "
+                "--overwrite starts all runs again"
             )

@@ -138,8 +138,8 @@ def test_a_run_with_images_held_out_labels_images(data, tmp_path, capsys, fails,
     printed += capsys.readouterr().out
     assert printed.count(f"over the threshold {threshold:.6g}: ") == 2  # of train and evaluate
     assert printed.count(" of 2 good images (") == printed.count(" of 2 defective images (") == 2
-    assert "by 2 good images that were neither trained on nor tested" in printed
-    assert "No p-value is below 1/3, which means at most 0.33" in printed
+    assert "by 2 good images that were used neither for training nor for testing" in printed
+    assert "No p-value is below 1/3, about 0.33" in printed
     assert printed.count("test-tuned") == 2
     found = json.loads((tmp_path / "e/evaluation.json").read_text())
     expected = json.loads((run / "metrics.json").read_text())["decisions"]["on_test"]

@@ -223,7 +223,10 @@ def test_a_mistake_in_a_configuration_is_one_sentence_with_file_and_key(
         (["--decay", "0"], "decay must be above 0, got 0.0"),
         (["--weight-decay", "-1"], "weight_decay must be 0 or more, got -1.0"),
         (["--eval-every", "0"], "eval_every must be 1 or more, got 0"),
-        (["--memory", "reversible", "--precision", "bfloat16"], "needs precision float32"),
+        (
+            ["--memory", "reversible", "--precision", "bfloat16"],
+            "precision must be float32 if memory is",
+        ),
     ],
 )
 def test_a_value_that_the_recipe_refuses_is_named(

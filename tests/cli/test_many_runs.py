@@ -47,7 +47,7 @@ def test_all_categories_train_into_their_folders_and_one_table(
     settings = yaml.safe_load((out / "cup/seed-1/config.yaml").read_text())
     assert (settings["category"], settings["seed"]) == ("cup", 1)
     sentence = fails(*command, "--resume", "--epochs", "2")
-    assert "its recipe has epochs 1, this one epochs 2" in sentence
+    assert "its recipe has epochs 1, this one has epochs 2" in sentence
 
 
 def test_all_runs_of_a_folder_are_evaluated_into_one_table(run, data, tmp_path, capsys, fails):

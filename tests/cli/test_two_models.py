@@ -140,8 +140,12 @@ def test_only_msflow_takes_transistors_at_256_pixels(
             "score must be one of paper, log, nll, map, got 'best'",
         ),
         ("fastflow", ["--steps", "0"], "steps must be at least 1, got 0"),
-        ("fastflow", ["--hidden-ratio", "0.01"], "hidden_ratio 0.01 leaves no hidden channels of"),
-        ("fastflow", ["--out-indices", "3", "1"], "out_indices must be increasing, 0 or more"),
+        ("fastflow", ["--hidden-ratio", "0.01"], "hidden_ratio must leave at least 1 of a subnet"),
+        (
+            "fastflow",
+            ["--out-indices", "3", "1"],
+            "out_indices must be increasing numbers from 0 up",
+        ),
         ("padim", [], "padim"),
     ],
 )

@@ -99,7 +99,7 @@ def test_the_clamp_that_a_file_does_not_tell_is_taken_from_the_command(files, tm
         ("backbone.pth", [], "the state dict must hold flows"),
         ("model_a.checkpoint.pt", ["--weights", "absent.pth"], "absent.pth"),
         ("model_a.checkpoint.pt", ["--backbone", "nothing"], "nothing"),
-        ("model_a.checkpoint.pt", ["--clamp", "-1"], "clamp must be positive, got -1.0"),
+        ("model_a.checkpoint.pt", ["--clamp", "-1"], "clamp must be positive and finite, got -1.0"),
         ("model_a.checkpoint.pt", ["--clamp-form", "1"], "--clamp-form must be one of 0.2, head"),
     ],
 )

@@ -137,8 +137,13 @@ def test_what_fails_in_one_process_ends_both_with_its_sentence(folder):
     assert "broken.png is empty" in second["broken_image"]
     assert second["broken_image"].startswith("ValueError: ")
     assert first["broken_image"].startswith("ProcessFailed: process 1 of 2: ")
-    assert "data has train 7 on the first and train 6 on number 1" in second["other_data"]
-    assert first["too_few"] == "ValueError: 2 processes are more than the 1 training images"
+    assert (
+        "data must be the same on all processes, got train 7 on the first and train 6 on process 1"
+        in second["other_data"]
+    )
+    assert (
+        first["too_few"] == "ValueError: processes must not outnumber the 1 training images, got 2"
+    )
     assert not list((folder / "pair").rglob("*.cache"))
 
 

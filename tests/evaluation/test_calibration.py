@@ -1,4 +1,4 @@
-"""Thresholds from normal images keep their promise, and a p-value says how rare a score is."""
+"""Thresholds keep the rate of false alarms, and p-values are those of split conformal prediction."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def calibration(scores: np.ndarray) -> Calibration:
     return Calibration.of(scores, np.stack([np.zeros_like(scores), scores + 10])[None].T)
 
 
-def test_a_p_value_counts_the_normal_images_that_score_as_high_and_the_image_itself():
+def test_a_p_value_counts_the_normal_images_with_at_least_that_score():
     known = calibration(np.array([3.0, 1.0, 2.0, 2.0]))
     assert [known.p_value(s) for s in (0, 1, 2, 2.5, 3, 4)] == [1.0, 1.0, 0.8, 0.4, 0.4, 0.2]
 
 
 @pytest.mark.parametrize("false_alarms", [0.01, 0.05, 0.1, 1 / 3, 0.5])
 @pytest.mark.parametrize("more", [0, 1, 30])
-def test_exceeding_the_threshold_is_a_p_value_of_at_most_the_rate(false_alarms, more):
+def test_a_score_above_the_threshold_has_a_p_value_of_at_most_the_rate(false_alarms, more):
     rng = np.random.default_rng(0)
     known = calibration(rng.integers(0, 60, images_needed(false_alarms) + more).astype(float))
     threshold = known.threshold(false_alarms)
@@ -41,7 +41,7 @@ def test_exceeding_the_threshold_is_a_p_value_of_at_most_the_rate(false_alarms, 
     assert known.pixel_threshold(false_alarms) == threshold + 10
 
 
-def test_the_rate_of_false_alarms_is_kept_on_new_normal_images():
+def test_new_normal_images_keep_the_rate_of_false_alarms():
     rng = np.random.default_rng(0)
     over = [
         np.mean(rng.normal(size=200) > calibration(rng.normal(size=39)).threshold(0.05))
@@ -50,9 +50,9 @@ def test_the_rate_of_false_alarms_is_kept_on_new_normal_images():
     assert 0.04 < np.mean(over) < 0.055
 
 
-def test_too_few_images_for_a_rate_and_a_rate_that_is_none_are_refused():
+def test_too_few_images_and_rates_out_of_range_are_refused():
     assert [images_needed(a) for a in (0.5, 0.1, 0.05, 0.01)] == [1, 9, 19, 99]
-    with pytest.raises(ValueError, match=r"rate of 0.1 needs 9 held-out .* or more, there are 8"):
+    with pytest.raises(ValueError, match=r"false_alarms 0.1 needs 9 held-out .* or more, got 8"):
         calibration(np.zeros(8)).threshold(0.1)
     for wrong in (0.0, 1.0, float("nan")):
         with pytest.raises(ValueError, match="false_alarms must be above 0 and below 1"):
@@ -61,7 +61,7 @@ def test_too_few_images_for_a_rate_and_a_rate_that_is_none_are_refused():
 
 @pytest.mark.family("thresholds")
 @pytest.mark.parametrize("threshold", [0.0, 1e-3, 2.4137327671051, -7.5, 1e4])
-def test_a_score_is_above_a_threshold_by_more_than_rounding(threshold):
+def test_a_score_exceeds_a_threshold_only_beyond_rounding(threshold):
     unit = abs(threshold) * 2.0**-23  # in the last place of float32
     assert not exceeds(threshold, threshold)
     assert not exceeds(threshold + 120 * unit + 1e-6, threshold)
@@ -73,7 +73,7 @@ def test_a_score_is_above_a_threshold_by_more_than_rounding(threshold):
 
 @pytest.mark.family("thresholds")
 @pytest.mark.parametrize("noise", [0.0, 1e-6, -1e-6, 7e-6, -7e-6])
-def test_an_image_that_is_the_threshold_is_good_however_its_score_was_rounded(noise):
+def test_the_image_that_sets_the_threshold_stays_good_under_rounding(noise):
     scores = np.array([-3.0, 0.2, 1.1, 2.4137327671051])
     known = calibration(scores)
     again = scores * (1 + noise)
@@ -82,12 +82,12 @@ def test_an_image_that_is_the_threshold_is_good_however_its_score_was_rounded(no
     assert known.p_value(again[-1]) == 0.4 > 0.2
 
 
-def test_a_p_value_above_all_images_says_no_more_than_how_many_they_are():
+def test_the_smallest_p_value_depends_only_on_the_number_of_images():
     known = calibration(np.arange(10.0))
     assert known.p_value(9.1) == known.p_value(1e9) == 1 / 11
 
 
-def test_the_share_of_each_class_over_a_threshold_is_none_without_that_class():
+def test_rates_above_a_threshold_are_none_for_a_missing_class():
     scores = np.array([1.0, 2.0, 3.0, 4.0])
     found = rates([0, 0, 1, None], scores, 1.0)
     assert (found["false_alarms"], found["detected"]) == (0.5, 1.0)
@@ -98,7 +98,7 @@ def test_the_share_of_each_class_over_a_threshold_is_none_without_that_class():
     assert found["intervals"].keys() == {"false_alarms"}
 
 
-def test_the_decisions_of_a_run_are_its_thresholds_and_what_the_first_does():
+def test_the_decisions_of_a_run_hold_thresholds_and_rates_on_test_images():
     scores = np.array([1.0, 2.0, 3.0, 4.0])
     found = judged(calibration(np.arange(3.0)), 0.25, [0, 0, 1, 1], scores)
     assert found == {
@@ -114,7 +114,7 @@ def test_the_decisions_of_a_run_are_its_thresholds_and_what_the_first_does():
 
 @pytest.mark.family("score tables")
 @pytest.mark.parametrize("total", [1, 8, 40])
-def test_an_interval_is_where_neither_tail_of_the_binomial_is_below_a_40th(total):
+def test_an_interval_cuts_two_and_a_half_percent_off_each_binomial_tail(total):
     def at_most(above: int, share: float) -> float:
         terms = (
             math.comb(total, k) * share**k * (1 - share) ** (total - k) for k in range(above + 1)
@@ -130,15 +130,17 @@ def test_an_interval_is_where_neither_tail_of_the_binomial_is_below_a_40th(total
             assert at_most(above, high) == pytest.approx(0.025)
 
 
-def test_the_rate_of_one_threshold_lies_in_its_interval_19_times_of_20():
+def test_the_interval_contains_the_rate_of_a_threshold_in_95_percent_of_draws():
     low, high = judged(calibration(np.arange(20.0)), 0.1, [], np.array([]))["rate_interval"]
-    uniform = np.random.default_rng(0).random((4000, 20))  # so that 1 - threshold is its rate
+    uniform = np.random.default_rng(0).random(
+        (4000, 20)
+    )  # uniform scores: a threshold's rate is 1 - threshold
     rate = 1 - np.sort(uniform)[:, -2]
     assert 0.94 < np.mean((low <= rate) & (rate <= high)) < 0.96
 
 
 @pytest.mark.family("score tables")
-def test_counts_stand_beside_the_percentages():
+def test_percentages_are_shown_with_counts():
     found = judged(calibration(np.arange(10.0)), 0.1, [0] * 8 + [1], np.arange(9.0) + 5)
     assert counted(found["on_test"]) == (
         "3 of 8 good images (37.5%, 95% interval 8.5% to 75.5%) and "
@@ -147,12 +149,12 @@ def test_counts_stand_beside_the_percentages():
     said = explained(found)
     assert "set for 10.0% false alarms by 10 good images" in said
     assert "between 0.3% and 30.8% (95%)" in said
-    assert "No p-value is below 1/11, which means at most 0.091" in said
+    assert "No p-value is below 1/11, about 0.091" in said
     assert "none of 0 defective images" in counted(rates([0], np.array([1.0]), 0.0))
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_the_tuned_threshold_gives_the_largest_f1_and_says_that_it_is_tuned(dtype):
+def test_the_tuned_threshold_has_the_largest_f1_and_is_marked_as_tuned(dtype):
     rng = np.random.default_rng(0)
     for levels in (3, 1000):
         labels = rng.random((5, 40)) < 0.3
@@ -166,7 +168,7 @@ def test_the_tuned_threshold_gives_the_largest_f1_and_says_that_it_is_tuned(dtyp
         assert "test-tuned" in found["chosen"]
 
 
-def test_the_tuned_threshold_may_lie_below_every_score():
+def test_the_tuned_threshold_may_be_below_all_scores():
     labels, scores = np.array([True, False, True]), np.array([3.0, 2.0, 1.0])
     found = tuned(labels, scores)
     assert found["f1"] == pytest.approx(0.8)

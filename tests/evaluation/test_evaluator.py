@@ -1,4 +1,4 @@
-"""An evaluation measures the scores and maps of all images against their labels and masks."""
+"""An evaluation compares the scores and maps of all images with their labels and masks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZE = 16
 
 
 class Brightness(nn.Module):
-    """A model whose map is the red channel and whose score is the map's sum."""
+    """Model whose map is the red channel, and whose score is the sum of the map."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def predict(features: Sequence[Tensor]) -> SimpleNamespace:
 
 
 def noisy(count: int, *, good: int) -> Images:
-    """Images of noise, of which all but the first few have a brighter, marked square."""
+    """Return images of noise; all but the first few have a brighter, marked square."""
     rng = np.random.default_rng(0)
     items = []
     for i in range(count):
@@ -50,7 +50,7 @@ def noisy(count: int, *, good: int) -> Images:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("cache", ["memory", "off"])
-def test_scores_and_maps_are_those_of_each_image_in_its_place(batch_size, cache):
+def test_scores_and_maps_are_in_the_order_of_the_images(batch_size, cache):
     images = noisy(7, good=3)
     features = Features(Brightness(), images, cache=cache)
     found = evaluate(predict, features, Truth.of(images), batch_size)
@@ -61,7 +61,7 @@ def test_scores_and_maps_are_those_of_each_image_in_its_place(batch_size, cache)
     assert found.metrics == measure(Truth.of(images), found.scores, found.maps).metrics
 
 
-def test_every_metric_is_that_of_its_own_function():
+def test_every_metric_equals_that_of_its_function():
     images = noisy(8, good=4)
     truth = Truth.of(images)
     assert truth.labels is not None and truth.masks is not None
@@ -91,7 +91,7 @@ def test_every_metric_is_that_of_its_own_function():
             np.testing.assert_array_equal(ours, expected)
 
 
-def test_without_masks_the_images_alone_are_measured():
+def test_without_masks_only_image_metrics_are_computed():
     images = noisy(6, good=3)
     labels = Truth.of(images).labels
     found = measure(Truth(labels, None), np.arange(6.0), np.zeros((6, SIZE, SIZE), np.float32))
@@ -102,12 +102,12 @@ def test_without_masks_the_images_alone_are_measured():
 
 @pytest.mark.family("masks")
 @pytest.mark.parametrize("mask", ["narrow", "empty"])
-def test_a_defect_is_never_a_normal_image_of_aupimo(mask):
-    """However narrow its mask; an empty one leaves it out."""
+def test_a_defective_image_is_never_a_normal_image_of_aupimo(mask):
+    """A narrow mask counts, and an empty one excludes the image."""
     items = list(noisy(8, good=4).items)
     marks = np.zeros((SIZE * 11, SIZE * 11), bool)
     marks[20:150, 17] = mask == "narrow"
-    image = np.full(marks.shape, 255, np.uint8)  # found, above all others
+    image = np.full(marks.shape, 255, np.uint8)  # the highest values of all images
     images = Images([*items, Item("scratch", 1, "scar", image, marks)], SIZE)
     truth = Truth.of(images)
     maps = np.stack([images[i][0].numpy() for i in range(9)])
@@ -118,16 +118,16 @@ def test_a_defect_is_never_a_normal_image_of_aupimo(mask):
     assert np.isnan(found.aupimo[8]) if mask == "empty" else found.aupimo[8] == 1
 
 
-def test_images_of_one_class_alone_have_no_truth_to_be_measured_against():
+def test_images_of_one_class_have_no_ground_truth():
     good, defective = (Truth.of(noisy(3, good=count)) for count in (3, 0))
     assert (good.labels, good.masks, defective.labels) == (None, None, None)
-    assert defective.masks is not None  # their pixels are of both classes
+    assert defective.masks is not None  # its pixels are of both classes
 
 
-def test_one_unknown_label_or_mask_makes_all_of_them_unknown():
-    known, unlabelled = noisy(4, good=2).items, Item("x", None, "", np.zeros((4, 4), np.uint8))
+def test_one_unknown_label_or_mask_makes_all_unknown():
+    known, unlabeled = noisy(4, good=2).items, Item("x", None, "", np.zeros((4, 4), np.uint8))
     unmarked = Item("y", 1, "scar", np.zeros((4, 4), np.uint8))
-    truth = Truth.of(Images([*known, unlabelled], SIZE))
+    truth = Truth.of(Images([*known, unlabeled], SIZE))
     assert (truth.labels, truth.masks) == (None, None)
     truth = Truth.of(Images([*known, unmarked], SIZE))
     np.testing.assert_array_equal(truth.labels, [False, False, True, True, True])
@@ -138,7 +138,7 @@ def test_one_unknown_label_or_mask_makes_all_of_them_unknown():
 
 @pytest.mark.parametrize("where", ["score", "map"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_number_that_is_not_finite_names_its_image(where, value):
+def test_an_error_names_the_image_with_a_score_or_map_that_is_not_finite(where, value):
     images = noisy(5, good=2)
 
     def failing(features: Sequence[Tensor]) -> SimpleNamespace:
@@ -154,7 +154,7 @@ def test_a_number_that_is_not_finite_names_its_image(where, value):
         evaluate(failing, features, Truth.of(images), batch_size=2)
 
 
-def test_a_padded_image_is_measured_by_its_own_part_of_the_map():
+def test_the_map_of_a_padded_image_is_cropped_to_the_image():
     image = np.random.default_rng(0).integers(100, 255, (8, SIZE), np.uint8)
     images = Images([Item("wide", 0, "good", image)], SIZE, fit="pad")
     found = evaluate(predict, Features(Brightness(), images), Truth(None, None))

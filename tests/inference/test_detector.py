@@ -218,7 +218,7 @@ def _damaged(run: Path, folder: Path, edit) -> Path:
         (lambda h, t: t.update(extra=torch.zeros(1)), "has extra, which MSFlow does not know"),
         (
             lambda h, t: t.update({"head.fusion.perm0": torch.zeros(3)}),
-            r"head.fusion.perm0 is \(3,\), MSFlow needs",
+            r"head.fusion.perm0 must have shape .* for MSFlow, got \(3,\)",
         ),
         (
             lambda h, t: h.update(model="Oracle"),

@@ -1,4 +1,4 @@
-"""What the tests of models share."""
+"""Fixtures of the tests of models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights of transformers without timm's slow truncation: seconds fewer each."""
+    """Initialize transformers without timm's truncated normal, which takes seconds."""
 
     def fill(tensor: Tensor, mean: float, std: float, *_: float) -> Tensor:
         return tensor.normal_(mean, std)

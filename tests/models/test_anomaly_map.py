@@ -1,4 +1,4 @@
-"""The map in which no scale outshouts the others."""
+"""Anomaly map of standardized, softly limited scales."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def images(count: int, seed: int) -> torch.Tensor:
     return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_it_sums_deviations_from_the_normal_images_that_stay_below_eight() -> None:
+def test_the_clamped_map_sums_standardized_scales_limited_to_eight() -> None:
     model = build()
     normal, odd = model.features(images(5, 0)), model.features(images(2, 1))
     odd[0][1, :, 3, 4] += 1000
@@ -51,7 +51,7 @@ def test_it_sums_deviations_from_the_normal_images_that_stay_below_eight() -> No
     assert unusual[0].min() < 100 * usual[0].min()
 
 
-def test_what_is_far_from_normal_stays_in_order() -> None:
+def test_the_clamped_map_keeps_the_order_of_large_values() -> None:
     clamped = ClampedMap(1)
     heights = -torch.tensor([9.0, 8.0, 40.0, 400.0, 4000.0, 8000.0])
     maps = [heights.reshape(-1, 1, 1).expand(-1, 4, 4)]
@@ -62,7 +62,7 @@ def test_what_is_far_from_normal_stays_in_order() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.3, 4.0, 25.0])
-def test_it_is_smoothed_as_by_a_gaussian_filter_over_it(smoothing: float) -> None:
+def test_smoothing_equals_a_gaussian_filter_over_the_map(smoothing: float) -> None:
     generator = torch.Generator().manual_seed(0)
     grids = ((20, 13), (10, 7), (3, 3), (1, 2))
     maps = [20 * torch.randn(2, *grid, dtype=torch.float64, generator=generator) for grid in grids]
@@ -77,7 +77,7 @@ def test_it_is_smoothed_as_by_a_gaussian_filter_over_it(smoothing: float) -> Non
 
 
 @pytest.mark.parametrize("anomaly_map", ["paper", "clamped"])
-def test_the_score_of_that_name_is_the_mean_of_the_hottest_share_of_the_map(anomaly_map) -> None:
+def test_the_score_map_is_the_top_k_mean_of_the_anomaly_map(anomaly_map) -> None:
     options = {"anomaly_map": anomaly_map, "score": "map", "top_k": 0.01}
     fast: Any = {"image_size": 64, "pretrained": False, "steps": 1, "seed": 0}
     for model in (build(**options), FastFlow("test_resnet", **fast, **options)):
@@ -87,7 +87,7 @@ def test_the_score_of_that_name_is_the_mean_of_the_hottest_share_of_the_map(anom
         torch.testing.assert_close(got.score, top_k_mean.mean(1))
 
 
-def test_its_statistics_are_kept_with_the_weights() -> None:
+def test_statistics_of_the_clamped_map_are_saved_with_the_weights() -> None:
     model = build()
     model.fit_map([model.features(images(3, 0))])
     again = MSFlow(**model.config, pretrained=False)
@@ -98,7 +98,7 @@ def test_its_statistics_are_kept_with_the_weights() -> None:
     assert not any(name.startswith("clamped") for name in plain)
 
 
-def test_fastflow_takes_it_too() -> None:
+def test_fastflow_can_use_the_clamped_map() -> None:
     options = {"image_size": 64, "pretrained": False, "steps": 1, "seed": 0}
     model = FastFlow("test_resnet", anomaly_map="clamped", **options)  # type: ignore[arg-type]
     paper = FastFlow("test_resnet", **options)  # type: ignore[arg-type]
@@ -112,18 +112,18 @@ def test_fastflow_takes_it_too() -> None:
     assert torch.equal(got.anomaly_map, model.clamped(got.log_likelihood, 64))
 
 
-def test_a_map_of_another_name_is_refused() -> None:
+def test_an_unknown_anomaly_map_is_refused() -> None:
     with pytest.raises(ValueError, match="anomaly_map must be one of paper, clamped, got 'sum'"):
         build(anomaly_map="sum")
 
 
-def test_a_smoothing_that_is_no_width_or_has_no_map_to_smooth_is_refused() -> None:
+def test_a_smoothing_out_of_range_or_without_a_clamped_map_is_refused() -> None:
     for wrong in (-1.0, math.nan, 64.0):
         with pytest.raises(
             ValueError, match=r"smoothing must be in \[0, image_size 64\) pixels, got"
         ):
             build(smoothing=wrong)
     with pytest.raises(
-        ValueError, match=r"needs anomaly_map clamped, got smoothing 4\.0 and 'paper'"
+        ValueError, match=r"must be 0 unless anomaly_map is 'clamped', got 4\.0 and 'paper'"
     ):
         build(smoothing=4.0, anomaly_map="paper")

@@ -1,4 +1,4 @@
-"""Backbones: features are timm's own, of convolutional networks and of transformers, and frozen."""
+"""Backbones are frozen, and their features equal timm's, for convolutional networks and transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def images(size: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def test_features_are_timms_own_of_normalised_images():
+def test_features_equal_those_of_timm_for_normalized_images():
     backbone = Backbone("resnet18", pretrained=False)
     reference: Any = timm.create_model("resnet18").eval()
     reference.load_state_dict(backbone.network.state_dict(), strict=False)
@@ -66,8 +66,8 @@ def test_reflect_padding_mirrors_the_input_of_every_convolution_larger_than_one(
     torch.testing.assert_close(backbone(images(65, torch.float64)), expected)
 
 
-def test_reflect_padding_is_refused_where_layers_pad_by_themselves():
-    message = r"reflect.*not available for efficientnet_lite0.*Conv2dSame"
+def test_reflect_padding_is_refused_if_layers_pad_by_themselves():
+    message = r"must be 'zeros' for efficientnet_lite0, got 'reflect'.*Conv2dSame"
     with pytest.raises(ValueError, match=message):
         Backbone("efficientnet_lite0", padding_mode="reflect")
 
@@ -91,7 +91,7 @@ def test_mean_and_std_move_with_the_module_but_not_into_checkpoints():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_features_have_the_modules_dtype_whatever_the_images_have(dtype):
+def test_features_have_the_dtype_of_the_module(dtype):
     backbone = Backbone("test_resnet", pretrained=False).to(dtype)
     for given in (torch.float32, torch.float64, torch.bfloat16):
         assert {f.dtype for f in backbone(images(dtype=given))} == {dtype}
@@ -120,7 +120,7 @@ def test_the_smallest_images_work(padding_mode):
     assert [f.shape[-1] for f in backbone(images(2 * backbone.strides[-1]))] == [8, 4, 2]
 
 
-# Name, image size, what precedes the patch tokens.
+# Name, image size, tokens before the patch tokens.
 TRANSFORMERS = {
     "vit": ("test_vit", (64, 96), 1),
     "deit": ("deit_tiny_distilled_patch16_224", (48, 32), 2),
@@ -133,7 +133,7 @@ TRANSFORMERS = {
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("case", TRANSFORMERS)
-def test_a_transformer_gives_its_normed_patch_tokens_as_maps(case):
+def test_a_transformer_returns_its_normalized_patch_tokens_as_maps(case):
     name, size, prefix = TRANSFORMERS[case]
     whole: Any = timm.create_model(name).eval()
     last = len(whole.blocks) - 1
@@ -155,7 +155,7 @@ def test_a_transformer_gives_its_normed_patch_tokens_as_maps(case):
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_maps_of_a_transformer_of_shrinking_grid_are_those_of_its_stages():
+def test_a_transformer_with_a_shrinking_grid_returns_the_maps_of_its_stages():
     name = "swin_tiny_patch4_window7_224"
     stages: Any = timm.create_model(name, features_only=True, out_indices=(0, 1, 2)).eval()
     backbone = Backbone(name, pretrained=False)
@@ -217,7 +217,7 @@ def test_a_transformer_refuses_images_of_another_size():
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_the_inference_form_of_a_transformer_gives_its_maps(monkeypatch, dtype, bound):
+def test_an_optimized_transformer_returns_the_same_maps(monkeypatch, dtype, bound):
     monkeypatch.setattr("msflow_ext.models.optimized.backbone.has_bfloat16", lambda: True)
     backbone = Backbone("test_vit", image_size=64, pretrained=False)
     x = torch.rand(2, 3, 64, 64)
@@ -227,7 +227,7 @@ def test_the_inference_form_of_a_transformer_gives_its_maps(monkeypatch, dtype, 
     assert float((feature - right).abs().max()) <= bound
 
 
-def test_a_backbone_in_float64_has_an_inference_form_in_float32():
+def test_a_backbone_in_float64_is_optimized_to_float32():
     backbone = Backbone("test_efficientnet", pretrained=False)
     x = torch.rand(2, 3, 64, 64)
     for feature, right in zip(backbone.double().optimize(64)(x), backbone(x), strict=True):
@@ -236,7 +236,7 @@ def test_a_backbone_in_float64_has_an_inference_form_in_float32():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_backbone_on_a_gpu_has_an_inference_form_there(monkeypatch: pytest.MonkeyPatch):
+def test_a_backbone_on_a_gpu_is_optimized_there(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     backbone = Backbone("test_efficientnet", pretrained=False).cuda()
     x = torch.rand(2, 3, 64, 64, device="cuda")
@@ -247,27 +247,36 @@ def test_a_backbone_on_a_gpu_has_an_inference_form_there(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "resnet19"}, "'resnet19' is unknown to timm .*resnet1[08]"),
-        ({"name": "resnet18.nobody_in1k"}, r"'resnet18\.nobody_in1k' is unknown to timm"),
-        ({"name": "levit_128s", "out_indices": (1, 3)}, r"levit_128s has no feature maps \(1, 3\)"),
-        ({"name": "test_vit", "out_indices": (6,)}, r"test_vit has no feature maps \(6,\)"),
-        ({"name": "test_vit", "out_indices": 5}, "test_vit has no feature maps 5 .it has 6 in all"),
-        ({"out_indices": 5}, "test_resnet has no feature maps 5 .it has 5 in all"),
-        ({"out_indices": 0}, "out_indices must ask for 1 map or more, got 0"),
-        ({"out_indices": (1, 9)}, r"test_resnet has no feature maps \(1, 9\)"),
-        ({"out_indices": (2, 1)}, r"out_indices must be increasing, 0 or more, got \(2, 1\)"),
+        (
+            {"name": "resnet19"},
+            "must be a model of timm .*, got 'resnet19': did you mean resnet1[08]",
+        ),
+        ({"name": "resnet18.nothing_in1k"}, r"timm .*, got 'resnet18\.nothing_in1k'"),
+        (
+            {"name": "levit_128s", "out_indices": (1, 3)},
+            r"must be feature maps of backbone levit_128s, got \(1, 3\)",
+        ),
+        ({"name": "test_vit", "out_indices": (6,)}, r"maps of backbone test_vit, got \(6,\)"),
+        ({"name": "test_vit", "out_indices": 5}, "maps of backbone test_vit, got 5 .it has 6."),
+        ({"out_indices": 5}, "maps of backbone test_resnet, got 5 .it has 5."),
+        ({"out_indices": 0}, "out_indices must be 1 map or more, got 0"),
+        ({"out_indices": (1, 9)}, r"maps of backbone test_resnet, got \(1, 9\)"),
+        (
+            {"out_indices": (2, 1)},
+            r"out_indices must be increasing numbers from 0 up, got \(2, 1\)",
+        ),
         ({"out_indices": (-1,)}, r"out_indices must be increasing.*got \(-1,\)"),
         ({"out_indices": ()}, r"out_indices must be increasing.*got \(\)"),
         ({"padding_mode": "circular"}, "padding_mode must be .*'circular'"),
         (
             {"name": "test_vit", "padding_mode": "reflect"},
-            "test_vit: it has no padded convolutions",
+            "must be 'zeros' for test_vit, got 'reflect': it has no padded convolutions",
         ),
         ({"image_size": 0}, "image_size must be from 1 to 16384 pixels, got 0"),
         ({"name": "test_vit", "image_size": 100}, r"multiple of 16 for test_vit, got \(100, 100\)"),
         (
             {"name": "levit_128s", "image_size": 256},
-            r"must be \(224, 224\) for levit_128s, which takes no other, got \(256, 256\)",
+            r"must be \(224, 224\), the only size of levit_128s, got \(256, 256\)",
         ),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
@@ -277,7 +286,7 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
         Backbone(**{"name": "test_resnet", "pretrained": False, **arguments})
 
 
-def test_a_backbone_that_bfloat16_spoils_stays_in_float32_and_says_so(caplog):
+def test_a_backbone_that_is_inaccurate_in_bfloat16_stays_in_float32_and_warns(caplog):
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     network = Backbone("efficientnet_lite0")
     forms = [network.optimize(64, dtype) for dtype in (torch.float32, torch.bfloat16)]
@@ -295,7 +304,7 @@ def test_a_backbone_that_bfloat16_spoils_stays_in_float32_and_says_so(caplog):
     assert not caplog.text
 
 
-def test_a_transformer_stays_in_float32_where_the_processor_has_no_bfloat16(monkeypatch):
+def test_a_transformer_stays_in_float32_on_a_processor_without_bfloat16(monkeypatch):
     images = torch.rand(1, 3, 64, 64)
     transformer = Backbone("test_vit", pretrained=False, image_size=64)
     for has, dtype in ((False, torch.float32), (True, torch.bfloat16)):

@@ -1,4 +1,4 @@
-"""Images outside 0..1 are refused wherever a model takes images, and graphs of a model hold no such look."""
+"""Models refuse images outside 0..1, but traced and exported graphs do not check them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ pytestmark = pytest.mark.family("value ranges")
 SIZE = 64
 IMAGES = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-WRONG = {  # images, and the range that is told of them
+WRONG = {  # images, and their range in the error
     "0..255": (IMAGES * 255, r"[\d.e-]+\.\.255"),
-    "normalised": ((IMAGES - MEAN) / STD, r"-2\.12\.\.2\.64"),
+    "normalized": ((IMAGES - MEAN) / STD, r"-2\.12\.\.2\.64"),
     "-1..1": (2 * IMAGES - 1, r"-1\.\.1"),
     "slightly above": (IMAGES * 1.01, r"[\d.e-]+\.\.1\.01"),
     "slightly below": (IMAGES - 0.01, r"-0\.0\d+\.\.0\.9\d+"),
@@ -48,7 +48,7 @@ def test_a_model_refuses_images_outside_0_to_1_and_says_their_range(
             call(images)
 
 
-def test_an_optimized_model_refuses_them_too(model: AnomalyModel) -> None:
+def test_an_optimized_model_refuses_images_outside_0_to_1(model: AnomalyModel) -> None:
     fast = model.optimize()
     with pytest.raises(ValueError, match=r"images must be RGB in 0\.\.1, got -1\.\.1"):
         fast(WRONG["-1..1"][0])
@@ -66,7 +66,7 @@ def test_an_optimized_model_refuses_them_too(model: AnomalyModel) -> None:
     ],
     ids=["0..1", "black", "white", "rounded", "channels_last", "bfloat16"],
 )
-def test_images_in_0_to_1_are_taken(model: AnomalyModel, images: Tensor) -> None:
+def test_images_in_0_to_1_are_accepted(model: AnomalyModel, images: Tensor) -> None:
     assert model.loss(images).isfinite()
     assert model(images).score.isfinite().all()
 
@@ -80,7 +80,7 @@ class Scores(nn.Module):
         return self.model(images).score
 
 
-def test_graphs_of_a_model_hold_no_look_at_the_values(model: AnomalyModel) -> None:
+def test_graphs_of_a_model_do_not_check_values(model: AnomalyModel) -> None:
     plain = Scores(model)
     expected = plain(IMAGES)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_graphs_of_a_model_hold_no_look_at_the_values(model: AnomalyModel) -> No
         assert "aminmax" not in str(graph.graph)
     assert traced(WRONG["-1..1"][0])[0].shape[0] == 2
     torch.testing.assert_close(program(IMAGES), expected, rtol=1e-4, atol=1e-4)
-    assert program(WRONG["-1..1"][0]).shape == (2,)  # the graph itself does not look
+    assert program(WRONG["-1..1"][0]).shape == (2,)  # the graph does not check
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Whole models: the same bits again, in the deterministic mode too, and each image by itself."""
+"""Models are deterministic, and independent of the rest of the batch, bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture(params=[(name, fast) for name in MODELS for fast in (False, True)], ids=str)
 def model(request: pytest.FixtureRequest) -> nn.Module:
-    """Either model, as it is trained and in the form for inference."""
+    """Return each model, trained and optimized."""
     name, fast = request.param
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -40,7 +40,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 
 @pytest.fixture
 def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The mode that refuses what may differ; it fills new memory with NaN."""
+    """Use deterministic algorithms only, and fill new memory with NaN."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     yield
@@ -57,7 +57,7 @@ def predicted(model: nn.Module, batch: Tensor) -> list[Tensor]:
     return [found.score, found.anomaly_map, found.image_map, *found.log_likelihood]
 
 
-def test_a_rerun_has_the_same_bits_in_the_deterministic_mode_too(
+def test_a_rerun_is_bit_identical_also_in_deterministic_mode(
     each_backend: str, model: nn.Module, request: pytest.FixtureRequest
 ) -> None:
     first, second = (predicted(model, images()) for _ in range(2))
@@ -68,17 +68,17 @@ def test_a_rerun_has_the_same_bits_in_the_deterministic_mode_too(
     assert all(t.isfinite().all() for t in third)
 
 
-def test_an_image_is_scored_alike_alone_and_beside_others(
+def test_a_score_does_not_depend_on_the_rest_of_the_batch(
     each_backend: str, model: nn.Module
 ) -> None:
     whole = predicted(model, images())
     for k in range(3):
-        for alone, beside in zip(predicted(model, images()[k : k + 1]), whole, strict=True):
-            assert relative_error(alone[0], beside[k]) <= 1e-6
+        for single, batch in zip(predicted(model, images()[k : k + 1]), whole, strict=True):
+            assert relative_error(single[0], batch[k]) <= 1e-6
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_of_a_training_step_have_the_same_bits(
+def test_gradients_of_a_train_step_are_deterministic(
     each_backend: str, name: str, deterministic: None
 ) -> None:
     def step() -> list[Tensor]:

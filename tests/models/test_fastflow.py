@@ -1,4 +1,4 @@
-"""FastFlow: presets have the paper's sizes, its flow inverts, its loss is a likelihood, one model behind many backbones."""
+"""FastFlow: sizes of the paper's presets, inverse, loss, arguments, and backbones of every kind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHANNELS, SIZES = (8, 11), [(6, 5), (3, 3)]
 
 
 def make(dtype: torch.dtype = F64, *, scramble: bool = True, **options: Any) -> FastFlowHead:
-    """A small head whose scales, offsets and norms are not those of its first moment."""
+    """Return a small head whose scales, offsets and norms are not the initial ones."""
     arguments = {"steps": 3, "input_sizes": SIZES, "seed": 0, **options}
     head = FastFlowHead(CHANNELS, **arguments).to(dtype)
     generator = torch.Generator().manual_seed(1)
@@ -83,8 +83,8 @@ def test_the_inverse_undoes_the_flows(
     x = draw(normal)
     out = head(x)
     back = head.inverse(out.z)
-    for got, want in zip(back.z, head.normalize(x), strict=True):
-        assert relative_error(got, want) <= 1e-10
+    for got, right in zip(back.z, head.normalize(x), strict=True):
+        assert relative_error(got, right) <= 1e-10
     assert relative_error(back.log_det, -out.log_det) <= 1e-10
 
 
@@ -116,7 +116,7 @@ def test_the_loss_is_the_sum_over_scales_of_the_mean_negative_log_likelihood(
     assert relative_error(head.loss(x), expected) <= 1e-12
 
 
-def test_a_new_norm_standardises_each_image_over_channels_and_positions(normal: Normal) -> None:
+def test_a_new_norm_standardizes_each_image_over_channels_and_positions(normal: Normal) -> None:
     head = make(scramble=False)
     for x in head.normalize([5 * t + 3 for t in draw(normal)]):
         for image in x.detach():
@@ -124,11 +124,11 @@ def test_a_new_norm_standardises_each_image_over_channels_and_positions(normal: 
             assert float(image.var(correction=0)) == pytest.approx(1, abs=1e-4)
 
 
-def test_likelihoods_do_not_depend_on_the_batch(normal: Normal, native: None) -> None:
+def test_likelihoods_do_not_depend_on_the_rest_of_the_batch(normal: Normal, native: None) -> None:
     head, x = make(F32), draw(normal, 3, F32)
     whole = head.log_likelihood(x)
-    for got, want in zip(head.log_likelihood([t[1:2] for t in x]), whole, strict=True):
-        assert relative_error(got, want[1:2]) <= 1e-5
+    for got, right in zip(head.log_likelihood([t[1:2] for t in x]), whole, strict=True):
+        assert relative_error(got, right[1:2]) <= 1e-5
 
 
 def test_training_lowers_the_loss_and_reaches_every_parameter(normal: Normal) -> None:
@@ -145,7 +145,7 @@ def test_training_lowers_the_loss_and_reaches_every_parameter(normal: Normal) ->
     assert all(p.grad is not None and bool(p.grad.any()) for p in head.parameters())
 
 
-def test_a_seed_fixes_permutations_and_weights_and_leaves_the_generator_alone() -> None:
+def test_a_seed_fixes_permutations_and_weights_and_keeps_the_global_generator() -> None:
     before = torch.get_rng_state()
     first, again, other = (FastFlowHead((6,), steps=2, seed=s).state_dict() for s in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
@@ -156,7 +156,7 @@ def test_a_seed_fixes_permutations_and_weights_and_leaves_the_generator_alone() 
 
 
 @pytest.mark.parametrize("normed", [True, False], ids=["normed", "plain"])
-def test_the_inference_form_is_a_snapshot_that_takes_and_returns_what_the_head_does(
+def test_the_optimized_head_is_a_snapshot_with_the_same_inputs_and_outputs(
     normal: Normal, normed: bool
 ) -> None:
     head = make(input_sizes=SIZES if normed else None)
@@ -168,29 +168,32 @@ def test_the_inference_form_is_a_snapshot_that_takes_and_returns_what_the_head_d
         for p in [*head.parameters(), *head.buffers()]:
             p.zero_()
     out = form(x)
-    for got, want in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
-        assert relative_error(got, want) <= 1e-12
+    for got, right in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
+        assert relative_error(got, right) <= 1e-12
     assert [z.stride() for z in out.z] == [t.stride() for t in x]
 
 
-def test_the_inference_form_in_bfloat16_stays_near(normal: Normal) -> None:
+def test_the_optimized_head_in_bfloat16_is_close_to_float32(normal: Normal) -> None:
     head, x = make(F32, scramble=False), draw(normal, dtype=F32)
     maps = head.optimize(torch.bfloat16).log_likelihood(x)
-    for got, want in zip(maps, head.log_likelihood(x), strict=True):
+    for got, right in zip(maps, head.log_likelihood(x), strict=True):
         assert got.dtype is F32
-        assert relative_error(got, want) <= 0.03
+        assert relative_error(got, right) <= 0.03
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no scale": ({"channels": ()}, r"channels must name one scale or more, .* got \(\)"),
+    "no scale": ({"channels": ()}, r"channels must have one scale or more, .* got \(\)"),
     "one channel": ({"channels": (4, 1)}, r"of 2 channels or more, got \(4, 1\)"),
     "no step": ({"steps": 0}, "steps must be at least 1, got 0"),
     "no hidden channel": (
         {"channels": (8, 4), "hidden_ratio": 0.3},
-        "hidden_ratio 0.3 leaves no hidden channels of the 2 that a subnet sees",
+        "hidden_ratio must leave at least 1 of a subnet's 2 input channels, got 0.3",
     ),
-    "ratio nan": ({"hidden_ratio": float("nan")}, "hidden_ratio must be above 0, got nan"),
-    "clamp": ({"clamp": 0}, "clamp must be positive, got 0.0"),
+    "ratio nan": (
+        {"hidden_ratio": float("nan")},
+        "hidden_ratio must be above 0 and finite, got nan",
+    ),
+    "clamp": ({"clamp": 0}, "clamp must be positive and finite, got 0.0"),
     "clamp form": ({"clamp_form": "atan"}, "clamp_form must be '0.2' or 'head', got 'atan'"),
     "sizes": ({"input_sizes": [(4, 4)]}, r"for each of 2 scales, got \[\(4, 4\)\]"),
     "empty size": ({"input_sizes": [(4, 4), (0, 4)]}, r"got \[\(4, 4\), \(0, 4\)\]"),
@@ -206,20 +209,24 @@ def test_arguments_of_the_head_that_do_not_fit_are_refused(case: str) -> None:
 
 @pytest.mark.parametrize("kind", [FastFlow, MSFlow])
 def test_backbones_and_sizes_that_do_not_fit_are_refused_by_both_models(kind: type) -> None:
-    with pytest.raises(ValueError, match=r"'resnet81' is unknown to timm .*, near: resnet18"):
+    with pytest.raises(ValueError, match=r"got 'resnet81': did you mean resnet18"):
         kind("resnet81", pretrained=False)
     with pytest.raises(
         ValueError, match=r"image_size must be a multiple of 16 for deit_tiny_patch"
     ):
         kind("deit_tiny_patch16_224", pretrained=False, image_size=230)
     too_small = {FastFlow: r"H and W at least 32 for resnet18, got \(1, 3, 16, 16\)"}
-    message = too_small.get(kind, "image_size 16 leaves maps of 1 x 1 at stride 16 of resnet18")
+    message = too_small.get(
+        kind, "image_size must give maps of at least 3 x 3 at stride 16 of resnet18, got 16"
+    )
     with pytest.raises(ValueError, match=message):
         kind("resnet18", pretrained=False, image_size=16)
 
 
 def test_msflow_refuses_maps_smaller_than_its_pooling() -> None:
-    with pytest.raises(ValueError, match=r"maps of 2 x 2 at .*, smaller than the 3 x 3 that are"):
+    with pytest.raises(
+        ValueError, match=r"maps of at least 3 x 3 at stride 16 .* which gives 2 x 2"
+    ):
         MSFlow("test_resnet", pretrained=False, image_size=32)
     MSFlow("test_resnet", pretrained=False, image_size=33)
 
@@ -228,15 +235,15 @@ def test_features_that_do_not_fit_are_refused(normal: Normal) -> None:
     head, x = make(), draw(normal)
     with pytest.raises(ValueError, match=r"features must be 2 tensors \(N, C, H, W\)"):
         head(x[:1])
-    with pytest.raises(ValueError, match=r"one N and channels \(8, 11\)"):
+    with pytest.raises(ValueError, match=r"the same N and channels \(8, 11\)"):
         head([x[0][:, :7], x[1]])
-    message = r"features must have the sizes of the LayerNorms, \[\(6, 5\), \(3, 3\)\], got \[\(5"
+    message = r"features must have the sizes \[\(6, 5\), \(3, 3\)\] of the LayerNorms, got \[\(5"
     with pytest.raises(ValueError, match=message):
         head([x[0].mT, x[1]])
-    with pytest.raises(ValueError, match=r"z must have the sizes of the LayerNorms"):
+    with pytest.raises(ValueError, match=r"z must have the sizes .* of the LayerNorms"):
         head.inverse([x[0].mT, x[1]])
     x[1][1, 2, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="features: scale 1 holds NaN or infinite values"):
+    with pytest.raises(ValueError, match="features must be finite, scale 1 has NaN or infinity"):
         head(x)
 
 
@@ -250,7 +257,7 @@ BACKBONES: dict[str, tuple[str, int, list[int], bool]] = {
 
 
 @pytest.mark.parametrize("case", BACKBONES)
-def test_a_model_scores_images_by_the_mean_likelihood_of_its_scales(case: str) -> None:
+def test_the_score_is_the_mean_likelihood_over_scales(case: str) -> None:
     name, size, sides, normed = BACKBONES[case]
     model = FastFlow(name, image_size=size, pretrained=False, steps=2, seed=0).eval()
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -269,7 +276,7 @@ def test_a_model_scores_images_by_the_mean_likelihood_of_its_scales(case: str) -
     assert relative_error(form(images).anomaly_map, got.anomaly_map) <= 1e-4
 
 
-def test_the_scores_that_cannot_saturate_are_those_of_the_aggregate() -> None:
+def test_the_log_and_nll_scores_are_those_of_aggregate() -> None:
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     options = {"image_size": 64, "steps": 1, "top_k": 0.1}
     model = FastFlow("test_resnet", pretrained=False, **options)
@@ -295,7 +302,7 @@ def test_the_config_builds_the_model_again(case: str) -> None:
     assert torch.equal(again(images).anomaly_map, model(images).anomaly_map)
 
 
-def test_statistics_standardise_the_features() -> None:
+def test_statistics_standardize_the_features() -> None:
     model = FastFlow("test_resnet", image_size=64, pretrained=False, steps=1, standardize=True)
     images = torch.rand(4, 3, 64, 64)
     features = model.features(images)
@@ -305,21 +312,21 @@ def test_statistics_standardise_the_features() -> None:
         torch.testing.assert_close(f.mean((0, 2, 3)), torch.zeros(f.size(1)), atol=1e-4, rtol=0)
 
 
-def test_images_have_the_size_that_a_transformer_was_trained_with_or_256_pixels() -> None:
+def test_the_default_image_size_is_that_of_the_transformer_or_256_pixels() -> None:
     assert FastFlow("test_vit", pretrained=False, steps=1).image_size == 160
     assert FastFlow("test_resnet", pretrained=False, steps=1).image_size == 256
     assert MSFlow("test_vit", pretrained=False, blocks=(1, 1)).image_size == 160
 
 
-def test_msflow_takes_three_depths_of_a_transformer_unpooled() -> None:
+def test_msflow_reads_three_depths_of_a_transformer_without_pooling() -> None:
     model = MSFlow("test_vit", image_size=64, pretrained=False, blocks=(1, 1, 1), seed=0).eval()
     assert model.backbone.out_indices == (0, 2, 3)
     images = torch.rand(2, 3, 64, 64)
     features = model.features(images)
     assert [tuple(f.shape) for f in features] == [(2, 64, 4, 4)] * 3
     out = model.head(features)
-    for got, want in zip(model.head.inverse(out.z).z, features, strict=True):
-        assert relative_error(got, want) <= 1e-4
+    for got, right in zip(model.head.inverse(out.z).z, features, strict=True):
+        assert relative_error(got, right) <= 1e-4
     model.loss(images).backward()
     assert all(p.grad is not None for p in model.head.parameters())
     got, form = model(images), model.optimize()(images)
@@ -329,7 +336,7 @@ def test_msflow_takes_three_depths_of_a_transformer_unpooled() -> None:
     assert torch.equal(again(images).score, got.score)
 
 
-def test_msflow_takes_chosen_maps() -> None:
+def test_msflow_reads_the_chosen_maps() -> None:
     model = MSFlow("test_resnet", pretrained=False, blocks=(1, 1), out_indices=(2, 4))
     assert model.backbone.strides == (8, 32)
     assert model.config["out_indices"] == [2, 4]

@@ -1,4 +1,4 @@
-"""Whitening by Gaussians equals its definition in numpy, alone and in the models that have it."""
+"""Whitening by Gaussians equals its definition in numpy, by itself and in a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = {"backbone": "test_resnet", "image_size": 64, "pretrained": False, "seed
 
 
 def features(images: int, seed: int = 0, sizes: list[tuple[int, int]] = SIZES) -> list[Tensor]:
-    """Correlated maps of two scales, each position about its own mean."""
+    """Return correlated maps of two scales, with a different mean at each position."""
     rng = torch.Generator().manual_seed(seed)
     where = torch.Generator().manual_seed(9)
     return [
@@ -44,7 +44,7 @@ def noise() -> DataSet:
 
 
 def by_cells(maps: Tensor, side: int) -> Iterator[tuple[list[tuple[int, int]], np.ndarray]]:
-    """The positions of each cell, and the covariance in it about the means of the positions."""
+    """Return the positions of each cell, and its covariance about the means of the positions."""
     height, width = maps.shape[2:]
     for top, left in product(range(0, height, side), range(0, width, side)):
         rows, columns = range(top, min(top + side, height)), range(left, min(left + side, width))
@@ -54,7 +54,7 @@ def by_cells(maps: Tensor, side: int) -> Iterator[tuple[list[tuple[int, int]], n
 
 @pytest.mark.parametrize(("cells", "side"), [(2**20, 1), (21, 2), (0, 13)])
 @pytest.mark.parametrize("batch", [1, 7, 20])
-def test_whitening_takes_the_root_of_shrunk_covariances_given_the_coarser_scales(
+def test_whitening_equals_its_definition_in_numpy(
     batch: int, cells: int, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [(13, 5), (3, 2)]
@@ -89,14 +89,14 @@ def test_whitening_takes_the_root_of_shrunk_covariances_given_the_coarser_scales
     [((24, 40, 112), 24, 15), ((256, 512, 1024), 64, 150)],
     ids=["efficientnet_lite0 at 192 px", "wide_resnet50_2 at 512 px"],
 )
-def test_it_takes_as_much_memory_as_documented(
+def test_whitening_needs_as_much_memory_as_documented(
     channels: tuple[int, ...], finest: int, megabytes: int
 ) -> None:
     whitening = Whitening(channels, [(finest // k, finest // k) for k in (1, 2, 4)])
     assert sum(b.nbytes for b in whitening.buffers()) / 1e6 == pytest.approx(megabytes, rel=0.15)
 
 
-def test_unfitted_or_reset_it_changes_nothing_and_one_image_is_too_few() -> None:
+def test_unfitted_or_reset_whitening_is_the_identity_and_one_image_is_too_few() -> None:
     whitening, x = Whitening((4, 5), SIZES).double(), features(2)
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(whitening(x), x, strict=True))
@@ -109,7 +109,9 @@ def test_unfitted_or_reset_it_changes_nothing_and_one_image_is_too_few() -> None
 
 
 def test_maps_of_another_size_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"maps must be \[\(4, 13, 5\), .* got \[\(4, 5, 13\), "):
+    with pytest.raises(
+        ValueError, match=r"maps must have \(C, H, W\) = \[\(4, 13, 5\), .* got \[\(4, 5, 13\), "
+    ):
         Whitening((4, 5), SIZES)([features(2)[0].mT, features(2)[1]])
 
 
@@ -119,10 +121,10 @@ def test_maps_of_another_size_are_refused() -> None:
 def test_new_images_are_whitened_by_the_training_images_of_the_last_training(
     kind: type, cache: str, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)  # of the backbone
+    torch.manual_seed(0)  # the weights of the backbone
     options = {**SMALL, "standardize": True, "whiten": True}
     model, recipe = kind(**options), Recipe(epochs=1, batch_size=3, cache=cache)
-    for run in ("first", "again"):  # what the first training left must not count
+    for run in ("first", "again"):  # the first training must not count
         train(model, noise(), tmp_path / run, recipe, device="cpu")
     images = Images(noise().train, 64)
     standardized = plain_features(model, images)[torch.arange(4)]
@@ -137,7 +139,7 @@ def test_new_images_are_whitened_by_the_training_images_of_the_last_training(
 
 
 @pytest.mark.parametrize("cache", ["memory", "off"])
-def test_images_to_learn_are_whitened_by_the_others(cache: str) -> None:
+def test_training_images_are_whitened_by_the_others(cache: str) -> None:
     torch.manual_seed(0)
     model = MSFlow(**SMALL, standardize=True, whiten=True)
     images = Images([*noise().train, *noise().test[:3]], 64)
@@ -156,14 +158,14 @@ def test_images_to_learn_are_whitened_by_the_others(cache: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_two_images_are_too_few_to_whiten_by_each_other() -> None:
+def test_whitening_refuses_two_training_images() -> None:
     model = MSFlow(**SMALL, standardize=True, whiten=True)
     with pytest.raises(ValueError, match="whiten needs 3 training images or more, got 2"):
         Features(model, Images(noise().train[:2], 64)).standardize()
 
 
 def plain_features(model: Any, images: Images) -> Features:
-    """Standardised features of the same backbone, not whitened."""
+    """Return the standardized features of the same backbone, not whitened."""
     plain = type(model)(**{**SMALL, "standardize": True})
     plain.backbone = model.backbone
     features = Features(plain, images)
@@ -178,5 +180,5 @@ def whitened_by(seen: list[Tensor], maps: list[Tensor]) -> list[Tensor]:
 
 
 def test_whitening_needs_standardized_features() -> None:
-    with pytest.raises(ValueError, match="whiten needs standardize"):
+    with pytest.raises(ValueError, match="standardize must be True if whiten is True, got False"):
         MSFlow(**SMALL, standardize=False, whiten=True)

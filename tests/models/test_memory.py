@@ -1,4 +1,4 @@
-"""What training saves for the backward pass: less changes no gradient."""
+"""Saving less for the backward pass changes no gradient."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEADS: dict[str, Callable[[], Any]] = {
 
 
 def make(name: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A small head off its initial values."""
+    """Return a small head with parameters that are not the initial ones."""
     head = HEADS[name]()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def draw(normal: Normal, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 
 def differentiate(head: Any, x: list[Tensor]) -> list[Tensor]:
-    """Loss, and its gradients by features and parameters."""
+    """Return the loss, and its gradients with respect to features and parameters."""
     loss = head.loss(x)
     return [loss, *torch.autograd.grad(loss, [*x, *head.parameters()])]
 
@@ -52,7 +52,7 @@ def differentiate(head: Any, x: list[Tensor]) -> list[Tensor]:
     ("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 1e-4)], ids=["float64", "float32"]
 )
 @pytest.mark.parametrize("name", HEADS)
-def test_reversible_gives_the_gradients_of_saved_activations(
+def test_reversible_memory_gives_the_gradients_of_lean_memory(
     each_backend: str,
     normal: Normal,
     memory_format: Layout,
@@ -64,12 +64,12 @@ def test_reversible_gives_the_gradients_of_saved_activations(
     x = [memory_format(t.detach()).requires_grad_() for t in draw(normal, dtype)]
     expected = differentiate(head, x)
     head.memory = "reversible"
-    for got, want in zip(differentiate(head, x), expected, strict=True):
-        assert relative_error(got, want) <= bound
+    for got, right in zip(differentiate(head, x), expected, strict=True):
+        assert relative_error(got, right) <= bound
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_frozen_parameters_and_features_get_no_gradient_in_reversible(
+def test_frozen_parameters_and_features_get_no_gradient_with_reversible_memory(
     each_backend: str, normal: Normal, name: str
 ) -> None:
     head, x = make(name), [t.detach() for t in draw(normal)]
@@ -88,10 +88,10 @@ def test_frozen_parameters_and_features_get_no_gradient_in_reversible(
             assert parameter.grad is None
 
 
-def test_reversible_saves_the_latent_tensors_alone(native: None, normal: Normal) -> None:
+def test_reversible_memory_saves_only_the_latent_tensors(native: None, normal: Normal) -> None:
     head = make("msflow", torch.float32)
     x = [t.detach() for t in draw(normal, torch.float32)]
-    head.loss(x)  # computes the positional encodings, which stay
+    head.loss(x)  # computes the positional encodings, which are cached
 
     def saved(kind: str) -> int:
         head.memory = kind
@@ -102,7 +102,9 @@ def test_reversible_saves_the_latent_tensors_alone(native: None, normal: Normal)
     assert saved("lean") > 4 * latent
 
 
-def test_a_deeper_chain_takes_no_more_memory_in_reversible(native: None, normal: Normal) -> None:
+def test_a_deeper_flow_needs_no_additional_memory_if_reversible(
+    native: None, normal: Normal
+) -> None:
     def saved(steps: int) -> int:
         head = FastFlowHead((8,), steps=steps, seed=0)
         head.memory = "reversible"
@@ -112,7 +114,7 @@ def test_a_deeper_chain_takes_no_more_memory_in_reversible(native: None, normal:
     assert saved(2) == saved(8)
 
 
-def test_the_choice_reaches_every_part_and_survives_copies(normal: Normal) -> None:
+def test_the_choice_of_memory_reaches_every_module_and_survives_copies(normal: Normal) -> None:
     head = make("msflow")
     head.memory = "reversible"
     for each in (head, copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
@@ -132,7 +134,7 @@ def test_an_unknown_memory_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_reversible_refuses_half_precision(normal: Normal, name: str) -> None:
+def test_reversible_memory_refuses_half_precision(normal: Normal, name: str) -> None:
     head = make(name, torch.float32)
     head.memory = "reversible"
     x = draw(normal, torch.float32)
@@ -143,15 +145,15 @@ def test_reversible_refuses_half_precision(normal: Normal, name: str) -> None:
         head.to(torch.bfloat16).loss([t.to(torch.bfloat16) for t in x])
 
 
-def test_reversible_refuses_latent_values_that_were_cut_off(normal: Normal) -> None:
+def test_reversible_memory_refuses_clamped_latent_values(normal: Normal) -> None:
     head = make("msflow")
     head.memory = "reversible"
     loss = head.loss([head.fusion.limit * 10 * t.detach() for t in draw(normal)])
-    with pytest.raises(RuntimeError, match="beyond 1e\\+06 are cut off and cannot be inverted"):
+    with pytest.raises(RuntimeError, match=r"if latent values exceed 1e\+06, got .reversible"):
         loss.backward()
 
 
-def test_reversible_predicts_as_ever(normal: Normal) -> None:
+def test_predictions_do_not_depend_on_memory(normal: Normal) -> None:
     head, x = make("msflow"), [t.detach() for t in draw(normal)]
     expected = head(x).z
     head.memory = "reversible"
@@ -161,14 +163,14 @@ def test_reversible_predicts_as_ever(normal: Normal) -> None:
         assert all(map(torch.equal, head(x).z, expected))
 
 
-def test_what_is_recomputed_has_first_and_second_derivatives(normal: Normal) -> None:
+def test_recomputed_operations_have_first_and_second_derivatives(normal: Normal) -> None:
     subnet = ConditionedSubnet(4, 4).double()
     x1, cond = normal(1, 2, 2, 2, dtype=torch.float64), normal(1, 4, 2, 2, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: subnet(x, cond), x1.requires_grad_())
     assert torch.autograd.gradgradcheck(lambda x: subnet(x, cond), x1)
 
 
-def test_what_is_recomputed_is_not_kept(normal: Normal) -> None:
+def test_recomputed_results_are_not_kept(normal: Normal) -> None:
     x, weight = normal(10, 10).requires_grad_(), nn.Parameter(normal(10, 10))
     calls = []
 
@@ -187,7 +189,7 @@ def test_what_is_recomputed_is_not_kept(normal: Normal) -> None:
     assert torch.equal(weight.grad, (2 * x).T @ torch.ones(10, 10))
 
 
-def test_autocast_recomputes_what_it_computed(normal: Normal) -> None:
+def test_autocast_applies_to_recomputation(normal: Normal) -> None:
     subnet, x1, cond = ConditionedSubnet(8, 4), normal(2, 4, 5, 5), normal(1, 4, 5, 5)
 
     def grads(keep: bool) -> list[Tensor]:
@@ -202,9 +204,7 @@ def test_autocast_recomputes_what_it_computed(normal: Normal) -> None:
     assert all(map(torch.equal, grads(True), grads(False)))
 
 
-def test_autocast_casts_and_keeps_no_upsampled_sum_which_changes_no_bit(
-    native: None, normal: Normal
-) -> None:
+def test_autocast_recomputes_the_upsampled_sum_bit_for_bit(native: None, normal: Normal) -> None:
     subnet = CrossScaleSubnet((4, 6))
     x = [normal(2, 4, 9, 7).requires_grad_(), normal(2, 6, 4, 3).requires_grad_()]
 

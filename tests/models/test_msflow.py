@@ -1,4 +1,4 @@
-"""MSFlow's head and model: invertible, reproducible by seed, trainable in every way, and clear about bad input."""
+"""MSFlow's head and model: inverse, seeds, precision, compilation, export, and refused arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHANNELS, SIZES = (6, 8, 10), ((6, 8), (3, 4), (2, 2))
 
 
 def make(seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> MSFlowHead:
-    """A small head off its initial values."""
+    """Return a small head with parameters that are not the initial ones."""
     options = {"channels": CHANNELS, "blocks": (1, 2, 1), "cond_channels": 4} | options
     head = MSFlowHead(**options, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +79,7 @@ def test_loss_and_likelihood_follow_from_latents_and_log_det(normal: Normal) -> 
         assert relative_error(got, -0.5 * z.square().mean(1)) <= 1e-14
 
 
-def test_latents_are_cut_off_at_a_million(each_backend: str, normal: Normal) -> None:
+def test_latents_are_clamped_to_a_million(each_backend: str, normal: Normal) -> None:
     z = make()([1e8 * t for t in draw(normal)]).z
     assert torch.stack([t.detach().abs().max() for t in z]).max() == 1e6
 
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_head() -> None:
     assert {"fusion.perm0", "flows.0.steps.0.perm", "fusion.subnet_1.conv1.weight"} <= differ
 
 
-def test_a_seeded_head_leaves_the_global_generator_alone() -> None:
+def test_a_seeded_head_keeps_the_global_generator() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     MSFlowHead(CHANNELS, seed=7)
@@ -128,13 +128,13 @@ def test_bfloat16_is_close_to_float32(
     assert {t.dtype for t in (*mixed.z, mixed.log_det, narrow.log_det)} == {torch.float32}
     assert {t.dtype for t in (*narrow.z, *back.z)} == {torch.bfloat16}
     for out in (mixed, narrow):
-        for got, want in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
-            assert relative_error(got, want) <= 0.03
-    for got, want in zip(back.z, x, strict=True):
-        assert relative_error(got, want) <= 0.1
+        for got, right in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
+            assert relative_error(got, right) <= 0.03
+    for got, right in zip(back.z, x, strict=True):
+        assert relative_error(got, right) <= 0.1
 
 
-def test_training_follows_inference_mode(normal: Normal) -> None:
+def test_a_head_can_train_after_inference_mode(normal: Normal) -> None:
     head, x = make(), draw(normal)
     with torch.inference_mode():
         scored = head.loss(x)
@@ -172,7 +172,7 @@ def test_the_compiled_loss_and_its_gradients_are_those_of_eager(
 
 
 class Scores(nn.Module):
-    """What an exporter takes: tensors in, tensors out."""
+    """Head with tensors as input and output, as an exporter requires."""
 
     def __init__(self, head: MSFlowHead) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def test_an_exported_head_is_plain_pytorch_for_any_number_of_images(
         assert relative_error(exported.module()(images), scores(images)) <= 1e-5
 
 
-def test_the_inference_form_is_a_snapshot(normal: Normal, memory_format: Layout) -> None:
+def test_the_optimized_head_is_a_snapshot(normal: Normal, memory_format: Layout) -> None:
     head, x = make(), [memory_format(t) for t in draw(normal)]
     for parameter in head.parameters():
         if parameter.dim() == 4:
@@ -202,12 +202,12 @@ def test_the_inference_form_is_a_snapshot(normal: Normal, memory_format: Layout)
     form = head.optimize()
     head.load_state_dict(make(seed=1).state_dict())
     out = form(x)
-    for got, want in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
-        assert relative_error(got, want) <= 1e-12
+    for got, right in zip((*out.z, out.log_det), (*expected.z, expected.log_det), strict=True):
+        assert relative_error(got, right) <= 1e-12
 
 
 @pytest.mark.parametrize("kind", ["msflow", "fastflow"])
-def test_likelihoods_of_the_inference_form_take_no_log_det(
+def test_likelihoods_of_the_optimized_head_compute_no_log_det(
     normal: Normal, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     asked: list[bool] = []
@@ -223,34 +223,40 @@ def test_likelihoods_of_the_inference_form_take_no_log_det(
     monkeypatch.setattr(ops, "affine_coupling", asking)
     maps = form.log_likelihood(x)
     assert asked and not any(asked)
-    for got, want in zip(maps, expected, strict=True):
-        assert relative_error(got, want) <= 1e-12
+    for got, right in zip(maps, expected, strict=True):
+        assert relative_error(got, right) <= 1e-12
 
 
-def test_one_number_of_condition_channels_is_for_every_scale() -> None:
+def test_one_number_of_condition_channels_applies_to_all_scales() -> None:
     for cond_channels in (8, [8]):
         head = MSFlowHead((8, 8), blocks=(1, 1), cond_channels=cond_channels)
         assert head.cond_channels == (8, 8)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "one scale": ({"channels": (8,)}, r"channels must name two scales or more, got \(8,\)"),
+    "one scale": ({"channels": (8,)}, r"channels must have two scales or more, got \(8,\)"),
     "odd channels": ({"channels": (8, 9, 8)}, "channels must be even, because the fusion flow"),
     "no channels": ({"channels": (8, 0, 8)}, r"channels must be even, .* got \(8, 0, 8\)"),
     "too few channels": ({"channels": (2, 2, 2)}, r"channels must sum to 8 or more, got \(2, 2"),
-    "blocks missing": ({"blocks": (1, 2)}, r"blocks must be one per scale \(3\), got \(1, 2\)"),
+    "blocks missing": (
+        {"blocks": (1, 2)},
+        r"blocks must have one number per scale \(3\), got \(1, 2\)",
+    ),
     "no block": ({"blocks": (1, 0, 1)}, r"blocks must be at least 1 on every scale, got \(1, 0"),
-    "conditions missing": ({"cond_channels": (4, 4)}, r"cond_channels must be one per scale \(3\)"),
+    "conditions missing": (
+        {"cond_channels": (4, 4)},
+        r"cond_channels must have one number per scale \(3\)",
+    ),
     "condition of six": ({"cond_channels": 6}, "cond_channels must be multiples of 4, got"),
     "no condition": ({"cond_channels": (4, 0, 4)}, "cond_channels must be multiples of 4, got"),
-    "clamp zero": ({"clamp": 0}, "clamp must be positive, got 0.0"),
-    "clamp nan": ({"clamp": math.nan}, "clamp must be positive, got nan"),
+    "clamp zero": ({"clamp": 0}, "clamp must be positive and finite, got 0.0"),
+    "clamp nan": ({"clamp": math.nan}, "clamp must be positive and finite, got nan"),
     "clamp form": ({"clamp_form": "atan"}, "clamp_form must be '0.2' or 'head', got 'atan'"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_the_head_refuses_arguments(case: str) -> None:
+def test_arguments_out_of_range_are_refused(case: str) -> None:
     bad, message = REFUSED[case]
     with pytest.raises(ValueError, match=f"^{message}"):
         MSFlowHead(**({"channels": (8, 8, 8), "blocks": (1, 1, 1), "cond_channels": 4} | bad))
@@ -259,8 +265,8 @@ def test_the_head_refuses_arguments(case: str) -> None:
 UNFIT: dict[str, tuple[Callable[[list[Tensor]], Sequence[Tensor]], str]] = {
     "a scale missing": (lambda x: x[:2], r"must be 3 tensors \(N, C, H, W\), got shapes \[\(2, 6"),
     "no batch": (lambda x: [t[0] for t in x], r"must be 3 tensors \(N, C, H, W\)"),
-    "scales swapped": (lambda x: x[::-1], r"must have one N and channels \(6, 8, 10\), got"),
-    "batches differ": (lambda x: [x[0], x[1][:1], x[2]], "must have one N and channels"),
+    "scales swapped": (lambda x: x[::-1], r"must have the same N and channels \(6, 8, 10\), got"),
+    "batches differ": (lambda x: [x[0], x[1][:1], x[2]], "must have the same N and channels"),
     "no positions": (lambda x: [*x[:2], x[2][..., :0]], "must have at least one position"),
 }
 
@@ -282,5 +288,5 @@ def test_features_that_are_not_finite_are_refused_by_their_scale(
     head, x = make(), draw(normal)
     x[scale][1, 3, 0, 1] = value
     for function in (head, head.loss, head.log_likelihood):
-        with pytest.raises(ValueError, match=f"^features: scale {scale} holds NaN or infinite"):
+        with pytest.raises(ValueError, match=f"^features must be finite, scale {scale} has NaN"):
             function(x)

@@ -1,4 +1,4 @@
-"""MSFlow gives the numbers of the authors' system: every tensor recorded from their code, forwards and backwards."""
+"""MSFlow reproduces every tensor recorded from the reference implementation, forward and backward."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ def build(golden: Golden, name: str, dtype: torch.dtype, layout: Layout) -> MSFl
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the file holds under a prefix, without it."""
+    """Return the tensors whose names have a prefix, without it."""
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """In units of the largest number of each tensor: 1e-10 in float64, 1e-5 in float32 and 3e-5 of log-dets."""
+    """Compare relative to the largest value of each tensor: 1e-10 in float64, 1e-5 in float32, 3e-5 for log-dets."""
     assert set(got) == set(expected)
     errors = {}
-    for key, want in expected.items():
+    for key, value in expected.items():
         bound = 1e-10 if dtype is torch.float64 else 3e-5 if "jac" in key else 1e-5
-        assert got[key].shape == want.shape, key
-        error = float((got[key].detach() - want).abs().max() / want.abs().max())
+        assert got[key].shape == value.shape, key
+        error = float((got[key].detach() - value).abs().max() / value.abs().max())
         if not error <= bound:
             errors[key] = error
     assert not errors
 
 
 def run(head: MSFlowHead, h: list[Tensor], pool: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """All that the files record of a forward pass, by their names."""
+    """Return everything that the files record of a forward pass, with their names."""
     found: dict[str, Tensor] = {}
 
     def keep_log_det(key: str) -> Callable[..., None]:
@@ -146,15 +146,17 @@ def test_every_recorded_inverse_is_reproduced(
     assert_equal(named("u", undone), named("u", u), dtype)
     assert_equal(named("y", [t for t, _ in parallel]), named("y", y), dtype)
     got = named("jac_parallel", [log_det for _, log_det in parallel])
-    # The published inverse of the fusion flow gives its log-det the sign of the forward pass.
-    assert_equal(got | {"jac_fusion_official": -log_det_fusion}, under("rev.", tensors), dtype)
+    # The reference inverse of the fusion flow gives its log-det the sign of the forward pass.
+    recorded = under("rev.", tensors)
+    (fusion,) = (key for key in recorded if key.startswith("jac_fusion"))
+    assert_equal(got | {fusion: -log_det_fusion}, recorded, dtype)
     whole = head.inverse(z)
     assert_equal(named("y", whole.z), named("y", y), dtype)
     assert_equal({"jac_total": -whole.log_det}, {"jac_total": tensors["f64.jac_total"]}, dtype)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_inference_form_reproduces_the_recorded_latents(
+def test_the_optimized_head_reproduces_the_recorded_latents(
     each_backend: str, golden: Golden, name: str, dtype: torch.dtype, memory_format: Layout
 ) -> None:
     tensors, _ = golden(name)
@@ -167,7 +169,9 @@ def test_the_inference_form_reproduces_the_recorded_latents(
 
 
 @pytest.mark.parametrize("name", [*MODELS, "parallel_odd"])
-def test_positional_encodings_are_the_recorded_bits(golden: Golden, name: str) -> None:
+def test_positional_encodings_are_bit_identical_to_the_recorded_ones(
+    golden: Golden, name: str
+) -> None:
     encodings = under("pe", golden(name)[0])
     assert encodings
     for expected in encodings.values():
@@ -177,7 +181,7 @@ def test_positional_encodings_are_the_recorded_bits(golden: Golden, name: str) -
 def conditional_flow(
     state: dict[str, Tensor], channels: int, blocks: int, cond_channels: int
 ) -> ConditionalFlow:
-    """A parallel flow alone with reference weights; :class:`MSFlowHead` refuses odd channels."""
+    """Return a parallel flow with reference weights; :class:`MSFlowHead` refuses odd channels."""
     flow = ConditionalFlow(channels, blocks, cond_channels, clamp=1.9, clamp_form="0.2")
     ours: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -190,7 +194,7 @@ def conditional_flow(
 
 
 def checkpoint_names(name: str, value: Tensor, conditioning: int) -> dict[str, Tensor]:
-    """Our names and shapes of one reference tensor of a block."""
+    """Return our names and shapes of one reference tensor of a block."""
     if name == "w_perm":
         return {"perm": value[:, :, 0, 0].argmax(1)}
     if name == "w_perm_inv":
@@ -231,7 +235,7 @@ def test_flows_with_odd_channels_reproduce_everything_recorded(
 
 
 class Recorded(nn.Module):
-    """A backbone that saw one batch."""
+    """Backbone that returns the recorded features of one batch."""
 
     is_flat = False
 

@@ -1,4 +1,4 @@
-"""The PaDiM-style baseline against its definition in numpy."""
+"""The PaDiM-style baseline equals its definition in numpy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GRID = 4
 
 
 def feature_maps(images: int, seed: int = 0, dtype=torch.float64) -> list[torch.Tensor]:
-    """Correlated Gaussian features of two scales, far from zero; the finest is not the first."""
+    """Return correlated Gaussian features of two scales, far from zero; the finest is not the first."""
     rng = torch.Generator().manual_seed(seed)
     coarse = torch.randn(images, 3, 2, 2, generator=rng, dtype=torch.float64) + 100
     fine = torch.randn(images, 5, GRID, GRID, generator=rng, dtype=torch.float64).cumsum(1) - 50
@@ -21,12 +21,12 @@ def feature_maps(images: int, seed: int = 0, dtype=torch.float64) -> list[torch.
 
 
 def in_batches(features: list[torch.Tensor], size: int):
-    """A one-pass iterator, as a loader is."""
+    """Yield batches once, as a loader does."""
     return iter(list(zip(*(x.split(size) for x in features), strict=True)))
 
 
 def mahalanobis(train: list[torch.Tensor], test: list[torch.Tensor]) -> np.ndarray:
-    """(N, GRID, GRID) distances by numpy, one position at a time."""
+    """Return the distances ``(N, GRID, GRID)`` by numpy, one position at a time."""
 
     def embedded(features):
         maps = [F.interpolate(x, (GRID, GRID), mode="bilinear") for x in features]
@@ -53,7 +53,7 @@ def test_map_and_score_are_the_mahalanobis_distance_for_any_batch_size(dtype, ba
     np.testing.assert_allclose(found.score.numpy(), expected.max((1, 2)), rtol)
 
 
-def test_map_is_upsampled_to_the_size_asked():
+def test_the_map_is_upsampled_to_the_requested_size():
     model = Padim().fit([feature_maps(20)])
     small = model.predict(feature_maps(3, seed=1), GRID).anomaly_map
     large = model.predict(feature_maps(3, seed=1), 12)
@@ -62,15 +62,15 @@ def test_map_is_upsampled_to_the_size_asked():
     torch.testing.assert_close(large.score, expected.amax((1, 2)))
 
 
-def test_half_precision_features_are_taken_as_float32():
+def test_half_precision_features_are_processed_in_float32():
     train, test = feature_maps(20, dtype=torch.bfloat16), feature_maps(3, 1, torch.bfloat16)
     found = Padim().fit([train]).predict(test, GRID)
-    wide = Padim().fit([[x.float() for x in train]]).predict([x.float() for x in test], GRID)
+    float32 = Padim().fit([[x.float() for x in train]]).predict([x.float() for x in test], GRID)
     assert found.score.dtype == torch.float32
-    assert found.score.equal(wide.score)
+    assert found.score.equal(float32.score)
 
 
-def test_an_outlier_ranks_first_and_is_found_where_it_is():
+def test_an_outlier_has_the_highest_score_and_is_localized():
     test = feature_maps(6, seed=2)
     test[1][4, :, 1, 3] += 10
     found = Padim().fit([feature_maps(40)]).predict(test, GRID)
@@ -79,9 +79,9 @@ def test_an_outlier_ranks_first_and_is_found_where_it_is():
 
 
 def test_fit_refuses_too_few_images():
-    with pytest.raises(ValueError, match=r"Padim.fit: .* at least two images, got none"):
+    with pytest.raises(ValueError, match=r"batches must hold at least two images, got none"):
         Padim().fit([])
-    with pytest.raises(ValueError, match=r"Padim.fit: .* at least two images, got 1"):
+    with pytest.raises(ValueError, match=r"batches must hold at least two images, got 1"):
         Padim().fit([feature_maps(1)])
 
 
@@ -89,10 +89,10 @@ def test_fit_refuses_too_few_images():
 def test_features_that_are_not_finite_are_refused(value):
     broken = feature_maps(4)
     broken[1][2, 0, 1, 1] = value
-    with pytest.raises(ValueError, match=r"Padim.fit: features\[1\] hold NaN or infinity"):
+    with pytest.raises(ValueError, match=r"features\[1\] must be finite, got NaN or infinity"):
         Padim().fit([feature_maps(4), broken])
     model = Padim().fit([feature_maps(4)])
-    with pytest.raises(ValueError, match=r"Padim.predict: features\[1\] hold NaN or infinity"):
+    with pytest.raises(ValueError, match=r"features\[1\] must be finite, got NaN or infinity"):
         model.predict(broken, GRID)
 
 
@@ -116,21 +116,21 @@ MALFORMED = {
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed_features_are_refused(case):
     features, error, message = MALFORMED[case]
-    with pytest.raises(error, match=f"^Padim.fit: {message}$"):
+    with pytest.raises(error, match=f"^{message}$"):
         Padim().fit([features])
 
 
 def test_shapes_other_than_the_fitted_ones_are_refused():
     other = [feature_maps(4)[1]]
-    message = r"must make \(C, H, W\) = \(8, 4, 4\) as in the first batch, got \(5, 4, 4\)"
-    with pytest.raises(ValueError, match=f"^Padim.fit: features {message}$"):
+    message = r"features must concatenate to \(C, H, W\) = \(8, 4, 4\), as in the first batch, got \(5, 4, 4\)"
+    with pytest.raises(ValueError, match=f"^{message}$"):
         Padim().fit([feature_maps(4), other])
-    with pytest.raises(ValueError, match=f"^Padim.predict: features {message}$"):
+    with pytest.raises(ValueError, match=f"^{message}$"):
         Padim().fit([feature_maps(4)]).predict(other, GRID)
 
 
 def test_predict_refuses_an_unfitted_model_and_an_empty_map():
-    with pytest.raises(RuntimeError, match=r"Padim.predict: not fitted, call fit first"):
+    with pytest.raises(RuntimeError, match=r"this Padim is not fitted: call fit first"):
         Padim().predict(feature_maps(2), GRID)
-    with pytest.raises(ValueError, match=r"Padim.predict: size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"size must be at least 1, got 0"):
         Padim().fit([feature_maps(4)]).predict(feature_maps(2), 0)

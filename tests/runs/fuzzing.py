@@ -1,7 +1,7 @@
-"""Atheris, guided by coverage, looks for files that a reader neither reads nor refuses: fuzzing.py NAME SECONDS.
+"""Search for files that a reader neither reads nor refuses, with Atheris: fuzzing.py NAME SECONDS.
 
-The names are those of ``READERS`` in ``test_damaged_files.py``; a file that breaks a reader is kept, and
-ends the run with its traceback.
+``NAME`` is a key of ``READERS`` in ``test_damaged_files.py``. A file that breaks a reader is kept, and ends the
+search with its traceback.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-atheris: Any = importlib.import_module("atheris")  # which not every Python has
+atheris: Any = importlib.import_module("atheris")  # not available for every Python
 
 with atheris.instrument_imports(include=["msflow_ext", "safetensors", "yaml"]):
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]

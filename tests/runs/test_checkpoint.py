@@ -1,4 +1,4 @@
-"""A checkpoint leaves nothing beside it, however its writer ends."""
+"""Checkpoints leave no temporary files, even if the writer is killed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from msflow_ext.runs.checkpoint import previous, read_checkpoint, save_checkpoin
 
 
 @pytest.mark.family("run files")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the writer is forked and ends at once")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork")
 @pytest.mark.parametrize("then", ["saved again", "locked"])
-def test_what_a_killed_writer_of_weights_left_is_removed(tmp_path, monkeypatch, then):
+def test_temporary_files_of_a_killed_writer_are_removed(tmp_path, monkeypatch, then):
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, {"epoch": 1}, nn.Linear(2, 2))
 
     def killed(tensors: Any, target: Any, **_: Any) -> None:
-        Path(target).with_name(".tmpa1b2c3").write_bytes(b"part")  # as the library calls its own
+        Path(target).with_name(".tmpa1b2c3").write_bytes(b"part")  # the name that safetensors uses
         os._exit(9)
 
     child = os.fork()
@@ -50,7 +50,7 @@ def test_a_run_in_a_folder_whose_name_is_not_utf_8_is_read(tmp_path):
     try:
         folder.mkdir()
     except OSError:
-        pytest.skip("this file system takes names in UTF-8 only")
+        pytest.skip("this file system allows only names in UTF-8")
     save_checkpoint(folder / "model.safetensors", {"epoch": 1}, nn.Linear(2, 2))
     header, tensors = read_checkpoint(folder / "model.safetensors")
     assert header == {"epoch": 1}

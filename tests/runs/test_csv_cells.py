@@ -1,4 +1,4 @@
-"""Cells of CSV come back as they were, and no spreadsheet takes one for a formula."""
+"""Cells of CSV are read back unchanged, and no spreadsheet runs one as a formula."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ DANGEROUS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", " =
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.lists(TEXT, min_size=2, max_size=2), max_size=4))
 @example([["'=1", "''=1"], ["a\r", "\r\n"], ["it's", " '=1"], ['"', '""']])
-def test_any_text_comes_back_unchanged(rows):
+def test_any_text_is_read_back_unchanged(rows):
     assert csv_rows("".join(map(csv_line, rows))) == rows
 
 
-def test_the_names_of_files_in_no_unicode_come_back_as_bytes():
+def test_file_names_that_are_not_unicode_are_read_back_unchanged():
     name = os.fsdecode(b"Gr\xf6\xdfe\r.png")
     content = csv_line([name, 1]).encode("utf-8", "surrogateescape")
     ((read, _),) = csv_rows(content.decode("utf-8", "surrogateescape"))
@@ -34,7 +34,7 @@ def test_the_names_of_files_in_no_unicode_come_back_as_bytes():
 
 
 @pytest.mark.parametrize("text", [*DANGEROUS, *(f"'{text}" for text in DANGEROUS)])
-def test_no_cell_of_text_begins_like_a_formula_and_numbers_stay_numbers(text):
+def test_text_never_begins_like_a_formula_and_numbers_are_unchanged(text):
     line = csv_line([text, -0.5, None])
     ((cell, number, nothing),) = csv.reader(io.StringIO(line, newline=""))
     assert cell == f"'{text}"
@@ -42,14 +42,14 @@ def test_no_cell_of_text_begins_like_a_formula_and_numbers_stay_numbers(text):
 
 
 @pytest.mark.parametrize("text", ["a;=1+1", "a\t=1+1", "a|b", "a\rb", "a\u2028b"])
-def test_a_cell_with_a_separator_of_another_program_stands_in_quotes(text):
+def test_a_cell_with_a_separator_of_another_program_is_quoted(text):
     assert csv_line([text]) == f'"{text}"\n'
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(st.lists(TEXT, min_size=1, max_size=4))
 @example(["a\nb", "c"])
-def test_a_last_line_that_was_cut_off_anywhere_is_left_out(names):
+def test_a_truncated_last_line_is_omitted(names):
     lines = [csv_line([name, 1]).encode("utf-8", "surrogatepass") for name in names]
     content = b"".join(lines)
     for end in range(len(content) + 1):
@@ -57,10 +57,10 @@ def test_a_last_line_that_was_cut_off_anywhere_is_left_out(names):
         assert whole_lines(content[:end]) == max([0, *(n for n in whole if n <= end)])
 
 
-def test_what_is_no_csv_is_refused():
-    with pytest.raises(ValueError, match="it is no CSV"):
+def test_text_that_is_not_csv_is_refused():
+    with pytest.raises(ValueError, match="it is not CSV"):
         csv_rows('"a"b\n')
 
 
-def test_the_examples_give_what_they_say():
+def test_the_examples_of_csv_cells_are_correct():
     assert doctest.testmod(csv_cells) == (0, 2)

@@ -1,4 +1,4 @@
-"""The curves of a run read back as points of the ones that were measured."""
+"""Stored curves are points of the measured ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MASKS[1:, 4:19, 5:32] = True
 MAPS = RNG.standard_normal(MASKS.shape) + 2 * MASKS
 
 
-def test_few_points_are_kept_and_each_lies_on_the_curve(tmp_path):
+def test_few_points_are_stored_and_all_are_on_the_curve(tmp_path):
     whole = {"pixel_roc": roc_curve(MASKS, MAPS), "pro": pro_curve(MASKS, MAPS)}
     write_curves(tmp_path, whole)
     found = read_curves(tmp_path)
@@ -28,7 +28,7 @@ def test_few_points_are_kept_and_each_lies_on_the_curve(tmp_path):
     assert (tmp_path / "curves.json").stat().st_size < 50_000
 
 
-def test_a_run_without_curves_has_no_file_and_reads_as_none(tmp_path):
+def test_a_run_without_curves_has_no_file(tmp_path):
     write_curves(tmp_path, {})
     assert not list(tmp_path.iterdir())
     assert read_curves(tmp_path) == {}
@@ -48,7 +48,7 @@ def test_a_run_without_curves_has_no_file_and_reads_as_none(tmp_path):
         '{"pro": [[0, NaN], [0, 1]]}',
     ],
 )
-def test_what_is_no_curve_is_refused(tmp_path, text):
+def test_invalid_curves_are_refused(tmp_path, text):
     (tmp_path / "curves.json").write_text(text)
     expected = (
         f"{tmp_path / 'curves.json'} is damaged: pro must be two rows of rising rates in 0..1"

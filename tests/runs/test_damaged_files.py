@@ -1,4 +1,4 @@
-"""Files with random damage are read, or refused by the exceptions that their readers document."""
+"""Files with random damage are read, or refused with documented exceptions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SECONDS = float(os.environ.get("MSFLOW_FUZZ_SECONDS", "0.4"))
 
 
 def mutated(whole: bytes, rng: random.Random) -> bytes:
-    """A few bytes changed, removed, repeated or put in; now and then the end is missing."""
+    """Return the content with a few bytes changed, removed, repeated or inserted; sometimes truncated."""
     content = bytearray(whole)
     for _ in range(rng.randint(1, 6)):
         at, size = rng.randrange(len(content) + 1), rng.choice([1, 2, 4, 16])
@@ -82,7 +82,7 @@ backbone: test_efficientnet
 
 
 def read_recipe(file: Path) -> None:
-    """Flags of a training, which must end where its data is looked for."""
+    """Run a training with these flags, which must end because its data is missing."""
     out = ("--data", str(file.parent / "none"), "--out", str(file.parent / "run"))
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
@@ -93,7 +93,7 @@ def read_recipe(file: Path) -> None:
 
 
 def settings(path: Path) -> bytes:
-    """Of a run: what its data was."""
+    """Return the settings of a run that describe its data."""
     table(path)
     (path / "list.csv").write_bytes(table(path))
     given = {"data": str(path), "layout": "folder", "csv": "list.csv", "split_seed": 0}
@@ -119,7 +119,7 @@ READERS: dict[str, tuple[Callable[[Path], bytes], Callable[[Path], object]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # decoders warn of what they repair
+@pytest.mark.filterwarnings("ignore")  # decoders warn if they repair a file
 @pytest.mark.parametrize("name", READERS)
 def test_a_file_with_random_damage_is_read_or_refused(tmp_path, name):
     make, read = READERS[name]

@@ -1,4 +1,4 @@
-"""Runs that an older version wrote load, give the same scores and can be resumed."""
+"""Runs of an older version load, give the same scores and can be resumed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SAME: dict[str, Any] = {"rel": 1e-4, "abs": 1e-4}  # other processors round diff
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Any]:
-    """What the older version predicted."""
+    """Return the predictions of the older version."""
     return json.loads((OLD / "expected.json").read_text())
 
 
 @pytest.mark.parametrize("run", ["finished", "fastflow"])
-def test_an_older_run_predicts_what_it_did(expected, run):
+def test_an_older_run_gives_its_old_predictions(expected, run):
     images = sorted((OLD / "images/plate/test").rglob("*.png"))
     results = load(OLD / run, device="cpu").predict([str(path) for path in images])
     right = expected[run]
@@ -41,8 +41,8 @@ def test_an_older_run_predicts_what_it_did(expected, run):
 
 
 @pytest.mark.parametrize("run", ["finished", "fastflow"])
-def test_an_older_run_is_evaluated_to_its_metrics(tmp_path, monkeypatch, run):
-    monkeypatch.chdir(OLD)  # the settings of the run name its images relative to this folder
+def test_an_older_run_gives_its_old_metrics(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(OLD)  # the run's settings have image paths relative to this folder
     assert cli.main(["evaluate", "--run", run, "--device", "cpu", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "evaluation.json").read_text())
     right = json.loads((OLD / run / "metrics.json").read_text())
@@ -57,7 +57,7 @@ def test_older_runs_are_read_for_a_comparison(expected):
         assert set(run.curves) == {"pixel_roc", "pro"}
 
 
-def test_a_training_that_an_older_version_began_is_resumed_to_the_same_losses(tmp_path):
+def test_a_training_of_an_older_version_is_resumed_to_the_same_losses(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(OLD / "interrupted", run)
     right = json.loads((OLD / "finished" / "metrics.json").read_text())
@@ -75,7 +75,7 @@ def test_a_training_that_an_older_version_began_is_resumed_to_the_same_losses(tm
     )
 
 
-def test_a_run_with_what_was_removed_is_refused(tmp_path):
+def test_a_run_with_a_removed_setting_is_refused(tmp_path):
     header, _ = read_checkpoint(OLD / "finished" / CHECKPOINT)
     assert "position_base" not in header["config"]
     header["config"]["position_base"] = True

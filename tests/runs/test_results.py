@@ -1,4 +1,4 @@
-"""Finished runs are compared image by image, whichever version wrote their tables."""
+"""Finished runs of any version are compared image by image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_run_of_an_older_version_is_compared_with_a_new_one(tmp_path):
     assert first.flagged is not None and first.flagged.tolist() == [True, False]
 
 
-def test_what_a_run_flags_are_its_own_verdicts(tmp_path):
+def test_flags_of_a_run_are_its_stored_verdicts(tmp_path):
     runs = [finished(tmp_path / name, 0.0) for name in "ab"]
     for verdict, run in enumerate(runs):
         write_scores(run / "scores.csv", [Row("a.png", "good", 0, 0.5, verdict)])

@@ -1,4 +1,4 @@
-"""Tables of scores are read back as they were written, whole or not at all."""
+"""Tables of scores are written completely or not at all, and read back unchanged."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ OLD_TRAINING = "name,defect,label,score,aupimo\nscar/0,scar,1,0.5,0.25\ngood/0,g
 OLD_PREDICTION = "name,defect,label,score,p_value\na.png,,1,0.5,0.25\n"
 
 
-def test_what_is_written_is_read_back_unchanged(tmp_path):
+def test_rows_are_read_back_unchanged(tmp_path):
     write_scores(tmp_path / "scores.csv", ROWS)
     assert read_scores(tmp_path / "scores.csv") == ROWS
 
 
-def test_any_reader_of_csv_finds_truth_and_verdict_in_columns_of_their_own(tmp_path):
+def test_truth_and_verdict_are_separate_columns(tmp_path):
     write_scores(tmp_path / "scores.csv", ROWS[:2])
     with open(tmp_path / "scores.csv", newline="", encoding="utf-8") as file:
         first, second = csv.DictReader(file)
@@ -38,7 +38,7 @@ def test_any_reader_of_csv_finds_truth_and_verdict_in_columns_of_their_own(tmp_p
     assert (second["name"], second["aupimo"], second["error"]) == ('a,"b"\n.png', "", "")
 
 
-def test_the_bytes_of_a_table_are_these(tmp_path):
+def test_a_table_has_the_documented_bytes(tmp_path):
     write_scores(tmp_path / "scores.csv", [*ROWS[:1], *ROWS[3:]])
     assert (tmp_path / "scores.csv").read_bytes() == (
         b"name,defect,truth,score,verdict,p_value_at_most,aupimo,error\n"
@@ -48,7 +48,7 @@ def test_the_bytes_of_a_table_are_these(tmp_path):
     )
 
 
-def test_a_number_that_is_not_known_is_an_empty_cell():
+def test_an_unknown_number_is_an_empty_cell():
     assert row_line(Row("a", "good", 0, 1.0, aupimo=math.nan)) == "a,good,0,1.0,,,,\n"
 
 
@@ -56,12 +56,14 @@ def test_a_number_that_is_not_known_is_an_empty_cell():
 def test_a_score_that_is_not_finite_is_refused_and_the_old_file_stays(tmp_path, score):
     write_scores(tmp_path / "scores.csv", ROWS)
     before = (tmp_path / "scores.csv").read_bytes()
-    with pytest.raises(ValueError, match="the score of 'b' must be finite, got"):
+    with pytest.raises(ValueError, match="score of 'b' must be finite, got"):
         write_scores(tmp_path / "scores.csv", [Row("b", "good", 0, score)])
     assert (tmp_path / "scores.csv").read_bytes() == before
 
 
-def test_the_label_of_an_older_version_is_a_truth_in_runs_and_a_verdict_elsewhere(tmp_path):
+def test_the_label_of_an_older_version_is_the_truth_in_runs_and_the_verdict_in_predictions(
+    tmp_path,
+):
     path = tmp_path / "scores.csv"
     path.write_text(OLD_TRAINING)
     assert read_scores(path) == [
@@ -77,18 +79,18 @@ def test_the_label_of_an_older_version_is_a_truth_in_runs_and_a_verdict_elsewher
     [
         ("", "it has no column name"),
         ("name\na\n", "it has no column score"),
-        ("name,score\na\n", "a row has not 2 cells"),
+        ("name,score\na\n", "all rows must have 2 cells"),
         ("name,score\na,b\n", "could not convert string to float: 'b'"),
         ("name,truth,score\na,2,1\n", "truth and verdict must be 0, 1 or empty, got '2'"),
-        ('name,score\n"a"b,1\n', "it is no CSV"),
+        ('name,score\n"a"b,1\n', "it is not CSV"),
     ],
 )
-def test_what_is_no_table_of_scores_is_refused_by_name(tmp_path, text, reason):
+def test_a_file_that_is_not_a_table_of_scores_is_refused_by_name(tmp_path, text, reason):
     (tmp_path / "scores.csv").write_text(text)
     with pytest.raises(ValueError, match=rf"scores\.csv is damaged: {reason}"):
         read_scores(tmp_path / "scores.csv")
 
 
-def test_a_name_without_its_suffix_keeps_all_other_dots():
+def test_removing_the_suffix_of_a_name_keeps_other_dots():
     names = ("scar/006.png", "a.tar.JPEG", "v1.2", "a.b/c", "png", ".png")
     assert [*map(bare_name, names)] == ["scar/006", "a.tar", "v1.2", "a.b/c", "png", ""]

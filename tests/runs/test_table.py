@@ -1,4 +1,4 @@
-"""The table of a series says what was measured, what is a result, and what others published."""
+"""The table of a series shows results, best epochs and published numbers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def found(lines: list[Line], source: str = "MSFlow") -> dict[str, tuple[float, f
     return {each.category: (each.value, each.spread, each.runs) for each in chosen}
 
 
-def test_a_line_is_the_mean_and_deviation_over_seeds_and_the_mean_that_of_each_seeds_mean():
+def test_lines_are_mean_and_deviation_over_seeds_also_for_the_mean_over_categories():
     runs = [run("a", 0.5, 0), run("a", 0.7, 1), run("b", 0.8, 0), run("b", 0.6, 1)]
     lines = found(table.lines(runs))
     assert lines["a"] == (pytest.approx(0.6), pytest.approx(math.sqrt(0.02)), 2)
@@ -63,7 +63,7 @@ def test_a_baseline_has_its_own_lines():
     }
 
 
-def test_published_numbers_stand_beside_ours_and_their_mean_only_beside_a_mean_of_the_same():
+def test_a_published_mean_is_shown_only_for_the_same_categories():
     source = "authors' log, last epoch (wide_resnet50_2)"
     categories = list(table.published("visa", "MSFlow", "wide_resnet50_2")[0]["values"])[:-1]
     some = table.lines([run(each, 0.9, data="visa") for each in categories[:2]])
@@ -74,7 +74,7 @@ def test_published_numbers_stand_beside_ours_and_their_mean_only_beside_a_mean_o
     assert not found(table.lines([run("candle", 0.9)]), source)
 
 
-def test_a_mean_alone_is_shown_beside_a_mean_of_all_categories_only():
+def test_a_published_mean_without_categories_is_shown_only_for_all_categories():
     categories = list(table.published("mvtec", "MSFlow", "wide_resnet50_2")[0]["values"])[:-1]
     for chosen, shown in ((categories[:3], set()), (categories, {"mean"})):
         model = {"name": "FastFlow", "backbone": "resnet18"}
@@ -83,7 +83,7 @@ def test_a_mean_alone_is_shown_beside_a_mean_of_all_categories_only():
         assert {each.category for each in lines if not each.runs} == shown
 
 
-def test_the_backbone_chooses_among_the_published_numbers_of_a_model():
+def test_published_numbers_are_those_of_the_backbone():
     (paper, *_) = table.published("mvtec", "FastFlow", "resnet18")
     assert (paper["backbone"], paper["values"]) == ("resnet18", {"mean": {"pixel_auroc": 0.972}})
     assert {each["backbone"] for each in table.published("mvtec", "FastFlow", "vgg11")} == {
@@ -93,7 +93,7 @@ def test_the_backbone_chooses_among_the_published_numbers_of_a_model():
 
 
 @pytest.mark.parametrize("data", ["mvtec", "visa"])
-def test_the_published_means_are_those_of_the_published_categories(data):
+def test_published_means_equal_the_means_of_the_published_categories(data):
     for record in table.published(data, "MSFlow", "wide_resnet50_2"):
         *categories, mean = record["values"].values()
         for metric in categories[0]:
@@ -103,7 +103,7 @@ def test_the_published_means_are_those_of_the_published_categories(data):
             )
 
 
-def test_the_files_of_a_table_agree_and_name_what_failed(tmp_path):
+def test_the_files_of_a_table_agree_and_list_failures(tmp_path):
     runs = [run("a", 0.5, 0), run("a", 0.75, 1), FAILED]
     lines = table.write(tmp_path, runs)
     with (tmp_path / "table.csv").open() as file:
@@ -129,13 +129,13 @@ def test_the_files_of_a_table_agree_and_name_what_failed(tmp_path):
     assert "* runs/tea: tea.png is empty" in text
 
 
-def test_a_table_of_failures_alone_holds_them(tmp_path):
+def test_a_table_of_failures_lists_them(tmp_path):
     assert table.write(tmp_path, [FAILED]) == []
     assert "tea.png is empty" in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.family("score tables")
-def test_odd_categories_are_read_back_and_no_spreadsheet_runs_one(tmp_path):
+def test_unusual_categories_are_read_back_and_never_run_as_formulas(tmp_path):
     categories = ["=1+1", "a\rb", "a\nb", "\udcff"]
     table.write(tmp_path, [run(name, 0.5) for name in categories])
     content = (tmp_path / "table.csv").read_bytes().decode("utf-8", "surrogateescape")

@@ -1,4 +1,4 @@
-"""A tiny model, images to train it on, and a finished run."""
+"""Fixtures: a tiny model, images to train it on, and a finished run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZE = 64
 
 @pytest.fixture(scope="session")
 def build_model() -> Callable[..., MSFlow]:
-    """``build_model(**options)``: the same tiny MSFlow each time, on a backbone with random weights."""
+    """Return a function that builds the same tiny MSFlow each time, on a backbone with random weights."""
 
     def build(**options: Any) -> MSFlow:
         with torch.random.fork_rng(devices=[]):
@@ -40,7 +40,7 @@ def build_model() -> Callable[..., MSFlow]:
 
 @pytest.fixture(scope="module")
 def squares() -> DataSet:
-    """Gray noise; the defective images have a white square, which is their mask."""
+    """Return images of gray noise; the defective ones have a white square, which is their mask."""
     rng = np.random.default_rng(0)
 
     def good(name: str) -> Item:
@@ -62,7 +62,7 @@ def squares() -> DataSet:
 def finished_run(
     tmp_path_factory: pytest.TempPathFactory, squares: DataSet, build_model: Callable[..., MSFlow]
 ) -> Path:
-    """The folder of a run of two epochs; tests must not write to it."""
+    """Return the folder of a run of two epochs; tests must not write to it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     train(build_model(), squares, folder, Recipe(epochs=2, batch_size=4), device="cpu")
     return folder
@@ -70,7 +70,7 @@ def finished_run(
 
 @pytest.fixture(scope="session")
 def same_weights() -> Callable[[Path, Path], bool]:
-    """``same_weights(run, other)``: whether two runs ended with the same weights, bit for bit."""
+    """Return a function that tells whether two runs ended with the same weights, bit for bit."""
 
     def same(run: Path, other: Path) -> bool:
         a, b = (read_checkpoint(each / "model.safetensors")[1] for each in (run, other))

@@ -1,4 +1,4 @@
-"""Trains a tiny model in processes that are killed at random moments; a script of test_kills.py.
+"""Train a tiny model in processes that are killed at random moments; a script of test_kills.py.
 
 ``python killed_training.py FOLDER KILLS SEED`` prints, as JSON, one row per kill: the run and the moment.
 """
@@ -25,7 +25,7 @@ EPOCHS = 6
 
 
 def toy_data() -> DataSet:
-    """Gray noise; the defective images have a white square, which is their mask."""
+    """Return images of gray noise; the defective ones have a white square, which is their mask."""
     rng = np.random.default_rng(0)
     mask = np.zeros((64, 64), bool)
     mask[16:40, 8:32] = True
@@ -38,7 +38,7 @@ def toy_data() -> DataSet:
 
 
 def train_here(run: Path) -> None:
-    """Train to the end, or go on with what ``run`` holds."""
+    """Train to the end, or resume the run in the folder ``run``."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def train_here(run: Path) -> None:
 
 
 def start(run: Path) -> int:
-    """The id of a new process that trains."""
+    """Start a process that trains, and return its id."""
     child = os.fork()
     if child:
         return child
@@ -64,7 +64,7 @@ def start(run: Path) -> int:
 
 
 def status_after(child: int, seconds: float) -> int | None:
-    """The exit status of a process that ends within ``seconds``; it is killed otherwise."""
+    """Return the exit status of a process that ends within ``seconds``, or kill it and return None."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -77,7 +77,7 @@ def status_after(child: int, seconds: float) -> int | None:
 
 
 def main(folder: Path, kills: int, seed: int) -> None:
-    """One run undisturbed; then runs that are killed and resumed until ``kills`` kills have been survived."""
+    """Train one run without kills, then kill and resume runs until there were ``kills`` kills."""
     began = time.monotonic()
     assert status_after(start(folder / "undisturbed"), 600) == 0
     whole = time.monotonic() - began
@@ -98,6 +98,6 @@ def main(folder: Path, kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    # Python warns of fork beside threads, but none of them has computed anything yet.
+    # Python warns of a fork beside threads, but no thread has computed anything yet.
     warnings.simplefilter("ignore")
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,4 +1,4 @@
-"""Features are cached where the recipe says, and a training is the same wherever they are."""
+"""Features are cached where the recipe says, and training does not depend on the place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 64
 
 
-def test_features_on_disk_give_the_same_bits_and_leave_no_file(
+def test_training_with_features_on_disk_is_bit_identical_and_leaves_no_file(
     tmp_path, squares, finished_run, build_model, same_weights
 ):
     run = tmp_path / "run"
@@ -28,7 +28,7 @@ def test_features_on_disk_give_the_same_bits_and_leave_no_file(
     assert not list(run.glob("*.cache"))
 
 
-def test_features_that_memory_does_not_hold_go_to_the_disk(
+def test_features_that_do_not_fit_in_memory_are_cached_on_disk(
     tmp_path, monkeypatch, caplog, squares, finished_run, build_model, same_weights
 ):
     from msflow_ext import features
@@ -36,13 +36,15 @@ def test_features_that_memory_does_not_hold_go_to_the_disk(
     run, seen, recipe = tmp_path / "run", [], Recipe(epochs=2, batch_size=4)
     trained = train_epoch
 
-    def look(*args, **kwargs):
+    def record(*args, **kwargs):
         seen.extend(path.name for path in run.glob("*.cache"))
         return trained(*args, **kwargs)
 
-    images = Features(build_model(), Images(squares.train, SIZE)).nbytes  # test images need as much
+    images = Features(
+        build_model(), Images(squares.train, SIZE)
+    ).nbytes  # test images need the same
     caplog.set_level("INFO", logger="msflow_ext")
-    monkeypatch.setattr(loop, "train_epoch", look)
+    monkeypatch.setattr(loop, "train_epoch", record)
     for free, place in ((2 * images, "memory"), (2 * images - 2, "disk")):
         monkeypatch.setattr(features, "free_memory", lambda free=free: free)
         train(build_model(), squares, run, recipe, device="cpu", overwrite=True)
@@ -53,7 +55,7 @@ def test_features_that_memory_does_not_hold_go_to_the_disk(
     assert not list(run.glob("*.cache"))
 
 
-def test_features_computed_anew_every_epoch_give_the_same_training(
+def test_training_without_a_cache_gives_the_same_losses(
     tmp_path, squares, finished_run, build_model
 ):
     recipe = Recipe(epochs=2, batch_size=4, cache="off")
@@ -62,9 +64,7 @@ def test_features_computed_anew_every_epoch_give_the_same_training(
     assert metrics["losses"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_standardized_features_have_mean_0_and_deviation_1_and_the_model_agrees(
-    squares, build_model
-):
+def test_standardized_features_have_mean_0_and_deviation_1_also_in_the_model(squares, build_model):
     model, images = build_model(), Images(squares.train, 64)
     features = Features(model, images)
     features.standardize()
@@ -87,7 +87,9 @@ def test_features_that_are_not_finite_name_their_image(squares, build_model):
         Features(model, Images(squares.train, 64))
 
 
-def test_a_cache_that_the_disk_cannot_hold_is_refused(tmp_path, monkeypatch, squares, build_model):
+def test_a_cache_that_does_not_fit_on_the_disk_is_refused(
+    tmp_path, monkeypatch, squares, build_model
+):
     from msflow_ext import features
 
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
@@ -97,7 +99,7 @@ def test_a_cache_that_the_disk_cannot_hold_is_refused(tmp_path, monkeypatch, squ
     assert not file.exists()
 
 
-def test_a_mask_of_the_wrong_size_stops_a_run_before_it_trains(tmp_path, squares, build_model):
+def test_a_mask_of_the_wrong_size_is_refused_before_training(tmp_path, squares, build_model):
     bad = Item("square/9", 1, "square", np.zeros((64, 64), np.uint8), np.ones((32, 32), bool))
     data = DataSet("squares", "white", squares.train, (*squares.test, bad))
     with pytest.raises(ValueError, match=r"32x32 pixels, its image .* 64x64"):

@@ -1,4 +1,4 @@
-"""A training survives kill -9 at any moment, and a damaged checkpoint is refused and never believed."""
+"""Training survives kill -9 at any moment, and a damaged checkpoint is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SEED = int(os.environ.get("MSFLOW_SEED", "0"))
 
 
 def _results(run: Path) -> dict[str, Any]:
-    """All that must not depend on interruptions: of the metrics and the checkpoint all but durations."""
+    """Return the results of a run that must not depend on interruptions: everything but durations."""
     header, tensors = read_checkpoint(run / "model.safetensors")
     metrics = json.loads((run / "metrics.json").read_text())
     del header["seconds"], metrics["seconds"]
@@ -34,10 +34,8 @@ def _results(run: Path) -> dict[str, Any]:
     return {"header": header, "bits": bits, "metrics": metrics, "scores": scores, "maps": maps}
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "fork"), reason="processes are forked, so that each starts fast"
-)
-def test_a_training_killed_at_random_moments_ends_with_the_bits_of_an_undisturbed_one(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which starts processes fast")
+def test_a_training_killed_at_random_moments_is_bit_identical_to_an_undisturbed_one(tmp_path):
     script = Path(__file__).with_name("killed_training.py")
     command = [sys.executable, str(script), str(tmp_path), str(KILLS), str(SEED)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -57,7 +55,7 @@ def test_a_training_killed_at_random_moments_ends_with_the_bits_of_an_undisturbe
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    """Two checkpoints, one after the other, of a small model with its optimiser."""
+    """Write two checkpoints of a small model with its optimizer, and return the path."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3).double())
     adam = torch.optim.Adam(model.parameters())
@@ -69,7 +67,7 @@ def saved(tmp_path) -> Path:
     return path
 
 
-def test_a_truncated_checkpoint_is_refused_at_every_byte_and_the_one_before_it_offered(saved):
+def test_a_checkpoint_truncated_at_any_byte_is_refused_and_the_previous_one_offered(saved):
     whole = saved.read_bytes()
     offer = r"model\.safetensors is damaged.*the one before it is model\.previous\.safetensors"
     for size in range(len(whole)):
@@ -80,7 +78,7 @@ def test_a_truncated_checkpoint_is_refused_at_every_byte_and_the_one_before_it_o
     assert read_checkpoint(saved)[0]["epoch"] == 1
 
 
-def test_a_changed_checkpoint_is_refused_unless_it_says_the_same(saved):
+def test_a_changed_checkpoint_is_refused_unless_its_content_is_the_same(saved):
     whole, rng = saved.read_bytes(), random.Random(SEED)
     header, tensors = read_checkpoint(saved)
     length = 8 + int.from_bytes(whole[:8], "little")
@@ -95,14 +93,14 @@ def test_a_changed_checkpoint_is_refused_unless_it_says_the_same(saved):
             found, content = read_checkpoint(saved)
         except ValueError as error:
             refused += str(saved) in str(error)
-        else:  # one kind of white space for another
+        else:  # white space was replaced by other white space
             assert at < length
             assert found == header
             assert all(torch.equal(content[name], t) for name, t in tensors.items())
     assert refused > 0.99 * len(flips)
 
 
-def test_a_checkpoint_without_a_checksum_is_read_as_before(tmp_path):
+def test_a_checkpoint_of_an_older_version_without_a_checksum_is_read(tmp_path):
     model = nn.Linear(2, 2)
     path = tmp_path / "model.safetensors"
     save_file(model.state_dict(), path, {"msflow_ext": '{"epoch": 3}'})
@@ -111,14 +109,14 @@ def test_a_checkpoint_without_a_checksum_is_read_as_before(tmp_path):
     restore(path, tensors, model)
 
 
-def test_a_header_that_is_no_object_is_refused(tmp_path):
+def test_a_header_that_is_not_an_object_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"x": torch.zeros(1)}, path, {"msflow_ext": "[1]"})
-    with pytest.raises(ValueError, match="its header is no JSON object"):
+    with pytest.raises(ValueError, match="its header is not a JSON object"):
         read_checkpoint(path)
 
 
-def test_a_checkpoint_that_takes_long_is_written_the_less_often(tmp_path, monkeypatch):
+def test_checkpoints_that_take_long_are_written_less_often(tmp_path, monkeypatch):
     now = 0.0
     monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now))
 

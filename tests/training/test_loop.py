@@ -1,4 +1,4 @@
-"""The loop reproduces the authors' training, and a finished run reports what it did."""
+"""The loop reproduces the training of the reference implementation, and a finished run reports its results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZE = 64
 
 
 @pytest.mark.parametrize("memory", MEMORY)
-def test_the_loop_reproduces_the_authors_training_in_float64(memory):
+def test_the_loop_reproduces_the_reference_training_in_float64(memory):
     golden = load_file(GOLDEN / "train_loop.safetensors")
     meta = json.loads((GOLDEN / "train_loop.json").read_text())
     state = {k.removeprefix("sd."): v for k, v in golden.items() if k.startswith("sd.")}
@@ -69,7 +69,7 @@ def test_the_loop_reproduces_the_authors_training_in_float64(memory):
         close(names[name], expected)
 
 
-def test_a_finished_run_reports_the_last_epoch_and_the_best_one_beside_it(finished_run):
+def test_a_finished_run_reports_its_last_and_its_best_epoch(finished_run):
     metrics = json.loads((finished_run / "metrics.json").read_text())
     first, last = metrics["evaluations"]
     assert (first["epoch"], last["epoch"]) == (1, 2)
@@ -97,7 +97,7 @@ def test_a_finished_run_reports_the_last_epoch_and_the_best_one_beside_it(finish
 
 @pytest.mark.family("run files")
 @pytest.mark.skipif(sys.platform == "win32", reason="no umask")
-def test_every_file_of_a_run_has_the_mode_that_the_umask_gives(finished_run):
+def test_every_file_of_a_run_has_the_mode_of_the_umask(finished_run):
     os.umask(umask := os.umask(0))
     modes = {path.name: path.stat().st_mode & 0o777 for path in finished_run.rglob("*.*")}
     assert set(modes.values()) == {0o666 & ~umask}, modes
@@ -129,7 +129,7 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(run / "model.safetensors")[1]
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
+def test_runs_are_bit_identical_for_one_seed_and_differ_between_seeds(
     tmp_path, squares, finished_run, build_model, same_weights
 ):
     for name, seed in (("same", 9826), ("other", 1)):
@@ -140,13 +140,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_bfloat16_trains_and_halves_the_cache_and_says_where_it_is_slow(
+def test_bfloat16_trains_halves_the_cache_and_warns_where_it_is_slow(
     tmp_path, monkeypatch, caplog, squares, finished_run, fast, build_model
 ):
     monkeypatch.setattr(loop, "has_bfloat16", lambda: fast)
     recipe = Recipe(epochs=2, batch_size=4, precision="bfloat16")
     metrics = train(build_model(), squares, tmp_path / "run", recipe, device="cpu")
-    assert ("no instructions for bfloat16: precision float32" in caplog.text) != fast
+    assert ("no bfloat16 instructions: precision float32" in caplog.text) != fast
     expected = json.loads((finished_run / "metrics.json").read_text())["losses"]
     assert metrics["losses"] == pytest.approx(expected, rel=0.02)
     model, images = build_model(), Images(squares.train, 64)
@@ -154,7 +154,7 @@ def test_bfloat16_trains_and_halves_the_cache_and_says_where_it_is_slow(
     assert whole.nbytes == 2 * half.nbytes > 0
 
 
-def test_a_loaded_run_scores_as_it_did_in_training(finished_run, squares):
+def test_a_loaded_run_gives_the_scores_of_its_training(finished_run, squares):
     rows = (finished_run / "scores.csv").read_text().splitlines()[1:]
     detector, images = load(finished_run, device="cpu"), Images(squares.test, SIZE)
     found = [result.score for result in detector.predict(map(images.__getitem__, range(6)))]
@@ -163,18 +163,18 @@ def test_a_loaded_run_scores_as_it_did_in_training(finished_run, squares):
     assert detector.colours[0] < detector.colours[1]
 
 
-def test_padding_is_part_of_the_recipe_and_of_what_is_loaded(tmp_path, squares, build_model):
+def test_a_loaded_run_pads_images_as_its_recipe_says(tmp_path, squares, build_model):
     wide = [Item(i.name, 0, "good", np.asarray(i.image)[:32]) for i in squares.train]
     data = DataSet("squares", "wide", tuple(wide), squares.test)
     run, recipe = tmp_path / "run", Recipe(epochs=1, fit="pad")
     metrics = train(build_model(), data, run, recipe, device="cpu")
     assert metrics["recipe"]["fit"] == load(run, device="cpu").fit == "pad"
     assert metrics["pixel_auroc"] is not None
-    with pytest.raises(ValueError, match="its recipe has fit pad, this one fit resize"):
+    with pytest.raises(ValueError, match="its recipe has fit pad, this one has fit resize"):
         train(build_model(), data, run, Recipe(epochs=1), device="cpu", resume=True)
 
 
-def test_images_held_out_set_the_thresholds_and_are_not_trained_on(
+def test_held_out_images_set_the_thresholds_and_are_not_trained_on(
     tmp_path, squares, build_model, same_weights
 ):
     recipe = Recipe(epochs=1, batch_size=2, hold_out=0.5, false_alarms=0.25)
@@ -200,7 +200,7 @@ def test_images_held_out_set_the_thresholds_and_are_not_trained_on(
     assert found["on_test"]["detected"] == sum(r.label == 1 for r in results[3:]) / 3
     assert [r.label == 1 for r in results] == [r.p_value == 0.25 for r in results]
     assert load(tmp_path / "run", device="cpu", false_alarms=0.5).threshold < found["threshold"]
-    with pytest.raises(ValueError, match=r"rate of 0\.01 needs 99 held-out"):
+    with pytest.raises(ValueError, match=r"false_alarms 0\.01 needs 99 held-out"):
         load(tmp_path / "run", device="cpu", false_alarms=0.01)
 
 
@@ -213,8 +213,10 @@ def test_the_default_recipe_holds_nothing_out(finished_run, squares):
         load(finished_run, device="cpu", false_alarms=0.1)
 
 
-def test_too_few_images_to_hold_out_stop_a_run_before_it_begins(tmp_path, squares, build_model):
-    expected = "hold_out 0.5 of 6 training images is 3 to hold out and 3 to train on, .* needs 19"
+def test_too_few_images_to_hold_out_are_refused_before_training(tmp_path, squares, build_model):
+    expected = (
+        "hold_out must hold out 19 or more of 6 training images .*, got 0.5, which holds out 3"
+    )
     with pytest.raises(ValueError, match=expected):
         train(build_model(), squares, tmp_path / "run", Recipe(hold_out=0.5), device="cpu")
     assert not (tmp_path / "run").exists()
@@ -235,7 +237,7 @@ def test_too_few_images_to_hold_out_stop_a_run_before_it_begins(tmp_path, square
         ("whiten", 4, {"hold_out": 0.5, "false_alarms": 0.4}, "whiten must have 3 .*, got 2"),
     ],
 )
-def test_what_needs_more_images_says_so_before_the_first_epoch(
+def test_too_few_images_for_an_option_are_refused_before_the_first_epoch(
     tmp_path, monkeypatch, squares, build_model, name, images, recipe, sentence
 ):
     monkeypatch.setattr(loop, "features_of_parts", None)
@@ -249,7 +251,7 @@ def test_what_needs_more_images_says_so_before_the_first_epoch(
 
 @pytest.mark.family("early refusals")
 @pytest.mark.parametrize(("name", "images"), [("baseline", 2), ("whiten", 3), ("neither", 1)])
-def test_the_fewest_images_that_are_asked_for_are_enough(
+def test_the_smallest_accepted_number_of_images_is_enough(
     tmp_path, squares, build_model, name, images
 ):
     model = build_model(standardize=True, whiten=name == "whiten")
@@ -260,16 +262,18 @@ def test_the_fewest_images_that_are_asked_for_are_enough(
     assert metrics["image_auroc"] is not None
 
 
-def test_a_reversible_run_ends_where_a_lean_one_does(tmp_path, finished_run, squares, build_model):
+def test_reversible_and_lean_memory_give_the_same_losses(
+    tmp_path, finished_run, squares, build_model
+):
     recipe = Recipe(epochs=2, batch_size=4, memory="reversible")
     losses = train(build_model(), squares, tmp_path / "run", recipe, device="cpu")["losses"]
     expected = json.loads((finished_run / "metrics.json").read_text())["losses"]
     assert losses == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="memory 'reversible' needs precision float32"):
+    with pytest.raises(ValueError, match="precision must be float32 if memory is 'reversible'"):
         Recipe(memory="reversible", precision="bfloat16")
 
 
-def test_no_training_images_is_an_error(tmp_path, squares, build_model):
+def test_a_data_set_without_training_images_is_refused(tmp_path, squares, build_model):
     empty = DataSet("squares", "white", (), squares.test)
     with pytest.raises(ValueError, match="squares white has no images to train on"):
         train(build_model(), empty, tmp_path / "run", device="cpu")

@@ -1,4 +1,4 @@
-"""A recipe decides the order, the noise, the split and the tests of a training, the same in every version."""
+"""A recipe sets order, noise, split and tests of a training, the same in every version."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from msflow_ext.training.recipe import PRESETS, Recipe
 
 
 def with_tests(epochs: int, eval_every: int | None = None) -> list[int]:
-    """After how many epochs the model is tested."""
+    """Return the numbers of epochs after which the model is tested."""
     recipe = Recipe(epochs=epochs, eval_every=eval_every)
     return [epoch for epoch in range(recipe.epochs + 1) if recipe.is_tested(epoch)]
 
 
-def test_the_model_is_tested_every_so_many_epochs_and_after_the_last():
+def test_the_model_is_tested_at_intervals_and_after_the_last_epoch():
     assert with_tests(epochs=7, eval_every=3) == [3, 6, 7]
     assert with_tests(epochs=3, eval_every=1) == [1, 2, 3]
     assert with_tests(epochs=3, eval_every=9) == [3]
@@ -34,7 +34,7 @@ def test_a_training_of_any_length_is_tested_at_most_ten_times_by_default():
 
 
 def test_a_seed_gives_the_recorded_order_and_split():
-    """So that a training that an earlier version began is continued."""
+    """A training of an earlier version can then be resumed."""
     recipe = Recipe(seed=3, hold_out=0.4, false_alarms=0.3)
     assert [recipe.order(epoch, 9).tolist() for epoch in (0, 1)] == [
         [7, 0, 2, 1, 4, 6, 5, 3, 8],
@@ -51,10 +51,12 @@ def test_shares_of_epochs_and_images_are_rounded_to_the_nearest():
     assert len(recipe.split(10)[1]) == 2
 
 
-def test_as_many_images_are_held_out_as_the_rate_needs_and_one_is_left():
+def test_enough_images_for_the_rate_are_held_out_and_one_is_left():
     assert len(Recipe(hold_out=0.75, false_alarms=0.25).split(4)[1]) == 3
     for hold_out, images in ((0.5, 4), (0.9, 4)):
-        with pytest.raises(ValueError, match=r"false_alarms 0\.25 needs 3 or more to hold out"):
+        with pytest.raises(
+            ValueError, match=r"must hold out 3 or more of 4 .* for false_alarms 0\.25"
+        ):
             Recipe(hold_out=hold_out, false_alarms=0.25).split(images)
 
 
@@ -62,14 +64,12 @@ def test_as_many_images_are_held_out_as_the_rate_needs_and_one_is_left():
 @pytest.mark.parametrize("images", [2, 3, 7, 10, 40, 1000])
 @pytest.mark.parametrize("hold_out", [0.001, 0.3, 0.999])
 @pytest.mark.parametrize("false_alarms", [0.001, 0.05, 0.3])
-def test_values_that_are_offered_for_holding_out_do_what_they_promise(
-    images, hold_out, false_alarms
-):
+def test_suggested_values_of_hold_out_are_accepted(images, hold_out, false_alarms):
     recipe = Recipe(hold_out=hold_out, false_alarms=false_alarms)
     try:
         kept, held = recipe.split(images)
     except ValueError as error:
-        words = re.findall(r"(hold_out|false_alarms) ([\d.e-]+)", str(error).partition("; ")[2])
+        words = re.findall(r"(hold_out|false_alarms) ([\d.e-]+)", str(error).partition(": ")[2])
         offered = {name: float(value) for name, value in words}
         assert "hold_out" in offered
         kept, held = replace(recipe, **offered).split(images)
@@ -78,12 +78,12 @@ def test_values_that_are_offered_for_holding_out_do_what_they_promise(
 
 
 @pytest.mark.family("early refusals")
-def test_one_image_is_too_few_to_hold_out_any():
-    with pytest.raises(ValueError, match="; 2 images are the fewest"):
+def test_holding_out_needs_two_images():
+    with pytest.raises(ValueError, match="at least 2 images are needed"):
         Recipe(hold_out=0.5, false_alarms=0.5).split(1)
 
 
-def test_the_noise_of_a_part_of_a_batch_is_that_of_its_places_in_the_whole():
+def test_a_share_of_a_batch_has_the_noise_of_the_whole_batch():
     recipe = Recipe(seed=3, noise=0.5)
     places = [torch.tensor([2, 0]), torch.tensor([1])]
 
@@ -101,7 +101,7 @@ def test_the_noise_of_a_part_of_a_batch_is_that_of_its_places_in_the_whole():
             torch.testing.assert_close(found, expected[where], rtol=0, atol=0)
 
 
-def test_the_rate_is_that_of_torchs_warm_up_and_multi_step_schedulers():
+def test_the_learning_rate_equals_that_of_the_schedulers_of_torch():
     recipe = Recipe()
     adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
     schedulers = [LinearLR(adam, 0.1, total_iters=12), MultiStepLR(adam, [70, 90], 0.33)]
@@ -112,7 +112,7 @@ def test_the_rate_is_that_of_torchs_warm_up_and_multi_step_schedulers():
             scheduler.step()
 
 
-def test_a_cosine_is_that_of_torchs_scheduler_and_the_rate_of_fastflow_is_constant():
+def test_the_cosine_equals_that_of_torch_and_the_rate_of_fastflow_is_constant():
     cosine = Recipe(epochs=7, schedule="cosine", warmup=0.0)
     adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=cosine.lr)
     scheduler = CosineAnnealingLR(adam, 7)
@@ -125,7 +125,7 @@ def test_a_cosine_is_that_of_torchs_scheduler_and_the_rate_of_fastflow_is_consta
     }
 
 
-def test_noise_is_added_anew_in_every_epoch_and_depends_on_the_seed():
+def test_noise_is_new_in_every_epoch_and_depends_on_the_seed():
     def seen(seed: int, epoch: int, noise: float = 0.5) -> torch.Tensor:
         batches = iter([[torch.zeros(50, 8, 4, 4)], [torch.ones(50, 8, 4, 4)]])
         return torch.stack([b for (b,) in Recipe(seed=seed, noise=noise).disturbed(epoch, batches)])

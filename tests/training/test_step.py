@@ -1,4 +1,4 @@
-"""A step clips the gradient and refuses an unknown precision."""
+"""Train steps clip the gradient and refuse an unknown precision."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from msflow_ext.training.loop import make_optimizer, train_epoch
 
 
-def test_without_clip_the_gradient_is_taken_whole_and_weight_decay_is_adams():
+def test_without_clip_the_whole_gradient_is_used_and_weight_decay_is_that_of_adam():
     weights = {}
     for clip in (None, 1e-3):
         head = torch.nn.Linear(2, 1)
@@ -23,7 +23,7 @@ def test_without_clip_the_gradient_is_taken_whole_and_weight_decay_is_adams():
     assert make_optimizer(torch.nn.Linear(2, 1), 0.25).param_groups[0]["weight_decay"] == 0.25
 
 
-def test_an_epoch_names_the_precision_that_it_refuses():
+def test_an_unknown_precision_is_refused_by_name():
     head = torch.nn.Linear(2, 1)
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'half'"):
         train_epoch(head, make_optimizer(head), [], clip=None, precision="half")

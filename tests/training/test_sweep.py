@@ -1,4 +1,4 @@
-"""A series does every training in its own folder, and one that fails does not end it."""
+"""A series runs each training in its own folder, and continues after a failure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def metrics_of(trial: Trial) -> dict:
     return {**known, "best": known, "baseline": None, "data": data, "model": model}
 
 
-def test_folders_are_named_by_what_there_are_several_of():
+def test_folders_are_named_by_category_and_by_seeds_if_there_are_several():
     folders = [t.folder.as_posix() for t in plan(Path("out"), ["a", "b"], [0], [1])]
     assert folders == ["out/a", "out/b"]
     folders = [t.folder.as_posix() for t in plan(Path("out"), [None], [0, 1], [3])]
@@ -27,14 +27,16 @@ def test_folders_are_named_by_what_there_are_several_of():
     assert folders[1:3] == ["out/a/split-0/seed-4", "out/a/split-1/seed-3"]
 
 
-def test_the_same_training_twice_is_refused():
-    with pytest.raises(ValueError, match=r"seeds must be given, and each once, got \[1, 1\]"):
+def test_duplicate_and_missing_trials_are_refused():
+    with pytest.raises(
+        ValueError, match=r"seeds must have one value or more, each once, got \[1, 1\]"
+    ):
         plan(Path("out"), ["a"], [0], [1, 1])
-    with pytest.raises(ValueError, match="category must be given"):
+    with pytest.raises(ValueError, match="category must have one value or more"):
         plan(Path("out"), [], [0], [1])
 
 
-def test_a_failure_is_noted_and_the_others_continue(tmp_path):
+def test_a_failure_is_recorded_and_the_other_trials_run(tmp_path):
     def train(trial: Trial) -> dict:
         if trial.category == "b":
             raise ValueError("b.png\nis empty")
@@ -47,7 +49,7 @@ def test_a_failure_is_noted_and_the_others_continue(tmp_path):
     assert [run["failure"] for run in written] == ["", "b.png is empty", ""]
 
 
-def test_an_error_of_another_kind_ends_the_series_and_keeps_the_table_so_far(tmp_path):
+def test_an_unexpected_error_ends_the_series_and_keeps_the_table(tmp_path):
     def train(trial: Trial) -> dict:
         if trial.category == "b":
             raise KeyboardInterrupt
@@ -60,7 +62,7 @@ def test_an_error_of_another_kind_ends_the_series_and_keeps_the_table_so_far(tmp
 
 
 @pytest.mark.parametrize("file", [sweep.METRICS, sweep.CHECKPOINT])
-def test_folders_that_hold_runs_are_refused_before_anything_begins(tmp_path, file):
+def test_folders_that_hold_runs_are_refused_before_training(tmp_path, file):
     trials = plan(tmp_path, ["a", "b"], [0], [0])
     refuse_old(trials)
     trials[1].folder.mkdir()

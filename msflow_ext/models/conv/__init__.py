@@ -1,1 +1,1 @@
-"""Convolutions in the form that is fastest for their sizes: trained, packed for inference, Winograd's."""
+"""Convolutions by the fastest algorithm for their sizes, in training and for inference."""

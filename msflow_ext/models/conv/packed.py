@@ -1,4 +1,4 @@
-"""A convolution for inference: packed weight, channels_last, with what follows it in the same pass."""
+"""Convolution for inference: packed weight, channels_last, fused with addition and activation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from msflow_ext.ops._backend import is_transformed
 _PACKING = Lock()
 _MOST = 4
 
-#: Images for which a convolution's form is chosen, however many there are. Measured with a wide_resnet50_2 at 512 px,
-#: bfloat16 and float32: forms for one image take 1.2 and 1.5 times as long in batches of 4, forms for four are as fast for one.
+#: Batch size for which the algorithm is chosen, whatever the actual one is. Measured with wide_resnet50_2 at 512 px in
+#: bfloat16 and float32: in batches of 4, the choice for 1 takes 1.2 and 1.5 times as long. For 1, both are equally fast.
 NOMINAL_BATCH = 4
 
-#: Activations that may follow in the same pass: the library's name and numbers for it, and torch's function.
+#: Activations that can be fused: oneDNN's name and parameters, and torch's function.
 ACTIVATIONS: dict[str, tuple[str, list[float], Callable[[Tensor], Tensor]]] = {
     "none": ("none", [], lambda y: y),
     "relu": ("relu", [], F.relu_),
@@ -36,22 +36,25 @@ ACTIVATIONS: dict[str, tuple[str, list[float], Callable[[Tensor], Tensor]]] = {
 
 
 class PackedConv2d(nn.Module):
-    """A convolution in the form that is fastest for its sizes, with the weight as that form wants it.
+    """Convolution by the fastest algorithm for its sizes, with the weight packed for that algorithm.
 
-    The size of a map decides, and not how many maps there are: an image scores alone as it does in a batch.
-    Winograd's form is taken where it pays for ``NOMINAL_BATCH`` images (:func:`~msflow_ext.models.conv.winograd.winograd_form`; its
-    weight takes 1.8 or 4 times the memory), else the layout that the library would otherwise make at every call. That
-    layout comes from what torch's own freezing emits, which is private: where it is missing or refuses, plain
-    ``conv2d`` on a channels_last weight is the same convolution. Where the processor has no instructions for bfloat16,
-    such a convolution is one in float32 between two casts.
+    The choice depends on the size of a map, not on the batch size. So the result for an image does not depend on the
+    batch. The algorithms are, in this order:
 
-    Packed weights of the last ``_MOST`` sizes are kept. A copy and a pickle hold none of them and pack anew.
+    * Winograd's, if it is faster for ``NOMINAL_BATCH`` images
+      (:func:`~msflow_ext.models.conv.winograd.winograd_form`). Its weight needs 1.8 or 4 times the memory.
+    * For bfloat16 on a processor without such instructions: float32 between two casts.
+    * oneDNN's, with a weight in the layout that oneDNN would otherwise compute at every call. The operators are private
+      ones of torch's freezing.
+    * ``conv2d`` on a channels_last weight, if these operators are missing or refuse.
+
+    Packed weights of the last ``_MOST`` sizes are kept, but are not part of a copy or a pickle.
 
     Args:
-        conv: any ``Conv2d``, or timm's ``Conv2dSame``, which pads as TensorFlow does; its weight is shared and must not
+        conv: any ``Conv2d``, or timm's ``Conv2dSame``, which pads as TensorFlow does. Its weight is shared and must not
             change.
-        dtype: of input and output.
-        activation: one of ``ACTIVATIONS``, in the same pass.
+        dtype: dtype of input and output.
+        activation: activation to fuse, one of ``ACTIVATIONS``.
     """
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, activation: str = "none") -> None:
@@ -69,7 +72,7 @@ class PackedConv2d(nn.Module):
         self._forms: dict[tuple[int, ...], Callable[..., Tensor]] = {}
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """``activation(conv(x) + other)``; ``other`` has the result's shape."""
+        """Return ``activation(conv(x) + other)``; ``other`` has the shape of the result."""
         if self.same:
             x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
         elif self.border:
@@ -77,7 +80,7 @@ class PackedConv2d(nn.Module):
         convolve = self._forms.get(tuple(x.shape[2:]))
         if convolve is not None:
             return convolve(x, other)
-        if is_transformed(x, self.weight):  # nothing of a graph or of fake tensors is kept
+        if is_transformed(x, self.weight):  # a tensor of a graph, or a fake one, must not be kept
             return self._direct(x, self.dtype, pack=False)(x, other)
         return self._packed_for(x)(x, other)
 
@@ -87,7 +90,7 @@ class PackedConv2d(nn.Module):
     def _packed_for(self, x: Tensor) -> Callable[..., Tensor]:
         size = tuple(x.shape[2:])
         with _PACKING:
-            if size not in self._forms:  # or another thread has packed meanwhile
+            if size not in self._forms:  # unless another thread has packed meanwhile
                 if len(self._forms) == _MOST:
                     self._forms.pop(next(iter(self._forms)))
                 self._forms[size] = self._form(x)
@@ -98,10 +101,10 @@ class PackedConv2d(nn.Module):
         positions = NOMINAL_BATCH * x.size(2) * x.size(3)
         form = winograd_form(positions, x.dtype, self.weight, *options)
         if form is not None:
-            wide = ops.accumulation_dtype(self.dtype)
+            accumulation = ops.accumulation_dtype(self.dtype)
             bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
             weight = ops.winograd_weight(self.weight, *form)
-            return partial(_winograd, weight, bias.to(wide), self.padding, self.activation)
+            return partial(_winograd, weight, bias.to(accumulation), self.padding, self.activation)
         on_cpu = x.device.type == "cpu"
         if self.dtype is torch.bfloat16 and on_cpu and not has_bfloat16():
             return partial(_between_casts, self._direct(x.float(), torch.float32))
@@ -149,7 +152,7 @@ def _packed(
     name, numbers, _ = ACTIVATIONS[activation]
     if other is None:
         return convolve(x, weight, bias, *options, name, numbers, "")
-    if activation not in ("none", "relu"):  # the library has no others after an addition
+    if activation not in ("none", "relu"):  # oneDNN fuses no others after an addition
         return _finish(convolve(x, weight, bias, *options, "none", [], ""), other, activation)
     after = None if activation == "none" else activation
     return convolve.binary(x, other, weight, bias, *options, "add", 1.0, after, [], "")

@@ -1,4 +1,4 @@
-"""Convolutions of flows in training: on the CPU in Winograd's form where it pays."""
+"""Convolutions of flows in training, which use Winograd's algorithm on the CPU if it is faster."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from msflow_ext.activations import recomputed
 from msflow_ext.models.conv.winograd import Form, winograd_form
 from msflow_ext.ops._backend import is_transformed
 
-# A step transforms the weight twice; so many positions are to share that (8x8 576 -> 1024, 8 images, AVX2: 1.4x).
+# A step transforms the weight twice, which pays from this many positions on (8x8 576 -> 1024, 8 images, AVX2: 1.4x).
 _SHARING = 512
 
 
 class TrainedConv2d(nn.Conv2d):
-    """A convolution whose training on the CPU takes Winograd's form where it pays; else what it inherits.
+    """``Conv2d`` that uses Winograd's algorithm in training on the CPU if it is faster.
 
-    Derivatives of derivatives, function transforms, compiled and exported graphs and everything without a gradient take
-    the direct convolution.
+    Higher derivatives, function transforms, compiled and exported graphs, and calls without a gradient use the direct
+    convolution.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class TrainedConv2d(nn.Conv2d):
 
 
 def training_form(x: Tensor, conv: nn.Conv2d) -> Form | None:
-    """As :func:`winograd_form`, for a step of training: where enough positions share the weight's transforms."""
+    """Return :func:`winograd_form` for a train step, or None if too few positions share the weight's transforms."""
     weight = conv.weight
     if not (torch.is_grad_enabled() and weight.requires_grad) or torch.compiler.is_compiling():
         return None
@@ -51,12 +51,13 @@ def training_form(x: Tensor, conv: nn.Conv2d) -> Form | None:
 
 
 def laid_out(function: Callable[[Tensor], Any], x: Tensor, conv: nn.Conv2d) -> Any:
-    """``function(x)``, with ``x`` as a chain of couplings whose subnets begin with this convolution trains fastest on it.
+    """Return ``function(x)`` with ``x`` in the fastest memory format for training couplings with this convolution.
 
-    Winograd's form reads and writes channels_last. A copy of what the caller keeps is not kept for the backward pass too.
+    Winograd's algorithm reads and writes channels_last. If ``x`` needs a copy, the backward pass makes it again instead of
+    keeping it.
 
     Raises:
-        RuntimeError: in the backward pass, if ``x`` was modified in between.
+        RuntimeError: in the backward pass, if ``x`` has been modified.
     """
     if training_form(x, conv) is None or x.is_contiguous(memory_format=torch.channels_last):
         return function(x)
@@ -81,16 +82,14 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled() or is_transformed(
-            grad
-        ):  # somebody differentiates this once more
-            grad_x = conv2d_input(x.shape, weight.to(x.dtype), grad, padding=1) if wants_x else None
-            slope = conv2d_weight(x, weight.shape, grad, padding=1) if wants_weight else None
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled() or is_transformed(grad):  # for a second derivative
+            grad_x = conv2d_input(x.shape, weight.to(x.dtype), grad, padding=1) if needs_x else None
+            slope = conv2d_weight(x, weight.shape, grad, padding=1) if needs_weight else None
         else:
-            turned = ops.winograd_weight(weight, *ctx.form, adjoint=True) if wants_x else None
-            nothing = weight.new_zeros(weight.size(1))
-            grad_x = None if turned is None else ops.winograd_conv2d(grad, turned, nothing)
-            slope = ops.winograd_weight_grad(x, grad) if wants_weight else None
-        shift = grad.sum((0, 2, 3), dtype=weight.dtype) if wants_bias else None
+            turned = ops.winograd_weight(weight, *ctx.form, adjoint=True) if needs_x else None
+            no_bias = weight.new_zeros(weight.size(1))
+            grad_x = None if turned is None else ops.winograd_conv2d(grad, turned, no_bias)
+            slope = ops.winograd_weight_grad(x, grad) if needs_weight else None
+        shift = grad.sum((0, 2, 3), dtype=weight.dtype) if needs_bias else None
         return grad_x, None if slope is None else slope.to(weight.dtype), shift, None

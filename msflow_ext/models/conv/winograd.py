@@ -1,4 +1,4 @@
-"""Where a convolution is faster in Winograd's form: decided by sizes and element types, measured in benchmarks."""
+"""Choice of Winograd's algorithm for a convolution, by its sizes and dtypes, as benchmarks measured."""
 
 from __future__ import annotations
 
@@ -21,16 +21,23 @@ def winograd_form(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Form | None:
-    """Tile and factors' dtype for so many positions in ``dtype``, None where the direct convolution is the faster one.
+    """Return tile size and dtype of the factors, or None if the direct convolution is faster.
 
     * The kernels are for the CPU.
-    * The transforms handle every channel, the products every pair of channels: they pay from 32 channels on, in
-      bfloat16, whose direct convolution takes half the time, from 64.
-    * Sixteen tiles keep the registers of the product busy; smaller maps do not have them.
-    * Larger tiles want 25 or 36 instead of 16 weights per pair of channels. They pay where 1024 positions share them;
-      below, they take longer to come from memory than to multiply on more than two cores, and four times the memory.
-    * Tiles of 4 are not accurate enough for factors in bfloat16; tiles of 3 are, and as fast as tiles of 4 in float32.
-    * Matrix units (AMX) multiply directly in bfloat16 as fast as in this form, measured with a product on them too.
+    * The transforms process each channel, the products each pair of channels. So the algorithm pays from 32 channels
+      on. In bfloat16 it pays from 64 on, because the direct convolution takes half the time.
+    * The product needs sixteen tiles to keep its registers busy; smaller maps have fewer.
+    * Larger tiles need 25 or 36 instead of 16 weights per pair of channels, and up to four times the memory of the
+      weight. They pay from 1024 positions on. Below that, loading the weights takes longer than
+      multiplying on more than two cores.
+    * Tiles of 4 are not accurate enough with bfloat16 factors. Tiles of 3 are, and are as fast as tiles of 4 in float32.
+    * With matrix units (AMX), the direct convolution in bfloat16 is as fast, even if this algorithm uses them too.
+
+    Args:
+        positions: number of positions in the batch, ``N * H * W``.
+        dtype: dtype of the input.
+        weight: weight of the convolution.
+        padding, stride, dilation, groups: as in ``conv2d``.
     """
     c_out, c_in, *kernel = weight.shape
     factors = factor_dtypes()

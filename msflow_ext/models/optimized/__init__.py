@@ -1,1 +1,1 @@
-"""What ``optimize()`` returns: heads and backbones for inference."""
+"""Optimized heads and backbones for inference, the results of ``optimize()``."""

@@ -1,4 +1,4 @@
-"""An optimized backbone: what follows a convolution becomes part of it."""
+"""Optimized backbone: batch norm, addition and activation are fused into the convolution before them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from msflow_ext.models.optimized.packing import Optimized
 
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 
-#: What does nothing in evaluation mode.
+#: Modules that do nothing in evaluation mode.
 NOTHING = (nn.Identity, nn.Dropout, DropPath)
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 
-#: Activations, as modules and functions, by the names that packed convolutions have for them.
+#: Names of activations in packed convolutions, by module and function.
 ACTIVATION_NAMES: dict[Any, str] = {
     nn.ReLU: "relu",
     F.relu: "relu",
@@ -41,22 +41,22 @@ ACTIVATION_NAMES: dict[Any, str] = {
 }
 
 
-#: What bfloat16 may do to a backbone's features, in their standard deviations.
+#: Largest error of a backbone's features in bfloat16, in their standard deviations.
 MOST_ROUNDING = 0.02
 
 log = logging.getLogger(__name__)
 
 
 class OptimizedBackbone(Optimized):
-    """A copy of a backbone for inference: see :meth:`~msflow_ext.models.backbone.Backbone.optimize`.
+    """Copy of a backbone for inference, see :meth:`~msflow_ext.models.backbone.Backbone.optimize`.
 
     Args:
-        backbone: the original, left untouched.
+        backbone: the original, which does not change.
         image_size: side of the images in pixels.
         dtype: float32 (None) or bfloat16.
     """
 
-    # Of the original's class:
+    # Attributes of the original:
     name: str
     mean: Tensor
     network: nn.Module
@@ -70,15 +70,15 @@ class OptimizedBackbone(Optimized):
         self.packed()
 
     def _pack(self) -> tuple[nn.Module, torch.dtype]:
-        """The network, and the dtype that it takes."""
+        """Return the optimized network and the dtype of its input."""
         dtype, cpu = self.dtype, self.mean.is_cpu
         if dtype is torch.bfloat16 and self.image_size is not None and cpu and not has_bfloat16():
             dtype = torch.float32
         example = torch.randn(1, 3, *self._example, generator=torch.Generator().manual_seed(0))
-        example = example.to(self.mean)  # its device, its dtype
+        example = example.to(self.mean)  # device and dtype
         network = optimize_network(self.network, example, dtype)
         if dtype is torch.bfloat16:
-            # A copy, with which the weights go that are packed for this size.
+            # A copy, because the weights packed for this size are not needed later.
             found = copy.deepcopy(network)(example.to(dtype))
             error = _deviation(found, self.network(example))
             if error > MOST_ROUNDING:
@@ -94,27 +94,27 @@ class OptimizedBackbone(Optimized):
 
 
 def _deviation(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Root mean square of the difference over the standard deviation, of the worst scale."""
+    """Return the root mean square error over the standard deviation, of the worst scale."""
     pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
     return max(float((a - b).square().mean().sqrt() / b.std()) for a, b in pairs)
 
 
 @torch.no_grad()
 def optimize_network(network: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
-    """A copy of a frozen network with its convolutions packed and what follows them fused into them.
+    """Return a copy of a frozen network with packed convolutions, fused with the layers that follow them.
 
-    A trace (``torch.fx``) shows which batch norm, residual addition and activation follows which convolution. Where a
-    network cannot be traced, or gives other results then, its convolutions are packed and the rest stays.
+    A trace (``torch.fx``) shows which batch norm, residual addition and activation follow which convolution. If a
+    network cannot be traced, or its results change, its convolutions are packed without fusion.
 
     Args:
-        network: in evaluation mode; returns a tensor or a list of them.
-        example: ``(1, C, H, W)`` in the network's dtype; on it the copy has been seen to give the same results.
-        dtype: float32 or bfloat16, of weights and activations.
+        network: a network in evaluation mode, which returns a tensor or a list of tensors.
+        example: ``(1, C, H, W)`` in the network's dtype, on which the results of the copy are compared.
+        dtype: dtype of weights and activations, float32 or bfloat16.
 
     Returns:
         The copy, channels_last.
     """
-    batch = torch.cat([example, example])  # so that a map for every image does not look like one's
+    batch = torch.cat([example, example])  # two images, so that a batch of one is no special case
     expected = _results(network, batch)
     for form in (_fuse, _pack):
         try:
@@ -122,7 +122,7 @@ def optimize_network(network: nn.Module, example: Tensor, dtype: torch.dtype) ->
             found = _results(copy.deepcopy(copied), batch)
             copied = _converted(copied, dtype)
             dtypes = {result.dtype for result in _results(copy.deepcopy(copied), batch.to(dtype))}
-        except Exception:  # of the trace, or of code that wants what a packed convolution has not
+        except Exception:  # the trace failed, or code reads what a packed convolution lacks
             continue
         if dtypes == {dtype} and all(
             torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
@@ -149,7 +149,7 @@ def _results(network: nn.Module, batch: Tensor) -> list[Tensor]:
 
 
 class _Tracer(fx.Tracer):
-    """Looks into a network as far as timm says that it can be traced, but not into convolutions and batch norms."""
+    """Tracer of a network that treats convolutions, batch norms and what timm cannot trace as leaves."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -172,13 +172,13 @@ def _fuse(network: nn.Module, batch: Tensor) -> nn.Module:
     for node in traced.graph.nodes:
         conv = _module(node)
         if type(conv) in CONVOLUTIONS and calls[node.target] == 1:
-            _take_norm(node, calls)
-            _take_addition(node)
-            activation = _take_activation(node)
+            _fuse_norm(node, calls)
+            _fuse_addition(node)
+            activation = _fuse_activation(node)
             packed = PackedConv2d(conv, batch.dtype, activation=activation)
             traced.set_submodule(node.target, packed)
     if len(traced.graph.nodes) == count:
-        return _pack(network, batch)  # nothing was fused: the network's own code is the safer
+        return _pack(network, batch)  # nothing was fused: the network's own code is safer
     traced.recompile()
     return _pack(traced, batch)
 
@@ -191,8 +191,8 @@ def _pack(network: nn.Module, batch: Tensor) -> nn.Module:
     return network
 
 
-def _take_norm(node: fx.Node, calls: Counter[Any]) -> None:
-    """Make a batch norm part of the convolution before it."""
+def _fuse_norm(node: fx.Node, calls: Counter[Any]) -> None:
+    """Fold a batch norm into the convolution before it."""
     user = _only_user(node)
     conv, norm = _module(node), _module(user)
     if user is None or not isinstance(norm, _BatchNorm) or calls[user.target] != 1:
@@ -203,7 +203,7 @@ def _take_norm(node: fx.Node, calls: Counter[Any]) -> None:
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, mean, var, norm.eps, norm.weight, norm.bias
     )
-    activation = getattr(norm, "act", None)  # timm's batch norms bring it along
+    activation = getattr(norm, "act", None)  # timm's batch norms contain their activation
     if activation is None or type(activation) in NOTHING:
         _erase(user, node)
     else:
@@ -211,8 +211,8 @@ def _take_norm(node: fx.Node, calls: Counter[Any]) -> None:
         network.set_submodule(user.target, activation)
 
 
-def _take_addition(node: fx.Node) -> None:
-    """Make the addition of a tensor of the same shape, which exists by then, part of the convolution before it."""
+def _fuse_addition(node: fx.Node) -> None:
+    """Fuse the addition of a tensor of the same shape, computed earlier, into the convolution before it."""
     user = _only_user(node)
     if user is None or user is not node.next or user.target not in ADDITIONS or user.kwargs:
         return
@@ -222,8 +222,8 @@ def _take_addition(node: fx.Node) -> None:
         _erase(user, node)
 
 
-def _take_activation(node: fx.Node) -> str:
-    """Make an activation part of the convolution before it; its name."""
+def _fuse_activation(node: fx.Node) -> str:
+    """Remove the activation that follows a convolution, and return its name."""
     user = _only_user(node)
     name = None
     if user is not None:
@@ -235,7 +235,7 @@ def _take_activation(node: fx.Node) -> str:
 
 
 def _module(node: fx.Node | None) -> Any:
-    """What the node calls, if that is a module."""
+    """Return the module that a node calls, or None."""
     if node is None or node.op != "call_module":
         return None
     network: Any = node.graph.owning_module

@@ -1,4 +1,4 @@
-"""The optimized head of FastFlow: see :mod:`msflow_ext.models.optimized.head`."""
+"""Optimized head of FastFlow, see :mod:`msflow_ext.models.optimized.head`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from msflow_ext.models.optimized.head import (
 
 
 class OptimizedFastFlowHead(OptimizedHead):
-    """A copy of a :class:`~msflow_ext.FastFlowHead` for inference: it takes and returns what the original does.
+    """Copy of a :class:`~msflow_ext.FastFlowHead` for inference, with the same inputs and outputs.
 
     Args:
-        head: the original, left untouched.
-        dtype: of the arithmetic in convolutions and of the state between them; the weights' by default. The
-            LayerNorms stay in the weights'.
+        head: the original, which does not change.
+        dtype: dtype of convolutions and of the state between them. Default: that of the weights, which the LayerNorms
+            always use.
     """
 
     norms: Any
@@ -48,7 +48,7 @@ class OptimizedFastFlowHead(OptimizedHead):
 
 
 def _optimized(subnet: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Conv - ReLU - Conv in two calls."""
+    """Pack Conv - ReLU - Conv into two calls."""
     first, _, second = subnet
     hidden, out = PackedConv2d(first, dtype, activation="relu"), PackedConv2d(second, dtype)
     return lambda x1: out(hidden(x1))

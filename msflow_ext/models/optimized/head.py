@@ -19,19 +19,19 @@ from msflow_ext.models.base import refuse_non_finite
 from msflow_ext.models.optimized.packing import Optimized
 from msflow_ext.ops._backend import is_channels_last
 
-# Called as :func:`~msflow_ext.ops.affine_coupling`; the last of its results is ``log_det``, or None.
+# Has the arguments of :func:`~msflow_ext.ops.affine_coupling`. Its last result is ``log_det``, or None.
 Coupling = Callable[..., tuple[Any, ...]]
 
 
 class OptimizedHead(Optimized):
-    """A copy of a head for inference: it takes and returns what the original does, without gradients.
+    """Copy of a head for inference, with the same inputs and outputs but without gradients.
 
     Args:
-        head: the original, left untouched; its later changes do not show.
-        dtype: of the arithmetic in convolutions and of the state between them; the weights' by default.
+        head: the original, which does not change. The copy does not follow its later changes.
+        dtype: dtype of convolutions and of the state between them. Default: that of the weights.
     """
 
-    # Of the original's class:
+    # Attributes of the original:
     _check_features: Callable[[Sequence[Tensor]], None]
     flows: Any
 
@@ -41,7 +41,7 @@ class OptimizedHead(Optimized):
 
     @torch.no_grad()
     def forward(self, features: Sequence[Tensor]) -> FlowOutput:
-        """Latent tensors, in the dtype and memory format of the features, and ``log_det``."""
+        """Return latent tensors, in the dtype and memory format of the features, and ``log_det``."""
         self._check(features)
         z, log_det = self.run(features, ops.affine_coupling, latent)
         assert log_det is not None
@@ -50,7 +50,7 @@ class OptimizedHead(Optimized):
 
     @torch.no_grad()
     def log_likelihood(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Log-likelihood maps ``[(N, H_i, W_i)]``, float32 or wider, without a ``log_det`` on the way."""
+        """Return log-likelihood maps ``[(N, H_i, W_i)]`` in float32 or wider; ``log_det`` is not computed."""
         self._check(features)
         return self.run(features, partial(ops.affine_coupling, log_det=False), likelihood)[0]
 
@@ -58,16 +58,22 @@ class OptimizedHead(Optimized):
     def run(
         self, features: Sequence[Tensor], couple: Coupling, end: Coupling
     ) -> tuple[list[Tensor], Tensor | None]:
-        """What ``end`` makes of the last coupling of each scale, as it comes, and ``log_det``; ``couple`` does the rest."""
+        """Run all couplings, and return the results of the last one of each scale, and ``log_det``.
+
+        Args:
+            features: inputs of the head.
+            couple: function of all couplings but the last ones.
+            end: function of the last coupling of each scale.
+        """
 
     def _check(self, features: Sequence[Tensor]) -> None:
         self._check_features(features)
-        if features[0].is_cpu:  # an activation on the way may turn NaN into 0
+        if features[0].is_cpu:  # checked here, because an activation may turn NaN into 0
             refuse_non_finite(torch.stack([f.detach().sum().double() for f in features]), features)
 
 
 def latent(x1: Tensor, x2: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """The result of :func:`~msflow_ext.ops.affine_coupling` in one piece, and its ``log_det``."""
+    """Return the joined halves of :func:`~msflow_ext.ops.affine_coupling`, and its ``log_det``."""
     split = x1.size(1) + x2.size(1)
     z, _, log_det = ops.affine_coupling(x1, x2, *args, split=split, **options)
     return z, log_det
@@ -79,18 +85,18 @@ def likelihood(*args: Any, **options: Any) -> tuple[Tensor, None]:
 
 
 def total(log_dets: Iterable[Tensor | None]) -> Tensor | None:
-    """Their sum, of those that there are."""
+    """Return the sum of those that are not None, or None."""
     found = [log_det for log_det in log_dets if log_det is not None]
     return sum(found[1:], found[0]) if found else None
 
 
 class OptimizedFlow:
-    """The steps of one scale with all that an image does not change.
+    """Steps of one scale, with everything precomputed that does not depend on the image.
 
     Args:
         flow: the original.
-        subnets: one ``x1 -> a`` per step.
-        dtype: of the state between the steps.
+        subnets: function ``x1 -> a`` of each step.
+        dtype: dtype of the state between the steps.
         then: see :class:`~msflow_ext.flows.Flow`.
     """
 
@@ -105,14 +111,14 @@ class OptimizedFlow:
         self.dtype = dtype
         self.conditioning = flow.channels - flow.channels // 2
         self.steps = [
-            _FrozenStep(step, subnet, dtype)  # type: ignore[arg-type]
+            _Step(step, subnet, dtype)  # type: ignore[arg-type]
             for step, subnet in zip(flow.steps, subnets, strict=True)
         ]
         if then is not None:
             self.steps[-1].perm = self.steps[-1].perm[then]
 
     def __call__(self, x: Tensor, couple: Coupling, end: Coupling) -> tuple[Any, ...]:
-        """The results of the last step, which ``end`` couples, and ``log_det``; ``couple`` does the other steps."""
+        """Return the results of the last step, computed by ``end``, and ``log_det``; ``couple`` computes the others."""
         x1 = relaid(x[:, : self.conditioning], self.dtype, True)
         x2 = relaid(x[:, self.conditioning :], self.dtype, True)
         log_dets = []
@@ -123,7 +129,7 @@ class OptimizedFlow:
         return *results, total([*log_dets, log_det])
 
 
-class _FrozenStep:
+class _Step:
     def __init__(
         self, step: AffineCoupling, subnet: Callable[[Tensor], Tensor], dtype: torch.dtype
     ) -> None:
@@ -137,10 +143,10 @@ class _FrozenStep:
 
 
 def relaid(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """``x (N, C, H, W)`` in this dtype and memory format.
+    """Return ``x (N, C, H, W)`` in this dtype and memory format.
 
-    Where the format changes, a sample is a matrix to transpose: that of numbers of one dtype is a fast path of
-    PyTorch, three times as fast as its copy of four dimensions, and the narrower numbers are the faster ones.
+    If the format changes, each sample is transposed as a matrix, in the narrower dtype. PyTorch has a fast path for
+    that, three times as fast as its copy of four dimensions.
     """
     there = torch.channels_last if channels_last else torch.contiguous_format
     if x.device.type != "cpu" or x.numel() == 0 or is_channels_last(x) == channels_last:
@@ -161,10 +167,7 @@ _streams: ContextVar[Sequence[torch.cuda.Stream]] = ContextVar("streams", defaul
 
 @contextmanager
 def side_by_side(device: torch.device) -> Iterator[None]:
-    """Inside, :func:`each_scale` works on scales of this CUDA device at the same time, on streams of their own.
-
-    Other threads go on as they did.
-    """
+    """Let :func:`each_scale` compute the scales concurrently in this block, on CUDA streams; other threads do not change."""
     before = _streams.set([torch.cuda.Stream(device) for _ in range(_SIDE_STREAMS)])
     try:
         yield
@@ -176,10 +179,10 @@ _SIDE_STREAMS = 4
 
 
 def each_scale(run: Callable[..., Any], *scales: Sequence[Any]) -> list[Any]:
-    """``run`` of every scale's arguments, in their order.
+    """Return ``run`` of each scale's arguments, in order.
 
-    Memory stays safe without the allocator's knowledge: side streams begin after everything that the current stream
-    was given, which waits for them at the end.
+    Side streams start after all work queued on the current stream, which waits for them at the end. So memory is safe
+    without ``record_stream``.
     """
     arguments, streams = zip(*scales, strict=True), _streams.get()
     if not streams:

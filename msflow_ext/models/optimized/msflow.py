@@ -1,4 +1,4 @@
-"""The optimized head of MSFlow: see :mod:`msflow_ext.models.optimized.head`."""
+"""Optimized head of MSFlow, see :mod:`msflow_ext.models.optimized.head`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ from msflow_ext.ops._backend import is_transformed
 
 
 class OptimizedMSFlowHead(OptimizedHead):
-    """A copy of an :class:`~msflow_ext.MSFlowHead` for inference: it takes and returns what the original does.
+    """Copy of an :class:`~msflow_ext.MSFlowHead` for inference, with the same inputs and outputs.
 
     Everything that does not depend on the image is computed once: the condition's share of each first convolution, the
-    global scales, the permutations with the fusion flow's folded into the step before it, and the layout in which the
-    convolutions want their weights.
+    global scales, and the packed weights. The fusion flow's permutations are folded into the steps before it.
 
     Args:
-        head: the original, left untouched.
-        dtype: of the arithmetic in convolutions and of the state between them; the weights' by default.
+        head: the original, which does not change.
+        dtype: dtype of convolutions and of the state between them. Default: that of the weights.
     """
 
     fusion: Any
@@ -87,18 +86,19 @@ class _OptimizedSubnet:
         self.conv_x = PackedConv2d(subnet.conv_x, dtype)
         self.norm = _vectors(subnet.norm, dtype)
         self.conv_out = PackedConv2d(subnet.conv_out, dtype)
-        self.wide = accumulation_dtype(dtype)
+        self.accumulation = accumulation_dtype(dtype)
 
     def __call__(self, x1: Tensor) -> Tensor:
         height, width = x1.shape[2:]
-        kept = not is_transformed(
-            x1, self.conv_cond.weight
-        )  # nothing of a graph or of fake tensors
-        bias_map = self._map(height, width) if kept else self._made_map(height, width)
+        # A tensor of a graph, or a fake one, must not be cached.
+        if is_transformed(x1, self.conv_cond.weight):
+            bias_map = self._made_map(height, width)
+        else:
+            bias_map = self._map(height, width)
         return self.conv_out(ops.channel_norm(self.conv_x(x1), *self.norm, bias_map))
 
     def _map(self, height: int, width: int) -> Tensor:
-        """The condition's share of the first convolution, once per size."""
+        """Return the condition's share of the first convolution, computed once per size."""
         if (height, width) not in self.maps:
             self.maps[height, width] = self._made_map(height, width)
         return self.maps[height, width]
@@ -106,7 +106,7 @@ class _OptimizedSubnet:
     def _made_map(self, height: int, width: int) -> Tensor:
         weight = self.conv_cond.weight
         encoding = positional_encoding(self.cond_channels, height, width).to(weight)
-        bias_map = self.conv_cond(encoding).to(self.wide)
+        bias_map = self.conv_cond(encoding).to(self.accumulation)
         return bias_map.contiguous(memory_format=torch.channels_last)
 
 
@@ -131,5 +131,5 @@ class _OptimizedCrossScale:
 
 
 def _vectors(norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    wide = accumulation_dtype(dtype)
-    return norm.weight.detach().to(wide).clone(), norm.bias.detach().to(wide).clone()
+    dtype = accumulation_dtype(dtype)
+    return norm.weight.detach().to(dtype).clone(), norm.bias.detach().to(dtype).clone()

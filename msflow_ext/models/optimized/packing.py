@@ -1,4 +1,4 @@
-"""What optimized modules share: weights of their own, and what runs is packed from them."""
+"""Base class of optimized modules, which pack a copy of the weights for inference."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ _PACKING = Lock()
 
 
 class Optimized(nn.Module, ABC):
-    """A copy of a module for inference: it runs what :meth:`_pack` makes of its weights.
+    """Copy of a module for inference, which runs the result of :meth:`_pack`.
 
-    Parameters and buffers are copies, with the names and dtypes that they have in the original. They alone are in a
-    ``state_dict``, a copy and a pickle. After they changed (by ``load_state_dict``, in place, on another device), the next
-    call packs again. A change through ``tensor.data`` is not seen, as autograd does not see it.
+    Parameters and buffers are copies, with the names and dtypes of the original. Only they are part of a ``state_dict``,
+    a copy or a pickle. After a change (``load_state_dict``, in place, another device), the next call packs them again. A
+    change through ``tensor.data`` is not noticed, as in autograd.
 
-    The copy is of the original's class too: ``OptimizedHead(head)`` is an ``OptimizedHead`` and what ``head`` is.
+    The copy is also an instance of the original's class: ``OptimizedHead(head)`` is an ``OptimizedHead`` and a
+    ``type(head)``.
 
     Args:
-        original: left untouched; it may be optimized itself.
-        dtype: of the arithmetic, not of the weights.
+        original: the module to copy, which does not change; it may be an optimized one.
+        dtype: dtype of the arithmetic; weights keep theirs.
 
     Raises:
-        TypeError: no floating dtype; later on, a conversion to another dtype, such as ``half()``.
+        TypeError: ``dtype`` is not a floating-point dtype. Later, a conversion to another dtype, such as ``half()``.
     """
 
     def __new__(cls, original: nn.Module, *_: Any, **__: Any) -> Self:
@@ -39,8 +40,8 @@ class Optimized(nn.Module, ABC):
 
     def __init__(self, original: nn.Module, dtype: torch.dtype) -> None:
         if dtype not in FLOATING:
-            raise TypeError(f"optimize: dtype must be a floating dtype, got {dtype}")
-        with torch.inference_mode(False):  # such copies can be written to later
+            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+        with torch.inference_mode(False):  # inference tensors could not be changed later
             vars(self).update(vars(copy.deepcopy(original)))
         self.dtype = dtype
         self._kept: _Kept | None = None
@@ -48,15 +49,15 @@ class Optimized(nn.Module, ABC):
 
     @abstractmethod
     def _pack(self) -> Any:
-        """What runs, made of the parameters and buffers."""
+        """Return what runs, packed from the parameters and buffers."""
 
     def packed(self) -> Any:
-        """What runs: another object after the weights changed."""
+        """Return the packed object, which is packed again if the weights have changed."""
         kept = self._kept
         if kept is None or kept.is_stale():
             with _PACKING:
                 kept = self._kept
-                if kept is None or kept.is_stale():  # or another thread has packed meanwhile
+                if kept is None or kept.is_stale():  # unless another thread has packed meanwhile
                     kept = self._kept = self._packed_now()
         return kept.packed
 
@@ -85,19 +86,19 @@ class Optimized(nn.Module, ABC):
 
 @cache
 def _both(optimized: type[Any], original: type[Any]) -> type[Any]:
-    """The class of an optimized copy."""
+    """Return the class of an optimized copy."""
     if issubclass(original, optimized):
         return original
     return type(f"Optimized{original.__name__}", (optimized, original), {})
 
 
 def _blank(optimized: type[Any], original: type[Any]) -> Any:
-    """An object without state, for copies and pickles."""
+    """Return an object without state, for copies and pickles."""
     return object.__new__(_both(optimized, original))
 
 
 class _Kept:
-    """What was packed, and the tensors that it was packed from, as they were then."""
+    """Packed object, with identity and version of the tensors that it was packed from."""
 
     packed: Any
 
@@ -113,7 +114,7 @@ class _Kept:
         self._versions = _versions(self._tensors)
 
     def is_stale(self) -> bool:
-        """Whether a tensor has been replaced or changed in place."""
+        """Return whether a tensor has been replaced or changed in place."""
         now = self._now()
         return list(map(id, now)) != list(map(id, self._tensors)) or (
             _versions(now) != self._versions
@@ -126,5 +127,5 @@ class _Kept:
 def _versions(tensors: list[Any]) -> list[int]:
     try:
         return [tensor._version for tensor in tensors]
-    except (AttributeError, RuntimeError):  # None, or made in inference mode, which counts none
+    except (AttributeError, RuntimeError):  # None, or an inference tensor, which has no version
         return []

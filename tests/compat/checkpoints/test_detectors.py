@@ -144,7 +144,7 @@ def test_what_is_missing_unexpected_or_misshapen_is_named(tmp_path, to, change, 
 def test_a_file_for_another_backbone_or_of_another_kind_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"channels \(16, 24, 32\), backbone resnet18 gives \(64"):
         read_detector(GOLDEN / "model_a.checkpoint.pt", "resnet18", **SMALL)
-    with pytest.raises(ValueError, match="clamp must be positive, got 0"):
+    with pytest.raises(ValueError, match="clamp must be positive and finite, got 0"):
         read_detector(GOLDEN / "model_a.checkpoint.pt", "resnet18", clamp=0, **SMALL)
     (tmp_path / "damaged").write_bytes(b"no checkpoint")
     torch.save([1, 2], tmp_path / "list")

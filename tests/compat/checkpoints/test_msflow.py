@@ -199,7 +199,7 @@ BROKEN: dict[str, tuple[Callable[[Checkpoint], None], str]] = {
     ),
     "one flow": (
         lambda c: c["parallel_flows"].pop(),
-        "channels must name two scales or more",
+        "channels must have two scales or more",
     ),
     "no flow": (lambda c: c["parallel_flows"].clear(), "holds no key 'parallel_flows.0"),
     "flows by name": (

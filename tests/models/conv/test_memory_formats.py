@@ -1,4 +1,4 @@
-"""Changing the memory format changes no number."""
+"""A change of memory format keeps the values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 @pytest.mark.parametrize(
     "shape", [(2, 70, 9, 8), (1, 1, 3, 3), (3, 5, 1, 1), (2, 64, 64, 1), (0, 4, 2, 2)], ids=str
 )
-def test_the_numbers_stay(
+def test_another_memory_format_or_dtype_keeps_the_values(
     normal: Normal, layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, last: bool
 ) -> None:
     x = layout(normal(*shape))

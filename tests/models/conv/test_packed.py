@@ -1,4 +1,4 @@
-"""Properties of convolutions in their inference form: whatever form that is, the convolution stays the same."""
+"""Packed convolutions for inference equal the original ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_convolution_padded_as_tensorflow_does_is_packed(normal: Normal, strid
 
 
 @pytest.mark.parametrize("slow", [True, False])
-def test_bfloat16_goes_through_float32_where_the_processor_has_no_instructions(
+def test_bfloat16_is_computed_in_float32_on_a_processor_without_such_instructions(
     normal: Normal, monkeypatch: pytest.MonkeyPatch, slow: bool
 ) -> None:
     monkeypatch.setattr(packed, "has_bfloat16", lambda: not slow)

@@ -1,4 +1,4 @@
-"""Properties of convolutions in training: Winograd's form where it pays, and the gradients of torch's convolution."""
+"""Convolutions in training: Winograd's algorithm if it is faster, with the gradients of torch's convolution."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from msflow_ext.testing import relative_error
 Normal = Callable[..., Tensor]
 
 F32, BF16 = torch.float32, torch.bfloat16
-LARGE = (2, 64, 32, 40)  # enough positions and channels for Winograd's form
+LARGE = (2, 64, 32, 40)  # enough positions and channels for Winograd's algorithm
 
 
 @pytest.fixture
 def forms(native: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The forms that convolutions took, in their order."""
+    """Record which algorithm each convolution uses, in order."""
     if not factor_dtypes():
         pytest.skip("no kernels for this processor")
     taken: list[Any] = []
@@ -37,12 +37,12 @@ def forms(native: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return taken[-1]
 
     monkeypatch.setattr(trained_conv, "training_form", watch)
-    monkeypatch.setattr(winograd, "has_amx", lambda: False)  # beside which bfloat16 stays direct
+    monkeypatch.setattr(winograd, "has_amx", lambda: False)  # with AMX, bfloat16 stays direct
     return taken
 
 
 def pair(channels: int = 64, results: int = 96, **options: Any) -> tuple[TrainedConv2d, nn.Conv2d]:
-    """A convolution and torch's of the same weights."""
+    """Return a convolution and torch's with the same weights."""
     torch.manual_seed(0)
     options = {"padding": 1} | options
     ours = TrainedConv2d(channels, results, options.pop("kernel", 3), **options)
@@ -52,7 +52,7 @@ def pair(channels: int = 64, results: int = 96, **options: Any) -> tuple[Trained
 
 
 def derivatives(conv: nn.Conv2d, x: Tensor, *, mixed: bool = False) -> list[Tensor]:
-    """Result, and gradients of input and parameters."""
+    """Return the result, and the gradients of input and parameters."""
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", BF16, enabled=mixed):
         y = conv(x)
@@ -73,7 +73,7 @@ def test_result_and_gradients_are_those_of_torch(
     assert forms == [(4, F32)]
 
 
-def test_under_autocast_the_factors_are_narrow_and_gradients_stay_near(
+def test_under_autocast_factors_are_bfloat16_and_gradients_are_close(
     forms: list[Any], normal: Normal
 ) -> None:
     x = normal(*LARGE, dtype=F32)
@@ -115,7 +115,7 @@ def test_a_frozen_parameter_gets_no_gradient(forms: list[Any], normal: Normal, f
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        ((1, 64, 16, 16), {}),  # too few positions to share the transform of the weight
+        ((1, 64, 16, 16), {}),  # too few positions share the weight's transform
         ((2, 16, 32, 40), {"channels": 16}),
         (LARGE, {"padding": 0}),
         (LARGE, {"stride": 2}),
@@ -124,7 +124,7 @@ def test_a_frozen_parameter_gets_no_gradient(forms: list[Any], normal: Normal, f
     ],
     ids=str,
 )
-def test_what_would_not_pay_has_the_bits_of_torch(
+def test_convolutions_that_stay_direct_are_bit_identical_to_torch(
     forms: list[Any], normal: Normal, shape: tuple[int, ...], options: dict[str, Any]
 ) -> None:
     x = normal(*shape, dtype=F32)
@@ -134,7 +134,9 @@ def test_what_would_not_pay_has_the_bits_of_torch(
     assert forms == [None]
 
 
-def test_without_a_gradient_the_bits_are_those_of_torch(forms: list[Any], normal: Normal) -> None:
+def test_without_a_gradient_the_result_is_bit_identical_to_torch(
+    forms: list[Any], normal: Normal
+) -> None:
     x = normal(*LARGE, dtype=F32)
     ours, theirs = pair()
     with torch.no_grad():
@@ -142,9 +144,7 @@ def test_without_a_gradient_the_bits_are_those_of_torch(forms: list[Any], normal
     assert forms == [None]
 
 
-def test_transforms_of_functions_see_the_convolution_of_torch(
-    forms: list[Any], normal: Normal
-) -> None:
+def test_function_transforms_use_the_convolution_of_torch(forms: list[Any], normal: Normal) -> None:
     x, (ours, theirs) = normal(*LARGE, dtype=F32), pair()
     got, expected = (
         torch.func.grad(lambda w, c=c: torch.func.functional_call(c, {"weight": w}, x).sum())(
@@ -156,7 +156,7 @@ def test_transforms_of_functions_see_the_convolution_of_torch(
     assert forms == [None]
 
 
-def test_the_flows_train_through_it(forms: list[Any], normal: Normal) -> None:
+def test_flows_train_with_winograd_convolutions(forms: list[Any], normal: Normal) -> None:
     torch.manual_seed(0)
     head = MSFlowHead((64, 64, 64), blocks=(1, 1, 1), cond_channels=32)
     features = [normal(1, 64, s, s, dtype=F32) for s in (64, 32, 16)]
@@ -171,7 +171,7 @@ def test_the_flows_train_through_it(forms: list[Any], normal: Normal) -> None:
     assert any(taken) and not any(forms[len(taken) :])
 
 
-def test_what_follows_may_change_the_results_in_place(forms: list[Any], normal: Normal) -> None:
+def test_results_may_be_changed_in_place(forms: list[Any], normal: Normal) -> None:
     ours, theirs = pair()
     x = normal(*LARGE)
     found, expected = (
@@ -183,7 +183,7 @@ def test_what_follows_may_change_the_results_in_place(forms: list[Any], normal: 
         assert relative_error(one, other.double()) < 1e-4
 
 
-def test_the_copy_of_features_in_the_convolutions_format_is_not_kept_but_made_again(
+def test_the_channels_last_copy_of_features_is_recomputed_instead_of_kept(
     forms: list[Any], normal: Normal
 ) -> None:
     x, conv = normal(*LARGE, dtype=F32), pair()[0]
@@ -192,7 +192,7 @@ def test_the_copy_of_features_in_the_convolutions_format_is_not_kept_but_made_ag
     def halves(x: Tensor) -> Tensor:
         assert x.is_contiguous(memory_format=torch.channels_last)
         made.append(weakref.ref(x.untyped_storage()))
-        return conv(x[:, :64]).sum() + (x[:, 32:] * weight).sum()  # views, as couplings take them
+        return conv(x[:, :64]).sum() + (x[:, 32:] * weight).sum()  # views, as couplings use them
 
     weight = normal(1, 32, 1, 1, dtype=F32).requires_grad_()
     loss = laid_out(halves, x, conv)
@@ -209,7 +209,9 @@ def test_the_copy_of_features_in_the_convolutions_format_is_not_kept_but_made_ag
 
 
 @pytest.mark.parametrize("kind", ["inference", "differentiable"])
-def test_the_copy_of_other_features_is_kept(forms: list[Any], normal: Normal, kind: str) -> None:
+def test_the_copy_of_inference_or_differentiable_features_is_kept(
+    forms: list[Any], normal: Normal, kind: str
+) -> None:
     with torch.inference_mode(kind == "inference"):
         x = normal(*LARGE, dtype=F32)
     x.requires_grad_(kind == "differentiable")

@@ -1,4 +1,4 @@
-"""Properties of the choice of a convolution's form: it pays where it is taken, and the convolution stays the same."""
+"""Choice of a convolution's algorithm, which does not change the result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAIN: tuple[Any, ...] = ((1, 1), (1, 1), (1, 1), 1)
 
 @pytest.fixture(params=[(F32,), (F32, BF16)], ids=["without-bfloat16", "with-bfloat16"])
 def factors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A processor that multiplies these."""
+    """Simulate a processor that multiplies these dtypes."""
     monkeypatch.setattr(winograd, "factor_dtypes", lambda: request.param)
     monkeypatch.setattr(winograd, "has_amx", lambda: False)
     return request.param
@@ -44,12 +44,12 @@ def form(
     return winograd_form(math.prod(size), dtype, weight, *options)
 
 
-def test_tiles_are_larger_where_positions_share_the_weights(factors: Any) -> None:
+def test_tiles_are_larger_if_many_positions_share_the_weights(factors: Any) -> None:
     assert form(F32) == form(F32, size=(4, 16, 16)) == (4, F32)
     assert form(F32, size=(1, 16, 16)) == form(F32, size=(1, 8, 8)) == (2, F32)
 
 
-def test_factors_are_narrow_where_the_processor_multiplies_them(factors: Any) -> None:
+def test_factors_are_bfloat16_if_the_processor_multiplies_bfloat16(factors: Any) -> None:
     assert form(BF16) == ((3, BF16) if BF16 in factors else (4, F32))
 
 
@@ -68,7 +68,9 @@ def test_factors_are_narrow_where_the_processor_multiplies_them(factors: Any) ->
     ],
     ids=str,
 )
-def test_what_would_not_pay_stays_direct(factors: Any, case: dict[str, Any]) -> None:
+def test_convolutions_that_winograd_does_not_speed_up_stay_direct(
+    factors: Any, case: dict[str, Any]
+) -> None:
     assert form(**case) is None
 
 
@@ -90,7 +92,7 @@ def test_without_kernels_everything_stays_direct() -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(F32, 1e-5), (BF16, 0.02)])
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_either_form_is_the_convolution(
+def test_winograd_and_direct_convolutions_agree(
     factors: Any, normal: Normal, dtype: torch.dtype, bound: float, padding_mode: Any, bias: bool
 ) -> None:
     conv = nn.Conv2d(64, 72, 3, padding=1, padding_mode=padding_mode, bias=bias)

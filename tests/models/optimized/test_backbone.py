@@ -1,4 +1,4 @@
-"""Properties of frozen networks in their inference form: fewer passes, the same results."""
+"""Optimized backbones: fewer operations, the same results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msflow_ext.testing import relative_error
 
 
 def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
-    """In evaluation mode, with batch norms that do something."""
+    """Return the network in evaluation mode, with random statistics in its batch norms."""
     generator = torch.Generator().manual_seed(seed)
     for part in network.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -31,7 +31,7 @@ def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def steps(network: nn.Module) -> list[str]:
-    """What a traced network calls: names of modules' types, functions and methods."""
+    """Return the names of the modules, functions and methods that a traced network calls."""
     assert isinstance(network, fx.GraphModule)
     return [
         type(network.get_submodule(str(node.target))).__name__
@@ -64,7 +64,7 @@ def steps(network: nn.Module) -> list[str]:
     ],
 )
 def test_a_network_keeps_its_results(name: str, left: set[str] | None) -> None:
-    """At other sizes and numbers of images than it was traced with."""
+    """Compare at sizes and batch sizes other than those of the trace."""
     network = randomized(timm.create_model(name, features_only=True, out_indices=(1, 2, 3)))
     generator = torch.Generator().manual_seed(0)
     found = optimize_network(network, torch.randn(1, 3, 64, 64, generator=generator), torch.float32)
@@ -77,8 +77,8 @@ def test_a_network_keeps_its_results(name: str, left: set[str] | None) -> None:
         assert set(steps(found)) - {"PackedConv2d"} == left
 
 
-def test_bfloat16_rounds_less_often() -> None:
-    """An addition and an activation in a convolution's own pass see its sums before they are rounded."""
+def test_fused_additions_and_activations_round_once_in_bfloat16() -> None:
+    """A fused addition and activation read the sums before they are rounded."""
     network = randomized(timm.create_model("resnet18", features_only=True, out_indices=(1, 2, 3)))
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     found = optimize_network(network, x, torch.bfloat16)(x.bfloat16())
@@ -87,12 +87,12 @@ def test_bfloat16_rounds_less_often() -> None:
     for each in found:
         assert each.dtype is torch.bfloat16
         assert each.is_contiguous(memory_format=torch.channels_last)
-    # Of the mean square error, a single rounding more or less is little: 0.5 to 0.85 for all weights.
+    # One rounding is a small part of the mean square error: the ratio is 0.5 to 0.85 for all weights.
     assert (found[-1] - exact[-1]).square().mean() < (apart[-1] - exact[-1]).square().mean()
 
 
 class Small(nn.Module):
-    """Two convolutions with a batch norm, and whatever a case makes of them."""
+    """Two convolutions with a batch norm, which each case connects differently."""
 
     def __init__(self, **parts: nn.Module) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class WeightedAddition(Small):
 
 
 class AdditionOfOneImage(Small):
-    """A map that is the same for every image has the shape of a batch of one."""
+    """Adds a map that is the same for every image, with the shape of a batch of one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class AdditionOfOneImage(Small):
 
 
 class AdditionToWhatIsChanged(Small):
-    """The convolution's result would be added before its other operand is halved."""
+    """Halves the other operand after the convolution, so the addition cannot be fused."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.other(x)
@@ -167,7 +167,7 @@ class ResultThatIsReturned(Small):
 
 
 class ChangedInPlace(Small):
-    """Another operand that is overwritten, and read again."""
+    """Overwrites the other operand, and reads it again."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.other(x)
@@ -176,7 +176,7 @@ class ChangedInPlace(Small):
 
 
 class Decides(Small):
-    """Not to be traced: the way depends on the numbers."""
+    """Cannot be traced, because the control flow depends on values."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.conv(x))
@@ -184,7 +184,7 @@ class Decides(Small):
 
 
 class ReadsWeights(Small):
-    """What packed convolutions do not have."""
+    """Reads a weight, which a packed convolution does not have."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(self.conv(x), self.other.weight.view(3, 8, 1, 1))
@@ -199,7 +199,7 @@ class NormWithoutWeights(Small):
 
 
 class NormOfTheBatch(Small):
-    """Without running statistics it is no constant."""
+    """Has no running statistics, so it is not constant."""
 
     def __init__(self) -> None:
         super().__init__(norm=nn.BatchNorm2d(8, track_running_stats=False))
@@ -209,7 +209,7 @@ class NormOfTheBatch(Small):
 
 
 class DtypeOfWeights(Small):
-    """A trace would keep the dtype that the weights had then."""
+    """Reads the dtype of a weight, which a trace would record as a constant."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x))).to(self.other.weight.dtype)
@@ -217,7 +217,7 @@ class DtypeOfWeights(Small):
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("case", Small.__subclasses__(), ids=lambda case: case.__name__)
-def test_what_cannot_be_fused_stays(
+def test_operations_that_cannot_be_fused_stay(
     case: type[nn.Module], dtype: torch.dtype, bound: float
 ) -> None:
     torch.manual_seed(0)
@@ -231,7 +231,7 @@ def test_what_cannot_be_fused_stays(
             assert a.dtype is dtype and relative_error(a, b) <= bound
 
 
-def test_the_original_is_left_alone() -> None:
+def test_the_original_does_not_change() -> None:
     network = randomized(timm.create_model("resnet18", features_only=True, out_indices=(1, 2)))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     x = torch.randn(1, 3, 64, 64)
@@ -246,10 +246,10 @@ def test_the_original_is_left_alone() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("channels", [(8, 6), (64, 64)], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_what_follows_a_convolution(
+def test_fused_additions_and_activations_equal_separate_ones(
     dtype: torch.dtype, channels: tuple[int, int], activation: str
 ) -> None:
-    """In every form: packed, plain (float64), Winograd's (64 channels, where the processor takes it)."""
+    """With every algorithm: packed, plain (float64), and Winograd's (64 channels, if the processor supports it)."""
     torch.manual_seed(0)
     conv = nn.Conv2d(*channels, 3, padding=1).requires_grad_(False)
     x = torch.randn(2, channels[0], 9, 11).to(dtype)

@@ -1,4 +1,4 @@
-"""Optimized models are on their own: copies, pickles, weights, dtypes; and every batch gives an image the same score."""
+"""Optimized models are independent of the original and of the batch, and can be copied, pickled and loaded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def scores(model: torch.nn.Module, images: torch.Tensor = IMAGES) -> torch.Tenso
         return model(images).score
 
 
-def test_nothing_is_shared_and_later_changes_of_the_original_do_not_show(kind: str) -> None:
+def test_nothing_is_shared_with_the_original_and_its_later_changes_have_no_effect(
+    kind: str,
+) -> None:
     model = make(kind)
     form = model.optimize()
     expected, state = scores(form), model.state_dict()
@@ -50,7 +52,7 @@ def test_nothing_is_shared_and_later_changes_of_the_original_do_not_show(kind: s
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_used_form_can_be_copied_pickled_and_optimized_again(
+def test_a_used_optimized_model_can_be_copied_pickled_and_optimized_again(
     kind: str, dtype: torch.dtype
 ) -> None:
     form = make(kind).optimize(dtype)
@@ -87,15 +89,15 @@ def test_images_and_features_that_are_not_finite_are_refused(kind: str) -> None:
             scores(each, torch.full_like(IMAGES, float("nan")))
         features = each.features(IMAGES)
         features[0][0, 0, 0, 0] = float("inf")
-        with pytest.raises(ValueError, match="features: scale 0 holds NaN"):
+        with pytest.raises(ValueError, match="features must be finite, scale 0 has NaN"):
             each.head.log_likelihood(features)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_first_batch_decides_nothing(kind: str, dtype: torch.dtype) -> None:
+def test_scores_do_not_depend_on_the_first_batch(kind: str, dtype: torch.dtype) -> None:
     model = make(kind)
     one, many = model.optimize(dtype), model.optimize(dtype)
     scores(many, torch.rand(9, 3, 64, 64))
-    alone = torch.cat([scores(one, image[None]) for image in IMAGES])
+    single = torch.cat([scores(one, image[None]) for image in IMAGES])
     for form in (one, many):
-        torch.testing.assert_close(scores(form), alone, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(scores(form), single, rtol=1e-6, atol=1e-6)
