@@ -2,6 +2,7 @@
 find_program(MSFLOW_EXT_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin PATHS /usr/local/cuda REQUIRED)
 find_package(Python COMPONENTS Interpreter REQUIRED)
 set(translator ${CMAKE_SOURCE_DIR}/tests/ptx/translate.py)
+set(reader ${CMAKE_SOURCE_DIR}/tests/ptx/ptx_reader.py)
 set(headers tests/cuda_emulator tests/ptx csrc)
 file(GLOB_RECURSE sources CONFIGURE_DEPENDS csrc/*.h csrc/*.cuh)
 
@@ -9,7 +10,7 @@ file(GLOB_RECURSE sources CONFIGURE_DEPENDS csrc/*.h csrc/*.cuh)
 function(add_translated set ptx)
   get_filename_component(name ${ptx} NAME_WE)
   set(out ${CMAKE_CURRENT_BINARY_DIR}/ptx/${name}_as_${set}.cpp)
-  add_custom_command(OUTPUT ${out} DEPENDS ${ptx} ${translator} VERBATIM
+  add_custom_command(OUTPUT ${out} DEPENDS ${ptx} ${translator} ${reader} VERBATIM
     COMMAND ${Python_EXECUTABLE} ${translator} ${set} ${ptx} ${out} ${ARGN})
   target_sources(_C PRIVATE ${out})
   # Without optimization: these functions have thousands of lines, and run once. Integers overflow as in PTX.

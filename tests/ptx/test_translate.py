@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import math
 import os
 import re
@@ -15,14 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ptx_reader
 import pytest
+import translate
 
 HERE = Path(__file__).parent
-spec = importlib.util.spec_from_file_location("msflow_ext_ptx", HERE / "translate.py")
-assert spec is not None and spec.loader is not None
-translate = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = translate  # where dataclasses look
-spec.loader.exec_module(translate)
 COMPILER = os.environ.get("CXX") or shutil.which("c++")
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
@@ -358,7 +354,7 @@ def test_planted_faults_are_in_the_code() -> None:
 
 def test_kernels_are_chosen_by_their_names() -> None:
     text = kernel("first", "bar.sync 0;") + kernel("second", "bar.sync 0;")
-    assert [each.name for each in translate.kernels(text)] == ["first", "second"]
+    assert [each.name for each in ptx_reader.kernels(text)] == ["first", "second"]
     chosen = translate.translate(text, "test", "unit", only="second")
     assert "// second" in chosen and "// first" not in chosen
 
@@ -380,5 +376,5 @@ def test_kernels_are_chosen_by_their_names() -> None:
     ],
 )
 def test_instructions_are_counted_by_class(statement: str, expected: tuple[str, int]) -> None:
-    (each,) = translate._statements(statement)
-    assert translate.cost(each) == expected
+    (each,) = ptx_reader._statements(statement)
+    assert ptx_reader.cost(each) == expected
