@@ -377,4 +377,5 @@ def test_kernels_are_chosen_by_their_names() -> None:
 )
 def test_instructions_are_counted_by_class(statement: str, expected: tuple[str, int]) -> None:
     (each,) = ptx_reader._statements(statement)
+    assert isinstance(each, ptx_reader.Instruction)
     assert ptx_reader.cost(each) == expected
