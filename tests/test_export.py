@@ -261,7 +261,7 @@ def test_arguments_that_do_not_fit_are_one_sentence(run, tmp_path):
     with pytest.raises(
         ValueError, match="format must be one of torch, aoti, onnx, openvino, got 'tf'"
     ):
-        export(run, "tf", tmp_path / "m.tf")
+        export(run, "tf", tmp_path / "m.tf")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"m\.onnx must end in \.pt2 for format torch"):
         export(run, "torch", tmp_path / "m.onnx")
     (tmp_path / "file").write_text("")

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.choices import FITS
+from msflow_ext.choices import FITS, LAYOUTS, Layout
 
 if TYPE_CHECKING:
     from msflow_ext.data.check import Report, check_dataset
@@ -45,10 +45,9 @@ _HOME = {
     "load_mask": "images",
 }
 
-#: Data sets that are packages, and layouts of folders; each is a module of ``msflow_ext.data.datasets``.
+#: Data sets that are packages; each is a module, as are ``LAYOUTS``, of ``msflow_ext.data.datasets``.
 PACKAGED = ("elpv", "textures")
-LAYOUTS = ("mvtec", "visa", "btad", "mtd", "mstc", "folder")
-FIXED = ("mvtec", "visa", "btad", "mstc")  # layouts that say themselves what is tested
+FIXED = ("mvtec", "visa", "btad", "mstc")  # those of LAYOUTS that say themselves what is tested
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ def __getattr__(name: str) -> Any:
 
 def open_dataset(
     data: str | Path | None,
-    layout: str | None = None,
+    layout: Layout | None = None,
     category: str | None = None,
     *,
     split_seed: int = 0,
@@ -108,7 +107,7 @@ def open_dataset(
     return dataset
 
 
-def list_categories(data: str | Path, layout: str | None = None) -> list[str]:
+def list_categories(data: str | Path, layout: Layout | None = None) -> list[str]:
     """The categories that `open_dataset` can read; none where the set has no parts.
 
     Raises:
@@ -120,7 +119,7 @@ def list_categories(data: str | Path, layout: str | None = None) -> list[str]:
 
 
 def _reader(
-    data: str | Path | None, layout: str | None, *, folders: bool = False
+    data: str | Path | None, layout: Layout | None, *, folders: bool = False
 ) -> tuple[ModuleType, list[Path | None]]:
     """The module that reads ``data``, and the folder that it wants, if it wants one.
 

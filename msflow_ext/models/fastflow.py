@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from msflow_ext import ops
+from msflow_ext.choices import AnomalyMap, ClampForm, PaddingMode, Score
 from msflow_ext.flows import AffineCoupling, Flow, FlowOutput
 from msflow_ext.models.backbone import Backbone
 from msflow_ext.models.base import (
@@ -69,7 +70,7 @@ class FastFlowHead(FlowHead):
         hidden_ratio: float = 1.0,
         conv3x3_only: bool = False,
         clamp: float = 2.0,
-        clamp_form: str = "0.2",
+        clamp_form: ClampForm = "0.2",
         input_sizes: Sequence[tuple[int, int]] | None = None,
         seed: int | None = None,
     ) -> None:
@@ -208,14 +209,14 @@ class FastFlow(AnomalyModel):
         hidden_ratio: float | None = None,
         conv3x3_only: bool | None = None,
         clamp: float = 2.0,
-        clamp_form: str = "0.2",
+        clamp_form: ClampForm = "0.2",
         layer_norm: bool | None = None,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         standardize: bool = False,
         whiten: bool = False,
-        score: str = "paper",
+        score: Score = "paper",
         top_k: float = 0.03,
-        anomaly_map: str = "paper",
+        anomaly_map: AnomalyMap = "paper",
         smoothing: float = 0.0,
         seed: int | None = None,
     ) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.choices import CHOICES
+from msflow_ext.choices import CHOICES, Cache, Fit, Memory, Precision, Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recipe:
     """How to train; the defaults are the MSFlow paper's, ``PRESETS`` has all others.
 
@@ -49,6 +49,13 @@ class Recipe:
 
     Raises:
         ValueError: a value out of range; it is named.
+
+    Examples:
+        >>> recipe = Recipe(epochs=20, schedule="cosine", hold_out=0.2)
+        >>> recipe  # what differs from the paper
+        Recipe(epochs=20, schedule='cosine', hold_out=0.2)
+        >>> recipe.learning_rate(epoch=2), recipe.is_tested(2)
+        (0.0001, True)
     """
 
     epochs: int = 100
@@ -58,17 +65,17 @@ class Recipe:
     weight_decay: float = 0.0
     warmup: float = 0.12
     warmup_from: float = 0.1
-    schedule: str = "steps"
+    schedule: Schedule = "steps"
     decay: float = 0.33
     milestones: tuple[float, ...] = (0.7, 0.9)
     noise: float = 0.0
     seed: int = 9826
-    precision: str = "float32"
-    memory: str = "lean"
-    cache: str = "memory"
+    precision: Precision = "float32"
+    memory: Memory = "lean"
+    cache: Cache = "memory"
     eval_every: int | None = None
     workers: int = 2
-    fit: str = "resize"
+    fit: Fit = "resize"
     hold_out: float = 0.0
     false_alarms: float = 0.05
 
@@ -85,6 +92,11 @@ class Recipe:
                 raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}")
         if self.memory == "reversible" and self.precision != "float32":
             raise ValueError(f"memory 'reversible' needs precision float32, got {self.precision!r}")
+
+    def __repr__(self) -> str:
+        changed = [(each.name, getattr(self, each.name)) for each in fields(self)]
+        changed = [(name, value) for name, value in changed if value != getattr(Recipe, name)]
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in changed)})"
 
     def learning_rate(self, epoch: int) -> float:
         """Rate of ``epoch``, counted from 0.

@@ -306,7 +306,7 @@ def test_maps_of_padded_images_are_cut_back_and_stretched_to_the_masks_of_resize
         columns = np.linspace(0, 63, each.map.shape[1]).round().astype(int)
         assert stretched.shape == (64, 64)
         np.testing.assert_allclose(
-            stretched[rows][:, columns], each.map, atol=0.1 * np.ptp(each.map)
+            stretched[rows][:, columns], each.map, atol=0.1 * float(np.ptp(each.map))
         )
     np.testing.assert_allclose(found.maps[1], cut[1].map, rtol=1e-5)
 
@@ -348,7 +348,7 @@ def test_the_prepacked_form_says_nearly_the_same(run, detector, folder, precisio
 
 def test_another_precision_is_refused(run):
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'int8'"):
-        load(run, precision="int8")
+        load(run, precision="int8")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.family("pages")

@@ -89,7 +89,7 @@ def test_every_path_is_in_the_document_with_its_meaning(document, url):
 
 def test_a_token_is_in_the_document_where_it_is_required(start):
     document = httpx.get(
-        f"{start(serving.application(Detector(None), 'geheim'))}openapi.json"
+        f"{start(serving.application(Detector(None), 'geheim'))}openapi.json"  # pyright: ignore[reportArgumentType]
     ).json()
     wanted = {
         path for path, methods in document["paths"].items() if "security" in str(methods.values())
@@ -125,7 +125,7 @@ def test_the_page_of_docs_names_every_path_and_field_and_loads_nothing(document,
 
 
 def test_a_name_with_markup_is_text_on_the_pages(start):
-    url = start(serving.application(Detector(None), name="<script>alert(1)</script>"))
+    url = start(serving.application(Detector(None), name="<script>alert(1)</script>"))  # pyright: ignore[reportArgumentType]
     for path in ("", "docs"):
         page = httpx.get(f"{url}{path}").text
         assert "&lt;script&gt;alert" in page and "<script>alert" not in page

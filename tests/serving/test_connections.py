@@ -62,7 +62,7 @@ def trickle(client: socket.socket, piece: bytes) -> None:
 def hasty(start: Callable[..., str]) -> str:
     """A service that waits 0.3 s for a head or a body, and longer for nothing."""
     limits = serving.Limits(timeout=0.8, head_timeout=0.3, idle_timeout=0.3)
-    return start(serving.application(Detector(None), limits=limits), limits)
+    return start(serving.application(Detector(None), limits=limits), limits)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def is_open(client: socket.socket) -> bool:
 )
 def test_silent_clients_on_all_connections_keep_no_other_client_out(start, sent):
     limits = serving.Limits(concurrency=2, connections=4, **PATIENT)
-    url = start(serving.application(Detector(None), limits=limits), limits)
+    url = start(serving.application(Detector(None), limits=limits), limits)  # pyright: ignore[reportArgumentType]
     with held(url, 12, sent) as clients:
         for path in ("health", "metrics"):
             assert httpx.get(f"{url}{path}", timeout=PATIENCE).status_code == 200
@@ -159,7 +159,7 @@ def test_silent_clients_on_all_connections_keep_no_other_client_out(start, sent)
 
 def test_stalled_bodies_hold_no_places(start):
     limits = serving.Limits(concurrency=1, **PATIENT)
-    url = start(serving.application(Detector(None), limits=limits), limits)
+    url = start(serving.application(Detector(None), limits=limits), limits)  # pyright: ignore[reportArgumentType]
     with held(url, 20, HEAD % 1000 + b"ab"):
         answer = httpx.post(f"{url}predict", content=b"no image", timeout=PATIENCE)
     assert answer.status_code == 400  # not 503
@@ -167,7 +167,7 @@ def test_stalled_bodies_hold_no_places(start):
 
 def test_bodies_that_arrive_take_so_much_memory_and_no_more(start):
     limits = serving.Limits(concurrency=2, max_bytes=1000, **PATIENT)
-    url = start(serving.application(Detector(None), limits=limits), limits)
+    url = start(serving.application(Detector(None), limits=limits), limits)  # pyright: ignore[reportArgumentType]
     with held(url, 2, HEAD % 1000 + bytes(999)) as clients:
         until = time.monotonic() + PATIENCE
         while (answer := httpx.post(f"{url}predict", content=b"no image")).status_code != 503:
@@ -198,7 +198,7 @@ def test_an_accept_that_fails_makes_room_and_is_tried_again_without_a_traceback(
     async def attempts() -> None:
         loop = asyncio.get_running_loop()
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            server = connections.Server(serving.application(Detector(None)), listening, limits)
+            server = connections.Server(serving.application(Detector(None)), listening, limits)  # pyright: ignore[reportArgumentType]
             ended = asyncio.create_task(server.serve())
             url = f"http://127.0.0.1:{listening.getsockname()[1]}/health"
             async with httpx.AsyncClient(timeout=PATIENCE) as client:

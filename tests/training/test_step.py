@@ -26,4 +26,4 @@ def test_without_clip_the_gradient_is_taken_whole_and_weight_decay_is_adams():
 def test_an_epoch_names_the_precision_that_it_refuses():
     head = torch.nn.Linear(2, 1)
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'half'"):
-        train_epoch(head, make_optimizer(head), [], clip=None, precision="half")
+        train_epoch(head, make_optimizer(head), [], clip=None, precision="half")  # pyright: ignore[reportArgumentType]
