@@ -6,7 +6,7 @@ import math
 import platform
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,10 +20,30 @@ CUDA = ("coupling", "norm", "resample", "score")
 OPS = (*CUDA, "winograd")
 
 
-def info() -> dict[str, Any]:
+class Info(TypedDict):
+    """What :func:`info` returns."""
+
+    msflow_ext: str | None
+    torch: str
+    timm: str | None
+    python: str
+    machine: str
+    threads: int
+    kernels: str
+    compiler: NotRequired[str]
+    cuda_architectures: str
+    backends: dict[str, dict[str, str]]
+
+
+def info() -> Info:
     """Versions, what is compiled, and the backend of each op per device with the reason for it.
 
     If the compiler failed when the package was installed, ``"compiler"`` holds the last lines that it wrote.
+
+    Examples:
+        >>> found = info()
+        >>> sorted(found["backends"])
+        ['coupling', 'norm', 'resample', 'score', 'winograd']
     """
     cpu, installed = "native" if _backend.C is not None else "reference", versions()
     return {

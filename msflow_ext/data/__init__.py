@@ -89,6 +89,13 @@ def open_dataset(
             a mask without image, two files of one name, a path that leaves the folder.
         FileNotFoundError: a folder or a file is missing.
         ModuleNotFoundError: the package that holds the data, or decodes it, is not installed.
+
+    Examples:
+        >>> dataset = open_dataset(None, "folder", normal="normal", abnormal="odd")
+        >>> len(dataset.train), len(dataset.test)  # a fifth of the normal images is tested, too
+        (24, 10)
+        >>> dataset.test[-1].name, dataset.test[-1].label
+        ('abnormal/3', 1)
     """
     if not isinstance(split_seed, int) or split_seed < 0:
         raise ValueError(f"split_seed must be a whole number from 0 up, got {split_seed!r}")

@@ -100,7 +100,8 @@ class Detector:
         fit: how images become square, see :class:`msflow_ext.data.Images`.
 
     Examples:
-        >>> model = MSFlow("test_efficientnet", image_size=64, pretrained=False)
+        >>> import msflow_ext as mx
+        >>> model = mx.MSFlow("test_efficientnet", image_size=64, pretrained=False)
         >>> Detector(model.eval(), threshold=1.5)
         Detector(MSFlow('test_efficientnet', image_size=64), fit='resize', device='cpu', threshold=1.5)
     """

@@ -47,7 +47,7 @@ class Prediction:
         >>> import msflow_ext as mx
         >>> model = mx.MSFlow("test_efficientnet", image_size=64, pretrained=False).eval()
         >>> model(torch.rand(2, 3, 64, 64))
-        Prediction(score=(2,), anomaly_map=(2, 64, 64), image_map=(2, 64, 64), log_likelihood=[...], device='cpu')
+        Prediction(score=(2,), anomaly_map=(2, 64, 64), image_map=(2, 64, 64), log_likelihood=[(2, 8, 8), (2, 4, 4), (2, 2, 2)], device='cpu')
     """
 
     score: Tensor

@@ -60,6 +60,13 @@ class FastFlowHead(FlowHead):
 
     Raises:
         ValueError: an argument does not fit; it is named.
+
+    Examples:
+        >>> head = FastFlowHead((8, 16), steps=2, seed=0)
+        >>> features = [torch.randn(2, 8, 4, 4), torch.randn(2, 16, 2, 2)]
+        >>> head.loss(features).backward()
+        >>> head(features)
+        FlowOutput(z=[(2, 8, 4, 4), (2, 16, 2, 2)], log_det=(2,))
     """
 
     def __init__(
@@ -196,6 +203,11 @@ class FastFlow(AnomalyModel):
 
     Raises:
         ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.
+
+    Examples:
+        >>> model = FastFlow("test_efficientnet", image_size=64, pretrained=False, seed=0).eval()
+        >>> model(torch.rand(2, 3, 64, 64)).score.shape
+        torch.Size([2])
     """
 
     def __init__(

@@ -60,6 +60,16 @@ class MSFlow(AnomalyModel):
 
     Raises:
         ValueError: an argument does not fit. RuntimeError: no pretrained weights within reach.
+
+    Examples:
+        >>> import torch
+        >>> model = MSFlow("test_efficientnet", image_size=64, pretrained=False, seed=0).eval()
+        >>> images = torch.rand(2, 3, 64, 64)
+        >>> model(images).anomaly_map.shape
+        torch.Size([2, 64, 64])
+        >>> fast = model.optimize()  # for inference
+        >>> torch.allclose(fast(images).score, model(images).score, rtol=1e-3)
+        True
     """
 
     def __init__(

@@ -39,6 +39,13 @@ class MSFlowHead(FlowHead):
 
     Raises:
         ValueError: an argument does not fit; it is named.
+
+    Examples:
+        >>> head = MSFlowHead((8, 16), blocks=(1, 2), cond_channels=8, seed=0)
+        >>> features = [torch.randn(2, 8, 4, 4), torch.randn(2, 16, 2, 2)]
+        >>> head.loss(features).backward()
+        >>> [tuple(each.shape) for each in head.log_likelihood(features)]
+        [(2, 4, 4), (2, 2, 2)]
     """
 
     def __init__(

@@ -54,8 +54,8 @@ class Recipe:
         >>> recipe = Recipe(epochs=20, schedule="cosine", hold_out=0.2)
         >>> recipe  # what differs from the paper
         Recipe(epochs=20, schedule='cosine', hold_out=0.2)
-        >>> recipe.learning_rate(epoch=2), recipe.is_tested(2)
-        (0.0001, True)
+        >>> recipe.learning_rate(epoch=0), recipe.is_tested(2)  # the warm-up begins at a tenth
+        (1e-05, True)
     """
 
     epochs: int = 100

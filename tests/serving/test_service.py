@@ -43,7 +43,7 @@ class Waiting(Detector):
         assert self.go.wait(30)
         image = np.asarray(source)
         nothing = np.zeros(image.shape[:2], np.float32)
-        return [Result("", 0.5, None, None, nothing, None, image, nothing.shape)]
+        return [Result("", 0.5, None, None, nothing, None, image, image.shape[:2])]
 
 
 class Broken(Detector):
