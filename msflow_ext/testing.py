@@ -30,9 +30,9 @@ class Info(TypedDict):
     machine: str
     threads: int
     kernels: str
-    compiler: NotRequired[str]
     cuda_architectures: str
     backends: dict[str, dict[str, str]]
+    compiler: NotRequired[list[str]]
 
 
 def info() -> Info:
@@ -46,7 +46,7 @@ def info() -> Info:
         ['coupling', 'norm', 'resample', 'score', 'winograd']
     """
     cpu, installed = "native" if _backend.C is not None else "reference", versions()
-    return {
+    found: Info = {
         "msflow_ext": installed.get("msflow-ext"),
         "torch": torch.__version__,
         "timm": installed.get("timm"),
@@ -54,7 +54,6 @@ def info() -> Info:
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "kernels": _backend.STATUS,
-        **({"compiler": log} if (log := _backend.compile_log()) else {}),
         "cuda_architectures": getattr(_backend.C, "cuda_architectures", ""),
         "backends": {
             op: {
@@ -64,6 +63,9 @@ def info() -> Info:
             for op in OPS
         },
     }
+    if log := _backend.compile_log():
+        found["compiler"] = log
+    return found
 
 
 def _cuda() -> str:
