@@ -1,19 +1,40 @@
-"""The words that an argument may be: in a recipe, in a model and on the command line."""
+"""The words that an argument may be, once each: as a type for Python, and as a tuple for checks and for flags."""
 
 from __future__ import annotations
 
-ANOMALY_MAPS = ("paper", "clamped")
-CACHES = ("memory", "disk", "off")
-CLAMP_FORMS = ("0.2", "head")
-ENGINES = ("local", "ray")
-FITS = ("resize", "pad")
-MAPS = ("array", "png")
-MEMORY = ("lean", "reversible")
-ON_ERROR = ("skip", "stop")
-PADDING_MODES = ("zeros", "reflect")
-PRECISIONS = ("float32", "bfloat16")
-SCHEDULES = ("steps", "cosine")
-SCORES = ("paper", "log", "nll", "map")
+from typing import Literal, get_args
+
+AnomalyMap = Literal["paper", "clamped"]
+Cache = Literal["memory", "disk", "off"]
+CheckpointFormat = Literal["msflow_ext", "msflow", "gathierry", "anomalib"]
+ClampForm = Literal["0.2", "head"]
+Engine = Literal["local", "ray"]
+ExportFormat = Literal["torch", "aoti", "onnx", "openvino"]
+Fit = Literal["resize", "pad"]
+Layout = Literal["mvtec", "visa", "btad", "mtd", "mstc", "folder"]
+Maps = Literal["array", "png"]
+Memory = Literal["lean", "reversible"]
+OnError = Literal["skip", "stop"]
+PaddingMode = Literal["zeros", "reflect"]
+Precision = Literal["float32", "bfloat16"]
+Schedule = Literal["steps", "cosine"]
+Score = Literal["paper", "log", "nll", "map"]
+
+ANOMALY_MAPS: tuple[AnomalyMap, ...] = get_args(AnomalyMap)
+CACHES: tuple[Cache, ...] = get_args(Cache)
+CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = get_args(CheckpointFormat)
+CLAMP_FORMS: tuple[ClampForm, ...] = get_args(ClampForm)
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
+FITS: tuple[Fit, ...] = get_args(Fit)
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+MAPS: tuple[Maps, ...] = get_args(Maps)
+MEMORY: tuple[Memory, ...] = get_args(Memory)
+ON_ERROR: tuple[OnError, ...] = get_args(OnError)
+PADDING_MODES: tuple[PaddingMode, ...] = get_args(PaddingMode)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+SCORES: tuple[Score, ...] = get_args(Score)
 
 #: By the name of the argument.
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msflow_ext.choices import EXPORT_FORMATS, ExportFormat
 from msflow_ext.files import FULL, check_writable, replacing
 from msflow_ext.inference import detector
 from msflow_ext.models.base import AnomalyModel
@@ -37,7 +38,7 @@ BY_DEFAULT = " by default"
 
 def export(
     source: str | Path | detector.Detector | AnomalyModel,
-    format: str,
+    format: ExportFormat,
     out: str | Path,
     *,
     images: Tensor | None = None,
@@ -186,10 +187,10 @@ class _Graph(nn.Module):
         return found.score, found.anomaly_map
 
 
-def _checked(format: str, out: Path) -> _Format:
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    chosen = FORMATS[format]
+def _checked(format: ExportFormat, out: Path) -> _Format:
+    if format not in EXPORT_FORMATS:
+        raise ValueError(f"format must be one of {', '.join(EXPORT_FORMATS)}, got {format!r}")
+    chosen = _FORMATS[format]
     if out.suffix != chosen.suffixes[-1]:
         raise ValueError(f"{out} must end in {chosen.suffixes[-1]} for format {format}")
     for path in map(out.with_suffix, chosen.suffixes):
@@ -369,7 +370,7 @@ def _read_openvino(path: Path, hint: str | None = "f32") -> Callable[[Tensor], S
 
 
 _ONNX = ("onnx", "onnxscript")
-FORMATS = {
+_FORMATS: dict[ExportFormat, _Format] = {
     "torch": _Format((".pt2",), (), _write_torch, _read_torch),
     "aoti": _Format((".pt2",), (), _write_aoti, _read_aoti, compiled=True),
     "onnx": _Format((".onnx",), (*_ONNX, "onnxruntime"), _write_onnx, _read_onnx),

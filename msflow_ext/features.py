@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msflow_ext.choices import CACHES
+from msflow_ext.choices import CACHES, Cache
 from msflow_ext.data import Images
 from msflow_ext.data.prefetch import decoded
 from msflow_ext.distributed.ranks import Ranks, even_shares
@@ -60,7 +60,7 @@ class Features:
         model: Any,
         images: Images,
         *,
-        cache: str = "memory",
+        cache: Cache = "memory",
         dtype: torch.dtype = torch.float32,
         file: Path | None = None,
         batch_size: int = 8,

@@ -16,17 +16,31 @@ from msflow_ext.activations import in_turn, reversible
 from msflow_ext.ops._shapes import accumulation_dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FlowOutput:
     """Result of a flow over several scales.
 
     Attributes:
         z: one ``(N, C_i, H_i, W_i)`` per scale (the features again for an inverse).
         log_det: ``(N,)`` in nats, summed over all scales; float64 for float64 and float32 else.
+
+    Examples:
+        >>> import msflow_ext as mx
+        >>> head = mx.FastFlowHead((8,), steps=2, seed=0)
+        >>> x = torch.randn(2, 8, 4, 4)
+        >>> out = head([x])
+        >>> out
+        FlowOutput(z=[(2, 8, 4, 4)], log_det=(2,))
+        >>> torch.allclose(head.inverse(out.z).z[0], x, atol=1e-4)
+        True
     """
 
     z: list[Tensor]
     log_det: Tensor
+
+    def __repr__(self) -> str:
+        scales = [tuple(each.shape) for each in self.z]
+        return f"FlowOutput(z={scales}, log_det={tuple(self.log_det.shape)})"
 
 
 class AffineCoupling(nn.Module):

@@ -6,7 +6,7 @@ import math
 import platform
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,13 +20,33 @@ CUDA = ("coupling", "norm", "resample", "score")
 OPS = (*CUDA, "winograd")
 
 
-def info() -> dict[str, Any]:
+class Info(TypedDict):
+    """What :func:`info` returns."""
+
+    msflow_ext: str | None
+    torch: str
+    timm: str | None
+    python: str
+    machine: str
+    threads: int
+    kernels: str
+    cuda_architectures: str
+    backends: dict[str, dict[str, str]]
+    compiler: NotRequired[list[str]]
+
+
+def info() -> Info:
     """Versions, what is compiled, and the backend of each op per device with the reason for it.
 
     If the compiler failed when the package was installed, ``"compiler"`` holds the last lines that it wrote.
+
+    Examples:
+        >>> found = info()
+        >>> sorted(found["backends"])
+        ['coupling', 'norm', 'resample', 'score', 'winograd']
     """
     cpu, installed = "native" if _backend.C is not None else "reference", versions()
-    return {
+    found: Info = {
         "msflow_ext": installed.get("msflow-ext"),
         "torch": torch.__version__,
         "timm": installed.get("timm"),
@@ -34,7 +54,6 @@ def info() -> dict[str, Any]:
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "kernels": _backend.STATUS,
-        **({"compiler": log} if (log := _backend.compile_log()) else {}),
         "cuda_architectures": getattr(_backend.C, "cuda_architectures", ""),
         "backends": {
             op: {
@@ -44,6 +63,9 @@ def info() -> dict[str, Any]:
             for op in OPS
         },
     }
+    if log := _backend.compile_log():
+        found["compiler"] = log
+    return found
 
 
 def _cuda() -> str:

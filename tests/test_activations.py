@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from msflow_ext import FastFlowHead, MSFlowHead, ops
 from msflow_ext.activations import recomputed
 from msflow_ext.bench import memory
+from msflow_ext.choices import Memory
 from msflow_ext.flows import AffineCoupling, Flow
 from msflow_ext.testing import relative_error
 
@@ -116,7 +117,7 @@ def test_batched_gradients_of_a_head_are_those_one_by_one(normal: Normal, kind: 
 @MEMORY
 @pytest.mark.parametrize("name", ["winograd", *HEADS])
 def test_a_parameter_changed_before_the_backward_pass_is_refused(
-    normal: Normal, name: str, kind: str
+    normal: Normal, name: str, kind: Memory
 ) -> None:
     winograd = name == "winograd"
     head = FastFlowHead((64,), steps=2, conv3x3_only=True, seed=0) if winograd else HEADS[name]()

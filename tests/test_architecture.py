@@ -43,10 +43,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"choices", "distributed", "errors", "evaluation", "features", "reports"},
     "inference": (CONTENTS - {"metrics"})
     | {"choices", "distributed", "errors", "evaluation", "reports"},
-    "serving": {"data", "inference", "reports", "version"},
-    "export": {"files", "inference", "models", "version"},
+    "serving": {"choices", "data", "inference", "reports", "version"},
+    "export": {"choices", "files", "inference", "models", "version"},
     "compat": {
         "activations",
+        "choices",
         "files",
         "flows",
         "inference",
@@ -57,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "testing",
         "training",
     },
-    "bench": {"compat", "hardware", "models", "ops", "training"},
+    "bench": {"choices", "compat", "hardware", "models", "ops", "training"},
     "cli": {"bench", "choices", "compat", "data", "distributed", "errors", "evaluation", "export"}
     | {"features", "files", "inference", "metrics", "models", "reports", "runs", "serving"}
     | {"testing", "text_table", "training", "version"},

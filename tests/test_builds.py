@@ -91,7 +91,7 @@ def test_info_and_status_say_what_the_compiler_said(
     lines = [f"line {i}" for i in range(50)] + ["kernel.cpp:1: error: out of letters", "*** failed"]
     log.write_text("\n".join(lines) + " - retrying due to override...\n*** Making wheel...\n")
     monkeypatch.setattr(_backend, "_COMPILE_LOG", log)
-    assert testing.info()["compiler"] == lines[-20:]
+    assert testing.info().get("compiler") == lines[-20:]
     monkeypatch.setitem(sys.modules, "msflow_ext.ops._C", None)
     monkeypatch.delattr(sys.modules["msflow_ext.ops"], "_C", raising=False)
     status = "not compiled (its compiler failed when msflow_ext was installed)"

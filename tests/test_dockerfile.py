@@ -78,7 +78,7 @@ def test_the_health_check_asks_a_path_that_answers_without_a_token():
 
     from msflow_ext.serving import application
 
-    service = application(mx.inference.Detector(None), "secret")
+    service = application(mx.inference.Detector(None), "secret")  # pyright: ignore[reportArgumentType]
     with TestClient(service, base_url=f"{asked.scheme}://{asked.netloc}") as client:
         assert client.get(asked.path).status_code == 200
         assert client.get("/metrics").status_code == 401

@@ -265,7 +265,7 @@ def test_wrong_arguments_are_refused(run, tmp_path):
     with pytest.raises(
         ValueError, match="format must be one of torch, aoti, onnx, openvino, got 'tf'"
     ):
-        export(run, "tf", tmp_path / "m.tf")
+        export(run, "tf", tmp_path / "m.tf")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"m\.onnx must end in \.pt2 for format torch"):
         export(run, "torch", tmp_path / "m.onnx")
     (tmp_path / "file").write_text("")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from msflow_ext import MSFlow
+from msflow_ext.choices import Cache
 from msflow_ext.data import DataSet, Item
 from msflow_ext.features import Features
 from msflow_ext.training import Recipe, train
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_training_in_bfloat16_caches_features_in_half_the_bytes(
-    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
     items = [Item(f"{i}", 0, "good", rng.integers(0, 255, (64, 64), np.uint8)) for i in range(5)]

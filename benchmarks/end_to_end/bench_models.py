@@ -15,6 +15,7 @@ from benchmarks.tables import MODEL_BATCH, MODEL_IMAGE, MODEL_STEP
 from msflow_ext import FastFlow, MSFlow
 from msflow_ext.bench import Case, Provider
 from msflow_ext.bench.cases import BF16, FP32, our_step
+from msflow_ext.choices import Precision
 from msflow_ext.training.recipe import PRESETS
 
 Pair = tuple[str, str, int | None, dict[str, Any]]
@@ -79,7 +80,7 @@ def step(pair: Pair) -> Case:
         shapes = [f.shape[1:] for f in model.features(blank(model))]
         return [[torch.randn(MODEL_BATCH, *shape, generator=generator) for shape in shapes]]
 
-    def run(precision: str) -> Callable[..., Any]:
+    def run(precision: Precision) -> Callable[..., Any]:
         head = build.__wrapped__(*key).head.train().requires_grad_(True)
         return our_step(head, precision, recipe)
 

@@ -18,6 +18,7 @@ from msflow_ext import MSFlow
 from msflow_ext.bench import DEMO, TINY, Case, Provider
 from msflow_ext.bench.cases import REFERENCE, training_step
 from msflow_ext.bench.reference import ReferenceMSFlow, predict
+from msflow_ext.choices import PaddingMode
 from msflow_ext.data import DataSet, Images, Item
 from msflow_ext.data.synthetic import blob, draw
 
@@ -48,7 +49,7 @@ def run_case(
     test: int,
     epochs: int,
     blocks: tuple[int, ...] = (2, 5, 8),
-    padding_mode: str = "reflect",
+    padding_mode: PaddingMode = "reflect",
 ) -> Case:
     """Features, all epochs and a test after each of them; the losses of all epochs are compared."""
     from msflow_ext.training.recipe import Recipe

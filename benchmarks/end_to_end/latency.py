@@ -20,6 +20,7 @@ from msflow_ext import MSFlow, ops
 from msflow_ext.bench import Case, Provider, machine, measure, table, threads
 from msflow_ext.bench.cases import BF16, FP32
 from msflow_ext.bench.modes import autocast, compiled
+from msflow_ext.choices import ExportFormat
 from msflow_ext.export import OUTPUTS, export
 from msflow_ext.inference.detector import Detector
 
@@ -73,7 +74,7 @@ class Graphs:
         self.name = f"{type(model).__name__} {model.backbone.name} {model.image_size} px"
         self.file = cache(lambda format, suffix: self._write(folder / f"{format}{suffix}", format))
 
-    def _write(self, path: Path, format: str) -> Path:
+    def _write(self, path: Path, format: ExportFormat) -> Path:
         export(self.model, format, path)
         return path
 

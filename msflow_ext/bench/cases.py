@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from msflow_ext.bench.harness import Case, Provider
 from msflow_ext.bench.modes import autocast, compiled, freezing
 from msflow_ext.bench.reference import ReferenceMSFlow, predict
+from msflow_ext.choices import Memory, Precision
 from msflow_ext.models.base import FlowHead
 from msflow_ext.models.msflow import MSFlow
 from msflow_ext.models.msflow_head import MSFlowHead
@@ -92,7 +93,7 @@ def training_step(
 
         return Provider(make, BF16 if bf16 else FP32, slow, bf16)
 
-    def ours(*, bf16: bool = False, memory: str = "lean") -> Provider:
+    def ours(*, bf16: bool = False, memory: Memory = "lean") -> Provider:
         def make() -> Callable[..., Any]:
             new = _new_head(*head)
             new.memory = memory
@@ -124,7 +125,7 @@ def training_step(
 
 
 def our_step(
-    head: FlowHead, precision: str, recipe: Recipe | None = None
+    head: FlowHead, precision: Precision, recipe: Recipe | None = None
 ) -> Callable[[Sequence[Tensor]], tuple[float, float]]:
     """Return the training step of :func:`msflow_ext.training.train`."""
     from msflow_ext.training import make_optimizer, train_epoch

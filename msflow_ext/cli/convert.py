@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from msflow_ext.choices import CLAMP_FORMS
+from msflow_ext.choices import CHECKPOINT_FORMATS, CLAMP_FORMS
 from msflow_ext.cli.flags import add_choice, add_out
 from msflow_ext.cli.parser import number, whole
-
-FORMATS = ("msflow_ext", "msflow", "gathierry", "anomalib")
 
 
 def convert(options: Any) -> int:
@@ -29,7 +27,9 @@ def convert_flags(part: Any) -> None:
         metavar="SOURCE",
         help="Run folder, .safetensors file, or checkpoint of another package.",
     )
-    add_choice(part, "--to", FORMATS, "Package whose checkpoint to write.", default="msflow_ext")
+    add_choice(
+        part, "--to", CHECKPOINT_FORMATS, "Package whose checkpoint to write.", default="msflow_ext"
+    )
     add_out(part, "File to write; .safetensors for msflow_ext.", "FILE")
     group = part.add_argument_group("settings that checkpoints of other packages do not hold")
     group.add_argument("--backbone", metavar="NAME", help="Backbone of the model.")

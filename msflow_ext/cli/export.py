@@ -7,10 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from msflow_ext.choices import EXPORT_FORMATS
 from msflow_ext.cli.data import open_data, run_settings
 from msflow_ext.cli.flags import add_choice, add_out, add_run
-
-FORMATS = ("torch", "aoti", "onnx", "openvino")
 
 
 def export(options: Any) -> int:
@@ -51,5 +50,5 @@ def _listed(differences: Mapping[str, float]) -> str:
 
 def export_flags(part: Any) -> None:
     add_run(part)
-    add_choice(part, "--format", FORMATS, "Format of the graph.", required=True)
+    add_choice(part, "--format", EXPORT_FORMATS, "Format of the graph.", required=True)
     add_out(part, "New file: .pt2 for torch and aoti, .onnx for onnx, .xml for openvino.", "FILE")

@@ -60,12 +60,12 @@ class Parameter:
 
     def add_to(self, group: Any, note: str = "", default: Any = None) -> None:
         """Add its flag. Without the flag the option is None, and the preset decides: ``default`` is only shown."""
-        kind, unit = KINDS[re.findall(r"int|float|bool|str", self.annotation)[0]]
         words = CHOICES.get(self.name)
         if words:
             kind, unit = OneOf(words), None
-        elif self.optional and kind in (whole, number):
-            kind = OrNone(kind)
+        else:
+            kind, unit = KINDS[re.findall(r"int|float|bool|str", self.annotation)[0]]
+            kind = OrNone(kind) if self.optional and kind in (whole, number) else kind
         several = {"Sequence": "+", "tuple": "*"}  # a tuple may be empty
         text = " ".join(filter(None, (self.text, note, _shown(default))))
         group.add_argument(

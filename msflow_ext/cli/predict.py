@@ -26,7 +26,7 @@ from msflow_ext.cli.parser import count, number
 from msflow_ext.files import locked
 
 if TYPE_CHECKING:
-    from msflow_ext.inference.detector import Result
+    from msflow_ext.inference.result import Result
     from msflow_ext.inference.settings import Scoring
 
 log = logging.getLogger(__name__)

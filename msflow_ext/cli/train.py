@@ -165,7 +165,7 @@ def _train(options: Any) -> dict[str, Any]:
         ranks=ranks,
     )
     logging.getLogger(__name__).info("%s", Path(options.out) / "report.html")
-    return metrics
+    return {**metrics}
 
 
 def recipe_of(options: Any) -> Recipe:

@@ -73,6 +73,13 @@ def accelerate(module: nn.Module, *, verify: bool = True) -> AccelerationReport:
     Raises:
         TypeError: ``module`` is no ``nn.Module``. ValueError: it holds nothing that can be replaced, or an accelerated
             block gives other results than the original; then nothing is changed.
+
+    Examples:
+        >>> from FrEIA.modules import AllInOneBlock  # extra compat
+        >>> block = AllInOneBlock([(8, 4, 4)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1))
+        >>> model = nn.ModuleDict({"block": block})
+        >>> print(accelerate(model))
+        replaced 1: block
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -113,6 +120,14 @@ def restore(module: nn.Module) -> None:
 
     Raises:
         ValueError: the class of one was changed once more since then, as parametrizations do.
+
+    Examples:
+        >>> from FrEIA.modules import AllInOneBlock
+        >>> block = AllInOneBlock([(8, 4, 4)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1))
+        >>> report = accelerate(block)
+        >>> restore(block)
+        >>> type(block) is AllInOneBlock
+        True
     """
     accelerated = {name: m for name, m in module.named_modules() if isinstance(m, Accelerated)}
     for name, m in accelerated.items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Resize
 
+from msflow_ext.choices import Score
 from msflow_ext.models import msflow
 from msflow_ext.training.recipe import Recipe
 
@@ -74,7 +75,7 @@ class MSFlow(AnomalibModule):
         blocks: Sequence[int] = (2, 5, 8),
         cond_channels: int | Sequence[int] = 64,
         out_indices: Sequence[int] | None = None,
-        score: str = "map",
+        score: Score = "map",
         top_k: float = 0.03,
         lr: float = Recipe.lr,
         pre_processor: nn.Module | bool = True,

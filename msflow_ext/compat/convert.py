@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from msflow_ext.compat.checkpoints.detectors import PEERS, for_peer, read_detector
+from msflow_ext.choices import CHECKPOINT_FORMATS, CheckpointFormat
+from msflow_ext.compat.checkpoints.detectors import for_peer, read_detector
 from msflow_ext.files import write_bytes
 from msflow_ext.inference.detector import load
 from msflow_ext.runs.checkpoint import save_checkpoint
 
-FORMATS = ("msflow_ext", *PEERS)
 
-
-def convert(source: str | Path, target: str | Path, to: str = "msflow_ext", **options: Any) -> Path:
+def convert(
+    source: str | Path, target: str | Path, to: CheckpointFormat = "msflow_ext", **options: Any
+) -> Path:
     """Write the checkpoint ``source`` as ``target`` in another format.
 
     Args:
@@ -34,8 +35,8 @@ def convert(source: str | Path, target: str | Path, to: str = "msflow_ext", **op
     """
     source, target = Path(source), Path(target)
     ours = source.is_dir() or source.suffix == ".safetensors"
-    if to not in FORMATS:
-        raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
+    if to not in CHECKPOINT_FORMATS:
+        raise ValueError(f"to must be one of {', '.join(CHECKPOINT_FORMATS)}, got {to!r}")
     if ours and to == "msflow_ext":
         raise ValueError(f"{source} is a checkpoint of msflow_ext already")
     if ours and options:

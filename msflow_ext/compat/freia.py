@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msflow_ext import ops
+from msflow_ext.choices import CLAMP_FORMS, ClampForm
 from msflow_ext.flows import inverse_softplus_scale
 from msflow_ext.ops._shapes import accumulation_dtype, per_channel
 from msflow_ext.ops.coupling import log_scale_and_shift
@@ -68,7 +69,7 @@ class AllInOneBlock(nn.Module):
         permute_soft: bool = False,
         learned_householder_permutation: int = 0,
         reverse_permutation: bool = False,
-        clamp_form: str = "0.2",
+        clamp_form: ClampForm = "0.2",
     ) -> None:
         super().__init__()
         _check_dims(dims_in, dims_c)
@@ -284,14 +285,14 @@ def _check_dims(dims_in: Sequence[Sequence[int]], dims_c: Sequence[Sequence[int]
         )
 
 
-def _check_options(clamp: float, reflections: int, clamp_form: str) -> None:
+def _check_options(clamp: float, reflections: int, clamp_form: ClampForm) -> None:
     if not 0 < clamp < math.inf:
         raise ValueError(f"AllInOneBlock: affine_clamping must be positive, got {clamp}")
     if reflections < 0:
         raise ValueError(
             f"AllInOneBlock: learned_householder_permutation must be at least 0, got {reflections}"
         )
-    if clamp_form not in ("0.2", "head"):
+    if clamp_form not in CLAMP_FORMS:
         raise ValueError(f"AllInOneBlock: clamp_form must be '0.2' or 'head', got {clamp_form!r}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.choices import FITS
+from msflow_ext.choices import FITS, LAYOUTS, Layout
 
 if TYPE_CHECKING:
     from msflow_ext.data.check import Report, check_dataset
@@ -45,9 +45,8 @@ _HOME = {
     "load_mask": "images",
 }
 
-#: Installed data sets and layouts of folders; each is a module of ``msflow_ext.data.datasets``.
+#: Installed data sets; each is a module of ``msflow_ext.data.datasets``, like each of ``LAYOUTS``.
 PACKAGED = ("elpv", "textures")
-LAYOUTS = ("mvtec", "visa", "btad", "mtd", "mstc", "folder")
 FIXED = (
     "mvtec",
     "visa",
@@ -66,7 +65,7 @@ def __getattr__(name: str) -> Any:
 
 def open_dataset(
     data: str | Path | None,
-    layout: str | None = None,
+    layout: Layout | None = None,
     category: str | None = None,
     *,
     split_seed: int = 0,
@@ -95,6 +94,13 @@ def open_dataset(
             a mask without image, two files of one name, a path that leaves the folder.
         FileNotFoundError: a folder or a file is missing.
         ModuleNotFoundError: the package that holds the data, or decodes it, is not installed.
+
+    Examples:
+        >>> dataset = open_dataset(None, "folder", normal="normal", abnormal="odd")
+        >>> len(dataset.train), len(dataset.test)  # a fifth of the normal images is tested, too
+        (24, 10)
+        >>> dataset.test[-1].name, dataset.test[-1].label
+        ('abnormal/3', 1)
     """
     if not isinstance(split_seed, int) or split_seed < 0:
         raise ValueError(f"split_seed must be a whole number from 0 up, got {split_seed!r}")
@@ -113,7 +119,7 @@ def open_dataset(
     return dataset
 
 
-def list_categories(data: str | Path, layout: str | None = None) -> list[str]:
+def list_categories(data: str | Path, layout: Layout | None = None) -> list[str]:
     """Return the categories that `open_dataset` can read; an empty list if the set has none.
 
     Raises:
@@ -125,7 +131,7 @@ def list_categories(data: str | Path, layout: str | None = None) -> list[str]:
 
 
 def _reader(
-    data: str | Path | None, layout: str | None, *, folders: bool = False
+    data: str | Path | None, layout: Layout | None, *, folders: bool = False
 ) -> tuple[ModuleType, list[Path | None]]:
     """Return the module that reads ``data``, and the folder to read if it needs one.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from msflow_ext.choices import Fit
 from msflow_ext.data.dataset import DataSet, Item, unread
 from msflow_ext.data.images import Images, placed
 from msflow_ext.data.masks import Mask, check_size, decode_mask, resize
@@ -61,7 +62,7 @@ class Report:
 
 
 def check_dataset(
-    dataset: DataSet, workers: int = 2, *, size: int | None = None, fit: str = "resize"
+    dataset: DataSet, workers: int = 2, *, size: int | None = None, fit: Fit = "resize"
 ) -> Report:
     """Decode every image and mask of a data set that was opened with ``strict=False``.
 
@@ -121,7 +122,7 @@ class _Seen:
     warnings: list[str] = field(default_factory=list)
 
 
-def _look(item: Item, size: int | None, fit: str) -> _Seen:
+def _look(item: Item, size: int | None, fit: Fit) -> _Seen:
     seen, picture = _Seen(), None
     try:
         picture = decode(item.image)

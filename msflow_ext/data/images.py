@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msflow_ext.choices import FITS
+from msflow_ext.choices import FITS, Fit
 from msflow_ext.data import masks
 from msflow_ext.data.dataset import Item
 from msflow_ext.data.decoding import load_image
@@ -34,10 +34,10 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
             cannot be decoded.
     """
 
-    def __init__(self, items: Sequence[Item], size: int, fit: str = "resize") -> None:
+    def __init__(self, items: Sequence[Item], size: int, fit: Fit = "resize") -> None:
         self.items = tuple(items)
         self.size = _checked_size(size)
-        self.fit = _checked_fit(fit)
+        self.fit: Fit = _checked_fit(fit)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -81,7 +81,7 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
 
 
 def load_mask(
-    source: Source, size: int, image: Source | None = None, fit: str = "resize"
+    source: Source, size: int, image: Source | None = None, fit: Fit = "resize"
 ) -> np.ndarray:
     """Decode a mask into bool ``(size, size)``, as :func:`msflow_ext.data.masks.decode_mask` says.
 
@@ -109,7 +109,7 @@ def load_mask(
     return square
 
 
-def placed(width: int, height: int, size: int, fit: str) -> Box:
+def placed(width: int, height: int, size: int, fit: Fit) -> Box:
     """Return the rows and columns of a square of ``size`` that show an image of ``width`` x ``height``."""
     longer = max(width, height)
     extents = (
@@ -121,7 +121,7 @@ def placed(width: int, height: int, size: int, fit: str) -> Box:
     return rows, columns
 
 
-def _fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
+def _fitted(image: Image.Image, size: int, fit: Fit) -> Image.Image:
     from PIL import Image
 
     rows, columns = placed(*image.size, size, fit)
@@ -140,7 +140,7 @@ def _checked_size(size: int) -> int:
     return size
 
 
-def _checked_fit(fit: str) -> str:
+def _checked_fit(fit: Fit) -> Fit:
     if fit not in FITS:
         raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
     return fit

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,13 @@ from torch import Tensor
 from msflow_ext.data import load_image
 from msflow_ext.data.walk import APART, OURS, SUFFIXES, summary, walk
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from msflow_ext.data.dataset import Frame
+
+#: Sources of images, see :func:`images_of`.
+Source: TypeAlias = "str | Path | Frame | Image.Image | np.ndarray | Tensor | Iterable[Source]"
 #: Types that are iterable, but do not hold images.
 _NO_SOURCES = (bytes, bytearray, memoryview, io.IOBase, Mapping)
 
@@ -49,7 +56,7 @@ def listed(paths: Sequence[str | Path], *, apart: Iterable[Path] = ()) -> dict[s
 
 
 def images_of(
-    source: Any,
+    source: Source,
     numbers: Iterator[int] | None = None,
     *,
     one: bool = True,

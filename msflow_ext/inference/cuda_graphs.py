@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,14 @@ from msflow_ext.models.optimized.head import side_by_side
 from msflow_ext.models.optimized.packing import Optimized
 
 Tensors = Tensor | Sequence[Tensor]
+Inputs = TypeVar("Inputs", bound=Tensors)
+Output = TypeVar("Output")
 
 _WARM_UPS = 3  # calls before the capture, in which libraries choose algorithms and allocate memory
 _RECORDING = Lock()  # a process may capture one graph at a time
 
 
-def graphed(model: Callable[[Any], Any], example: Tensors) -> Callable[[Any], Any]:
+def graphed(model: Callable[[Inputs], Output], example: Inputs) -> Callable[[Inputs], Output]:
     """Capture ``model(example)`` as a CUDA graph, and return a function that replays it on new inputs.
 
     Optimized models (:meth:`~msflow_ext.MSFlow.optimize`) run each scale on its own stream, joined by events.
@@ -37,6 +39,14 @@ def graphed(model: Callable[[Any], Any], example: Tensors) -> Callable[[Any], An
         RuntimeError: there is no CUDA device, or the model cannot be captured.
         ValueError: ``example`` is not on one CUDA device, or the inputs of a call differ from it in shape, dtype or
             device.
+
+    Examples:
+        >>> import msflow_ext as mx
+        >>> if torch.cuda.is_available():
+        ...     head = mx.MSFlowHead((8, 16), blocks=(1, 2), cond_channels=8).cuda().eval()
+        ...     features = [torch.randn(1, 8, 4, 4).cuda(), torch.randn(1, 16, 2, 2).cuda()]
+        ...     run = graphed(head.log_likelihood, features)
+        ...     maps = run(features)
     """
     if not torch.cuda.is_available():
         raise RuntimeError("CUDA graphs need a GPU, but torch finds none")
@@ -46,7 +56,7 @@ def graphed(model: Callable[[Any], Any], example: Tensors) -> Callable[[Any], An
         raise ValueError(f"example must be on one CUDA device, got {sorted(map(str, devices))}")
     (device,) = devices
     own = [t.detach().clone(memory_format=torch.preserve_format) for t in expected]
-    inputs = own[0] if isinstance(example, Tensor) else own
+    inputs: Any = own[0] if isinstance(example, Tensor) else own
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with _RECORDING, torch.cuda.stream(stream), torch.no_grad(), side_by_side(device):
@@ -57,7 +67,7 @@ def graphed(model: Callable[[Any], Any], example: Tensors) -> Callable[[Any], An
             results = model(inputs)
     torch.cuda.current_stream(device).wait_stream(stream)
 
-    def run(inputs: Tensors) -> Any:
+    def run(inputs: Inputs) -> Output:
         given = _list(inputs)
         if [_kind(t) for t in given] != [_kind(t) for t in own]:
             raise ValueError(

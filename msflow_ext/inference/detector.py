@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -16,76 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msflow_ext.choices import ON_ERROR, PRECISIONS
+from msflow_ext.choices import ON_ERROR, PRECISIONS, Fit, OnError, Precision
 from msflow_ext.data import Images, Item, load_image
-from msflow_ext.data.images import Box, in_aspect, resized, to_pixels
+from msflow_ext.data.images import Box, to_pixels
 from msflow_ext.data.prefetch import decoded
-from msflow_ext.data.sources import Named, images_of, own_size
-from msflow_ext.errors import sentence
+from msflow_ext.data.sources import Named, Source, images_of, own_size
 from msflow_ext.evaluation.calibration import Calibration, exceeds
 from msflow_ext.hardware import pick_device
 from msflow_ext.inference import tiling
 from msflow_ext.inference.cuda_graphs import Replayed
+from msflow_ext.inference.result import Result
 from msflow_ext.inference.stored import read_stored
-from msflow_ext.models.base import refuse_range
+from msflow_ext.models.base import AnomalyModel, refuse_range
 from msflow_ext.runs.checkpoint import CHECKPOINT
 
 #: Errors that a single image can cause: it is damaged, missing, too large or of another type, or scores NaN.
 OF_ONE_IMAGE = (ArithmeticError, MemoryError, OSError, TypeError, ValueError)
-
-
-@dataclass(frozen=True)
-class Result:
-    """The score, label and anomaly map of one image.
-
-    A detector with fit ``"pad"`` cuts the padding off ``map``, ``mask`` and ``image``. For an image
-    scored in tiles, all three have the size ``(H, W)`` of the image.
-
-    Attributes:
-        name: path of the image, relative to the folder if the source is one folder; ``image 0``,
-            ``image 1``, ... for images without a path.
-        score: anomaly score; larger is more anomalous.
-        label: 1 if the score exceeds the detector's threshold
-            (:func:`msflow_ext.evaluation.calibration.exceeds`), else 0; None without a threshold.
-        p_value: conformal p-value in (0, 1], an upper bound on the share of normal images that
-            score this high, see :class:`msflow_ext.evaluation.calibration.Calibration`; None if
-            training held out no images.
-        map: anomaly map ``(S, S)``, float32; larger is more anomalous.
-        mask: ``(S, S)``, bool: True where the map exceeds the pixel threshold; None without one.
-        image: ``(S, S, 3)``, uint8, RGB: the model's input.
-        size: height and width of the image file or array, in pixels.
-        error: why the image could not be scored; None if it was scored. With an error, the score
-            is NaN, map and image are empty, and the rest is None.
-    """
-
-    name: str
-    score: float
-    label: int | None
-    p_value: float | None
-    map: np.ndarray
-    mask: np.ndarray | None
-    image: np.ndarray
-    size: tuple[int, int]
-    error: str | None = None
-
-    def shown(self) -> Result:
-        """Return a copy for display: map, mask and image have the aspect ratio of the image file.
-
-        The longer side keeps the length of the map's longer side.
-        """
-        height, width = in_aspect(*self.size, max(self.map.shape))
-        if self.map.shape == (height, width):
-            return self
-        mask = None if self.mask is None else resized(self.mask, height, width)
-        each, image = (resized(values, height, width) for values in (self.map, self.image))
-        return replace(self, map=each, mask=mask, image=image)
-
-    @classmethod
-    def failed(cls, name: str, error: Exception) -> Result:
-        """Return the result of an image that could not be scored."""
-        nothing = np.empty((0, 0), np.float32)
-        image = np.empty((0, 0, 3), np.uint8)
-        return cls(name, math.nan, None, None, nothing, None, image, (0, 0), sentence(error))
 
 
 def load(
@@ -93,7 +37,7 @@ def load(
     device: str | torch.device | None = None,
     *,
     false_alarms: float | None = None,
-    precision: str | None = None,
+    precision: Precision | None = None,
 ) -> Detector:
     """Load a detector from a run folder or a checkpoint file.
 
@@ -160,18 +104,24 @@ class Detector:
         colours: range of map values that the run's heat maps show; None if unknown.
         false_alarms: share of normal images that may exceed the thresholds; None if unknown.
         fit: how an image becomes square, ``"resize"`` or ``"pad"``, see :class:`msflow_ext.data.Images`.
+
+    Examples:
+        >>> import msflow_ext as mx
+        >>> model = mx.MSFlow("test_efficientnet", image_size=64, pretrained=False)
+        >>> Detector(model.eval(), threshold=1.5)
+        Detector(MSFlow('test_efficientnet', image_size=64), fit='resize', device='cpu', threshold=1.5)
     """
 
     def __init__(
         self,
-        model: Any,
+        model: AnomalyModel,
         *,
         threshold: float | None = None,
         pixel_threshold: float | None = None,
         calibration: Calibration | None = None,
         colours: Sequence[float] | None = None,
         false_alarms: float | None = None,
-        fit: str = "resize",
+        fit: Fit = "resize",
     ) -> None:
         self.model = model
         self.threshold = threshold
@@ -179,18 +129,25 @@ class Detector:
         self.calibration = calibration
         self.colours = colours
         self.false_alarms = false_alarms
-        self.fit = fit
+        self.fit: Fit = fit
         self._replayed = Replayed(model)
+
+    def __repr__(self) -> str:
+        config = self.model.config
+        known = {"threshold": self.threshold, "false_alarms": self.false_alarms}
+        said = "".join(f", {key}={value:.3g}" for key, value in known.items() if value is not None)
+        model = f"{type(self.model).__name__}({config['backbone']!r}, image_size={self.model.image_size})"
+        return f"Detector({model}, fit={self.fit!r}, device={str(self._device())!r}{said})"
 
     def predict(
         self,
-        source: Any,
+        source: Source,
         *,
         batch_size: int = 8,
         workers: int = 2,
         tile: bool = False,
         overlap: float = 0.25,
-        on_error: str = "stop",
+        on_error: OnError = "stop",
     ) -> list[Result]:
         """Score one image or many.
 
@@ -237,15 +194,26 @@ class Detector:
 
     def stream(
         self,
-        source: Any,
+        source: Source,
         *,
         batch_size: int = 8,
         workers: int = 2,
         tile: bool = False,
         overlap: float = 0.25,
-        on_error: str = "stop",
+        on_error: OnError = "stop",
     ) -> Iterator[Result]:
-        """As :meth:`predict`, one result after the other: of a large folder, little is in memory."""
+        """Score images as :meth:`predict` does, and yield one result after the other.
+
+        Only a few batches are in memory, however large a folder is, and ``source`` may be endless.
+        Arguments and errors are those of :meth:`predict`; an error of an image is raised in its turn.
+
+        Examples:
+            >>> detector = load("runs/mine")
+            >>> for result in detector.stream("photos", batch_size=1):
+            ...     print(result.save(f"maps/{result.name}").name)
+            large.jpg
+            small.png
+        """
         _check_count("batch_size", batch_size)
         _check_count("workers", workers)
         if on_error not in ON_ERROR:
@@ -286,11 +254,13 @@ class Detector:
 
     def _score(self, images: list[Tensor]) -> tuple[list[float], np.ndarray]:
         """Return scores and maps ``(N, S, S)`` of images ``(3, S, S)``."""
-        device = next(chain(self.model.parameters(), self.model.buffers())).device
         if self._replayed.model is not self.model:
             self._replayed = Replayed(self.model)
-        scores, maps = self._replayed(torch.stack(images), device)
+        scores, maps = self._replayed(torch.stack(images), self._device())
         return scores.tolist(), maps.float().numpy()
+
+    def _device(self) -> torch.device:
+        return next(chain(self.model.parameters(), self.model.buffers())).device
 
     def _tiled(self, name: str, image: Any, overlap: int, batch_size: int) -> Result:
         """Return the result of an image ``(3, H, W)`` from tiles that overlap by ``overlap`` pixels."""
@@ -343,12 +313,13 @@ class Detector:
     ) -> Result:
         if not np.isfinite(each.sum() + score):
             raise FloatingPointError(f"score or map of image {name} is not finite")
+        colours = None if self.colours is None else (self.colours[0], self.colours[1])
         if not judged:
-            return Result(name, score, None, None, each, None, image, size)
+            return Result(name, score, None, None, each, None, image, size, colours=colours)
         label = None if self.threshold is None else int(exceeds(score, self.threshold))
         mask = None if self.pixel_threshold is None else exceeds(each, self.pixel_threshold)
         p_value = None if self.calibration is None else self.calibration.p_value(score)
-        return Result(name, score, label, p_value, each, mask, image, size)
+        return Result(name, score, label, p_value, each, mask, image, size, colours=colours)
 
 
 def _caught(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -8,7 +8,7 @@ from itertools import chain, tee
 from pathlib import Path
 
 from msflow_ext.files import replacing
-from msflow_ext.inference.detector import Result
+from msflow_ext.inference.result import Result
 from msflow_ext.reports.heat_maps import colour_range, save_maps
 from msflow_ext.runs.folder import file_name, map_paths
 from msflow_ext.runs.score_table import Row, read_scores

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from msflow_ext.inference.detector import Detector, Result, load
+from msflow_ext.choices import Precision
+from msflow_ext.inference.detector import Detector, load
+from msflow_ext.inference.result import Result
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ class Scoring:
     batch_size: int = 8
     tile: bool = False
     overlap: float = 0.25
-    precision: str | None = None
+    precision: Precision | None = None
     threshold: float | None = None
     false_alarms: float | None = None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from msflow_ext.choices import FITS
+from msflow_ext.choices import FITS, Fit
 from msflow_ext.evaluation.calibration import Calibration
 from msflow_ext.models.fastflow import FastFlow
 from msflow_ext.models.msflow import MSFlow
@@ -35,7 +35,7 @@ class Stored:
     calibration: Calibration | None
     false_alarms: float | None
     colours: list[float] | None
-    fit: str
+    fit: Fit
 
 
 def read_stored(path: Path) -> Stored:

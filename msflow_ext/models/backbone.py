@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from msflow_ext.choices import PADDING_MODES
+from msflow_ext.choices import PADDING_MODES, PaddingMode
 from msflow_ext.models.pretrained import (
     PACKAGED,
     load_packaged,
@@ -77,7 +77,7 @@ class Backbone(nn.Module):
         out_indices: int | Sequence[int] | None = None,
         image_size: int | tuple[int, int] | None = None,
         pretrained: bool | str | PathLike[str] = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
     ) -> None:
         super().__init__()
         if padding_mode not in PADDING_MODES:

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from msflow_ext import ops
-from msflow_ext.choices import ANOMALY_MAPS, CLAMP_FORMS, MEMORY, SCORES
+from msflow_ext.choices import (
+    ANOMALY_MAPS,
+    CLAMP_FORMS,
+    MEMORY,
+    SCORES,
+    AnomalyMap,
+    ClampForm,
+    Memory,
+    Score,
+)
 from msflow_ext.models.anomaly_map import ClampedMap
 from msflow_ext.models.backbone import Backbone
 from msflow_ext.models.gaussians import Total, Whitening, one_process
@@ -24,7 +33,7 @@ from msflow_ext.ops._backend import hides_values
 ROUNDING = 1e-3  # a quarter of a gray level
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """Scores and maps of a batch of images.
 
@@ -33,12 +42,24 @@ class Prediction:
         anomaly_map: ``(N, S, S)``, for localization.
         image_map: ``(N, S, S)``, the map from which the paper computes its image score.
         log_likelihood: ``(N, H_i, W_i)`` per scale.
+
+    Examples:
+        >>> import msflow_ext as mx
+        >>> model = mx.MSFlow("test_efficientnet", image_size=64, pretrained=False).eval()
+        >>> model(torch.rand(2, 3, 64, 64))
+        Prediction(score=(2,), anomaly_map=(2, 64, 64), image_map=(2, 64, 64), log_likelihood=[(2, 8, 8), (2, 4, 4), (2, 2, 2)], device='cpu')
     """
 
     score: Tensor
     anomaly_map: Tensor
     image_map: Tensor
     log_likelihood: list[Tensor]
+
+    def __repr__(self) -> str:
+        named = {name: getattr(self, name) for name in ("score", "anomaly_map", "image_map")}
+        shapes = ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in named.items())
+        scales = [tuple(each.shape) for each in self.log_likelihood]
+        return f"Prediction({shapes}, log_likelihood={scales}, device={str(self.score.device)!r})"
 
 
 class FlowHead(nn.Module):
@@ -69,23 +90,23 @@ class FlowHead(nn.Module):
         torch.Size([1, 8, 8])
     """
 
-    def __init__(self, channels: Sequence[int], *, clamp: float, clamp_form: str) -> None:
+    def __init__(self, channels: Sequence[int], *, clamp: float, clamp_form: ClampForm) -> None:
         super().__init__()
         self.channels = tuple(int(c) for c in channels)
         self.clamp = float(clamp)
         self.clamp_form = clamp_form
-        self._memory = "lean"
+        self._memory: Memory = "lean"
         if not 0 < self.clamp < math.inf:
             raise ValueError(f"clamp must be positive and finite, got {self.clamp}")
         if self.clamp_form not in CLAMP_FORMS:
             raise ValueError(f"clamp_form must be '0.2' or 'head', got {self.clamp_form!r}")
 
     @property
-    def memory(self) -> str:
+    def memory(self) -> Memory:
         return self._memory
 
     @memory.setter
-    def memory(self, value: str) -> None:
+    def memory(self, value: Memory) -> None:
         if value not in MEMORY:
             raise ValueError(f"memory must be one of {MEMORY}, got {value!r}")
         self._memory = value
@@ -156,9 +177,9 @@ class AnomalyModel(nn.Module, ABC):
         image_size: int | None,
         standardize: bool,
         whiten: bool,
-        score: str,
+        score: Score,
         top_k: float,
-        anomaly_map: str,
+        anomaly_map: AnomalyMap,
         smoothing: float,
         **config: Any,
     ) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from msflow_ext import ops
+from msflow_ext.choices import AnomalyMap, ClampForm, PaddingMode, Score
 from msflow_ext.flows import AffineCoupling, Flow, FlowOutput
 from msflow_ext.models.backbone import Backbone
 from msflow_ext.models.base import (
@@ -59,6 +60,13 @@ class FastFlowHead(FlowHead):
 
     Raises:
         ValueError: an argument is out of range; the message names it.
+
+    Examples:
+        >>> head = FastFlowHead((8, 16), steps=2, seed=0)
+        >>> features = [torch.randn(2, 8, 4, 4), torch.randn(2, 16, 2, 2)]
+        >>> head.loss(features).backward()
+        >>> head(features)
+        FlowOutput(z=[(2, 8, 4, 4), (2, 16, 2, 2)], log_det=(2,))
     """
 
     def __init__(
@@ -69,7 +77,7 @@ class FastFlowHead(FlowHead):
         hidden_ratio: float = 1.0,
         conv3x3_only: bool = False,
         clamp: float = 2.0,
-        clamp_form: str = "0.2",
+        clamp_form: ClampForm = "0.2",
         input_sizes: Sequence[tuple[int, int]] | None = None,
         seed: int | None = None,
     ) -> None:
@@ -199,6 +207,11 @@ class FastFlow(AnomalyModel):
     Raises:
         ValueError: an argument is out of range; the message names it.
         RuntimeError: the pretrained weights are not available.
+
+    Examples:
+        >>> model = FastFlow("test_efficientnet", image_size=64, pretrained=False, seed=0).eval()
+        >>> model(torch.rand(2, 3, 64, 64)).score.shape
+        torch.Size([2])
     """
 
     def __init__(
@@ -212,14 +225,14 @@ class FastFlow(AnomalyModel):
         hidden_ratio: float | None = None,
         conv3x3_only: bool | None = None,
         clamp: float = 2.0,
-        clamp_form: str = "0.2",
+        clamp_form: ClampForm = "0.2",
         layer_norm: bool | None = None,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         standardize: bool = False,
         whiten: bool = False,
-        score: str = "paper",
+        score: Score = "paper",
         top_k: float = 0.03,
-        anomaly_map: str = "paper",
+        anomaly_map: AnomalyMap = "paper",
         smoothing: float = 0.0,
         seed: int | None = None,
     ) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msflow_ext import ops
+from msflow_ext.choices import AnomalyMap, ClampForm, PaddingMode, Score
 from msflow_ext.models.backbone import Backbone
 from msflow_ext.models.base import AnomalyModel, Prediction
 from msflow_ext.models.msflow_head import MSFlowHead
@@ -57,6 +58,16 @@ class MSFlow(AnomalyModel):
     Raises:
         ValueError: an argument is out of range; the message names it.
         RuntimeError: the pretrained weights are not available.
+
+    Examples:
+        >>> import torch
+        >>> model = MSFlow("test_efficientnet", image_size=64, pretrained=False, seed=0).eval()
+        >>> images = torch.rand(2, 3, 64, 64)
+        >>> model(images).anomaly_map.shape
+        torch.Size([2, 64, 64])
+        >>> fast = model.optimize()  # for inference
+        >>> torch.allclose(fast(images).score, model(images).score, rtol=1e-3)
+        True
     """
 
     def __init__(
@@ -68,14 +79,14 @@ class MSFlow(AnomalyModel):
         blocks: Sequence[int] = (2, 5, 8),
         cond_channels: int | Sequence[int] = 64,
         clamp: float = 1.9,
-        clamp_form: str = "0.2",
+        clamp_form: ClampForm = "0.2",
         out_indices: Sequence[int] | None = None,
-        padding_mode: str | None = None,
+        padding_mode: PaddingMode | None = None,
         standardize: bool | None = None,
         whiten: bool = False,
-        score: str = "log",
+        score: Score = "log",
         top_k: float = 0.03,
-        anomaly_map: str = "paper",
+        anomaly_map: AnomalyMap = "paper",
         smoothing: float = 0.0,
         seed: int | None = None,
     ) -> None:

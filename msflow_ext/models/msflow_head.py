@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from msflow_ext import ops
 from msflow_ext.activations import in_turn, is_plain, recomputed, reversible
+from msflow_ext.choices import ClampForm
 from msflow_ext.flows import AffineCoupling, Flow, FlowOutput
 from msflow_ext.models.base import FlowHead, refuse_non_finite, seeded
 from msflow_ext.models.conv.training import TrainedConv2d, laid_out
@@ -38,6 +39,13 @@ class MSFlowHead(FlowHead):
 
     Raises:
         ValueError: an argument is out of range; the message names it.
+
+    Examples:
+        >>> head = MSFlowHead((8, 16), blocks=(1, 2), cond_channels=8, seed=0)
+        >>> features = [torch.randn(2, 8, 4, 4), torch.randn(2, 16, 2, 2)]
+        >>> head.loss(features).backward()
+        >>> [tuple(each.shape) for each in head.log_likelihood(features)]
+        [(2, 4, 4), (2, 2, 2)]
     """
 
     def __init__(
@@ -47,7 +55,7 @@ class MSFlowHead(FlowHead):
         blocks: Sequence[int] = (2, 5, 8),
         cond_channels: int | Sequence[int] = 64,
         clamp: float = 1.9,
-        clamp_form: str = "0.2",
+        clamp_form: ClampForm = "0.2",
         seed: int | None = None,
     ) -> None:
         super().__init__(channels, clamp=clamp, clamp_form=clamp_form)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from msflow_ext.choices import Precision
 from msflow_ext.inference.detector import load
 from msflow_ext.serving.application import application
 from msflow_ext.serving.connections import Server
@@ -30,7 +31,7 @@ def serve(
     limits: Limits | None = None,
     device: str | None = None,
     false_alarms: float | None = None,
-    precision: str | None = None,
+    precision: Precision | None = None,
     ssl_certfile: str | Path | None = None,
     ssl_keyfile: str | Path | None = None,
 ) -> int:

@@ -21,8 +21,8 @@ from python_multipart.multipart import File
 from starlette.requests import ClientDisconnect
 
 from msflow_ext.data.decoding import load_bytes
-from msflow_ext.inference.detector import Detector, Result
-from msflow_ext.reports.heat_maps import colour_range, heat_map
+from msflow_ext.inference.detector import Detector
+from msflow_ext.inference.result import Result
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -192,8 +192,7 @@ class Service:
         """Return the part of the answer that depends on the image."""
         from PIL import Image
 
-        low, high = self._detector.colours or colour_range([result.map])
-        heat = heat_map(result.image, result.map, low=low, high=high, mask=result.mask)
+        heat = result.heat_map()
         return {
             "score": result.score,
             "label": result.label,
@@ -202,7 +201,7 @@ class Service:
             "pixel_threshold": self._detector.pixel_threshold,
             "image_size": size,
             "map_size": heat.size,
-            "colour_range": (low, high),
+            "colour_range": result.colour_range,
             "mask": None if result.mask is None else _png(Image.fromarray(result.mask)),
             "heat_map": _png(heat),
             "image": _png(Image.fromarray(result.image)) if with_image else None,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from msflow_ext.data import Images
 from msflow_ext.evaluation.calibration import Calibration, judged
@@ -19,6 +19,37 @@ from msflow_ext.runs.checkpoint import CHECKPOINT, previous, save_checkpoint
 from msflow_ext.runs.folder import METRICS
 from msflow_ext.training.features import Parts
 from msflow_ext.training.resume import summary
+
+
+class Metrics(TypedDict):
+    """What ``metrics.json`` holds.
+
+    Attributes:
+        image_auroc, pixel_auroc, aupro: of the last epoch, from 0 to 1; None where the test set has not both classes.
+        best: the same of the best epoch of each, which was chosen on the test set.
+        epochs: how many were trained.
+        losses: mean loss of each epoch.
+        evaluations: epoch and metrics of each test.
+        recipe, model, data, versions: what was trained, with what.
+        baseline: the metrics of the baseline, where one was asked for.
+        seconds: how long the training took.
+        decisions: what the thresholds do on the test set, where images were held out.
+    """
+
+    image_auroc: float | None
+    pixel_auroc: float | None
+    aupro: float | None
+    best: dict[str, Any]
+    epochs: int
+    losses: list[float]
+    evaluations: list[dict[str, Any]]
+    recipe: dict[str, Any]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, Any]
+    baseline: dict[str, Any] | None
+    seconds: float
+    decisions: NotRequired[dict[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from msflow_ext.features import Features
 from msflow_ext.files import locked, read_json, write_text
 from msflow_ext.hardware import has_bfloat16, pick_device
 from msflow_ext.metrics import RESULTS
+from msflow_ext.models.base import AnomalyModel
 from msflow_ext.runs.checkpoint import CHECKPOINT, Saver, restore
 from msflow_ext.runs.folder import METRICS
 from msflow_ext.training.features import Parts, features_of_parts
-from msflow_ext.training.finish import Outcome, write_run
+from msflow_ext.training.finish import Metrics, Outcome, write_run
 from msflow_ext.training.recipe import Recipe
 from msflow_ext.training.resume import clear_run, initial_state, open_run_together
 from msflow_ext.training.step import TrainingDiverged, make_optimizer, train_epoch
@@ -36,19 +37,19 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    model: Any,
+    model: AnomalyModel,
     dataset: DataSet,
     run: str | Path,
     recipe: Recipe | None = None,
     *,
     device: str | torch.device | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     baseline: bool = False,
     progress: bool = False,
     ranks: Ranks | None = None,
-) -> dict[str, Any]:
+) -> Metrics:
     """Train ``model.head`` on ``dataset.train``, test it on ``dataset.test``, and write the run folder.
 
     The result is that of the last epoch. The best epoch on the test set is reported beside it, marked as such.
@@ -82,6 +83,16 @@ def train(
         ConnectionError: another process has ended.
         ProcessFailed: another process has one of these errors.
         TrainingDiverged: a loss, a gradient or a score is not finite; the last checkpoint is kept.
+
+    Examples:
+        >>> import msflow_ext as mx
+        >>> dataset = mx.open_dataset(None, "folder", normal="normal")
+        >>> model = mx.MSFlow("efficientnet_lite0", image_size=64)
+        >>> metrics = mx.train(model, dataset, "runs/new", mx.Recipe(epochs=1, cache="memory"))
+        >>> metrics["epochs"], len(metrics["losses"])
+        (1, 1)
+        >>> mx.load("runs/new").predict("photos/small.png")[0].size
+        (64, 64)
     """
     recipe = recipe or Recipe()
     ranks = join(device) if ranks is None else ranks
@@ -98,7 +109,8 @@ def train(
                 final = session.fit(parts, progress)
                 outcome = Outcome.of(final, model, parts, baseline=baseline)
             session.finish(outcome)
-        return ranks.broadcast(read_json(Path(run) / METRICS) if ranks.first else {})
+        metrics: Any = read_json(Path(run) / METRICS) if ranks.first else {}
+        return ranks.broadcast(metrics)
 
 
 @contextmanager

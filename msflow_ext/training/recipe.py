@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
-from msflow_ext.choices import CHOICES
+from msflow_ext.choices import CHOICES, Cache, Fit, Memory, Precision, Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recipe:
     """Settings of training. The defaults are those of the MSFlow paper; ``PRESETS`` has others.
 
@@ -49,6 +49,13 @@ class Recipe:
 
     Raises:
         ValueError: a value is out of range; the message names it.
+
+    Examples:
+        >>> recipe = Recipe(epochs=20, schedule="cosine", hold_out=0.2)
+        >>> recipe  # what differs from the paper
+        Recipe(epochs=20, schedule='cosine', hold_out=0.2)
+        >>> recipe.learning_rate(epoch=0), recipe.is_tested(2)  # the warm-up begins at a tenth
+        (1e-05, True)
     """
 
     epochs: int = 100
@@ -58,17 +65,17 @@ class Recipe:
     weight_decay: float = 0.0
     warmup: float = 0.12
     warmup_from: float = 0.1
-    schedule: str = "steps"
+    schedule: Schedule = "steps"
     decay: float = 0.33
     milestones: tuple[float, ...] = (0.7, 0.9)
     noise: float = 0.0
     seed: int = 9826
-    precision: str = "float32"
-    memory: str = "lean"
-    cache: str = "memory"
+    precision: Precision = "float32"
+    memory: Memory = "lean"
+    cache: Cache = "memory"
     eval_every: int | None = None
     workers: int = 2
-    fit: str = "resize"
+    fit: Fit = "resize"
     hold_out: float = 0.0
     false_alarms: float = 0.05
 
@@ -87,6 +94,11 @@ class Recipe:
             raise ValueError(
                 f"precision must be float32 if memory is 'reversible', got {self.precision!r}"
             )
+
+    def __repr__(self) -> str:
+        changed = [(each.name, getattr(self, each.name)) for each in fields(self)]
+        changed = [(name, value) for name, value in changed if value != getattr(Recipe, name)]
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in changed)})"
 
     def learning_rate(self, epoch: int) -> float:
         """Return the learning rate of ``epoch``, counted from 0.

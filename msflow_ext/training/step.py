@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from msflow_ext.choices import PRECISIONS
+from msflow_ext.choices import PRECISIONS, Precision
 from msflow_ext.distributed.ranks import Ranks
 
 
@@ -37,7 +37,7 @@ def train_epoch(
     batches: Iterable[list[Tensor]],
     *,
     clip: float | None,
-    precision: str = "float32",
+    precision: Precision = "float32",
     ranks: Ranks | None = None,
 ) -> list[tuple[float, float]]:
     """Take one optimizer step per batch, and return the loss and gradient norm of each step.

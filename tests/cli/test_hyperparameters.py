@@ -13,11 +13,10 @@ import pytest
 import yaml
 
 from msflow_ext import cli
-from msflow_ext.choices import CHOICES
-from msflow_ext.cli.convert import FORMATS
+from msflow_ext.choices import CHECKPOINT_FORMATS, CHOICES
 from msflow_ext.cli.hyperparameters import MODELS, OTHERWISE, RECIPE, parameters
 from msflow_ext.cli.train import model_arguments, recipe_of
-from msflow_ext.compat import convert
+from msflow_ext.compat.checkpoints.detectors import PEERS
 from msflow_ext.models.fastflow import FastFlow
 from msflow_ext.models.msflow import MSFlow
 from msflow_ext.training.recipe import PRESETS, Recipe
@@ -247,4 +246,4 @@ def test_no_field_of_the_recipe_but_two_may_be_none() -> None:
 
 
 def test_the_formats_of_convert_are_those_that_it_knows() -> None:
-    assert convert.FORMATS == FORMATS
+    assert ("msflow_ext", *PEERS) == CHECKPOINT_FORMATS

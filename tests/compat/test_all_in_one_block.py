@@ -104,7 +104,7 @@ def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: tor
 
 
 def golden(
-    form: str, case: dict[str, Any]
+    form: Any, case: dict[str, Any]
 ) -> tuple[AllInOneBlock, dict[str, Tensor], dict[str, Tensor]]:
     """Block, state dict and tensors of a recorded case."""
     prefix = f"c{case['index']}."

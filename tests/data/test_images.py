@@ -100,9 +100,9 @@ def test_resizing_is_the_default_and_an_unknown_fit_is_refused():
     assert torch.equal(Images([item], 6)[0], Images([item], 6, fit="resize")[0])
     assert not torch.equal(Images([item], 6)[0], Images([item], 6, fit="pad")[0])
     with pytest.raises(ValueError, match="fit must be one of resize, pad, got 'crop'"):
-        Images([item], 6, fit="crop")
+        Images([item], 6, fit="crop")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="fit must be one of resize, pad, got 'crop'"):
-        load_mask(MASK, 6, fit="crop")
+        load_mask(MASK, 6, fit="crop")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("shape", "box"), [((4, 8), (2, 6, 0, 8)), ((9, 3), (0, 8, 2, 5))])

@@ -14,7 +14,7 @@ def test_an_unknown_layout_lists_those_that_exist(tmp_path):
     with pytest.raises(
         ValueError, match=r"one of mvtec, visa, btad, mtd, mstc, folder, got 'mvtek'"
     ):
-        open_dataset(tmp_path, "mvtek")
+        open_dataset(tmp_path, "mvtek")  # pyright: ignore[reportArgumentType]
 
 
 def test_an_unknown_packaged_set_lists_those_that_exist():

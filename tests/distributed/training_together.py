@@ -25,6 +25,7 @@ from msflow_ext import MSFlow
 from msflow_ext.data import DataSet, Item
 from msflow_ext.distributed.ranks import Ranks, join
 from msflow_ext.training import loop
+from msflow_ext.training.finish import Metrics
 from msflow_ext.training.loop import train
 from msflow_ext.training.recipe import Recipe
 
@@ -82,7 +83,7 @@ def toy_data(bad: Path | None = None) -> DataSet:
     return DataSet("squares", "white", tuple(good[:7]), (*good[7:], *defective))
 
 
-def run_case(name: str, folder: Path, ranks: Ranks, **more: Any) -> dict[str, Any]:
+def run_case(name: str, folder: Path, ranks: Ranks, **more: Any) -> Metrics:
     """Train one of ``CASES`` into a folder of its name."""
     options, recipe = CASES[name]
     with torch.random.fork_rng(devices=[]):

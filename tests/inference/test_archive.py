@@ -24,7 +24,7 @@ from msflow_ext.distributed.executors import TaskLost
 from msflow_ext.inference.archive import Archive, manifest, prepare
 from msflow_ext.inference.archive.job import _row
 from msflow_ext.inference.archive.parquet import Store, schema
-from msflow_ext.inference.detector import Result
+from msflow_ext.inference.result import Result
 from msflow_ext.inference.settings import Scoring
 from msflow_ext.reports.heat_maps import heat_map
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import msflow_ext as mx
+from msflow_ext.choices import Precision
 from msflow_ext.inference.cuda_graphs import Replayed
 from msflow_ext.inference.detector import Detector
 from msflow_ext.models.optimized import head as optimized_head
@@ -206,14 +207,14 @@ def test_a_detector_records_repeated_batches_again_after_its_model_is_replaced()
             return super().forward(images * self.scale)
 
     record = Recorder()
-    detector = Detector(Scaled(1.0))
+    detector = Detector(Scaled(1.0))  # pyright: ignore[reportArgumentType]
     detector._replayed = Replayed(detector.model, record=record, on="cpu")
     for value in (0.25, 0.5, 0.75):
         (found,) = detector.predict(batch(1, value)[0])
         assert found.score == 48 * value
         assert np.array_equal(found.map, np.full((4, 4), value, np.float32))
     assert record.shapes == [(1, 3, 4, 4)]
-    detector.model = Scaled(2.0)
+    detector.model = Scaled(2.0)  # pyright: ignore[reportAttributeAccessIssue]
     assert detector.predict(batch(1, 0.5)[0])[0].score == 48
     for copied in (copy.deepcopy(detector), copy.copy(detector)):
         assert copied.predict(batch(1, 0.25)[0])[0].score == 24
@@ -243,7 +244,7 @@ def test_streams_of_a_recording_are_not_used_by_other_threads(
 @needs_gpu
 @pytest.mark.parametrize("precision", [None, "float32", "bfloat16"])
 def test_a_detector_with_graphs_scores_alike_from_many_threads(
-    untrained_run: Callable[..., Path], precision: str | None
+    untrained_run: Callable[..., Path], precision: Precision | None
 ) -> None:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 255, (64, 64, 3), np.uint8) for _ in range(8)]

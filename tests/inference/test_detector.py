@@ -311,7 +311,7 @@ def test_an_evaluation_stretches_the_maps_of_padded_images_to_the_masks(detector
         columns = np.linspace(0, 63, each.map.shape[1]).round().astype(int)
         assert stretched.shape == (64, 64)
         np.testing.assert_allclose(
-            stretched[rows][:, columns], each.map, atol=0.1 * np.ptp(each.map)
+            stretched[rows][:, columns], each.map, atol=0.1 * float(np.ptp(each.map))
         )
     np.testing.assert_allclose(found.maps[1], cut[1].map, rtol=1e-5)
 
@@ -353,7 +353,7 @@ def test_an_optimized_model_scores_almost_the_same(run, detector, folder, precis
 
 def test_an_unknown_precision_is_refused(run):
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'int8'"):
-        load(run, precision="int8")
+        load(run, precision="int8")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.family("pages")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msflow_ext import FastFlow, MSFlow, load
+from msflow_ext.choices import Cache
 from msflow_ext.data import DataSet, Images, Item
 from msflow_ext.features import Features
 from msflow_ext.models import gaussians
@@ -119,7 +120,7 @@ def test_maps_of_another_size_are_refused() -> None:
 @pytest.mark.parametrize("cache", ["memory", "off"])
 @pytest.mark.parametrize("kind", [MSFlow, FastFlow])
 def test_new_images_are_whitened_by_the_training_images_of_the_last_training(
-    kind: type, cache: str, tmp_path: Path
+    kind: type, cache: Cache, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)  # the weights of the backbone
     options = {**SMALL, "standardize": True, "whiten": True}
@@ -139,7 +140,7 @@ def test_new_images_are_whitened_by_the_training_images_of_the_last_training(
 
 
 @pytest.mark.parametrize("cache", ["memory", "off"])
-def test_training_images_are_whitened_by_the_others(cache: str) -> None:
+def test_training_images_are_whitened_by_the_others(cache: Cache) -> None:
     torch.manual_seed(0)
     model = MSFlow(**SMALL, standardize=True, whiten=True)
     images = Images([*noise().train, *noise().test[:3]], 64)

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from msflow_ext import serving
-from msflow_ext.inference.detector import Detector, Result
+from msflow_ext.inference.detector import Detector
+from msflow_ext.inference.result import Result
 
 pytestmark = pytest.mark.family("service")
 
@@ -44,7 +45,7 @@ class Judge(Detector):
 
     def __init__(self, score: float = 1.25, threshold: float | None = 1.0) -> None:
         pixels = None if threshold is None else 0.5
-        super().__init__(None, threshold=threshold, pixel_threshold=pixels, colours=(0.0, 1.0))
+        super().__init__(None, threshold=threshold, pixel_threshold=pixels, colours=(0.0, 1.0))  # pyright: ignore[reportArgumentType]
         self.score = score
 
     def predict(self, source: Any, **_: Any) -> list[Result]:

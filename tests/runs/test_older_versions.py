@@ -70,7 +70,7 @@ def test_a_training_of_an_older_version_is_resumed_to_the_same_losses(tmp_path):
     assert [each["epoch"] for each in metrics["evaluations"]] == [1, 2, 3, 4]
     for found, before in zip(metrics["evaluations"], right["evaluations"], strict=True):
         assert found == pytest.approx(before, abs=1e-3)
-    assert metrics["decisions"]["threshold"] == pytest.approx(
+    assert metrics["decisions"]["threshold"] == pytest.approx(  # pyright: ignore[reportTypedDictNotRequiredAccess]
         right["decisions"]["threshold"], **SAME
     )
 

@@ -89,7 +89,7 @@ def test_the_document_describes_every_path_and_field(document, url):
 
 def test_the_document_says_which_paths_require_a_token(start):
     document = httpx.get(
-        f"{start(serving.application(Detector(None), 'geheim'))}openapi.json"
+        f"{start(serving.application(Detector(None), 'geheim'))}openapi.json"  # pyright: ignore[reportArgumentType]
     ).json()
     expected = {
         path for path, methods in document["paths"].items() if "security" in str(methods.values())
@@ -125,7 +125,7 @@ def test_the_page_of_docs_lists_every_path_and_field_and_loads_nothing(document,
 
 
 def test_markup_in_a_name_is_escaped(start):
-    url = start(serving.application(Detector(None), name="<script>alert(1)</script>"))
+    url = start(serving.application(Detector(None), name="<script>alert(1)</script>"))  # pyright: ignore[reportArgumentType]
     for path in ("", "docs"):
         page = httpx.get(f"{url}{path}").text
         assert "&lt;script&gt;alert" in page and "<script>alert" not in page

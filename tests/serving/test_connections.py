@@ -62,7 +62,7 @@ def trickle(client: socket.socket, piece: bytes) -> None:
 def hasty(start: Callable[..., str]) -> str:
     """A service that waits 0.3 s for a head or a body."""
     limits = serving.Limits(timeout=0.8, head_timeout=0.3, idle_timeout=0.3)
-    return start(serving.application(Detector(None), limits=limits), limits)
+    return start(serving.application(Detector(None), limits=limits), limits)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def is_open(client: socket.socket) -> bool:
 )
 def test_silent_clients_on_all_connections_do_not_block_others(start, sent):
     limits = serving.Limits(concurrency=2, connections=4, **PATIENT)
-    url = start(serving.application(Detector(None), limits=limits), limits)
+    url = start(serving.application(Detector(None), limits=limits), limits)  # pyright: ignore[reportArgumentType]
     with held(url, 12, sent) as clients:
         for path in ("health", "metrics"):
             assert httpx.get(f"{url}{path}", timeout=PATIENCE).status_code == 200
@@ -160,7 +160,7 @@ def test_silent_clients_on_all_connections_do_not_block_others(start, sent):
 
 def test_stalled_bodies_take_no_places(start):
     limits = serving.Limits(concurrency=1, **PATIENT)
-    url = start(serving.application(Detector(None), limits=limits), limits)
+    url = start(serving.application(Detector(None), limits=limits), limits)  # pyright: ignore[reportArgumentType]
     with held(url, 20, HEAD % 1000 + b"ab"):
         answer = httpx.post(f"{url}predict", content=b"no image", timeout=PATIENCE)
     assert answer.status_code == 400  # not 503
@@ -168,7 +168,7 @@ def test_stalled_bodies_take_no_places(start):
 
 def test_arriving_bodies_have_limited_memory(start):
     limits = serving.Limits(concurrency=2, max_bytes=1000, **PATIENT)
-    url = start(serving.application(Detector(None), limits=limits), limits)
+    url = start(serving.application(Detector(None), limits=limits), limits)  # pyright: ignore[reportArgumentType]
     with held(url, 2, HEAD % 1000 + bytes(999)) as clients:
         until = time.monotonic() + PATIENCE
         while (answer := httpx.post(f"{url}predict", content=b"no image")).status_code != 503:
@@ -199,7 +199,7 @@ def test_a_failed_accept_cuts_a_connection_and_is_retried_without_a_traceback(ca
     async def attempts() -> None:
         loop = asyncio.get_running_loop()
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            server = connections.Server(serving.application(Detector(None)), listening, limits)
+            server = connections.Server(serving.application(Detector(None)), listening, limits)  # pyright: ignore[reportArgumentType]
             ended = asyncio.create_task(server.serve())
             url = f"http://127.0.0.1:{listening.getsockname()[1]}/health"
             async with httpx.AsyncClient(timeout=PATIENCE) as client:

@@ -32,7 +32,7 @@ def test_the_page_describes_every_field_of_an_answer():
 
 
 def test_the_page_lists_every_path_of_the_service():
-    service = application(mx.inference.Detector(None))
+    service = application(mx.inference.Detector(None))  # pyright: ignore[reportArgumentType]
     routes = [route for route in service.routes if isinstance(route, Route)]
     paths = {f"{method} {route.path}" for route in routes for method in route.methods or ()}
     assert set(first_cells("## HTTP")) == paths

@@ -18,7 +18,7 @@ PATHS += [("POST", "predict"), ("POST", "predict?image=maybe")]
 @pytest.fixture(scope="module")
 def url(start) -> str:
     allowed = ["Proxy.Example", "2001:db8::1"]
-    app = serving.application(Detector(None), hosts=["plates.local"], allow_hosts=allowed)
+    app = serving.application(Detector(None), hosts=["plates.local"], allow_hosts=allowed)  # pyright: ignore[reportArgumentType]
     return start(app)
 
 
@@ -96,14 +96,14 @@ def test_a_missing_host_is_accepted_from_programs_but_not_from_pages(url):
 
 
 def test_any_host_and_page_may_be_allowed(start):
-    open_to_all = start(serving.application(Detector(None), allow_hosts=["*"]))
+    open_to_all = start(serving.application(Detector(None), allow_hosts=["*"]))  # pyright: ignore[reportArgumentType]
     assert asked(open_to_all, "evil.example", "null").status_code == 200
 
 
 @pytest.mark.parametrize("name", ["http://x.example", "x.example:80", "x example", "", "[::1]:80"])
 def test_an_invalid_name_of_a_host_is_refused(name):
     with pytest.raises(ValueError, match="allow_hosts must be names or addresses without scheme"):
-        serving.application(Detector(None), allow_hosts=[name])
+        serving.application(Detector(None), allow_hosts=[name])  # pyright: ignore[reportArgumentType]
 
 
 def test_the_command_refuses_an_invalid_name_of_a_host(run, capsys):

@@ -19,7 +19,8 @@ from PIL import Image
 
 import msflow_ext as mx
 from msflow_ext import cli, serving
-from msflow_ext.inference.detector import Detector, Result
+from msflow_ext.inference.detector import Detector
+from msflow_ext.inference.result import Result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Start = Callable[[FastAPI], str]
@@ -34,21 +35,20 @@ class Waiting(Detector):
     """A detector that waits until ``go`` is set."""
 
     def __init__(self) -> None:
-        super().__init__(None, colours=(0.0, 1.0))
+        super().__init__(None, colours=(0.0, 1.0))  # pyright: ignore[reportArgumentType]
         self.begun, self.go = threading.Semaphore(0), threading.Event()
 
     def predict(self, source: Any, **_: Any) -> list[Result]:
         self.begun.release()
         assert self.go.wait(30)
         image = np.asarray(source)
-        return [
-            Result("", 0.5, None, None, np.zeros(image.shape[:2]), None, image, image.shape[:2])
-        ]
+        nothing = np.zeros(image.shape[:2], np.float32)
+        return [Result("", 0.5, None, None, nothing, None, image, image.shape[:2])]
 
 
 class Broken(Detector):
     def __init__(self) -> None:
-        super().__init__(None)
+        super().__init__(None)  # pyright: ignore[reportArgumentType]
 
     def predict(self, source: Any, **_: Any) -> list[Result]:
         raise FloatingPointError("score is not finite")

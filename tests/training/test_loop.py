@@ -181,7 +181,7 @@ def test_held_out_images_set_the_thresholds_and_are_not_trained_on(
     kept, held = recipe.split(6)
     assert sorted(kept + held) == list(range(6))
     metrics = train(build_model(), squares, tmp_path / "run", recipe, device="cpu")
-    found = metrics["decisions"]
+    found = metrics["decisions"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
     assert found["held_out"] == len(held) == 3
 
     rest = DataSet(squares.name, squares.category, tuple(squares.train[i] for i in kept), ())

@@ -26,4 +26,4 @@ def test_without_clip_the_whole_gradient_is_used_and_weight_decay_is_that_of_ada
 def test_an_unknown_precision_is_refused_by_name():
     head = torch.nn.Linear(2, 1)
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'half'"):
-        train_epoch(head, make_optimizer(head), [], clip=None, precision="half")
+        train_epoch(head, make_optimizer(head), [], clip=None, precision="half")  # pyright: ignore[reportArgumentType]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msflow_ext.choices import ClampForm
 from msflow_ext.compat.checkpoints import fastflow, msflow
 from msflow_ext.compat.checkpoints.torch_file import read_torch_file
 from msflow_ext.models.base import AnomalyModel
@@ -29,7 +30,7 @@ def read_detector(
     backbone: str | None = None,
     *,
     clamp: float | None = None,
-    clamp_form: str = "0.2",
+    clamp_form: ClampForm = "0.2",
     image_size: int | None = None,
     pretrained: bool | str = True,
 ) -> AnomalyModel:
@@ -115,7 +116,7 @@ _LEARNED = (
 
 
 def _msflow(
-    content: Any, backbone: str | None, clamp: float | None, clamp_form: str, **options: Any
+    content: Any, backbone: str | None, clamp: float | None, clamp_form: ClampForm, **options: Any
 ) -> MSFlow:
     head = msflow.head_from_state_dict(
         msflow.flatten_checkpoint(content),
@@ -130,7 +131,7 @@ def _msflow(
 
 
 def _fastflow(
-    content: Any, backbone: str | None, clamp: float | None, clamp_form: str, **options: Any
+    content: Any, backbone: str | None, clamp: float | None, clamp_form: ClampForm, **options: Any
 ) -> FastFlow:
     state = fastflow.unpacked(content)
     head = fastflow.head_from_state_dict(

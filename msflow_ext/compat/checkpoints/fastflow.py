@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msflow_ext.choices import ClampForm
 from msflow_ext.compat.checkpoints.msflow import dense_permutation, read_permutation
 from msflow_ext.compat.checkpoints.torch_file import read_torch_file
 from msflow_ext.models.fastflow import FastFlowHead
@@ -24,7 +25,7 @@ _PADDED = {"subnet.1": "subnet.0", "subnet.4": "subnet.2"}
 
 
 def load_fastflow_checkpoint(
-    path: str | Path, *, clamp: float = 2.0, clamp_form: str = "0.2"
+    path: str | Path, *, clamp: float = 2.0, clamp_form: ClampForm = "0.2"
 ) -> FastFlowHead:
     """Build a :class:`~msflow_ext.FastFlowHead` from a checkpoint of gathierry/FastFlow or of anomalib, 0.7 to 2.
 
@@ -59,7 +60,7 @@ def unpacked(content: Any) -> dict[str, Tensor]:
 
 
 def head_from_state_dict(
-    state: Mapping[str, Any], *, clamp: float = 2.0, clamp_form: str = "0.2"
+    state: Mapping[str, Any], *, clamp: float = 2.0, clamp_form: ClampForm = "0.2"
 ) -> FastFlowHead:
     """Return our head with the weights of a ``state`` of either package; those of its backbone are skipped.
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from msflow_ext.choices import ClampForm
 from msflow_ext.compat.checkpoints.torch_file import read_torch_file
 from msflow_ext.models.msflow_head import MSFlowHead
 
@@ -20,7 +21,7 @@ def load_msflow_checkpoint(
     path: str | Path,
     *,
     clamp: float = 1.9,
-    clamp_form: str = "0.2",
+    clamp_form: ClampForm = "0.2",
     fusion_order: Sequence[int] | None = None,
 ) -> MSFlowHead:
     """Build an :class:`~msflow_ext.MSFlowHead` from a checkpoint that the MSFlow authors' code wrote.
@@ -75,7 +76,7 @@ def head_from_state_dict(
     state: Mapping[str, Tensor],
     *,
     clamp: float = 1.9,
-    clamp_form: str = "0.2",
+    clamp_form: ClampForm = "0.2",
     fusion_order: Sequence[int] | None = None,
 ) -> MSFlowHead:
     """Return our head with the weights of a flat ``state`` (see :func:`flatten_checkpoint`)."""

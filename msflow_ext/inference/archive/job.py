@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from msflow_ext.choices import MAPS
+from msflow_ext.choices import MAPS, Maps, OnError
 from msflow_ext.distributed.executors import Engine, TaskLost, one_by_one
 from msflow_ext.evaluation.calibration import exceeds
 from msflow_ext.inference.archive import manifest
@@ -22,7 +22,8 @@ from msflow_ext.inference.settings import Scoring
 from msflow_ext.runs.checkpoint import CHECKPOINT
 
 if TYPE_CHECKING:
-    from msflow_ext.inference.detector import Detector, Result
+    from msflow_ext.inference.detector import Detector
+from msflow_ext.inference.result import Result
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ class Job:
     sha256: str
     out: str
     scoring: Scoring
-    maps: str | None
+    maps: Maps | None
     manifest: str
     device: str | None
     threads: int | None
-    on_error: str = "skip"
+    on_error: OnError = "skip"
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,11 @@ def prepare(
     out: str | Path,
     scoring: Scoring | None = None,
     *,
-    maps: str | None = None,
+    maps: Maps | None = None,
     shard_size: int = 256,
     device: str | None = None,
     threads: int | None = None,
-    on_error: str = "skip",
+    on_error: OnError = "skip",
 ) -> Archive:
     """Prepare to score images into Parquet files, or to resume that work.
 
