@@ -311,13 +311,19 @@ def test_what_cannot_be_done_is_one_sentence(run, photos, tmp_path, capsys):
         (command(run, photos, "nosuch://place"), "--out nosuch://place: Protocol not known"),
         (command(run, photos, tmp_path / "foreign"), "a.parquet is there without _manifest.json"),
         (command(run, photos, run), "model.safetensors is there without _manifest.json"),
-        (command(run, photos, new, "--watch"), "neither --watch nor --score-only"),
+        (command(run, photos, new, "--watch"), "must be given without --watch and --score-only"),
         (
             command(run, photos, new, "--shard-size", "0"),
             "--shard-size must be a whole number of 1 or more",
         ),
-        (command(run, photos, new, "--address", "x:1"), "--address is for --engine ray"),
-        (["predict", "--run", str(run), "a", "--out", "b", "--maps", "png"], "takes --engine"),
+        (
+            command(run, photos, new, "--address", "x:1"),
+            "--address must be given with --engine ray",
+        ),
+        (
+            ["predict", "--run", str(run), "a", "--out", "b", "--maps", "png"],
+            "--engine must be given with --maps",
+        ),
         (
             [*command(run, photos, new)[:3], twice, *command(run, twice, new)[3:]],
             f"{twice} is given",

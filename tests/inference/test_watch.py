@@ -365,10 +365,10 @@ def test_a_watched_folder_stops_at_a_broken_image_if_that_is_chosen(run, tmp_pat
 @pytest.mark.parametrize(
     ("paths", "out", "sentence"),
     [
-        (["in", "in"], "out", "--watch wants one folder, got"),
+        (["in", "in"], "out", "--watch must be given one folder, got"),
         (["nowhere"], "out", "nowhere is not a folder to watch"),
-        (["in/maps"], "in", "writes images into"),
-        (["in/maps/line 1"], "in", "which is read"),
+        (["in/maps"], "in", "--out must not write into"),
+        (["in/maps/line 1"], "in", "from which images are read"),
     ],
 )
 def test_a_folder_that_cannot_be_watched_is_named(run, tmp_path, capsys, paths, out, sentence):

@@ -258,7 +258,7 @@ def test_sigterm_ends_within_the_grace_whatever_is_open_or_in_work(command):
         while "msflow_requests_in_flight 11.0" not in httpx.get(f"{url}metrics").text:
             assert time.monotonic() < until
         seconds, log = stop(process)
-    assert "images given up in work: 4" in log and "Traceback" not in log
+    assert "images abandoned at shutdown: 4" in log and "Traceback" not in log
     assert log.count(" cut ") == 8 and log.count(" 499 ") == 3
     assert seconds < 8, "the default is in force, or a thread is waited for"
 
