@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msflow_ext.compat.checkpoints.msflow import to_official_state_dict
+from msflow_ext.compat.checkpoints.msflow import to_reference_state_dict
 from msflow_ext.models.msflow import Prediction
 from msflow_ext.models.positional_encoding import positional_encoding
 
@@ -48,7 +48,7 @@ class ReferenceMSFlow(nn.Module):
             self.flows.append(chain(c, blocks, d, h, w, head.clamp))
             self.conditions.append(positional_encoding(d, h, w))
         self.fusion = Fusion(head.channels, head.clamp)
-        state = to_official_state_dict(head, index_permutations=permutation == "index")
+        state = to_reference_state_dict(head, index_permutations=permutation == "index")
         state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
         self.fusion.perms = [getattr(head.fusion, f"perm{i}") for i in range(len(head.channels))]
         for i, flow in enumerate(self.flows):

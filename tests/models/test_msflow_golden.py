@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msflow_ext import MSFlowHead, ops
-from msflow_ext.compat.checkpoints.msflow import head_from_state_dict, to_official_names
+from msflow_ext.compat.checkpoints.msflow import head_from_state_dict, to_reference_names
 from msflow_ext.models.msflow import MSFlow
 from msflow_ext.models.msflow_head import ConditionalFlow
 from msflow_ext.models.positional_encoding import positional_encoding
@@ -130,7 +130,7 @@ def test_every_recorded_gradient_is_reproduced(
     head.loss([POOLS[meta["pool"]](t) for t in h]).backward()
     assert_equal(named("", [t.grad for t in h]), under("grad_h", tensors), dtype)
     ours = {key: p.grad for key, p in head.named_parameters() if p.grad is not None}
-    assert_equal(to_official_names(ours, head), under("grad.", tensors), dtype)
+    assert_equal(to_reference_names(ours, head), under("grad.", tensors), dtype)
 
 
 @pytest.mark.parametrize("name", MODELS)

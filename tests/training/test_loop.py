@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from msflow_ext import load
 from msflow_ext.choices import MEMORY
-from msflow_ext.compat.checkpoints.msflow import head_from_state_dict, to_official_names
+from msflow_ext.compat.checkpoints.msflow import head_from_state_dict, to_reference_names
 from msflow_ext.data import DataSet, Images, Item
 from msflow_ext.features import Features
 from msflow_ext.runs.checkpoint import read_checkpoint
@@ -62,7 +62,7 @@ def test_the_loop_reproduces_the_authors_training_in_float64(memory):
     close(rates, golden["lr"])
     close([loss for loss, _ in steps], golden["loss"])
     close([norm for _, norm in steps], golden["grad_norm"])
-    names = to_official_names(dict(head.state_dict()), head)
+    names = to_reference_names(dict(head.state_dict()), head)
     final = {k.removeprefix("final."): v for k, v in golden.items() if k.startswith("final.")}
     assert names.keys() == final.keys()
     for name, expected in final.items():

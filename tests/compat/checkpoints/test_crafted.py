@@ -13,7 +13,7 @@ from torch import Tensor
 from msflow_ext import FastFlowHead, MSFlowHead
 from msflow_ext.compat import load_fastflow_checkpoint, load_msflow_checkpoint
 from msflow_ext.compat.checkpoints.fastflow import to_peer_state_dict
-from msflow_ext.compat.checkpoints.msflow import to_official_state_dict
+from msflow_ext.compat.checkpoints.msflow import to_reference_state_dict
 from msflow_ext.compat.checkpoints.torch_file import read_torch_file
 
 pytestmark = pytest.mark.family("crafted files")
@@ -25,7 +25,7 @@ def fastflow() -> State:
 
 
 def msflow() -> State:
-    flat = to_official_state_dict(MSFlowHead((8, 12), blocks=(1, 1), cond_channels=4))
+    flat = to_reference_state_dict(MSFlowHead((8, 12), blocks=(1, 1), cond_channels=4))
     flows = [
         {k.partition(f"flows.{i}.")[2]: v for k, v in flat.items() if f"flows.{i}." in k}
         for i in (0, 1)
@@ -54,7 +54,7 @@ def conditioned(size: int) -> Callable[[State], Any]:
     return lambda state: state["parallel_flows"][0].update(weight)
 
 
-def test_the_checkpoints_that_are_changed_below_are_sound(tmp_path):
+def test_the_unchanged_checkpoints_load(tmp_path):
     for make, load in ((fastflow, load_fastflow_checkpoint), (msflow, load_msflow_checkpoint)):
         torch.save(make(), tmp_path / "a.pt")
         assert load(tmp_path / "a.pt").channels == (8, 12)
@@ -70,7 +70,7 @@ def test_the_checkpoints_that_are_changed_below_are_sound(tmp_path):
         (msflow, load_msflow_checkpoint, conditioned(4 * 10**6)),
     ],
 )
-def test_sizes_that_the_other_tensors_have_not_are_refused(tmp_path, make, load, change):
+def test_a_size_that_contradicts_other_tensors_is_refused(tmp_path, make, load, change):
     state = make()
     change(state)
     torch.save(state, tmp_path / "a.pt")
@@ -79,20 +79,20 @@ def test_sizes_that_the_other_tensors_have_not_are_refused(tmp_path, make, load,
 
 
 def nested(levels: int) -> list[Any]:
-    """Lists of which each holds the next one nine times: small in the file, endless to walk through."""
+    """Return lists that each hold the next one nine times, which are small in a file but huge to traverse."""
     found: list[Any] = [torch.zeros(1)]
     for _ in range(levels):
         found = [found] * 9
     return found
 
 
-def test_a_part_that_is_held_many_times_is_looked_at_once(tmp_path):
+def test_a_shared_part_is_checked_once(tmp_path):
     torch.save(nested(30), tmp_path / "a.pt")
     assert len(read_torch_file(tmp_path / "a.pt")) == 9
 
 
 @pytest.mark.parametrize("shape", [(10**9,), (4, 10**12)])
-def test_a_number_that_is_repeated_without_storage_is_refused(tmp_path: Path, shape):
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path, shape):
     tensor: Tensor = torch.zeros(1).expand(shape)
     torch.save({"state_dict": {"a": [tensor]}}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="is stored as fewer numbers"):
