@@ -1,4 +1,4 @@
-"""What a call takes of memory: at its peak, and of what it keeps for its backward pass."""
+"""Measure the memory of a call at its peak, and that saved for its backward pass."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak(run: Callable[[], Any]) -> int | None:
-    """Bytes by which a call lifts the process's resident memory at its highest; None unless on Linux."""
+    """Return by how many bytes a call raises the peak of the resident memory; None except on Linux."""
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # or memory freed earlier would hide what the call takes
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise memory freed earlier would hide a part
         clear.write_text("5")  # resets the high-water mark
     except (AttributeError, OSError):
         run()
@@ -31,9 +31,10 @@ def peak(run: Callable[[], Any]) -> int | None:
 
 
 def saved(run: Callable[[], Any]) -> int:
-    """Bytes of tensors that a call has made and still holds when its backward pass begins, whoever holds them.
+    """Return the bytes of tensors that a call has made and that exist when its backward pass begins.
 
-    Of a call without a backward pass: that its results hold, and they themselves. Parameters and inputs, which exist before, do not count; neither does what the backward pass makes again.
+    Without a backward pass, count the results and the tensors that they hold. Parameters and inputs do not count, and
+    neither do tensors that the backward pass recomputes.
     """
     watch = _Made()
     found: list[int] = []
@@ -45,7 +46,7 @@ def saved(run: Callable[[], Any]) -> int:
 
 
 class _Made(TorchDispatchMode):
-    """Remembers every storage that an operation inside makes, without keeping it alive."""
+    """Mode that records every storage that an operation makes, without keeping it alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
 
 @contextmanager
 def _before_backward(act: Callable[[], Any]) -> Iterator[None]:
-    """Acts before every backward pass inside."""
+    """Call ``act`` before every backward pass inside the context."""
 
     def acting(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
