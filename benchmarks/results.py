@@ -48,7 +48,8 @@ def newest() -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return the document at ``path``; files written before December 2026 call the reference implementation official."""
+    """Return the document at ``path``."""
+    # Files written before December 2026 have another name of the reference implementation.
     return json.loads(path.read_text().replace('"official', '"reference'))
 
 

@@ -37,30 +37,32 @@ EPOCHS = {"mono": 24, "poly": 24, "brick": 40}
 BATCH = 16  # images of a batch in tests
 BASELINES = ("Gaussian", "1-NN")
 
+#: End of names in older rows, of scores with a Gaussian per position after the flow. It gained nothing and was removed.
+PER_POSITION = ", position base"
+
 #: By title of a column, the names of a score in the rows of results; a row has at most one of them.
-#: Names with "position base" are in older rows, of models with a Gaussian per position, which gained nothing.
 SCORES: dict[str, Sequence[str]] = {
     "paper's score": ("paper", "log 3%"),
     "NLL, top 1%": ("nll 1%",),
     "NLL, top 3%": ("nll 3%",),
     "NLL, top 10%": ("nll 10%",),
-    "NLL, top 3%, Gaussian per position": ("nll 3%, position base",),
+    "NLL, top 3%, Gaussian per position": (f"nll 3%{PER_POSITION}",),
     "map, top 3%": ("clamped score",),
-    "map, top 3%, Gaussian per position": ("clamped score, position base",),
+    "map, top 3%, Gaussian per position": (f"clamped score{PER_POSITION}",),
     "map, top 1%": ("clamped score 1%",),
-    "map, top 1%, Gaussian per position": ("clamped score 1%, position base",),
+    "map, top 1%, Gaussian per position": (f"clamped score 1%{PER_POSITION}",),
     "smoothed map, top 3%": ("smoothed score",),
     "smoothed map, top 1%": ("smoothed score 1%",),
-    "smoothed map, top 1%, Gaussian per position": ("smoothed score 1%, position base",),
+    "smoothed map, top 1%, Gaussian per position": (f"smoothed score 1%{PER_POSITION}",),
     "additive map, top 3%": ("additive score",),
 }
 MAPS: dict[str, Sequence[str]] = {
     "additive": ("paper", "additive"),
-    "additive, Gaussian per position": ("additive, position base",),
+    "additive, Gaussian per position": (f"additive{PER_POSITION}",),
     "multiplicative": ("multiplicative",),
     "softly limited": ("clamped",),
     "smoothed": ("smoothed",),
-    "smoothed, Gaussian per position": ("smoothed, position base",),
+    "smoothed, Gaussian per position": (f"smoothed{PER_POSITION}",),
 }
 
 #: A column of a table: data, names of the score, and the index of its number.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(options: Any) -> int:
-    """Test a trained model on the test images of its run or on other labelled images."""
+    """Test a trained model on the test images of its run or on other labeled images."""
     from msflow_ext.runs.folder import checked_out
 
     with locked(checked_out(options.out)) if options.out else nullcontext() as out:
@@ -153,7 +153,7 @@ def _decisions(
 
 
 def _check_classes(dataset: DataSet) -> None:
-    """Raise ValueError unless the test images are all labelled, and some are good and some defective."""
+    """Raise ValueError unless the test images are all labeled, and some are good and some defective."""
     labels = [item.label for item in dataset.test]
     good, bad = labels.count(0), labels.count(1)
     if not good or not bad or good + bad < len(labels):

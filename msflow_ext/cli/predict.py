@@ -217,7 +217,7 @@ def predict_flags(part: Any) -> None:
         "--threshold",
         type=number,
         metavar="SCORE",
-        help="Score above which an image is labelled defective; by default the threshold of the run.",
+        help="Score above which an image is labeled defective; by default the threshold of the run.",
     )
     tiles = part.add_argument_group("large images")
     tiles.add_argument(
@@ -231,7 +231,7 @@ def predict_flags(part: Any) -> None:
         type=number,
         default=0.25,
         metavar="SHARE",
-        help="Share of a tile that overlaps its neighbour.",
+        help="Share of a tile that overlaps its neighbor.",
     )
     archive = part.add_argument_group("archives")
     text = "Write Parquet files into --out, a folder or URI, in this process or on Ray. The same command resumes."

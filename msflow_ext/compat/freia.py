@@ -136,7 +136,7 @@ class AllInOneBlock(nn.Module):
 
         Returns:
             A tuple of one tensor like that of ``x``, and the log-determinant ``(N,)`` of the computed direction in
-            nats, float64 for float64 inputs and float32 otherwise.
+            nats. It is float64 for float64 inputs, and float32 otherwise.
         """
         self._check(x, c)
         permute, restore = self._permutation()

@@ -258,8 +258,8 @@ def test_anomalibs_model_and_fastflow_give_the_same_map(backbone: str) -> None:
     images = torch.rand(2, 3, size, size)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
-        normalised = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-        want = theirs(normalised)
+        normalized = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        want = theirs(normalized)
         got = ours(images)
     assert relative_error(got.anomaly_map, want.anomaly_map[:, 0]) <= 1e-5
     assert relative_error(got.score, want.pred_score.flatten()) <= 1e-5
