@@ -1,4 +1,4 @@
-"""Time the cases of the benchmark files and keep a row of results for each; benchmarks/README.md says how."""
+"""Time the cases of the benchmark files, and store a row of results for each; see benchmarks/README.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks import report, results
 from msflow_ext.bench import Case, machine, measure, table, threads
 
-BUSY = 0.1  # share of the machine that other processes may take
+BUSY = 0.1  # share of the machine that other processes may use
 ROOT = Path(__file__).parent
 
 #: The benchmark files by their short names: ``norm`` for kernels/bench_norm.py.
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     others = machine.others_now()
     if others is not None and others > BUSY and not (options.busy or options.quick):
         print(
-            f"other processes take {others:.0%} of this machine: wait, or pass --busy and mistrust"
+            f"other processes must use at most {BUSY:.0%} of this machine, got {others:.0%}; "
+            "wait, or measure unreliable times with --busy"
         )
         return 2
     facts = machine.facts() | ({"toy": True} if options.quick else {})
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gc.collect()
             print("\n".join(table(row)), flush=True)
             if (row["others"] or 0) > BUSY:
-                print(f"  BUSY: others took {row['others']:.0%} of the machine", flush=True)
+                print(f"  BUSY: others used {row['others']:.0%} of the machine", flush=True)
             if file:
                 results.add(file, facts, row)
     return 0
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         "select",
         nargs="*",
         metavar="NAME",
-        help=f"run these files ({', '.join(MODULES)}), or cases whose names begin so; default: all",
+        help=f"Files to run ({', '.join(MODULES)}), or beginnings of names of cases (default: all).",
     )
     counts = sorted({1, machine.cores()})
     add(
@@ -67,22 +68,25 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         nargs="+",
         default=counts,
-        help=f"numbers of threads to measure with (default: {counts})",
+        help=f"Numbers of threads to measure with (default: {counts}).",
     )
-    add("--slow", action="store_true", help="also torch.compile: a minute or more for each")
-    add("--seconds", type=float, default=20.0, help="seconds of timing for each case")
-    add("--quick", action="store_true", help="use toy sizes, to see that it works; keep nothing")
-    add("--busy", action="store_true", help="measure although other processes use the machine")
-    add("--file", type=Path, help="results (default: benchmarks/results/<machine>-<date>.json)")
-    add("--report", action="store_true", help="write tables and charts of the newest results")
+    text = "Also time torch.compile, which takes a minute or more for each provider."
+    add("--slow", action="store_true", help=text)
+    add("--seconds", type=float, default=20.0, help="Measuring time of each case, in seconds.")
+    add("--quick", action="store_true", help="Measure toy sizes as a trial, and keep no results.")
+    add("--busy", action="store_true", help="Measure even if other processes use the machine.")
+    text = "File of results (default: benchmarks/results/<machine>-<date>.json)."
+    add("--file", type=Path, help=text)
+    text = "Write tables and charts of the newest results, and measure nothing."
+    add("--report", action="store_true", help=text)
     return found
 
 
 def chosen(select: Sequence[str], quick: bool) -> Iterator[Case]:
-    """Yield the cases of files that are named, and cases whose names begin with anything else that is.
+    """Yield the cases of the selected files, and those whose names begin with another selected word.
 
     Raises:
-        SystemExit: nothing is named so.
+        SystemExit: if a word selects nothing.
     """
     prefixes = tuple(each for each in select if each not in MODULES)
     unknown = set(prefixes)

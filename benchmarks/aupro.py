@@ -1,4 +1,4 @@
-"""AUPRO without msflow_ext: with 800 thresholds, as published evaluations compute it, and exact, from one sort."""
+"""AUPRO without msflow_ext: with 800 thresholds as in published evaluations, and exact from one sort."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ MAX_FPR = 0.3
 
 
 def pro_800(masks: np.ndarray, maps: np.ndarray) -> float:
-    """Threshold by threshold, region by region; kinder than usual: the regions are found only once."""
+    """Return AUPRO with 800 thresholds; faster than published evaluations, because regions are labeled once."""
     regions = [region for i, m in enumerate(masks) for region in regions_of(i, m)]
     return area(masks, maps, lambda above: [above[region].mean() for region in regions])
 
 
 def published(masks: np.ndarray, maps: np.ndarray) -> float:
-    """As published evaluations have it: the regions of every mask are found again at every threshold."""
+    """Return AUPRO as in published evaluations, which label the regions of every mask again at every threshold."""
     from scipy import ndimage
 
     def overlaps(above: np.ndarray) -> Iterator[float]:
@@ -31,7 +31,7 @@ def published(masks: np.ndarray, maps: np.ndarray) -> float:
 def area(
     masks: np.ndarray, maps: np.ndarray, overlaps: Callable[[np.ndarray], Iterable[float]]
 ) -> float:
-    """Under the mean overlap of all regions, over the false-positive rates below the largest, made to begin at 0."""
+    """Return the area under the mean overlap of all regions, over false-positive rates scaled to 0..1."""
     low, high = maps.min(), maps.max()
     normal = ~masks
     fpr, overlap = [], []
@@ -45,7 +45,7 @@ def area(
 
 
 def exact_sweep(masks: np.ndarray, maps: np.ndarray) -> float:
-    """Return the overlap at every distinct score, from one plain sort; cut at exactly the largest rate."""
+    """Return AUPRO with a threshold at every distinct score, from one sort, cut exactly at the largest rate."""
     regions = [region for i, m in enumerate(masks) for region in regions_of(i, m)]
     share = np.zeros(maps.shape)
     for region in regions:
@@ -62,7 +62,7 @@ def exact_sweep(masks: np.ndarray, maps: np.ndarray) -> float:
 
 
 def regions_of(image: int, mask: np.ndarray) -> list[tuple[np.ndarray, ...]]:
-    """Indices into ``(N, H, W)`` of each 8-connected region of one mask."""
+    """Return the indices into ``(N, H, W)`` of each 8-connected region of a mask."""
     from scipy import ndimage
 
     labels, count = ndimage.label(mask, np.ones((3, 3)))  # pyright: ignore[reportGeneralTypeIssues]

@@ -1,4 +1,4 @@
-"""Bar charts as SVG."""
+"""Draw bar charts as SVG."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OURS, THEIRS, INK = "#127a57", "#9aa5b1", "#1f2933"
 
 @dataclass(frozen=True)
 class Bar:
-    """One provider: the median, and the whisker's ends."""
+    """Bar of a provider: its median, and the ends of its whisker."""
 
     label: str
     value: float
@@ -22,7 +22,7 @@ class Bar:
 
 
 def bars(title: str, drawn: Sequence[Bar], unit: Callable[[float], str]) -> str:
-    """Horizontal bars from zero, shorter is better, each with its value in words and a whisker."""
+    """Return horizontal bars from zero, each with its value and a whisker, where shorter is better."""
     height = TOP + STEP * len(drawn) + 10
     scale = (WIDTH - LABELS - VALUES) / max(bar.high for bar in drawn)
     parts = [

@@ -1,4 +1,4 @@
-"""The numbered comparisons: which of our times is held against which alternative, in the slowest of its cases."""
+"""The numbered comparisons of msflow_ext with alternatives, each in its worst case."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from msflow_ext.bench import ratio
 
 @dataclass(frozen=True)
 class Comparison:
-    """Time of ``base`` over time of ``ours``, in the worst of the cases that match.
+    """Ratio of the time of ``base`` to that of ``ours``, in the worst of the matching cases.
 
     Attributes:
-        number: the same for comparisons that belong together.
-        what: the title of its line.
+        number: number of the comparison, shared by those that belong together.
+        what: title of its line.
         cases: pattern of the cases' names.
-        base: provider that ours is compared with.
-        ours: pattern of our providers; the fastest counts.
-        saved: compare the memory saved for the backward pass instead: ours over ``base``, less is better.
+        base: provider to compare with.
+        ours: pattern of the providers of msflow_ext, of which the fastest counts.
+        saved: compare the memory saved for the backward pass instead, as the ratio of ours to ``base``; less is better.
     """
 
     number: int
@@ -61,7 +61,7 @@ COMPARISONS = (
 
 
 def table(document: dict[str, Any]) -> Iterator[str]:
-    """Yield markdown: each comparison, and what was measured with each number of threads."""
+    """Yield the Markdown table of each comparison with its ratio for each number of threads."""
     if document["machine"].get("toy"):
         yield from ("**Toy sizes: these numbers mean nothing.**", "")
     counts = sorted({row["threads"] for row in document["rows"]})
@@ -78,7 +78,7 @@ def table(document: dict[str, Any]) -> Iterator[str]:
 
 
 def legend() -> Iterator[str]:
-    """Yield markdown: what the numbers mean, for the README of the benchmarks."""
+    """Yield the Markdown table that explains the comparisons in the README of the benchmarks."""
     yield "| no. | what | cases | provider of ours | compared with |"
     yield "|---:|---|---|---|---|"
     for each in COMPARISONS:
@@ -87,7 +87,7 @@ def legend() -> Iterator[str]:
 
 
 def measured(comparison: Comparison, rows: list[dict[str, Any]]) -> float | None:
-    """Return the ratio in the worst case, or None if no case that matches was measured with both sides."""
+    """Return the ratio in the worst case, or None if no matching case has results of both sides."""
     found = []
     for row in rows:
         if fnmatchcase(row["case"], comparison.cases):

@@ -1,4 +1,4 @@
-"""Gives every benchmark file one pytest-benchmark test per case and provider."""
+"""Make one pytest-benchmark test per case and provider of each benchmark file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="toy sizes, to see that it works")
+    parser.addoption("--quick", action="store_true", help="Measure toy sizes as a trial.")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrize a test that takes ``case`` and ``provider`` with the ``cases`` of its module."""
+    """Parametrize a test with arguments ``case`` and ``provider`` by the ``cases`` of its module."""
     module: Any = metafunc.module
     if not {"case", "provider"} <= set(metafunc.fixturenames):
         return

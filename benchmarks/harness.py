@@ -1,4 +1,4 @@
-"""What the benchmark files share: sizes, layouts, derivatives, and the way into pytest-benchmark."""
+"""Code that the benchmark files share: sizes, layouts, derivatives, and runs in pytest-benchmark."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def scales(quick: bool) -> list[tuple[int, int]]:
-    """Channels and side of wide_resnet50_2's pooled features at 512 px, or of toys."""
+    """Return channels and side of wide_resnet50_2's pooled features at 512 px, or toy sizes."""
     return [(16, 8), (32, 4)] if quick else [(256, 64), (512, 32), (1024, 16)]
 
 
 def without_slow(case: Case) -> Case:
-    """Return the case without what takes a minute or more to build."""
+    """Return the case without providers that take a minute or more to build."""
     return replace(case, providers={n: p for n, p in case.providers.items() if not p.slow})
 
 
 def run_in_pytest(benchmark: Any, case: Case, provider: str) -> None:
-    """Time one provider through pytest-benchmark, after its results were compared."""
+    """Compare the results of a provider, and time it with pytest-benchmark."""
     ready = prepare(case, [provider], slow=True)
     if provider not in ready.runs:
         pytest.fail(f"refused: {ready.found[provider]['refused']}")
@@ -45,12 +45,12 @@ def run_in_pytest(benchmark: Any, case: Case, provider: str) -> None:
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "nchw") -> Tensor:
-    """Standard normal numbers."""
+    """Return standard normal numbers."""
     return torch.randn(*shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
 
 def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Float64 copies that ask for gradients where the originals do; whole numbers as they are."""
+    """Return float64 copies that require gradients if the originals do; integer tensors are returned as they are."""
     return [
         t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
         for t in tensors
@@ -58,9 +58,10 @@ def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def backward_of(function: Callable[..., Any], results: int) -> Callable[..., Any]:
-    """Gradients alone: the last ``results`` arguments are those of the function's results.
+    """Return a function that computes only gradients.
 
-    The forward pass of each set of inputs runs once, in its first call.
+    Its last ``results`` arguments are the gradients of the results of ``function``. The forward pass runs once for each
+    set of inputs, in the first call.
     """
     graphs: dict[int, tuple[Any, list[Tensor]]] = {}
 

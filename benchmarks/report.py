@@ -1,4 +1,4 @@
-"""Pages and charts from documents of results: in benchmarks/results, and between the markers of pages."""
+"""Write pages and charts from documents of results, into benchmarks/results and between the markers of pages."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ GUIDE = Path(__file__).parent / "README.md"
 SPEED, ACCURACY, SETTINGS = (
     ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "accuracy", "choose-settings")
 )
-#: Files of the repository by an absolute address, which a package index can show as well.
+#: Absolute address of the files of the repository, which works on a package index too.
 RAW = "https://github.com/msflow-ext/msflow_ext/raw/main"
 MARKERS = "<!-- {}:begin -->", "<!-- {}:end -->"
 
-#: What the page of benchmarks shows: a title, and the case.
+#: Title and case of each row on the page of benchmarks.
 HEADLINES: Table = (
     ("Flows, one image", "flows 512 px b1"),
     ("Image to scores, one image", "pipeline wide_resnet50_2 512 px b1"),
@@ -33,11 +33,11 @@ HEADLINES: Table = (
 )
 HEADLINE_CASES = {case for _, case in HEADLINES}
 CLAIM = HEADLINES[1][1]
-#: What the README shows.
+#: The rows in the README.
 SHORT = HEADLINES[:3]
 CHARTS = {"flows": 0, "pipeline": 1, "training": 2}
 
-#: Groups whose few providers stand side by side; elsewhere the cases do.
+#: Groups with a column per provider. The others have a column per case.
 OPS = (
     "coupling",
     "norm",
@@ -54,7 +54,7 @@ OTHERS = ("flows", "pipeline", "training step", "training run", tables.LATENCY)
 
 
 def write(document: dict[str, Any]) -> Iterator[str]:
-    """Write the page of a document, and from all documents the charts and generated blocks; yield the files."""
+    """Write the page of a document, the charts and the generated blocks, and yield the files."""
     page = results.file_for(document["machine"]).with_suffix(".md")
     page.write_text("\n".join(markdown(document)) + "\n")
     yield str(page)
@@ -74,7 +74,7 @@ def write(document: dict[str, Any]) -> Iterator[str]:
 
 
 def blocks(documents: Sequence[dict[str, Any]]) -> Iterator[tuple[Path, str, Iterable[str]]]:
-    """Yield page, marker and lines of each block that comes from the times."""
+    """Yield page, marker and lines of each block that is generated from times."""
     yield README, "headline", claim(documents)
     yield README, "speed", short(documents)
     yield SPEED, "benchmarks", headlines(documents)
@@ -84,9 +84,9 @@ def blocks(documents: Sequence[dict[str, Any]]) -> Iterator[tuple[Path, str, Ite
 
 
 def speeds(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each kind of processor the newest document with a headline, those with the most instructions first.
+    """Return the newest document with a headline of each kind of processor, most instruction sets first.
 
-    ``documents`` are in the order of their dates.
+    ``documents`` must be in the order of their dates.
     """
     newest = {
         tuple(document["machine"]["flags"]): document
@@ -97,13 +97,13 @@ def speeds(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def usual_threads(document: dict[str, Any], cases: Collection[str]) -> int:
-    """Return the number of threads that most of these cases were measured with."""
+    """Return the number of threads with which most of these cases were measured."""
     counts = [row["threads"] for row in document["rows"] if row["case"] in cases]
     return max(counts, key=lambda each: (counts.count(each), each), default=1)
 
 
 def markdown(document: dict[str, Any]) -> Iterator[str]:
-    """Everything that was measured."""
+    """Yield the page of a document with all its results."""
     facts = document["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     yield f"# Benchmarks: {facts['cpu']}, {facts['date'][:10]}"
@@ -133,7 +133,7 @@ def markdown(document: dict[str, Any]) -> Iterator[str]:
 
 
 def claim(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield the README's first sentence: from an image to its scores on the machine with the most instructions."""
+    """Yield the README's first sentence, about the machine with the most instruction sets."""
     for document in speeds(documents)[:1]:
         threads = usual_threads(document, HEADLINE_CASES)
         compared = _compared(document, CLAIM, threads)
@@ -146,7 +146,7 @@ def claim(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def short(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield the README's table of speed: the machine with the most instructions."""
+    """Yield the README's table of speed on the machine with the most instruction sets."""
     for document in speeds(documents)[:1]:
         threads = usual_threads(document, HEADLINE_CASES)
         yield f"Images of 512 px on {machine_line(document['machine'])}, {tables.threads(threads)}:"
@@ -177,7 +177,7 @@ def headlines(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def settings(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield what training and predictions need: the newest times of whole models on each kind of processor."""
+    """Yield time and memory of training and prediction, from the newest times on each kind of processor."""
     newest = {
         tuple(document["machine"]["flags"]): document
         for document in documents
@@ -206,7 +206,7 @@ def _speed_table(document: dict[str, Any], threads: int, shown: Table) -> Iterat
 
 
 def _compared(document: dict[str, Any], case: str, threads: int) -> list[tuple[str, list[float]]]:
-    """Return name and times of the reference, the fastest alternative and our fastest; [] if one is missing."""
+    """Return names and times of the reference, the fastest alternative and the fastest of ours, or [] without all."""
     row = _find(document, case, threads)
     if row is None:
         return []
@@ -219,7 +219,11 @@ def _compared(document: dict[str, Any], case: str, threads: int) -> list[tuple[s
 
 
 def update(path: Path, name: str, block: str) -> None:
-    """Replace what stands between the markers of that name in a file; ValueError if it has none."""
+    """Replace the text between the markers of that name in a file.
+
+    Raises:
+        ValueError: if the file does not have the markers once.
+    """
     text = path.read_text()
     begin, end = (marker.format(name) for marker in MARKERS)
     if text.count(begin) != 1 or text.count(end) != 1:
@@ -229,7 +233,7 @@ def update(path: Path, name: str, block: str) -> None:
 
 
 def chart(title: str, row: Row) -> str:
-    """Return the providers of one case as bars, as SVG."""
+    """Return the bar chart of the providers of a case as SVG."""
     bars = [
         charts.Bar(name, *quantiles(samples), ours=name.startswith("ours"))
         for name, samples in tables.timed(row).items()

@@ -1,4 +1,4 @@
-"""The files of results: one JSON document per machine and day, a row per case and number of threads."""
+"""Files of results: one JSON document per machine and day, with a row per case and number of threads."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
-KINDS = ("accuracy", "bulk", "gpu", "serving", "soak")  # other documents than times
+KINDS = ("accuracy", "bulk", "gpu", "serving", "soak")  # documents of other results than times
 
 
 def file_for(facts: dict[str, Any], kind: str = "") -> Path:
     """Return the file for results of this machine and day.
 
     Args:
-        facts: the machine; processors of one name may differ in their instructions, so the widest is named too.
-        kind: one of ``KINDS``; times have none.
+        facts: the machine. Its widest instruction set is part of the name, because processors of one name may differ.
+        kind: one of ``KINDS``, or empty for times.
     """
     widest = facts["flags"][-1:]
     name = " ".join((kind, facts["cpu"], *widest, f"{facts['cores']}c", facts["date"][:10]))
@@ -29,34 +29,39 @@ def slug(name: str) -> str:
 
 
 def times() -> list[dict[str, Any]]:
-    """Return all documents of times, by the date inside."""
+    """Return all documents of times in the order of their dates."""
     others = tuple(f"{kind}-" for kind in KINDS)
     paths = (path for path in FOLDER.glob("*.json") if not path.name.startswith(others))
     return sorted(map(read, paths), key=lambda document: document["machine"]["date"])
 
 
 def newest() -> dict[str, Any]:
-    """Return the times that were measured last; SystemExit if there are none."""
+    """Return the times that were measured last.
+
+    Raises:
+        SystemExit: if there are none.
+    """
     found = times()
     if not found:
-        raise SystemExit(f"no results in {FOLDER}: run python -m benchmarks first")
+        raise SystemExit(f"{FOLDER} has no results; run python -m benchmarks first")
     return found[-1]
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return the document at ``path``; files written before December 2026 call the reference implementation official."""
+    """Return the document at ``path``."""
+    # Files written before December 2026 have another name of the reference implementation.
     return json.loads(path.read_text().replace('"official', '"reference'))
 
 
 def write(path: Path, document: dict[str, Any]) -> Path:
-    """Write a document; return ``path``."""
+    """Write a document, and return ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
 
 
 def add(path: Path, facts: dict[str, Any], row: dict[str, Any]) -> None:
-    """Add a row, or replace the one of the same case and threads; each says its commit and date."""
+    """Add a row with its commit and date, or replace the row of the same case and threads."""
     rows = read(path)["rows"] if path.exists() else []
     keys = [(old["case"], old["threads"]) for old in rows]
     key = (row["case"], row["threads"])

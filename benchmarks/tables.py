@@ -1,4 +1,4 @@
-"""The tables of a document of times, in Markdown: by case, by provider, of whole models, and of latency."""
+"""Make Markdown tables of times: by case, by provider, of whole models, and of latency."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from msflow_ext.training.recipe import PRESETS
 
 Row = dict[str, Any]
 
-#: What the names of cases begin with that have a table of their own.
+#: Beginnings of the names of cases that have a separate table.
 LATENCY, MODEL_IMAGE, MODEL_STEP = "latency", "model image", "model step"
 MODEL_BATCH = 8  # images of a model's training step
-IMAGES = 100  # on which the table of settings trains
+IMAGES = 100  # training images in the table of settings
 
 
 def by_case(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a line per case and number of threads, a column per provider."""
+    """Yield a line per case and number of threads, with a column per provider."""
     names = list(dict.fromkeys(name for row in rows for name in row["providers"]))
     speed = ["GB/s of ours", "of a copy"] if any(row["bytes"] for row in rows) else []
     yield f"| case | threads | {' | '.join([*names, *speed])} |"
@@ -33,7 +33,7 @@ def by_case(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def by_provider(rows: Sequence[Row]) -> Iterator[str]:
-    """Per number of threads a line per provider and a column per case, times first, then memory."""
+    """Yield for each number of threads a line per provider and a column per case, first times, then memory."""
     for count in sorted({row["threads"] for row in rows}):
         chosen = [row for row in rows if row["threads"] == count]
         names = list(dict.fromkeys(name for row in chosen for name in row["providers"]))
@@ -52,7 +52,7 @@ def by_provider(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def models(document: dict[str, Any]) -> Iterator[str]:
-    """By number of threads: a line per model and backbone, with the fastest of its providers; empty without any."""
+    """Yield for each number of threads a line per model and backbone, with its fastest provider."""
     for count in sorted({row["threads"] for row in document["rows"]}):
         rows = {row["case"]: row for row in document["rows"] if row["threads"] == count}
         prefix = f"{MODEL_IMAGE} "
@@ -73,19 +73,19 @@ def models(document: dict[str, Any]) -> Iterator[str]:
 
 
 def named(document: dict[str, Any], *groups: str) -> Iterator[str]:
-    """By number of threads the cases whose names begin so, a line per provider; empty without any."""
+    """Yield the tables by provider of cases whose names begin with one of ``groups``."""
     rows = [row for row in document["rows"] if row["case"].startswith(groups)]
     if rows:
         yield from ("", *by_provider(rows))
 
 
 def training_runs(document: dict[str, Any]) -> Iterator[str]:
-    """Whole training runs."""
+    """Yield the tables of whole training runs."""
     return named(document, "training run ")
 
 
 def accelerated(document: dict[str, Any]) -> Iterator[str]:
-    """Models of anomalib before and after ``accelerate()``."""
+    """Yield the tables of anomalib's models before and after ``accelerate()``."""
     kinds = (
         f"{what} {model} "
         for what in ("flows", "training step")
@@ -95,10 +95,10 @@ def accelerated(document: dict[str, Any]) -> Iterator[str]:
 
 
 def settings(document: dict[str, Any]) -> Iterator[str]:
-    """Per model and backbone: minutes of training with each preset, and memory; empty where no models were timed.
+    """Yield a line per model and backbone with minutes of training for each preset, and memory.
 
-    The minutes are those of all steps and of the features of ``IMAGES`` images, without tests. Steps were timed with
-    the flows of the preset paper; MSFlow's are smaller in robust.
+    The minutes include all steps and the features of ``IMAGES`` images, without tests. Steps are timed with the flows
+    of the preset paper; those of MSFlow are smaller in the preset robust.
     """
     steps = [row for row in document["rows"] if row["case"].startswith(f"{MODEL_STEP} ")]
     count = max((row["threads"] for row in steps), default=0)
@@ -118,22 +118,21 @@ def settings(document: dict[str, Any]) -> Iterator[str]:
 
 
 def _needs(name: str, image: Row, step: Row) -> Iterator[str]:
-    """Minutes by preset, and memory and time of training and prediction: of the fastest provider of each."""
+    """Yield minutes by preset, then memory and time of training and prediction with the fastest provider of each."""
     (image_ms, image_mb), (step_ms, step_mb) = map(_fastest, (image, step))
     for preset in PRESETS.values():
         epochs = preset[name.split()[0].lower()].recipe.epochs
         ms = epochs * IMAGES / MODEL_BATCH * step_ms + IMAGES * image_ms
         yield _two_digits(ms / 6e4)
     trained, frozen = image["facts"]["trained"], image["facts"]["frozen"]
-    yield _two_digits(
-        (16 * trained + 4 * frozen) / 1e9 + step_mb / 1e3
-    )  # weights, gradients and Adam's two
+    # 16 bytes: a weight, its gradient, and two numbers of Adam.
+    yield _two_digits((16 * trained + 4 * frozen) / 1e9 + step_mb / 1e3)
     yield _digits(image_ms)
     yield _two_digits(4 * (trained + frozen) / 1e9 + image_mb / 1e3)
 
 
 def _with_size(name: str) -> str:
-    """Return the name of a case with the side of the images, which a default leaves out."""
+    """Return the name of a case with the side of its images, which the name omits for the default size."""
     if name.endswith(" px"):
         return name
     model, backbone = name.split()
@@ -144,14 +143,14 @@ def _with_size(name: str) -> str:
 
 
 def _fastest(row: Row) -> tuple[float, float]:
-    """Milliseconds and peak megabytes of a row's fastest provider."""
+    """Return milliseconds and peak megabytes of a row's fastest provider."""
     times = timed(row)
     best = min(times, key=lambda name: quantiles(times[name])[0])
     return quantiles(times[best])[0], row["providers"][best].get("peak_mb") or 0.0
 
 
 def latency(document: dict[str, Any]) -> Iterator[str]:
-    """Per detector a line per way to run it: milliseconds and images per second by batch; empty without any."""
+    """Yield for each detector a line per runtime with milliseconds and images per second by batch size."""
     found: dict[str, dict[int, Any]] = {}
     for row in document["rows"]:
         group, _, name = row["case"].partition(" ")
@@ -195,7 +194,7 @@ def _cell(times: dict[str, list[float]], name: str, base: str) -> str:
 
 
 def _time_and_memory(row: Row | None) -> list[str]:
-    """Milliseconds and peak megabytes of a row's fastest provider."""
+    """Return milliseconds and peak megabytes of a row's fastest provider."""
     times = timed(row) if row else {}
     best = fastest(times, list(times))
     if row is None or best is None:
@@ -205,12 +204,12 @@ def _time_and_memory(row: Row | None) -> list[str]:
 
 
 def _digits(value: float) -> str:
-    """Return three digits, or all that stand before the point."""
+    """Return three digits, or all digits before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _two_digits(value: float) -> str:
-    """Return two digits, or all that stand before the point."""
+    """Return two digits, or all digits before the point."""
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 

@@ -1,4 +1,4 @@
-"""``python -m msflow_ext`` is ``msflow``."""
+"""Run the command ``msflow`` as ``python -m msflow_ext``."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Long measurements that are no race between providers: accuracy, ablations, memory, throughput under load."""
+"""Long measurements: accuracy, ablations, memory, and throughput under load."""

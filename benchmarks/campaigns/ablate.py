@@ -1,4 +1,4 @@
-"""Ablations: the accuracy without or with each part of models and recipes, on the packaged data: `python -m benchmarks.campaigns.ablate [VARIANT ...]`."""
+"""Measure the accuracy with and without parts of models and recipes: `python -m benchmarks.campaigns.ablate`."""
 
 from __future__ import annotations
 
@@ -34,36 +34,38 @@ FILE = results.FOLDER / "ablations.jsonl"
 PAGE = Path(__file__).parents[2] / "docs" / "notes" / "accuracy.md"
 BACKBONE, SIZE = "efficientnet_lite0", 192
 EPOCHS = {"mono": 24, "poly": 24, "brick": 40}
-BATCH = 16  # of tests
+BATCH = 16  # images of a batch in tests
 BASELINES = ("Gaussian", "1-NN")
 
-#: Ways to score: of the ways behind a title, a row has one.
-#: A row with a position base (a Gaussian per position behind the flow) is older: it gained nothing and was removed.
+#: End of names in older rows, of scores with a Gaussian per position after the flow. It gained nothing and was removed.
+PER_POSITION = ", position base"
+
+#: By title of a column, the names of a score in the rows of results; a row has at most one of them.
 SCORES: dict[str, Sequence[str]] = {
     "paper's score": ("paper", "log 3%"),
     "NLL, top 1%": ("nll 1%",),
     "NLL, top 3%": ("nll 3%",),
     "NLL, top 10%": ("nll 10%",),
-    "NLL, top 3%, Gaussian per position": ("nll 3%, position base",),
+    "NLL, top 3%, Gaussian per position": (f"nll 3%{PER_POSITION}",),
     "map, top 3%": ("clamped score",),
-    "map, top 3%, Gaussian per position": ("clamped score, position base",),
+    "map, top 3%, Gaussian per position": (f"clamped score{PER_POSITION}",),
     "map, top 1%": ("clamped score 1%",),
-    "map, top 1%, Gaussian per position": ("clamped score 1%, position base",),
+    "map, top 1%, Gaussian per position": (f"clamped score 1%{PER_POSITION}",),
     "smoothed map, top 3%": ("smoothed score",),
     "smoothed map, top 1%": ("smoothed score 1%",),
-    "smoothed map, top 1%, Gaussian per position": ("smoothed score 1%, position base",),
+    "smoothed map, top 1%, Gaussian per position": (f"smoothed score 1%{PER_POSITION}",),
     "additive map, top 3%": ("additive score",),
 }
 MAPS: dict[str, Sequence[str]] = {
     "additive": ("paper", "additive"),
-    "additive, Gaussian per position": ("additive, position base",),
+    "additive, Gaussian per position": (f"additive{PER_POSITION}",),
     "multiplicative": ("multiplicative",),
     "softly limited": ("clamped",),
     "smoothed": ("smoothed",),
-    "smoothed, Gaussian per position": ("smoothed, position base",),
+    "smoothed, Gaussian per position": (f"smoothed{PER_POSITION}",),
 }
 
-#: A column of a table: data, ways to score, and which number of a way.
+#: A column of a table: data, names of the score, and the index of its number.
 Column = tuple[str, Sequence[str], int]
 TABLES: dict[str, dict[str, Column]] = {
     **{
@@ -102,13 +104,20 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.campaigns.ablate", description=__doc__
     )
     add = found.add_argument
-    add("variants", nargs="*", help=f"default: all; {', '.join((*BASELINES, *variants()))}")
-    add("--data", nargs="+", choices=tuple(EPOCHS), default=list(EPOCHS))
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of split, weights and order")
-    add("--epochs", type=int, help="instead of the variant's or the data set's")
-    add("--brick", type=Path, help="folder in the layout of MVTec (default: the texture's own)")
-    add("--file", type=Path, default=FILE, help="rows that are there are not computed again")
-    add("--table", action="store_true", help="write the tables in docs/notes/accuracy.md, and stop")
+    text = f"Variants to measure (default: all): {', '.join((*BASELINES, *variants()))}."
+    add("variants", nargs="*", help=text)
+    text = "Data to measure on (default: all)."
+    add("--data", nargs="+", choices=tuple(EPOCHS), default=list(EPOCHS), help=text)
+    text = "Seeds of split, weights and order of the images."
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help=text)
+    text = "Number of epochs (default: that of the variant or of the data)."
+    add("--epochs", type=int, help=text)
+    text = "Folder of brick in the layout of MVTec AD (default: the packaged texture)."
+    add("--brick", type=Path, help=text)
+    text = "File of rows; rows that exist are not computed again."
+    add("--file", type=Path, default=FILE, help=text)
+    text = "Write the tables into docs/notes/accuracy.md, and measure nothing."
+    add("--table", action="store_true", help=text)
     return found
 
 
@@ -117,14 +126,14 @@ def rows(path: Path) -> list[Row]:
 
 
 def tables(found: Sequence[Row]) -> Iterator[str]:
-    """Yield the lines of all tables, each under its title."""
+    """Yield the lines of all tables with their titles."""
     for title, columns in TABLES.items():
         yield from ("", f"### {title}", "", *table(found, columns))
     yield ""
 
 
 def table(found: Sequence[Row], columns: Mapping[str, Column]) -> Iterator[str]:
-    """Yield a line per variant with a number: percent, mean and spread over (so many) seeds."""
+    """Yield a line per variant: mean and standard deviation in percent, and the number of seeds."""
     yield f"| variant | {' | '.join(columns)} |"
     yield "|---|" + "---:|" * len(columns)
     for name in dict.fromkeys(row["variant"] for row in found):
@@ -135,7 +144,7 @@ def table(found: Sequence[Row], columns: Mapping[str, Column]) -> Iterator[str]:
 
 
 def run(name: str, data: str, seed: int, brick: Path | None, epochs: int | None) -> Row:
-    """Train and test one variant; its epochs, last loss, and what each way to score reaches."""
+    """Train and test a variant, and return its epochs, last loss, and the results of each score."""
     dataset = load(data, seed, brick)
     if name in BASELINES:
         model = MSFlow(BACKBONE, image_size=SIZE, seed=seed)
@@ -162,7 +171,7 @@ def load(data: str, seed: int, brick: Path | None) -> DataSet:
 
 @dataclass(frozen=True)
 class Cached:
-    """Features of a data set that are in memory: those of a variant serve the next that has the same backbone."""
+    """Features of a data set in memory, which variants with the same backbone share."""
 
     trained: Features
     tested: Features
@@ -173,7 +182,7 @@ _kept: dict[Any, Cached] = {}
 
 
 def features_of(model: Any, dataset: DataSet, *key: Any) -> Cached:
-    """Return the features of a set, computed once; ``key`` names what else they depend on."""
+    """Return the features of a data set, cached by model and by ``key``, on which they also depend."""
     key = (*key, type(model), model.head.channels, model.standardize, model.config["whiten"])
     if key not in _kept:
         while len(_kept) > 1:
@@ -187,7 +196,7 @@ def features_of(model: Any, dataset: DataSet, *key: Any) -> Cached:
 
 
 def fit(model: Any, features: Features, recipe: Any) -> float:
-    """Train as :func:`msflow_ext.training.train` does, without its folder; the mean loss of the last epoch."""
+    """Train as :func:`msflow_ext.training.train`, without a run folder, and return the mean loss of the last epoch."""
     head, adam, losses = model.head.train(), make_optimizer(model.head, recipe.weight_decay), []
     clip = recipe.clip or float("inf")
     for epoch in range(recipe.epochs):
@@ -207,7 +216,7 @@ def fit(model: Any, features: Features, recipe: Any) -> float:
 
 @torch.no_grad()
 def scores(model: Any, cached: Cached) -> dict[str, list[float]]:
-    """Return image AUROC, and with masks pixel AUROC and AUPRO, of every way to score."""
+    """Return image AUROC and, with masks, pixel AUROC and AUPRO of every score."""
     normal, maps = (_likelihoods(model, each) for each in (cached.trained, cached.tested))
     truth = cached.truth
     found: dict[str, list[float]] = {}
@@ -236,12 +245,12 @@ def scores(model: Any, cached: Cached) -> dict[str, list[float]]:
 
 
 def top_k_mean(maps: Tensor, share: float = 0.03) -> Tensor:
-    """Return the mean of the largest share of each map; 3% of the multiplicative map is the paper's score."""
+    """Return the mean of the largest share of each map; 3% of the multiplicative map gives the paper's score."""
     return maps.flatten(1).topk(int(share * SIZE**2)).values.mean(1)
 
 
 def baseline(name: str, cached: Cached) -> list[float]:
-    """Return a Gaussian per position, or the distance to the nearest training image's feature there."""
+    """Return the results of a Gaussian per position, or of the distance to the nearest training feature there."""
     trained, tested = cached.trained, cached.tested
     if name == "Gaussian":
         padim = Padim().fit(trained.batches(BATCH))

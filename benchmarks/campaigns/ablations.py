@@ -1,4 +1,4 @@
-"""The table of variants: models and recipes that differ from a paper's in one thing each, or in what a preset gathers."""
+"""The variants of the ablations, which differ from a paper or a preset in single settings."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from msflow_ext.training.recipe import PRESETS, Recipe
 PAPER, FASTFLOW = PRESETS["paper"]["msflow"].recipe, PRESETS["paper"]["fastflow"].recipe
 ROBUST, FASTFLOW_ROBUST = (PRESETS["robust"][model] for model in ("msflow", "fastflow"))
 
-#: FastFlow's subnets as for wide backbones: as wide as what they see.
+#: Subnets of FastFlow with as many hidden as input channels, as for wide backbones.
 AS_WIDE: dict[str, Any] = {"hidden_ratio": 1.0}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model and how it is trained.
+    """A model and its training.
 
     Attributes:
-        arguments: of the model.
-        change: edits the model before it is trained.
-        epochs: where they are not those of the data set.
+        model: class of the model.
+        arguments: arguments of the model.
+        recipe: recipe of the training.
+        change: changes the model before training.
+        epochs: number of epochs, by default that of the data set.
     """
 
     model: Callable[..., Any] = MSFlow
@@ -39,18 +41,18 @@ class Variant:
     epochs: int | None = None
 
 
-#: What differs in the robust preset as it was before its features were whitened; most variants differ from that one.
+#: Settings of the robust preset before whitening was added; most variants are relative to this one.
 PLAIN: dict[str, Any] = {"lr": 2e-3, "noise": 0.0}
 
 
 def robust(arguments: Mapping[str, Any] | None = None, **changes: Any) -> Variant:
-    """MSFlow's robust preset without whitening, but for these arguments and this of the recipe."""
+    """Return MSFlow's robust preset without whitening, with these arguments and changes of the recipe."""
     whole = {**ROBUST.model, "whiten": False, **(arguments or {})}
     return Variant(arguments=whole, recipe=replace(ROBUST.recipe, **{**PLAIN, **changes}))
 
 
 def variants() -> dict[str, Variant]:
-    """By name; a name is the key of its rows, and is not given to another variant."""
+    """Return the variants by name. A name is the key of rows of results, so it must not be reused."""
     return {
         "MSFlow paper": Variant(),
         "no fusion flow": Variant(change=without_fusion),
@@ -92,7 +94,7 @@ def variants() -> dict[str, Variant]:
 
 
 def without_fusion(model: Any) -> None:
-    """Leave out the fusion flow: the results of the parallel flows are the latent tensors."""
+    """Remove the fusion flow, so that the results of the flows are the latent tensors."""
 
     class Apart(FusionFlow):
         def couple(self, halves: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
@@ -103,14 +105,14 @@ def without_fusion(model: Any) -> None:
 
 
 def without_condition(model: Any) -> None:
-    """Leave out the positional condition of the subnets."""
+    """Remove the positional encoding from the subnets."""
     for flow in model.head.flows:
         for step in flow.steps:
             step.subnet.conv_cond.weight.requires_grad_(False).zero_()
 
 
 def reflect(model: Any) -> None:
-    """Convolutions of the backbone mirror their input, those that pad unevenly too (TF-SAME)."""
+    """Make the backbone's convolutions pad by reflection, also those with uneven padding (TF-SAME)."""
 
     def mirrored(layer: torch.nn.Conv2d, x: Tensor) -> Tensor:
         borders: list[int] = []
@@ -127,7 +129,7 @@ def reflect(model: Any) -> None:
 
 
 def with_learnable_base(model: Any) -> None:
-    """Add a trained mean and deviation for each latent channel at each position."""
+    """Add a mean and a scale for each latent channel at each position, trained with the flow."""
     head = model.head
     grids = [model.pooled_size(*grid) for grid in model.backbone.grids(model.image_size)]
     shapes = [(c, *grid) for c, grid in zip(head.channels, grids, strict=True)]

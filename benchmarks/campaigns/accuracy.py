@@ -1,6 +1,6 @@
-"""Train on the data sets that packages ship and tabulate the accuracy: `python -m benchmarks.campaigns.accuracy`.
+"""Train on the packaged data sets, and tabulate the accuracy: `python -m benchmarks.campaigns.accuracy`.
 
-The tables go into docs/accuracy.md, and the one of the presets also into the README.
+The tables are written into docs/accuracy.md, and the table of presets into the README too.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from msflow_ext.bench import machine
 from msflow_ext.metrics import RESULTS
 from msflow_ext.runs.table import BEST, MEAN, Line
 
-#: A series of trainings for each data set.
+#: Flags of the series of trainings on each data set.
 SERIES = (
     ("elpv", "--category", "all", "--split-seeds", "0", "1", "2", "--epochs", "24"),
     ("textures", "--category", "all", "--split-seeds", "0", "1", "2", "--epochs", "40"),
 )
 MODEL = ("--backbone", "efficientnet_lite0", "--image-size", "192", "--baseline")
 
-#: Lines of the table of presets: a title, the variant of the ablations, how its images and its pixels are scored.
+#: Lines of the table of presets: title, variant of the ablations, score of its images, and score of its pixels.
 METHODS = (
     (
         "MSFlow, `--preset robust`",
@@ -40,7 +40,7 @@ METHODS = (
     ("MSFlow, `--preset paper`", "MSFlow paper", "log 3%", "additive"),
     ("PaDiM-style Gaussian", "Gaussian", "paper", "paper"),
 )
-#: Its columns: a title, the data, and which of its numbers.
+#: Columns of the table of presets: title, data, and index of the number.
 COLUMNS = (
     ("solar cells, mono: image AUROC", "mono", 0),
     ("solar cells, poly: image AUROC", "poly", 0),
@@ -62,11 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out / data
         command = ["train", "--data", data, *chosen, *MODEL, *more, "--out", str(out)]
         worst = max(worst, cli.main([*command, "--resume"]))
-        if not (out / "table.json").exists():  # it did not even begin
+        if not (out / "table.json").exists():  # no training began
             continue
         found = json.loads((out / "table.json").read_text())
         document["commands"].append(" ".join(["msflow", *command[:-1], f"runs/accuracy/{data}"]))
-        for run in found["runs"]:  # a result names no folder of one machine
+        for run in found["runs"]:  # results must not name folders of a machine
             folder = os.path.relpath(run["folder"], options.out)
             document["runs"].append(run | {"folder": Path(folder).as_posix()})
         document["lines"] += found["lines"]
@@ -79,13 +79,12 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m benchmarks.campaigns.accuracy",
         description=__doc__,
-        epilog="Further flags are those of msflow train: --threads 2, --model fastflow, --seeds 0 1, ... "
-        "What is finished in --out is not trained again.",
+        epilog="Further flags are passed to msflow train: --threads 2, --model fastflow, --seeds 0 1, ... "
+        "Finished runs in --out are not trained again.",
     )
-    found.add_argument(
-        "--out", type=Path, default=Path("runs/accuracy"), help="for the run folders"
-    )
-    text = "only write the tables of the newest results into the pages"
+    text = "Folder of the run folders."
+    found.add_argument("--out", type=Path, default=Path("runs/accuracy"), help=text)
+    text = "Write the tables of the newest results into the pages, and train nothing."
     found.add_argument("--report", action="store_true", help=text)
     return found
 
@@ -97,7 +96,11 @@ def write(document: dict[str, Any]) -> None:
 
 
 def newest() -> dict[str, Any]:
-    """Return the accuracy that was measured last; ValueError if there is none."""
+    """Return the accuracy that was measured last.
+
+    Raises:
+        ValueError: if there is none.
+    """
     found = map(results.read, results.FOLDER.glob("accuracy-*.json"))
     return max(found, key=lambda document: document["machine"]["date"])
 
@@ -109,14 +112,14 @@ def _write_blocks(document: dict[str, Any]) -> None:
 
 
 def blocks(document: dict[str, Any]) -> Iterator[tuple[Path, str, Iterable[str]]]:
-    """Yield page, marker and lines of each block that tells an accuracy."""
+    """Yield page, marker and lines of each block that is generated from accuracies."""
     yield report.ACCURACY, "accuracy", markdown(document)
     for page in (report.ACCURACY, report.README):
         yield page, "presets", presets(ablate.rows(ablate.FILE))
 
 
 def presets(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield the table of presets, from the rows of the ablations: mean and standard deviation over the seeds, in percent."""
+    """Yield the table of presets from the rows of the ablations: mean and standard deviation in percent."""
     yield f"| percent | {' | '.join(title for title, *_ in COLUMNS)} |"
     yield "|---|" + "---:|" * len(COLUMNS)
     for title, variant, *ways in METHODS:
@@ -126,14 +129,14 @@ def presets(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _percent(rows: Sequence[dict[str, Any]], data: str, way: str, i: int) -> str:
-    """Return mean and standard deviation of a number over the rows of a data set; a dash without rows."""
+    """Return mean and standard deviation of a number over the rows of a data set, or a dash without rows."""
     values = [row["scores"][way][i] for row in rows if row["data"] == data]
     spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * fmean(values):.1f}{spread}" if values else "-"
 
 
 def markdown(document: dict[str, Any]) -> Iterator[str]:
-    """Yield the table of the packaged sets: a line per category and method, the last epoch in percent."""
+    """Yield the table of the packaged data sets, with a line per category and method, after the last epoch."""
     lines = [Line(**each) for each in document["lines"]]
     lines = [each for each in lines if BEST not in each.source and each.category != MEAN]
     trained = [run["metrics"] for run in document["runs"]]

@@ -1,4 +1,4 @@
-"""Score an archive in one process and with increasing numbers of Ray workers: `python -m benchmarks.campaigns.bulk --workers 1 2 4`."""
+"""Measure scoring of an archive in one process and with Ray workers: `python -m benchmarks.campaigns.bulk`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     facts, before = machine.facts(), machine.others_now()
-    torch.set_num_threads(1)  # as the workers have it
+    torch.set_num_threads(1)  # as in the workers
     with tempfile.TemporaryDirectory() as scratch:
         run = options.run or toy(Path(scratch))
         photos = archive(Path(scratch) / "photos", options.images, options.side)
@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out = Path(scratch) / f"out-{workers}"
             rows.append(measure(prepare(run, photos, out, **shared), workers))
             if content(out) != content(Path(scratch) / "out-0"):
-                raise SystemExit(f"{workers} workers wrote other bytes than one process")
+                raise SystemExit(
+                    f"{workers} workers must write the bytes of one process, got others"
+                )
             print(line(rows[-1], rows[0]), flush=True)
     document = {
         "machine": facts,
@@ -57,23 +59,23 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m benchmarks.campaigns.bulk", description=__doc__)
     add = found.add_argument
     counts = sorted({1, machine.cores()})
-    add("--run", type=Path, help="run folder (default: an untrained toy)")
+    add("--run", type=Path, help="Run folder (default: an untrained model).")
     add(
         "--workers",
         type=int,
         nargs="*",
         default=counts,
-        help=f"numbers of Ray workers (default: {counts})",
+        help=f"Numbers of Ray workers (default: {counts}).",
     )
-    add("--images", type=int, default=2000, help="number of images in the archive")
-    add("--side", type=int, default=512, help="side of an image in pixels")
-    add("--shard-size", type=int, default=50, help="images in one Parquet file")
-    add("--file", type=Path, help="file to write (default: in benchmarks/results)")
+    add("--images", type=int, default=2000, help="Number of images in the archive.")
+    add("--side", type=int, default=512, help="Side of an image in pixels.")
+    add("--shard-size", type=int, default=50, help="Number of images in a Parquet file.")
+    add("--file", type=Path, help="File to write (default: in benchmarks/results).")
     return found
 
 
 def archive(folder: Path, count: int, side: int) -> Path:
-    """Return a folder of equal JPEGs."""
+    """Write a folder of equal JPEGs."""
     folder.mkdir()
     body = image(side)
     for i in range(count):
@@ -82,9 +84,9 @@ def archive(folder: Path, count: int, side: int) -> Path:
 
 
 def measure(job: Archive, workers: int) -> Row:
-    """Yield seconds until the first shards are done, which load the model, and images per second after them.
+    """Measure the seconds until each worker has done a shard, and the images per second after that.
 
-    No workers: this process alone. The start of Ray is not in either.
+    The first shards include loading the model. Starting Ray is not measured. With 0 workers, this process scores.
     """
     ends: list[float] = []
 
@@ -99,7 +101,7 @@ def measure(job: Archive, workers: int) -> Row:
         job.score(watched)
     first = max(1, workers)
     if len(ends) <= first:
-        raise SystemExit(f"{len(ends)} shards are too few for {workers} workers")
+        raise SystemExit(f"{workers} workers need more than {first} shards, got {len(ends)}")
     sizes = [len(shard.paths) for shard in job.shards]
     rate = sizes[0] * (len(ends) - first) / (ends[-1] - ends[first - 1])
     return {
@@ -112,7 +114,7 @@ def measure(job: Archive, workers: int) -> Row:
 
 @contextmanager
 def started(workers: int) -> Iterator[None]:
-    """A Ray, if there are to be workers."""
+    """Start Ray inside the context if there are workers."""
     with executors.session() if workers else nullcontext():
         yield
 
@@ -123,7 +125,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 
 def line(row: Row, base: Row) -> str:
-    """Return a row of the table: who, warm-up, rate, and how many times that of one process."""
+    """Return a row of the table: workers, warm-up, rate, and speedup over one process."""
     who = f"{row['workers']} of Ray" if row["workers"] else "this process"
     times = row["images_per_s"] / base["images_per_s"]
     return f"| {who} | {row['warm_up_s']:.1f} | {row['images_per_s']:.1f} | {times:.2f} |"

@@ -1,4 +1,4 @@
-"""Measure `msflow serve` under many clients at once, on loopback: `python -m benchmarks.campaigns.serving --run RUN`."""
+"""Measure `msflow serve` under several clients on this machine: `python -m benchmarks.campaigns.serving`."""
 
 from __future__ import annotations
 
@@ -59,18 +59,13 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m benchmarks.campaigns.serving", description=__doc__
     )
-    found.add_argument("--run", type=Path, help="run folder (default: an untrained toy)")
-    found.add_argument("--seconds", type=float, default=60.0, help="duration of the measurement")
-    found.add_argument(
-        "--clients",
-        type=int,
-        default=8,
-        help="number of clients; each sends one request after the other",
-    )
-    found.add_argument(
-        "--side", type=int, default=512, help="side of the image that they send, in pixels"
-    )
-    found.add_argument("--file", type=Path, help="file to write (default: in benchmarks/results)")
+    add = found.add_argument
+    add("--run", type=Path, help="Run folder (default: an untrained model).")
+    add("--seconds", type=float, default=60.0, help="Duration of the measurement, in seconds.")
+    text = "Number of clients, each of which sends its requests one after another."
+    add("--clients", type=int, default=8, help=text)
+    add("--side", type=int, default=512, help="Side of the image that clients send, in pixels.")
+    add("--file", type=Path, help="File to write (default: in benchmarks/results).")
     return found
 
 
@@ -92,7 +87,7 @@ def markdown(document: dict[str, Any]) -> Iterator[str]:
 
 
 def toy(folder: Path) -> Path:
-    """Return a run of random weights: they change no time."""
+    """Write a run with random weights, which do not change the times."""
     model = mx.MSFlow("efficientnet_lite0", image_size=192, pretrained=False, seed=0)
     header = {"model": "MSFlow", "config": model.config, "colours": [0.0, 1.0]}
     save_checkpoint(folder / "model.safetensors", header, model)
@@ -100,7 +95,7 @@ def toy(folder: Path) -> Path:
 
 
 def image(side: int) -> bytes:
-    """Smooth noise as a JPEG, which takes about as long to decode as a photograph."""
+    """Return smooth noise as a JPEG, which takes about as long to decode as a photo."""
     noise = np.random.default_rng(0).integers(0, 255, (side // 8 + 1, side // 8 + 1, 3), np.uint8)
     written = io.BytesIO()
     Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC).save(written, "JPEG")
@@ -109,7 +104,7 @@ def image(side: int) -> bytes:
 
 @contextmanager
 def service(run: Path) -> Iterator[str]:
-    """The real command in a process of its own; its address."""
+    """Run ``msflow serve`` in a separate process, and yield its address."""
     command = [sys.executable, "-m", "msflow_ext", "serve", "--run", str(run), "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != "MSFLOW_TOKEN"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -125,21 +120,21 @@ def service(run: Path) -> Iterator[str]:
         finally:
             process.terminate()
             if log.ident is not None:
-                log.join()  # its log ends before the pipe is closed
+                log.join()  # read the whole log before the pipe is closed
     if process.returncode:
         raise SystemExit(f"the service ended with status {process.returncode}")
 
 
 @dataclass
 class Tally:
-    """What the clients saw; they add to it in turns."""
+    """Times and errors that all clients add to."""
 
     milliseconds: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
 
 
 def drive(url: str, clients: int, seconds: float, body: bytes) -> dict[str, Any]:
-    """Latency, throughput, errors and memory of the service, after one second to warm up."""
+    """Measure latency, throughput, errors and memory of the service, after a warm-up of one second."""
     _ask(url, clients, 1.0, body)
     memory = resident_mb(url)
     start = time.perf_counter()
@@ -162,7 +157,7 @@ def drive(url: str, clients: int, seconds: float, body: bytes) -> dict[str, Any]
 
 
 def resident_mb(url: str) -> float | None:
-    """Memory that the service holds, as its metrics tell; None where the system does not."""
+    """Return the resident memory of the service from its metrics, or None if unknown."""
     text = httpx.get(f"{url}metrics").text
     found = re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)
     return round(float(found[1]) / 1e6, 1) if found else None

@@ -1,4 +1,4 @@
-"""Memory and open files over many calls: ``python -m benchmarks.campaigns.soak --calls 2000000 --minutes 20``."""
+"""Measure the growth of memory and open files over many calls: ``python -m benchmarks.campaigns.soak``."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from msflow_ext.inference.detector import Detector
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM (Linux)."""
+    """Return the resident memory of this process (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def open_files() -> int:
-    """Open file descriptors of this process (Linux)."""
+    """Return the number of open file descriptors of this process (Linux)."""
     return len(os.listdir("/proc/self/fd"))
 
 
 def op_calls() -> Iterator[Callable[[], Any]]:
-    """Yield one call of every op after the other, without end."""
+    """Yield calls of all ops in turns, without end."""
     x, vector = torch.randn(2, 8, 6, 6), torch.ones(16)
     maps = [-x[:, 0].square()]
     factors = ops.winograd_weight(torch.randn(8, 8, 3, 3), 2)
@@ -49,7 +49,7 @@ def op_calls() -> Iterator[Callable[[], Any]]:
 
 
 def predictions() -> Iterator[Callable[[], Any]]:
-    """Yield a detector's answer to the same four images, without end."""
+    """Yield predictions of the same four images, without end."""
     options = {"pretrained": False, "blocks": (1, 1, 1), "cond_channels": 8, "seed": 1}
     detector = Detector(MSFlow("test_efficientnet", image_size=64, **options).eval())
     images = torch.rand(4, 3, 64, 64)
@@ -58,7 +58,7 @@ def predictions() -> Iterator[Callable[[], Any]]:
 
 
 def soak(calls: Iterator[Callable[[], Any]], count: int, seconds: float) -> dict[str, Any]:
-    """Call until ``count`` calls or ``seconds`` have passed; growth is counted after a tenth, a warm-up."""
+    """Call until ``count`` calls or ``seconds`` have passed, and measure the growth after a tenth as a warm-up."""
     began, done = time.monotonic(), 0
     samples: list[tuple[int, int, int]] = []  # calls, bytes, files
 
@@ -87,8 +87,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.campaigns.soak", description=__doc__
     )
-    parser.add_argument("--calls", type=int, default=2_000_000, help="number of calls of ops")
-    parser.add_argument("--minutes", type=float, default=20, help="minutes of predictions")
+    parser.add_argument("--calls", type=int, default=2_000_000, help="Number of calls of ops.")
+    parser.add_argument("--minutes", type=float, default=20, help="Minutes of predictions.")
     chosen = parser.parse_args()
     machine = facts()
     found = {

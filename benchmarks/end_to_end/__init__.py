@@ -1,1 +1,1 @@
-"""Flows, whole models and training, compared with what users would run instead."""
+"""Flows, whole models and training, compared with alternatives that users would run."""

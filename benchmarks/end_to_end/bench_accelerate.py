@@ -1,4 +1,4 @@
-"""The flows of anomalib's models before and after ``accelerate``: inference and a training step."""
+"""Inference and a training step of the flows of anomalib's models, before and after ``accelerate``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_accelerate(benchmark: Any, case: Case, provider: str) -> None:
 
 
 def cases(quick: bool) -> list[Case]:
-    """Return the cases; none without anomalib."""
+    """Return the cases, or none if anomalib is not installed."""
     if not ANOMALIB:
         return []
     if quick:
@@ -44,7 +44,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def both(name: str, make: Callable[[], tuple[Any, list[Tensor]]], batch: int) -> list[Case]:
-    """Forward pass and training step of the flows that ``make`` gives beside features of one image."""
+    """Return the cases of the forward pass and the training step of the flows that ``make`` returns with features."""
     model = lru_cache(maxsize=1)(make)
 
     def provider(wrap: Callable[..., Any], *, fast: bool, train: bool, **options: Any) -> Provider:
@@ -80,12 +80,12 @@ def both(name: str, make: Callable[[], tuple[Any, list[Tensor]]], batch: int) ->
 
 
 def plain(run: Callable[..., Any]) -> Callable[..., Any]:
-    """As it is."""
+    """Return ``run`` unchanged."""
     return run
 
 
 def step(flows: nn.Module, wrap: Callable[..., Any]) -> Callable[..., tuple[float, float]]:
-    """Loss, gradients and Adam, with anomalib's settings; loss and gradient norm are compared."""
+    """Return a training step with anomalib's settings, which returns loss and gradient norm."""
     parameters = [p for p in flows.parameters() if p.requires_grad]
     adam = torch.optim.Adam(parameters, lr=1e-3, weight_decay=1e-5)
     run = wrap(flows)
@@ -115,7 +115,7 @@ class Parallel(nn.Module):
 
 
 def fast_flow(channels: Sequence[int], size: int) -> tuple[nn.Module, list[Tensor]]:
-    """Return the chains that anomalib's FastFlow builds for these features, with its defaults."""
+    """Return the chains that anomalib's FastFlow builds with its defaults, and features for them."""
     create = peer("fastflow").create_fast_flow_block
     features = [
         torch.zeros(1, c, size // s, size // s) for c, s in zip(channels, STRIDES, strict=False)
@@ -128,7 +128,7 @@ def fast_flow(channels: Sequence[int], size: int) -> tuple[nn.Module, list[Tenso
 
 
 def u_flow(channels: Sequence[int], size: int) -> tuple[nn.Module, list[Tensor]]:
-    """Return the graph that anomalib's U-Flow builds for these features, with its defaults."""
+    """Return the graph that anomalib's U-Flow builds with its defaults, and features for it."""
     model = peer("uflow").UflowModel
     strides = STRIDES[: len(channels)]
     like: Any = SimpleNamespace(
@@ -146,7 +146,7 @@ def u_flow(channels: Sequence[int], size: int) -> tuple[nn.Module, list[Tensor]]
 
 
 def peer(name: str) -> Any:
-    """Return the module of anomalib that holds a model."""
+    """Return the module of anomalib that defines a model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(f"anomalib.models.image.{name}.torch_model")

@@ -1,4 +1,4 @@
-"""The flows alone, at inference, over batches and sizes of the images."""
+"""Inference of the flows, without the backbone, for several batch sizes and image sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models x backbones: parameters, FLOPs, time and memory of an image and of a training step."""
+"""Parameters, FLOPs, time and memory of an image and of a training step, by model and backbone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from msflow_ext.training.recipe import PRESETS
 Pair = tuple[str, str, int | None, dict[str, Any]]
 MODELS: dict[str, Callable[..., Any]] = {"msflow": MSFlow, "fastflow": FastFlow}
 
-#: Model, backbone, side of the images in pixels (None: the preset's), further arguments.
+#: Model, backbone, side of the images in pixels (None for that of the preset), further arguments.
 PAIRS: Sequence[Pair] = (
     ("msflow", "efficientnet_lite0", 192, {}),
     ("msflow", "resnet18", 256, {}),
@@ -48,7 +48,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def image(pair: Pair) -> Case:
-    """From an image to score and map."""
+    """Return the case from an image to score and map."""
     key = (*pair[:3], tuple(pair[3].items()))
 
     def inputs() -> list[Tensor]:
@@ -70,7 +70,7 @@ def image(pair: Pair) -> Case:
 
 
 def step(pair: Pair) -> Case:
-    """Loss, gradients and Adam on the cached features of a batch."""
+    """Return the case of loss, gradients and Adam on the cached features of a batch."""
     key = (*pair[:3], tuple(pair[3].items()))
     recipe = PRESETS["paper"][pair[0]].recipe
 
@@ -100,7 +100,7 @@ def step(pair: Pair) -> Case:
 
 
 def facts(model: Any) -> dict[str, int]:
-    """Numbers of parameters, trained and frozen, and floating-point operations for one image."""
+    """Return the numbers of trained and of frozen parameters, and of floating-point operations for an image."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(blank(model))
     trained, frozen = (sum(p.numel() for p in m.parameters()) for m in (model.head, model.backbone))
@@ -118,7 +118,7 @@ def label(pair: Pair) -> str:
 
 @lru_cache(maxsize=1)
 def build(model: str, backbone: str, size: int | None, options: tuple[tuple[str, Any], ...]) -> Any:
-    """Return a model with random weights in its backbone; one is in memory at a time."""
+    """Return a model whose backbone has random weights; one is in memory at a time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = MODELS[model](backbone, image_size=size, pretrained=False, seed=0, **dict(options))

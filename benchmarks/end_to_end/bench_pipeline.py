@@ -1,4 +1,4 @@
-"""From images to scores, over sizes of the images and batches."""
+"""The pipeline from images to scores, for several image sizes and batch sizes."""
 
 from __future__ import annotations
 

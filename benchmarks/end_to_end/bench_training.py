@@ -51,7 +51,7 @@ def run_case(
     blocks: tuple[int, ...] = (2, 5, 8),
     padding_mode: PaddingMode = "reflect",
 ) -> Case:
-    """Features, all epochs and a test after each of them; the losses of all epochs are compared."""
+    """Return the case of features, all epochs and a test after each, which compares the losses of all epochs."""
     from msflow_ext.training.recipe import Recipe
 
     dataset = textures(train, test, size)
@@ -86,7 +86,7 @@ def run_case(
 
 
 def our_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet], list[float]]:
-    """Return what ``msflow train`` does, reports included."""
+    """Return a training run as in ``msflow train``, with its reports."""
     from msflow_ext.training.loop import train
 
     def run(dataset: DataSet) -> list[float]:
@@ -97,9 +97,10 @@ def our_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet], lis
 
 
 def reference_run(model: Callable[[], MSFlow], recipe: Any) -> Callable[[DataSet], list[float]]:
-    """Run the recipe by the reference implementation: backbone in every epoch, scikit-learn, 800 thresholds.
+    """Return the run of the same recipe by the reference implementation.
 
-    Kinder than theirs: images are decoded once. In float32: under autocast its losses are others altogether.
+    It runs the backbone in every epoch, and tests with scikit-learn and 800 thresholds. Images are decoded only once,
+    which is in its favor. It runs in float32, because its losses under autocast are very different.
     """
 
     def run(dataset: DataSet) -> list[float]:
@@ -148,7 +149,7 @@ def measure(dataset: DataSet, masks: np.ndarray, scores: np.ndarray, maps: np.nd
 
 
 def textures(train: int, test: int, side: int) -> DataSet:
-    """Gray noise of a certain grain; every other test image has a stain."""
+    """Return a data set of grained gray noise, in which every other test image has a stain."""
     rng = np.random.default_rng(0)
 
     def image() -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Latency and throughput of a detector by every way to run it: `python -m benchmarks.end_to_end.latency --threads 2`."""
+"""Measure latency and throughput of a detector in several runtimes: `python -m benchmarks.end_to_end.latency`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row = measure(case(graphs, batch, options.aoti), slow=True, seconds=options.seconds)
             print("\n".join(table(row)), flush=True)
             results.add(file, facts, row)
-    print(f"{file}; python -m benchmarks --report makes tables of it")
+    print(f"{file}; write its tables with python -m benchmarks --report")
     return 0
 
 
@@ -46,17 +46,22 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.end_to_end.latency", description=__doc__
     )
     add = found.add_argument
-    add("--backbone", default="efficientnet_lite0", help="with random weights: they change no time")
-    add("--size", type=int, default=256, help="side of the images in pixels")
-    add("--threads", type=int, default=machine.cores(), help="of all of them (default: all cores)")
-    add("--seconds", type=float, default=20.0, help="how long the rounds of a batch size go on")
-    add("--aoti", action="store_true", help="AOTInductor too: minutes to compile")
-    add("--file", type=Path, help="results (default: benchmarks/results/<machine>-<date>.json)")
+    text = "Backbone with random weights, which do not change the times."
+    add("--backbone", default="efficientnet_lite0", help=text)
+    add("--size", type=int, default=256, help="Side of the images in pixels.")
+    text = "Number of threads of every runtime (default: all cores)."
+    add("--threads", type=int, default=machine.cores(), help=text)
+    text = "Measuring time of each batch size, in seconds."
+    add("--seconds", type=float, default=20.0, help=text)
+    text = "Also measure AOTInductor, which takes minutes to compile."
+    add("--aoti", action="store_true", help=text)
+    text = "File of results (default: benchmarks/results/<machine>-<date>.json)."
+    add("--file", type=Path, help=text)
     return found
 
 
 def build(backbone: str, size: int) -> MSFlow:
-    """Return a model with random weights, and with statistics of its features, as training would set them."""
+    """Return a model with random weights and the statistics of features that training would set."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = MSFlow(backbone, image_size=size, pretrained=False, standardize=True, seed=0)
@@ -67,7 +72,7 @@ def build(backbone: str, size: int) -> MSFlow:
 
 
 class Graphs:
-    """A detector, and what `msflow export` makes of it, each written when it is first asked for."""
+    """A detector and its exported graphs, each written when it is first used."""
 
     def __init__(self, model: Any, folder: Path) -> None:
         self.model = model
@@ -80,7 +85,7 @@ class Graphs:
 
 
 def case(graphs: Graphs, batch: int, aoti: bool = False) -> Case:
-    """Score and map of a batch of images, which arrive as a float32 tensor of the model's size."""
+    """Return the case of score and map of a batch of images, given as a float32 tensor of the model's size."""
     model, size = graphs.model, graphs.model.image_size
     compiled_ahead = {"AOTInductor fp32": Provider(lambda: _aoti(graphs), FP32, slow=True)}
     return Case(
@@ -121,7 +126,7 @@ def _forward(model: Any) -> Callable[[Tensor], Any]:
 
 
 def _reference(run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    """PyTorch's own operators in place of our kernels."""
+    """Return ``run`` with PyTorch's operators instead of the kernels."""
 
     def without_kernels(images: Tensor) -> Any:
         with ops.backend("reference"):
@@ -131,7 +136,7 @@ def _reference(run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
 
 
 def _predict(model: Any, batch: int) -> Callable[[Tensor], Any]:
-    """Return all that a user calls, from the tensor to results with their images."""
+    """Return ``Detector.predict``, from the tensor to results with their images."""
     detector = Detector(model)
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,1 +1,1 @@
-"""What only a GPU can show, and what the compiler made of the CUDA kernels."""
+"""Measurements on a GPU, and the registers and memory of the compiled CUDA kernels."""

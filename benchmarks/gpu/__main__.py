@@ -1,19 +1,19 @@
-"""Check and measure on a GPU by one command, in ten minutes by default: `python -m benchmarks.gpu`.
+"""Check and measure the kernels and models on a GPU, in ten minutes by default: `python -m benchmarks.gpu`.
 
 The steps, in this order:
 
-* build the kernels for this device and check them against their references;
+* build the kernels for this device and compare them with their references;
 * measure the device's copy bandwidth and matmul rate, and each kernel beside a copy of as many bytes;
 * measure norm, aggregation, the flows' training step and inference, compared with eager PyTorch, AMP, torch.compile and
   FrEIA's blocks;
 * run the CUDA tests and compute-sanitizer.
 
-Each step writes its result to `results/gpu-<device>-<date>.json` when it ends. A run with `--file` continues that file and
-repeats only the build and steps that failed. At the end the results go into docs/benchmarks.md; `--file FILE --report` repeats
-this without a GPU.
+Each step writes its result to `results/gpu-<device>-<date>.json` when it ends. A run with `--file` resumes that file, and
+repeats only the build and the steps that failed. At the end, the results are written into docs/benchmarks.md.
+`--file FILE --report` does this without a GPU.
 """
 
-# The package is imported only after the step `build`: it loads the kernels that it finds.
+# Import the package only after the step `build`, because it loads the kernels that exist at import.
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from benchmarks.gpu import speed
 ROOT = Path(__file__).parents[2]
 Measured = dict[str, Any]
 
-# Every kernel against its reference on the GPU alone; without the command line, whose parser a machine may lack.
+# Compare the kernels with their references, only on the GPU, and without the command line, which needs more packages.
 CHECK = """
 import itertools, torch
 from msflow_ext import testing
@@ -52,25 +52,25 @@ wrong = [row for row in rows if not row[1] <= row[2]]
 print(f"{{len(rows) - len(wrong)}} of {{len(rows)}} agree", *wrong)
 raise SystemExit(bool(wrong))
 """
-OURS = ("--kernel-name", "kns=msflow")  # what the sanitizer looks at, by a part of the mangled name
+OURS = ("--kernel-name", "kns=msflow")  # check kernels with this part in their mangled names
 SANITIZERS: Mapping[str, Sequence[str]] = {
     "memcheck": OURS,
     "racecheck": OURS,
     "synccheck": OURS,
-    "initcheck": (),  # at all kernels: torch's write what ours read
+    "initcheck": (),  # all kernels, because torch's kernels write what ours read
 }
-LONGEST = 150  # seconds of the tests, and of each of the sanitizer's tools
+LONGEST = 150  # seconds that the tests, or a tool of the sanitizer, may take
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.report:
         if options.file is None:
-            parser().error("--report needs --file")
+            parser().error("--file must be given with --report")
         _report(results.read(options.file))
         return 0
     if not torch.cuda.is_available():
-        print("benchmarks.gpu: torch sees no CUDA device", file=sys.stderr)
+        print("benchmarks.gpu: torch finds no CUDA device", file=sys.stderr)
         return 2
     name = torch.cuda.get_device_name()
     today = datetime.now(UTC).date().isoformat()
@@ -90,14 +90,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = found.add_argument
-    add("--file", type=Path, help="file of results to continue (default: in benchmarks/results)")
-    add("--steps", nargs="*", choices=list(STEPS), help="steps to run (default: all)")
-    add("--minutes", type=float, default=10.0, help="no step begins after so many minutes")
-    add(
-        "--report",
-        action="store_true",
-        help="only write the results of --file into docs/benchmarks.md",
-    )
+    add("--file", type=Path, help="File of results to resume (default: in benchmarks/results).")
+    add("--steps", nargs="*", choices=list(STEPS), help="Steps to run (default: all).")
+    add("--minutes", type=float, default=10.0, help="Minutes after which no step begins.")
+    text = "Write the results of --file into docs/benchmarks.md, and measure nothing."
+    add("--report", action="store_true", help=text)
     return found
 
 
@@ -108,14 +105,14 @@ def measure(document: Measured, file: Path, steps: Sequence[str], seconds: float
         if step != "build" and "error" not in document.get(step, {"error": "not run"}):
             continue
         if "error" in document.get("build", {}) and step != "build":
-            break  # or the reference would be measured
+            break  # without kernels, the reference would be measured
         if time.monotonic() > end:
-            print(f"{step}: no time left; continue with --file {file}")
+            print(f"{step}: no time left; resume with --file {file}")
             continue
         start = time.monotonic()
         try:
             document[step] = STEPS[step](document)
-        except Exception as error:  # one step that fails must not cost the others
+        except Exception as error:  # a step that fails must not stop the others
             document[step] = {"error": f"{type(error).__name__}: {error}"}
         document[step]["seconds"] = round(time.monotonic() - start, 1)
         results.write(file, document)
@@ -148,13 +145,13 @@ def check(_: Measured) -> Measured:
 
 def tests(_: Measured) -> Measured:
     places = ("tests/ops", "tests/inference/test_cuda_graphs.py", "tests/models/test_backbone.py")
-    # Other versions of other packages may warn; eight processes share the device where pytest-xdist is installed.
+    # Warnings of other versions of packages must not fail. With pytest-xdist, eight processes share the device.
     options = ["-q", "-W", "default", "-p", "no:cacheprovider", "-k", "cuda or gpu or replay"]
     options += ["-n", "8"] if find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", *options, *places]
     found = _ended(command)
     if found is None:
-        return {"error": f"not ended after {LONGEST} s"}
+        return {"error": f"stopped after {LONGEST} s"}
     lines = found.stdout.strip().splitlines()
     if found.returncode:
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
@@ -163,22 +160,22 @@ def tests(_: Measured) -> Measured:
 
 
 def sanitize(tool: str, _: Measured) -> Measured:
-    """Return what one of compute-sanitizer's tools says of the kernels' check."""
+    """Run the comparison of the kernels under a tool of compute-sanitizer, and return its findings."""
     program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     if program is None:
-        raise FileNotFoundError("no compute-sanitizer on the path, nor in /usr/local/cuda/bin")
+        raise FileNotFoundError("compute-sanitizer must be in PATH or in /usr/local/cuda/bin")
     which = SANITIZERS[tool]
-    every = 5 if which else 20  # to look at all kernels takes longest
+    every = 5 if which else 20  # checking torch's kernels too takes longest
     check_some = [sys.executable, "-c", CHECK.format(every=every)]
     command = [program, "--tool", tool, *which, "--error-exitcode", "9", *check_some]
     found = _ended(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     if found is None:
-        return {"error": f"not ended after {LONGEST} s"}
+        return {"error": f"stopped after {LONGEST} s"}
     return {"error": found.stdout[-1500:]} if found.returncode else {"result": "clean"}
 
 
 def _timed(step: Callable[[Measured], Measured]) -> Callable[[Measured], Measured]:
-    """Return the step, if kernels for this device were built: never the reference's times."""
+    """Return the step, which fails if kernels for this device are missing, so that no reference is timed."""
 
     @wraps(step)
     def run(document: Measured) -> Measured:
@@ -212,7 +209,7 @@ def _report(document: Measured) -> None:
 
 
 def _ended(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str] | None:
-    """Return what a command said; None if it takes too long."""
+    """Run a command, and return its status and output, or None if it takes too long."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -225,7 +222,7 @@ def _ended(command: Sequence[str], **environment: str) -> subprocess.CompletedPr
     try:
         said = process.communicate(timeout=LONGEST)
     except subprocess.TimeoutExpired:
-        # With what it has started, which would slow the next.
+        # Kill its child processes too, because they would slow down the next step.
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         return None

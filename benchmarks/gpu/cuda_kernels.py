@@ -1,7 +1,7 @@
 """Tabulate registers and memory of the compiled CUDA kernels: `python -m benchmarks.gpu.cuda_kernels`.
 
-Registers, memory and the width of loads and stores per kernel and architecture, without a GPU; the table goes to
-`results/cuda_kernels.md`, and the tests hold the hot kernels to it.
+The table has a row per kernel and a column per architecture, and needs no GPU. It is written to
+`results/cuda_kernels.md`. The tests also check the width of loads and stores in the most used kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WIDE = re.compile(r"\b(LDG|STG)\.E\S*\b(?:128|256)\b")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel for one architecture: registers of a thread, bytes of its stack and local and of static shared memory."""
+    """A kernel for an architecture: registers per thread, and bytes of stack, local and static shared memory."""
 
     name: str
     architecture: str
@@ -36,13 +36,13 @@ class Kernel:
 
 
 def module() -> Path | None:
-    """Return the compiled module if it holds CUDA kernels."""
+    """Return the compiled module, or None if it has no CUDA kernels."""
     built = getattr(_backend.C, "cuda_architectures", "")
     return Path(_backend.C.__file__) if built and built != "emulated" else None
 
 
 def cuobjdump() -> str | None:
-    """Return the disassembler: of a CUDA toolkit, of NVIDIA's packages, or the one that comes with triton."""
+    """Return the disassembler of a CUDA toolkit, NVIDIA's packages or triton, or None."""
     homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
     folders = [Path(home) / "bin" for home in (*homes, "/usr/local/cuda") if home]
     for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "*/bin")):
@@ -54,7 +54,7 @@ def cuobjdump() -> str | None:
 
 
 def kernels(file: Path) -> list[Kernel]:
-    """Return all kernels of a module, for every architecture that it has machine code for."""
+    """Return all kernels of a module, for every architecture of its machine code."""
     architecture, name, found = "", "", []
     for line in _dump(file, "-res-usage"):
         if line.startswith("arch = "):
@@ -68,7 +68,7 @@ def kernels(file: Path) -> list[Kernel]:
 
 
 def wide_accesses(file: Path, architecture: str) -> dict[str, set[str]]:
-    """Return which of LDG and STG each kernel uses at 16 bytes or more."""
+    """Return which of LDG and STG each kernel uses with 16 bytes or more."""
     name, found = "", {}
     for line in _dump(file, "-arch", architecture, "-sass"):
         if "Function :" in line:
@@ -80,7 +80,7 @@ def wide_accesses(file: Path, architecture: str) -> dict[str, set[str]]:
 
 
 def readable(names: list[str]) -> list[str]:
-    """Demangled and without namespaces, where the system has c++filt."""
+    """Return the names demangled and without namespaces if the system has c++filt, else unchanged."""
     tool = shutil.which("c++filt")
     if tool is None:
         return names
@@ -94,8 +94,8 @@ def readable(names: list[str]) -> list[str]:
 def _dump(file: Path, *options: str) -> Iterator[str]:
     tool = cuobjdump()
     if tool is None:
-        raise FileNotFoundError("cuobjdump: not in PATH, in a CUDA toolkit, nor in triton")
-    # It runs nvdisasm, which lies beside it.
+        raise FileNotFoundError("cuobjdump must be in PATH, a CUDA toolkit or triton")
+    # It runs nvdisasm from the same folder.
     path = os.pathsep.join((str(Path(tool).parent), os.environ.get("PATH", "")))
     with subprocess.Popen(
         [tool, *options, str(file)],
@@ -112,7 +112,7 @@ def _dump(file: Path, *options: str) -> Iterator[str]:
 def main() -> int:
     file = module()
     if file is None:
-        print("the installed msflow_ext has no CUDA kernels", file=sys.stderr)
+        print("msflow_ext must be built with CUDA kernels", file=sys.stderr)
         return 2
     found = kernels(file)
     names = sorted({k.name for k in found})

@@ -12,7 +12,7 @@ CORRECT = ("check", "tests", "memcheck", "racecheck", "synccheck", "initcheck")
 
 
 class Comparison(NamedTuple):
-    """The lowest of the values whose path matches."""
+    """The lowest value whose path matches a pattern."""
 
     what: str
     paths: str
@@ -39,12 +39,12 @@ COMPARISONS = (
 
 
 def write(document: Mapping[str, Any]) -> None:
-    """Put the block of a document of results into docs/benchmarks.md."""
+    """Write the block of a document of results into docs/benchmarks.md."""
     update(SPEED, "gpu", "\n".join(block(document)))
 
 
 def block(document: Mapping[str, Any]) -> Iterator[str]:
-    """Yield markdown: the device, what was checked, and the worst case of each comparison."""
+    """Yield the Markdown of the device, the checks, and the worst case of each comparison."""
     versions = document.get("build", {}).get("versions", {})
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     yield f"On one {document['device']}, {document['date']} ({named or 'not built'}):"

@@ -1,6 +1,6 @@
-"""How fast kernels, training and inference are on a GPU: the timed steps of `python -m benchmarks.gpu`."""
+"""Time kernels, training and inference on a GPU: the timed steps of `python -m benchmarks.gpu`."""
 
-# msflow_ext is imported where it is used: the step `build` comes first.
+# Functions import msflow_ext, because the step `build` comes first.
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 CHANNELS, BLOCKS, SIZES = (256, 512, 1024), (2, 5, 8), (64, 32, 16)  # wide_resnet50_2 at 512 px
-COPIED, SIDE = 2**28, 8192  # floats of the copy, sides of the product: the device's ceilings
-CALLS = 16  # in a graph that is timed
+COPIED, SIDE = (
+    2**28,
+    8192,
+)  # floats to copy and side of the matrices, to measure the device's limits
+CALLS = 16  # calls in a timed graph
 Measured = dict[str, Any]
 Run = Callable[[], Any]
 
 
 def ceilings(_: Measured) -> Measured:
-    """Copy bandwidth in GB/s, reads and writes counted, and the dense bf16 matmul rate in TFLOP/s."""
+    """Measure the copy bandwidth in GB/s, reads and writes, and the dense bf16 matmul rate in TFLOP/s."""
     source = torch.empty(COPIED, device="cuda")
     copy_ms = _time({"copy": lambda: source.clone()})["copy"]
     a = torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16)
@@ -33,16 +36,16 @@ def ceilings(_: Measured) -> Measured:
 
 
 def kernels(_: Measured) -> Measured:
-    """Measure each kernel at batch 8: ms, GB/s of the bytes it must move, and its share of a copy's GB/s.
+    """Measure each kernel at batch 8: ms, GB/s, GB/s of a copy of as many bytes, and the ratio of both.
 
-    Of the device alone: a call from Python takes longer than most of them.
+    CUDA graphs exclude the time of Python calls, which take longer than most kernels.
     """
     rows: Measured = {}
     with torch.cuda.stream(torch.cuda.Stream()):
         for kind, where in _kinds():
             for name, (moved, run) in _kernel_cases(*where).items():
                 source = torch.zeros(moved // 8, device="cuda")
-                # A graph copies by the driver's own means, not always the fastest; signs change in a kernel.
+                # A graph copies by the driver, which is not always the fastest way; neg runs a kernel.
                 copies = {"memcpy": _recorded(source.clone), "kernel": _recorded(source.neg)}
                 times = _time({"ours": _recorded(run), **copies}, seconds=0.004)
                 gbs = {which: moved * CALLS / ms / 1e6 for which, ms in times.items()}
@@ -67,7 +70,7 @@ def _kinds() -> Iterator[tuple[str, tuple[int, int, torch.dtype, torch.memory_fo
 def _kernel_cases(
     c: int, size: int, dtype: torch.dtype, layout: torch.memory_format
 ) -> dict[str, tuple[int, Run]]:
-    """Return bytes to move and a call, by name."""
+    """Return the bytes to move and a call, by name."""
     from msflow_ext import ops
 
     half = c // 2
@@ -80,7 +83,7 @@ def _kernel_cases(
     y = ops.affine_coupling(l1, l2, l3, *vectors)
     upstream = [torch.ones_like(t) for t in y]
     n = x1.nbytes
-    # The inverse reads the transformed results alone, which lie between the conditioning ones in channels_last.
+    # The inverse reads only the transformed results, which are mixed with the conditioning ones in channels_last.
     transformed = 4 if layout is torch.contiguous_format else 5
     return {
         "coupling forward": (6 * n, lambda: ops.affine_coupling(x1, x2, a, *vectors)),
@@ -111,7 +114,7 @@ def _kernel_cases(
 def _norm_inputs(
     c: int, size: int, dtype: torch.dtype, layout: torch.memory_format
 ) -> tuple[Tensor, ...]:
-    """x, weight, bias, and the bias map in float32 and in the dtype of x."""
+    """Return x, weight, bias, and the bias map in float32 and in the dtype of x."""
     hidden = c // 2 + 64
     x, bias_map = (_normal(n, hidden, size, dtype, layout) for n in (8, 1))
     weight, bias = torch.rand(hidden, device="cuda") + 0.5, torch.randn(hidden, device="cuda")
@@ -119,7 +122,7 @@ def _norm_inputs(
 
 
 def norm(_: Measured) -> Measured:
-    """Bias map, LayerNorm over channels and ReLU at batch 8, of the device alone."""
+    """Measure bias map, LayerNorm over channels and ReLU at batch 8 in CUDA graphs."""
     from benchmarks.kernels import bench_norm
     from msflow_ext.bench.modes import compiled
 
@@ -136,7 +139,7 @@ def norm(_: Measured) -> Measured:
 
 
 def aggregation(_: Measured) -> Measured:
-    """Maps and scores of 512 px from likelihoods."""
+    """Measure maps and scores of 512 px from likelihoods."""
     return {f"batch {batch}": _ratios(_time(_aggregations(batch)), "ours") for batch in (1, 8)}
 
 
@@ -153,10 +156,10 @@ def _aggregations(batch: int) -> dict[str, Run]:
 
 
 def training(_: Measured) -> Measured:
-    """Measure one training step of the flows at batch 8: loss, gradients, clipping, Adam."""
+    """Measure a step of the flows at batch 8: loss, gradients, clipping, Adam."""
     from msflow_ext.bench.modes import compiled
 
-    torch.set_float32_matmul_precision("high")  # as users who need speed set it
+    torch.set_float32_matmul_precision("high")  # as users set it for speed
     features = _features(8, torch.channels_last)
     runs = {
         f"{name} {mode}": _step(flows, features, mode == "bf16")
@@ -168,7 +171,7 @@ def training(_: Measured) -> Measured:
 
 
 def inference(_: Measured) -> Measured:
-    """Log-likelihoods from features, batch 1 and 8; the graph holds one stream per scale."""
+    """Measure log-likelihoods from features at batch 1 and 8; the graph has a stream per scale."""
     return {f"batch {batch}": _inference(batch) for batch in (1, 8)}
 
 
@@ -178,7 +181,7 @@ def _inference(batch: int) -> Measured:
     features = _features(batch, torch.channels_last)
     flows = {name: f.eval().requires_grad_(False) for name, f in _flows().items()}
     fast = flows.pop("ours").optimize(torch.bfloat16)
-    mode = "max-autotune" if batch == 1 else "default"  # which takes minutes
+    mode = "max-autotune" if batch == 1 else "default"  # max-autotune takes minutes
     best = torch.compile(flows["eager"].log_likelihood, mode=mode, dynamic=False)
     replay = mx.graphed(fast.log_likelihood, features)
 
@@ -212,7 +215,7 @@ def _normal(n: int, c: int, size: int, dtype: torch.dtype, layout: torch.memory_
 
 
 def _recorded(run: Run) -> Run:
-    """Return ``CALLS`` of them as one CUDA graph, recorded on the current stream."""
+    """Return the replay of ``CALLS`` calls as one CUDA graph, recorded on the current stream."""
     for _ in range(3):
         run()
     graph = torch.cuda.CUDAGraph()
@@ -223,7 +226,7 @@ def _recorded(run: Run) -> Run:
 
 
 def _time(runs: Mapping[str, Run], rounds: int = 21, seconds: float = 0.01) -> dict[str, float]:
-    """Median ms of each, measured in turn, round by round; a sample is as many calls as take ``seconds``."""
+    """Return the median ms of each, measured in turns; a sample has as many calls as take ``seconds``."""
     calls, samples = {}, {name: [] for name in runs}
     for name, run in runs.items():
         for _ in range(3):
@@ -260,7 +263,7 @@ def _features(batch: int, layout: torch.memory_format) -> list[Tensor]:
 
 
 def _flows() -> dict[str, Any]:
-    """Ours and the reference implementation on equal weights; with FrEIA's dense permutations too where it is installed."""
+    """Return ours and the reference implementation with equal weights, with dense permutations too if FrEIA is installed."""
     from msflow_ext import MSFlowHead
     from msflow_ext.bench.reference import ReferenceMSFlow
 

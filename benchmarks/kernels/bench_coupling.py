@@ -1,4 +1,4 @@
-"""The affine coupling, its inverse and its backward pass against a copy of as many bytes, eager and compiled PyTorch."""
+"""Affine coupling, its inverse and its backward pass, compared with a copy, eager and compiled PyTorch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_coupling(benchmark: Any, case: Case, provider: str) -> None:
 
 
 def cases(quick: bool) -> list[Case]:
-    """Warm buffers at batch 1, and batch 8 from memory."""
+    """Return cases with cached buffers at batch 1, and from memory at batch 8."""
     return [
         make(direction, dtype, layout, channels, side, batch)
         for batch in (1, 8)
@@ -46,7 +46,7 @@ def cases(quick: bool) -> list[Case]:
 def make(direction: str, dtype: str, layout: str, channels: int, side: int, batch: int) -> Case:
     hot = batch == 1
     back = direction == "backward"
-    ours, written_well, to_compile, truth = {
+    ours, for_eager, to_compile, truth = {
         "forward": (forward, eager_forward, eager, reference),
         "inverse": (inverse, eager_inverse, eager_inverse, reference_inverse),
         "backward": (forward, eager, eager, reference),
@@ -62,7 +62,7 @@ def make(direction: str, dtype: str, layout: str, channels: int, side: int, batc
     def expected(*given: Tensor) -> Any:
         return (backward_of(truth, 3) if back else truth)(*widened(given))
 
-    providers = {"eager": provider(written_well), "ours": provider(ours)}
+    providers = {"eager": provider(for_eager), "ours": provider(ours)}
     if hot:
         providers["compile"] = provider(to_compile, slow=True)
 
@@ -78,8 +78,8 @@ def make(direction: str, dtype: str, layout: str, channels: int, side: int, batc
         leaves = [t.requires_grad_(t.is_floating_point()) for t in given]
         return [*leaves, normal(*shape, **options), normal(*shape, **options), torch.ones(batch)]
 
-    # Of C channels: forward reads x and a, writes y; inverse reads half of y and a, writes half of x;
-    # backward reads y's gradient, x and a, writes the gradients of x and a.
+    # For C channels, forward reads x and a and writes y. The inverse reads half of y and a, and writes half of x.
+    # Backward reads the gradient of y, x and a, and writes the gradients of x and a.
     tensors = {"forward": 3, "inverse": 2, "backward": 5}[direction]
     return Case(
         name=f"coupling {direction} {dtype} {layout} {channels}x{side}x{side} b{batch}",
@@ -110,7 +110,7 @@ def reference_inverse(y1: Tensor, y2: Tensor, a: Tensor, s: Tensor, offset: Tens
 
 
 def eager_forward(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor, perm: Tensor):
-    """In place wherever nothing but the result is needed."""
+    """Compute the coupling in place where only the result is needed."""
     a_s, a_t = a.chunk(2, 1)
     s = torch.tanh(0.1 * a_s).mul_(CLAMP)
     log_det = _log_det(s, scale)
@@ -120,7 +120,7 @@ def eager_forward(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tens
 
 
 def eager(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor, perm: Tensor):
-    """As FrEIA's master computes it, differentiable."""
+    """Compute the coupling as FrEIA's master, differentiably."""
     a_s, a_t = a.chunk(2, 1)
     s = CLAMP * torch.tanh(0.1 * a_s)
     u = torch.cat((x1, x2 * torch.exp(s) + 0.1 * a_t), 1)
@@ -130,7 +130,7 @@ def eager(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor, perm
 
 
 def eager_inverse(y1: Tensor, y2: Tensor, a: Tensor, scale: Tensor, offset: Tensor, perm: Tensor):
-    """Only the transformed half, as our inverse: half of the channels are gathered."""
+    """Compute only the transformed half, as the op does, which gathers half of the channels."""
     transformed = torch.argsort(perm)[y1.size(1) :]
     u = torch.cat((y1, y2), 1)[:, transformed]
     a_s, a_t = a.chunk(2, 1)
@@ -141,7 +141,7 @@ def eager_inverse(y1: Tensor, y2: Tensor, a: Tensor, scale: Tensor, offset: Tens
 
 
 def fast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """By ``torch.compile``, so that a graph may be differentiated many times."""
+    """Return the compiled function, whose graph may be differentiated many times."""
     import torch._functorch.config
 
     run = compiled(function)

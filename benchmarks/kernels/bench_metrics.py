@@ -58,7 +58,7 @@ def aupro_case(images: int, side: int) -> Case:
 
 
 def masks_and_maps(images: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth random maps that rise in round defects, up to three on every other image."""
+    """Return masks with up to three round defects on every other image, and smooth random maps that rise there."""
     rng = np.random.default_rng(0)
     masks = np.zeros((images, side, side), bool)
     rows, columns = np.indices((side, side))

@@ -1,4 +1,4 @@
-"""Bias map + LayerNorm over channels + ReLU against eager and compiled PyTorch."""
+"""Bias map, LayerNorm over channels and ReLU, compared with eager and compiled PyTorch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_norm(benchmark: Any, case: Case, provider: str) -> None:
 
 
 def cases(quick: bool) -> list[Case]:
-    """Hidden channels of the flows' subnets: warm buffers at batch 1, and batch 8 from memory."""
+    """Return cases with the hidden channels of the subnets, cached at batch 1, and from memory at batch 8."""
     return [
         make(dtype, layout, channels // 2 + COND, side, batch)
         for batch in (1, 8)
@@ -44,7 +44,7 @@ def make(dtype: str, layout: str, channels: int, side: int, batch: int) -> Case:
         providers["compile"] = Provider(lambda: compiled(to_compile), tolerance, slow=True)
 
     def inputs() -> list[Tensor]:
-        """x, weight, bias, and the bias map in float32 and in the dtype of x: everyone takes what suits."""
+        """Return x, weight, bias, and the bias map in float32 and in the dtype of x; each provider uses one."""
         x = normal(batch, channels, side, side, dtype=DTYPES[dtype], layout=layout)
         bias_map = normal(1, channels, side, side, layout=layout).to(DTYPES[dtype])
         vectors = [torch.rand(channels) + 0.5, torch.randn(channels)]
@@ -70,7 +70,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, bias_map: Tensor, _: Tens
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor, _: Tensor, bias_map: Tensor) -> Tensor:
-    """On the NHWC view, which of channels_last needs no copy; the result stays in that layout."""
+    """Normalize on the NHWC view, which is no copy for channels_last; the result keeps that layout."""
     h = (x + bias_map).permute(0, 2, 3, 1)
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     return F.layer_norm(h, h.shape[-1:], weight, bias).relu_().permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""The fusion flow's pooling and upsampling, forward and backward, against eager and compiled PyTorch."""
+"""Pooling and upsampling of the fusion flow, forward and backward, compared with eager and compiled PyTorch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_resample(benchmark: Any, case: Case, provider: str) -> None:
 
 
 def cases(quick: bool) -> list[Case]:
-    """Halves of all scales, to the coarsest size and back, a batch of 8."""
+    """Return cases that resample halves of all scales to the coarsest size and back, with a batch of 8."""
     return [
         make(what, backward, dtype, layout, scales(quick))
         for what in ("pooling", "upsampling")
@@ -48,7 +48,7 @@ def make(
     eager, ours = FUNCTIONS[what]
 
     def inputs() -> list[Tensor]:
-        """Maps of all scales; for upsampling also the coarse maps; for derivatives also those of the results."""
+        """Return maps of all scales, for upsampling the coarse maps too, and for backward the results' gradients."""
         options = {"dtype": DTYPES[dtype], "layout": layout}
         maps = [normal(8, c // 2, side, side, **options) for c, side in sizes]
         coarse = [normal(8, sum(channels), low, low, **options)]

@@ -1,4 +1,4 @@
-"""Likelihood maps, and maps and image scores of several scales, against eager and compiled PyTorch."""
+"""Likelihood maps, and anomaly maps and scores of several scales, compared with eager and compiled PyTorch."""
 
 from __future__ import annotations
 

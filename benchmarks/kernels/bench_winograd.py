@@ -1,4 +1,4 @@
-"""3x3 convolutions of the flows' subnets in Winograd's form against eager and optimized direct ones."""
+"""Winograd's 3x3 convolutions of the flows' subnets, compared with eager and optimized direct ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msflow_ext.models.conv import packed
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2}
 
-# Side, channels in and out: first and second convolutions of the three scales' subnets.
+# Side, input and output channels of the first and second convolutions of the three scales' subnets.
 SHAPES = [
     (64, 128, 192),
     (64, 192, 256),
@@ -33,7 +33,7 @@ def test_winograd(benchmark: Any, case: Case, provider: str) -> None:
 
 
 def cases(quick: bool) -> list[Case]:
-    """Batch 1 and 4, the gradient of the weight batch 8, channels_last."""
+    """Return cases in channels_last with batch 1 and 4, and with batch 8 for the gradient of the weight."""
     shapes = [(8, 32, 48), (8, 64, 64)] if quick else SHAPES
     return [
         *(make(dtype, *shape, batch) for batch in (1, 4) for dtype in DTYPES for shape in shapes),
@@ -62,9 +62,9 @@ def make(dtype: str, side: int, c_in: int, c_out: int, batch: int) -> Case:
 
 
 def gradient(dtype: str, side: int, c_in: int, c_out: int, batch: int = 8) -> Case:
-    """Of the weight; PyTorch's as autograd calls it, in both memory formats."""
+    """Return the case of the weight's gradient, with PyTorch's op in both memory formats."""
     weight = torch.empty(c_out, c_in, 3, 3, dtype=DTYPES[dtype])
-    tolerance, planar = TOLERANCES[dtype], {}
+    tolerance, contiguous = TOLERANCES[dtype], {}
 
     def inputs() -> list[Tensor]:
         sizes = (batch, c_in, side, side), (batch, c_out, side, side)
@@ -75,9 +75,9 @@ def gradient(dtype: str, side: int, c_in: int, c_out: int, batch: int = 8) -> Ca
         return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry)[1]
 
     def autograd_nchw(x: Tensor, grad: Tensor) -> Tensor:
-        if not planar:  # an eager network has them so
-            planar.update(x=x.contiguous(), grad=grad.contiguous())
-        return autograd(**planar)
+        if not contiguous:  # as in an eager network
+            contiguous.update(x=x.contiguous(), grad=grad.contiguous())
+        return autograd(**contiguous)
 
     return Case(
         name=f"winograd weight gradient {dtype} {c_in}->{c_out} {side}x{side} b{batch}",
@@ -99,7 +99,7 @@ def eager(conv: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def direct(conv: nn.Conv2d, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Return what torch's own freezing makes of a convolution."""
+    """Return the convolution that freezing in torch makes."""
     weight = conv.weight.to(dtype, memory_format=torch.channels_last)
     bias, optimized = bias_of(conv).to(dtype), []
     geometry = ([1, 1], [1, 1], [1, 1], 1)

@@ -23,21 +23,21 @@ __all__ = [
     "threads",
 ]
 
-DEMO = {"channels": (24, 40, 112), "size": 192}  # what `msflow demo` trains
+DEMO = {"channels": (24, 40, 112), "size": 192}  # the model that `msflow demo` trains
 TINY = {"channels": (8, 16), "blocks": (1, 1), "size": 32}
 
 
 def compare(
     thread_count: int | None = None, *, seconds: float = 20.0, tiny: bool = False
 ) -> Iterator[str]:
-    """Compare flows, pipeline and training step with the alternatives: lines to print.
+    """Compare flows, pipeline and training step with the alternatives, and yield lines to print.
 
-    Every provider must give the same numbers before it is timed; the providers take turns round by round.
+    Every provider must give the same results before it is timed. The providers take turns round by round.
 
     Args:
-        thread_count: of PyTorch and our kernels; as they are by default.
-        seconds: how long each of the three may be timed.
-        tiny: a toy size, to see that it works.
+        thread_count: number of threads of PyTorch and the kernels; unchanged by default.
+        seconds: measuring time of each of the three comparisons.
+        tiny: measure toy sizes, to try the command.
     """
     from msflow_ext.bench import cases
 
@@ -53,17 +53,17 @@ def compare(
         facts = machine.facts()
         yield f"{facts['cpu']}, {facts['capability']}, threads: {thread_count or 'default'}"
         if cases.REFERENCE != "reference":
-            yield "FrEIA is not installed: 'eager' replaces the reference implementation (extra 'bench')"
+            yield "FrEIA is not installed (extra 'bench'): 'eager' replaces the reference implementation"
         for case in chosen:
             row = measure(case, seconds=seconds)
             yield ""
             yield from table(row)
             if (row["others"] or 0) > 0.1:
-                yield f"other programs took {row['others']:.0%} of the machine, so these times are not reliable"
+                yield f"other processes used {row['others']:.0%} of the machine: these times are unreliable"
 
 
 def table(row: dict[str, Any]) -> Iterator[str]:
-    """Yield a row of results as text: milliseconds, and how many times faster than the row's baseline."""
+    """Yield a row of results as text: milliseconds, and the speedup over the row's baseline."""
     yield f"{row['case']}, {row['threads']} thread(s)"
     base = row["providers"].get(baseline(row), {}).get("ms")
     for name, found in row["providers"].items():

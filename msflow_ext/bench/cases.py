@@ -1,4 +1,4 @@
-"""End-to-end comparisons of flows, pipeline and training step with the alternatives that users have."""
+"""Comparisons of the flows, the whole pipeline and a training step with alternatives that users would run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from msflow_ext.models.msflow import MSFlow
 from msflow_ext.models.msflow_head import MSFlowHead
 from msflow_ext.training.recipe import Recipe
 
-#: Provider that is the reference implementation: on FrEIA's blocks, or the same in plain PyTorch without FrEIA.
+#: Name of the reference implementation: on FrEIA's blocks, or in plain PyTorch if FrEIA is not installed.
 REFERENCE = "reference" if importlib.util.find_spec("FrEIA") else "eager"
 FP32, BF16 = 1e-4, 5e-2  # tolerances of a whole network; see Provider.tolerance
-CHANNELS, BLOCKS = (256, 512, 1024), (2, 5, 8)  # wide_resnet50_2 and the paper
+CHANNELS, BLOCKS = (256, 512, 1024), (2, 5, 8)  # of wide_resnet50_2, and as in the paper
 
 
 def flows(
@@ -34,12 +34,12 @@ def flows(
     channels: Sequence[int] = CHANNELS,
     blocks: Sequence[int] = BLOCKS,
 ) -> Case:
-    """Latent tensors and log-determinant from the pooled features of images of side ``size``."""
+    """Return the case that computes latent tensors and log-determinant from pooled features of images."""
     maps = _map_sizes(size, len(channels))
     head = (tuple(channels), tuple(blocks))
 
     def theirs(permutation: str, layout: torch.memory_format) -> Callable[..., Any]:
-        flows = _reference(*head, maps, permutation)
+        flows = _reference_flows(*head, maps, permutation)
         if layout is torch.channels_last:
             flows = copy.deepcopy(flows).to(memory_format=layout)  # type: ignore[call-overload]
         return lambda features: flows([f.contiguous(memory_format=layout) for f in features])
@@ -60,7 +60,7 @@ def pipeline(
     backbone: str = "wide_resnet50_2",
     blocks: Sequence[int] = BLOCKS,
 ) -> Case:
-    """From images to scores and maps, with random weights in a backbone that pads by reflection."""
+    """Return the case from images to scores and maps, with random weights and a backbone that pads by reflection."""
     key = (backbone, size, tuple(blocks))
 
     def theirs(permutation: str, layout: torch.memory_format) -> Callable[..., Any]:
@@ -82,7 +82,7 @@ def training_step(
     channels: Sequence[int] = CHANNELS,
     blocks: Sequence[int] = BLOCKS,
 ) -> Case:
-    """Loss, gradients, clipping and Adam on a batch of pooled features; loss and gradient norm are compared."""
+    """Return the case of loss, gradients, clipping and Adam on pooled features, which compares loss and gradient norm."""
     maps = _map_sizes(size, len(channels))
     head = (tuple(channels), tuple(blocks))
 
@@ -101,13 +101,13 @@ def training_step(
 
         return Provider(make, BF16 if bf16 else FP32, bf16=bf16)
 
-    authors = "dense" if REFERENCE == "reference" else "index"
+    permutation = "dense" if REFERENCE == "reference" else "index"
     return Case(
         name=f"training step {'-'.join(map(str, channels))} {size} px b{batch}",
         inputs=lambda: [_features(channels, maps, batch)],
         providers={
-            f"{REFERENCE} fp32": theirs(authors),
-            f"{REFERENCE} bf16": theirs(authors, bf16=True),
+            f"{REFERENCE} fp32": theirs(permutation),
+            f"{REFERENCE} bf16": theirs(permutation, bf16=True),
             "eager bf16 tuned": theirs("index", bf16=True, tuned=True),
             "compile fp32": theirs("index", slow=True),
             "compile bf16": theirs("index", bf16=True, slow=True),
@@ -127,7 +127,7 @@ def training_step(
 def our_step(
     head: FlowHead, precision: Precision, recipe: Recipe | None = None
 ) -> Callable[[Sequence[Tensor]], tuple[float, float]]:
-    """Return the training step of :func:`msflow_ext.training.train`."""
+    """Return a training step as in :func:`msflow_ext.training.train`."""
     from msflow_ext.training import make_optimizer, train_epoch
 
     recipe = recipe or Recipe()
@@ -181,7 +181,7 @@ def _ours(module: Callable[[], Any]) -> dict[str, Provider]:
 
 
 def _map_sizes(size: int, scales: int) -> tuple[tuple[int, int], ...]:
-    """Of pooled features: strides 8, 16, 32 and so on."""
+    """Return the sizes of pooled features, with strides 8, 16, 32 and so on."""
     return tuple((size // 2 ** (3 + i),) * 2 for i in range(scales))
 
 
@@ -203,7 +203,7 @@ def _head(channels: Sequence[int], blocks: Sequence[int]) -> MSFlowHead:
 
 
 @lru_cache(maxsize=2)
-def _reference(
+def _reference_flows(
     channels: Sequence[int],
     blocks: Sequence[int],
     maps: Sequence[tuple[int, int]],
@@ -233,7 +233,7 @@ def _model(backbone: str, size: int, blocks: Sequence[int]) -> MSFlow:
 def _reference_pipeline(
     model: MSFlow, permutation: str, layout: torch.memory_format
 ) -> Callable[[Tensor], Any]:
-    """timm's backbone, pooling, the reference flows and scores."""
+    """Return the pipeline of timm's backbone, pooling, and the reference flows and scores."""
     size = model.image_size
     maps = [f.shape[2:] for f in model.features(torch.zeros(1, 3, size, size))]
     flows = ReferenceMSFlow(model.head, maps, permutation).eval().requires_grad_(False)
@@ -251,7 +251,7 @@ def _reference_pipeline(
 def _their_step(
     flows: ReferenceMSFlow, *, bf16: bool, compile: bool = False, tuned: bool = False
 ) -> Callable[[Sequence[Tensor]], tuple[float, float]]:
-    """Return the reference's training step; ``tuned`` adds channels_last and PyTorch's fused Adam."""
+    """Return a step of the reference implementation; ``tuned`` adds channels_last and PyTorch's fused Adam."""
     layout = torch.channels_last if tuned else torch.contiguous_format
     flows = flows.train().to(memory_format=layout)  # type: ignore[call-overload]
     parameters = [p for p in flows.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Compare the results of several implementations, then time them in turn, round by round."""
+"""Compare the results of several providers of a computation, then time them in turns."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Provider:
     """One implementation of a case.
 
     Attributes:
-        make: builds the callable that takes the case's inputs; what it builds once is not timed.
-        tolerance: largest deviation from the expected results, in units of their largest magnitude.
-        slow: takes a minute or more to build; run on request only.
-        bf16: PyTorch convolves in bfloat16; not timed where the processor has no instructions for that.
-        expected: results to compare with, if it computes another quantity than the other providers.
+        make: builds the callable that is called with the inputs of the case. Building is not timed.
+        tolerance: largest deviation from the expected results, relative to their largest magnitude.
+        slow: building takes a minute or more, so it is only done on request.
+        bf16: PyTorch convolves in bfloat16. Not timed if the processor has no instructions for it.
+        expected: computes the expected results, if they differ from those of the case.
     """
 
     make: Callable[[], Callable[..., Any]]
@@ -44,20 +44,20 @@ class Provider:
 
 @dataclass(frozen=True)
 class Case:
-    """One task on given data, and its implementations.
+    """One computation on given data, and its providers.
 
     Attributes:
-        name: what, with sizes and dtype; unique.
+        name: unique name with sizes and dtype.
         inputs: draws the arguments of a call.
-        providers: by name.
-        expected: the name of the provider whose results are right, or a function of the inputs that gives them.
-        bytes: that must cross memory in one call, for GB/s; 0 if not known.
-        hot: the same inputs in every call, which caches may hold; else they rotate past the last-level cache.
-        grad: whether gradients are recorded.
-        calls: how many first calls are compared; more than one where a call changes the provider.
-        rounds: at least so many.
-        memory: also measure the peak memory of a call, and with ``grad`` what it saves for the backward pass.
-        facts: plain values to keep beside the times.
+        providers: implementations by name.
+        expected: name of the provider whose results are right, or a function of the inputs that returns them.
+        bytes: bytes that one call must read and write, for GB/s; 0 if unknown.
+        hot: use the same inputs, which may be cached, in every call. Otherwise inputs rotate past the last-level cache.
+        grad: record gradients.
+        calls: number of first calls to compare; more than one if a call changes the provider.
+        rounds: smallest number of rounds.
+        memory: also measure the peak memory of a call and, with ``grad``, the memory saved for the backward pass.
+        facts: returns plain values to store with the times.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Case:
 
 @dataclass
 class Ready:
-    """The providers of a case with right results, and inputs for them."""
+    """The providers of a case that gave the expected results, and sets of inputs for them."""
 
     case: Case
     runs: dict[str, Callable[..., Any]]
@@ -90,7 +90,7 @@ class Ready:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Set the number of threads of PyTorch and our kernels inside the block; None leaves it unchanged."""
+    """Set the number of threads of PyTorch and the kernels inside the context; None leaves it unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -103,11 +103,12 @@ def prepare(case: Case, names: Sequence[str] | None = None, *, slow: bool = Fals
     """Build the providers of a case and compare their results with the expected ones.
 
     Args:
-        names: only these; all by default.
-        slow: also those that take a minute or more to build.
+        case: the case.
+        names: names of the providers; by default all.
+        slow: also build providers that take a minute or more.
     """
     if slow:
-        torch.compiler.reset()  # else calls would use what other cases have compiled
+        torch.compiler.reset()  # otherwise calls would first try the code of other cases
     chosen = [n for n, p in case.providers.items() if slow or not p.slow]
     chosen = [n for n in chosen if names is None or n in names]
     inputs = case.inputs()
@@ -127,7 +128,7 @@ def prepare(case: Case, names: Sequence[str] | None = None, *, slow: bool = Fals
 
 
 def _compare(ready: Ready, name: str, inputs: Sequence[Any], common: list[Any]) -> None:
-    """Build one provider. Keep it if its first results are right, else note the reason."""
+    """Build one provider, and keep it if its first results are as expected, else record why it is refused."""
     case, provider = ready.case, ready.case.providers[name]
     found = ready.found[name] = {}
     if provider.bf16 and not has_bfloat16():
@@ -140,9 +141,7 @@ def _compare(ready: Ready, name: str, inputs: Sequence[Any], common: list[Any]) 
     try:
         run = provider.make()
         error = max(map(difference, _results(run, inputs, case.calls), expected))
-    except (
-        Exception
-    ) as failure:  # code of other packages raises any exception; the others can still be timed
+    except Exception as failure:  # third-party code may raise anything; still time the others
         reason = " ".join(str(failure).split())[:300]
         found["refused"] = f"{type(failure).__name__}: {reason}"
         return
@@ -156,16 +155,17 @@ def _compare(ready: Ready, name: str, inputs: Sequence[Any], common: list[Any]) 
 
 
 def measure(case: Case, *, slow: bool = False, seconds: float = 20.0) -> dict[str, Any]:
-    """Time a case: one row of results, plain values for JSON.
+    """Time a case, and return a row of results as plain values for JSON.
 
     Args:
-        slow: also providers that take a minute or more to build.
-        seconds: how long the rounds may take once there are enough of them.
+        case: the case.
+        slow: also time providers that take a minute or more to build.
+        seconds: time after which no round begins once there are ``case.rounds`` of them.
 
     Returns:
-        Name, sizes and conditions of the case, and by provider the ``error`` found, ``ms`` of every round or why
-        it was ``refused``, ``peak_mb`` and ``saved_mb`` where measured; with ``bytes`` also ``copy``, which moves as
-        many bytes in the same rounds. ``others`` is the share of the machine that other processes took meanwhile.
+        Name, sizes and conditions of the case. By provider it holds the ``error``, the ``ms`` of every round or why it
+        was ``refused``, and ``peak_mb`` and ``saved_mb`` if measured. With ``case.bytes`` there is a provider ``copy``,
+        which moves as many bytes in the same rounds. ``others`` is the share of the machine that other processes used.
     """
     others, load = machine.Others(), machine.load_average()
     ready = prepare(case, slow=slow)
@@ -194,12 +194,12 @@ def measure(case: Case, *, slow: bool = False, seconds: float = 20.0) -> dict[st
 
 
 def _results(run: Callable[..., Any], inputs: Sequence[Any], calls: int) -> list[Any]:
-    """Return what the first calls return, as copies: a provider may reuse its memory."""
+    """Return copies of the results of the first calls, because a provider may reuse its memory."""
     return [[t.clone() for t in tensors_of(run(*inputs))] for _ in range(calls)]
 
 
 def _copies(case: Case, inputs: Sequence[Any]) -> list[Sequence[Any]]:
-    """Return so many copies of the inputs that no cache holds one when its turn comes again."""
+    """Return so many copies of the inputs that none is still cached when it is used again."""
     nbytes = sum(t.nbytes for t in _leaves(inputs))
     if case.hot or not nbytes:
         return [inputs]
@@ -233,7 +233,7 @@ def _copy_buffers(case: Case, sets: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _memory(run: Callable[..., Any], inputs: Sequence[Any], saves: bool) -> dict[str, Any]:
-    """Return megabytes at the peak of a call and megabytes saved for the backward pass, without parameters."""
+    """Return the megabytes at the peak of a call, and those saved for the backward pass without parameters."""
     peak = memory.peak(lambda: run(*inputs))
     found: dict[str, Any] = {} if peak is None else {"peak_mb": _rounded(peak / 1e6)}
     if saves:
@@ -247,7 +247,7 @@ def _rounds(
     least: int,
     seconds: float,
 ) -> dict[str, list[float]]:
-    """Return milliseconds per call, one sample per round. Each round starts with another provider."""
+    """Return the milliseconds per call of each, one sample per round; the order rotates between rounds."""
     repeats = {
         name: 1 if least == 1 else max(1, math.ceil(SAMPLE_SECONDS / _warm_up(*call, sets)))
         for name, call in calls.items()
@@ -266,7 +266,7 @@ def _rounds(
 
 
 def _warm_up(run: Callable[..., Any], arguments: Iterator[Sequence[Any]], sets: int) -> float:
-    """Call with every set of inputs, for at most a second. Return the seconds of the fastest call."""
+    """Call with every set of inputs, for a second at most, and return the seconds of the fastest call."""
     began, fastest = time.perf_counter(), math.inf
     for _ in range(max(2, sets)):
         fastest = min(fastest, _time(run, arguments, 1))
@@ -276,7 +276,7 @@ def _warm_up(run: Callable[..., Any], arguments: Iterator[Sequence[Any]], sets: 
 
 
 def _time(run: Callable[..., Any], arguments: Iterator[Sequence[Any]], repeats: int) -> float:
-    """Return seconds per call."""
+    """Return the seconds per call."""
     began = time.perf_counter()
     for _ in range(repeats):
         run(*next(arguments))

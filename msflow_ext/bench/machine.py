@@ -1,4 +1,4 @@
-"""Facts of the machine of a measurement: hardware, software, and load by other processes."""
+"""Describe the machine of a measurement: hardware, versions, and the load by other processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PACKAGES = (
 
 
 def facts() -> dict[str, Any]:
-    """Return CPU, memory, versions, commit and date as plain values for JSON; None if unknown."""
+    """Return CPU, memory, versions, commit and date as plain values for JSON, with None if unknown."""
     return {
         "cpu": _cpu_model(),
         "flags": [flag for flag in FLAGS if flag in _cpu_flags()],
@@ -50,7 +50,7 @@ def facts() -> dict[str, Any]:
 
 
 def cache_bytes() -> int:
-    """Return the size of the last-level cache; 32 MiB if unknown."""
+    """Return the size of the last-level cache, or 32 MiB if unknown."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with contextlib.suppress(OSError, ValueError):
@@ -59,18 +59,18 @@ def cache_bytes() -> int:
 
 
 def load_average() -> float | None:
-    """Return the mean number of runnable processes over the last minute."""
+    """Return the average number of processes that were ready to run over the last minute, or None if unknown."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 class Others:
-    """Share of processor time that other processes use, measured from construction on."""
+    """Measurement of the processor time that other processes use, from construction on."""
 
     def __init__(self) -> None:
         self._start = self._now()
 
     def share(self) -> float | None:
-        """Share in 0..1 of all processors; None if unknown (not on Linux)."""
+        """Return the share of all processors' time in 0..1, or None if unknown (known on Linux)."""
         now = self._now()
         if now is None or self._start is None or now[0] == self._start[0]:
             return None
@@ -79,7 +79,7 @@ class Others:
 
     @staticmethod
     def _now() -> tuple[float, float, float] | None:
-        """Return seconds of all processors together, those in use, and our own."""
+        """Return the seconds of all processors together, those in use, and those of this process."""
         try:
             ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
         except (OSError, ValueError):
@@ -91,7 +91,7 @@ class Others:
 
 
 def others_now(seconds: float = 1.0) -> float | None:
-    """Return the share of the machine that other processes use during a short sleep."""
+    """Return the share of the machine that other processes use during ``seconds``."""
     others = Others()
     time.sleep(seconds)
     return others.share()
@@ -131,7 +131,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit of this source tree, marked if files differ; None in an installed package."""
+    """Return the commit of the source tree of this file, marked if files differ, or None if installed."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""Memory of a call: its peak, and what it keeps for the backward pass."""
+"""Measure the memory of a call at its peak, and that saved for its backward pass."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak(run: Callable[[], Any]) -> int | None:
-    """Return bytes by which a call lifts the process's resident memory at its highest; None unless on Linux."""
+    """Return by how many bytes a call raises the peak of the resident memory; None except on Linux."""
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     try:
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # else memory freed earlier would hide what the call allocates
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise memory freed earlier would hide a part
         clear.write_text("5")  # resets the high-water mark
     except (AttributeError, OSError):
         run()
@@ -33,9 +31,10 @@ def peak(run: Callable[[], Any]) -> int | None:
 
 
 def saved(run: Callable[[], Any]) -> int:
-    """Return the bytes of tensors that a call made and that are alive when its backward pass begins.
+    """Return the bytes of tensors that a call has made and that exist when its backward pass begins.
 
-    Of a call without a backward pass: that its results hold, and they themselves. Parameters and inputs, which exist before, do not count; neither does what the backward pass makes again.
+    Without a backward pass, count the results and the tensors that they hold. Parameters and inputs do not count, and
+    neither do tensors that the backward pass recomputes.
     """
     watch = _Made()
     found: list[int] = []
@@ -47,7 +46,7 @@ def saved(run: Callable[[], Any]) -> int:
 
 
 class _Made(TorchDispatchMode):
-    """Record every storage that operations inside the block make, without keeping it alive."""
+    """Mode that records every storage that an operation makes, without keeping it alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +72,7 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
 
 @contextmanager
 def _before_backward(act: Callable[[], Any]) -> Iterator[None]:
-    """Call a function before every backward pass inside the block."""
+    """Call ``act`` before every backward pass inside the context."""
 
     def acting(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

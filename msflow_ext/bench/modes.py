@@ -1,4 +1,4 @@
-"""The modes in which PyTorch can run the same function: autocast, compiled, frozen."""
+"""Modes in which PyTorch runs a function: autocast, compiled, and compiled with frozen weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def autocast(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a function under PyTorch's bfloat16 autocast."""
+    """Return ``run`` under PyTorch's autocast, with convolutions in bfloat16."""
 
     def under_autocast(*inputs: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
@@ -19,14 +19,14 @@ def autocast(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compiled(run: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """Compile a function by ``torch.compile`` for fixed shapes; ``settings`` are inductor's."""
+    """Return ``run`` compiled by ``torch.compile`` for fixed shapes, with ``settings`` of inductor."""
     import torch._dynamo
     import torch._inductor.config
 
-    # A recompilation beyond the limit would silently time eager PyTorch instead.
+    # Without this, eager PyTorch would silently be timed after too many recompilations.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.recompile_limit = 64
-    # As options, or what was compiled without them would be taken; patched, as tracing looks there.
+    # The options keep code that was compiled without them from being reused. Tracing reads the patched configuration.
     fast = torch.compile(run, dynamic=False, options=settings or None)
 
     def under_settings(*inputs: Any) -> Any:
@@ -37,5 +37,5 @@ def compiled(run: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
 
 
 def freezing(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function with weights as constants, which are folded, cast and laid out once."""
+    """Return ``run`` compiled with weights as constants, which are folded, cast and laid out once."""
     return compiled(run, freezing=True)

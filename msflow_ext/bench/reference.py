@@ -1,7 +1,7 @@
-"""The reference implementation of MSFlow on FrEIA's blocks: cat and split, permutation, eager PyTorch.
+"""The reference implementation of MSFlow: FrEIA's blocks, cat and split, and permutations in eager PyTorch.
 
-Written from the description of the published system; only for comparison. Weights come from one of our heads, so that
-both sides can be checked to give the same numbers before anything is timed.
+It is written from the description of the published system, and only serves for comparison. Its weights come from an
+``MSFlowHead``, so that both can be checked to give the same results before they are timed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ class ReferenceMSFlow(nn.Module):
     """Parallel flows on FrEIA's ``AllInOneBlock`` and the two-sided fusion coupling in plain PyTorch.
 
     Args:
-        head: whose weights to take.
+        head: the head whose weights are copied.
         sizes: ``(H_i, W_i)`` of each scale.
         permutation: ``"dense"`` for the block of FrEIA 0.2, which permutes by a convolution with a 0/1 matrix;
-            ``"index"`` for the same in plain PyTorch with an index, as FrEIA's master does, which is faster.
+            ``"index"`` for the same block in plain PyTorch with an index, as in FrEIA's master, which is faster.
 
     Raises:
-        ModuleNotFoundError: ``"dense"`` without FrEIA.
+        ValueError: if ``head`` has another clamp form than FrEIA 0.2.
+        ModuleNotFoundError: if ``permutation`` is ``"dense"`` and FrEIA is not installed.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class ReferenceMSFlow(nn.Module):
 
 
 def predict(log_likelihood: Sequence[Tensor], size: int, top_k: float = 0.03) -> Prediction:
-    """Scores and maps of side ``size`` from likelihood maps ``(N, H_i, W_i)``, step by step as described."""
+    """Return scores and maps of side ``size`` from likelihood maps ``(N, H_i, W_i)``, step by step as published."""
 
     def upsampled(x: Tensor) -> Tensor:
         return F.interpolate(x[:, None], (size, size), mode="bilinear", align_corners=True)[:, 0]
@@ -93,7 +94,7 @@ def predict(log_likelihood: Sequence[Tensor], size: int, top_k: float = 0.03) ->
 
 
 class IndexFlow(nn.Module):
-    """A chain of blocks, in plain PyTorch, that permute by an index."""
+    """A chain of :class:`IndexBlock`."""
 
     def __init__(self, channels: int, blocks: int, cond: int, h: int, w: int, clamp: float) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class IndexFlow(nn.Module):
 
 
 class IndexBlock(nn.Module):
-    """What ``AllInOneBlock`` computes for MSFlow."""
+    """FrEIA's ``AllInOneBlock`` for MSFlow in plain PyTorch, with its permutation as an index."""
 
     w_perm: Tensor
 
@@ -135,7 +136,7 @@ class IndexBlock(nn.Module):
 
 
 class Subnet(nn.Module):
-    """Conv - LayerNorm over channels - ReLU - Conv, as FrEIA's blocks call it."""
+    """Subnet of a block: convolution, LayerNorm over channels, ReLU, convolution."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -149,7 +150,7 @@ class Subnet(nn.Module):
 
 
 class Fusion(nn.Module):
-    """The coupling across scales, with its permutations by index."""
+    """The coupling across scales, with its permutations as indices."""
 
     clamp: Tensor
 
@@ -158,8 +159,8 @@ class Fusion(nn.Module):
         halves = [c // 2 for c in channels]
         self.perms: list[Tensor] = []
         self.subnet_1, self.subnet_2 = CrossScale(halves), CrossScale(halves)
-        # A tensor, because inductor's freezing (torch 2.15) confuses numbers by which it scales different
-        # convolutions: with this one and the blocks' 0.1 its results would be wrong.
+        # A tensor, because freezing in inductor (torch 2.15) confuses numbers that scale different convolutions.
+        # With this number and the 0.1 of the blocks, its results would be wrong.
         self.register_buffer("clamp", torch.tensor(clamp), persistent=False)
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -179,7 +180,7 @@ class Fusion(nn.Module):
 
 
 class CrossScale(nn.Module):
-    """Scales and shifts of every scale from all scales."""
+    """Subnet that computes scale and shift of every scale from all scales."""
 
     def __init__(self, channels: list[int]) -> None:
         super().__init__()
@@ -200,7 +201,7 @@ class CrossScale(nn.Module):
 
 
 class CrossConvs(nn.Module):
-    """The part of a cross-scale subnet that sees all scales together."""
+    """The part of a cross-scale subnet that mixes all scales."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Numbers that summarise results and times: deviation, median and quantiles, ratio, and the baseline of a row."""
+"""Summarize results and times: deviation, median and quantiles, ratio, and the baseline of a row."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Baselines in order of preference; the first that was timed is the baseline of a row.
+#: The first of these that was timed is the baseline of a row.
 BASELINES = ("reference fp32", "reference", "eager fp32", "eager", "sklearn", "800 thresholds")
 
 
 def difference(got: Any, expected: Any) -> float:
-    """Return the largest deviation of tensors, numbers or nests of them, relative to the largest magnitude."""
+    """Return the largest deviation of tensors, numbers or nests of them, relative to each largest expected magnitude."""
     left, right = list(tensors_of(got)), list(tensors_of(expected))
     if [t.shape for t in left] != [t.shape for t in right]:
         return math.inf
@@ -29,9 +29,9 @@ def difference(got: Any, expected: Any) -> float:
 
 
 def baseline(row: Mapping[str, Any]) -> str:
-    """Return the provider that the others of a row are compared with: the reference implementation where it was timed.
+    """Return the provider that the others of a row are compared with.
 
-    Without any of ``BASELINES`` it is the first provider that was timed, and ``""`` if none was.
+    It is the first of ``BASELINES`` that was timed, else the first provider that was timed, else ``""``.
     """
     timed = [name for name, found in row["providers"].items() if "ms" in found]
     return next((name for name in BASELINES if name in timed), timed[0] if timed else "")
@@ -46,7 +46,7 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
-    """Return how many times faster: the median over rounds of the ratio within a round."""
+    """Return the speedup: the median over rounds of the ratio within a round."""
     pairs = [a / b for a, b in zip(slower, faster, strict=True)]
     return quantiles(pairs)[0]
 

@@ -9,7 +9,7 @@ from msflow_ext.cli.parser import number
 
 
 def bench(options: Any) -> int:
-    """Measure flows, pipeline and a training step against the alternatives on this machine."""
+    """Measure flows, the whole pipeline and a training step against alternatives on this machine."""
     from msflow_ext.bench import compare
 
     for line in compare(options.threads, seconds=options.seconds, tiny=options.tiny):
@@ -24,6 +24,6 @@ def bench_flags(part: Any) -> None:
         type=number,
         default=20.0,
         metavar="SECONDS",
-        help="Seconds to time each comparison.",
+        help="Measuring time of each comparison, in seconds.",
     )
-    part.add_argument("--tiny", action="store_true", help="Use toy sizes, as a trial.")
+    part.add_argument("--tiny", action="store_true", help="Measure toy sizes, to try the command.")

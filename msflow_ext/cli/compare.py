@@ -6,7 +6,7 @@ from typing import Any
 
 
 def compare(options: Any) -> int:
-    """Compare finished runs on the same test images: metrics, settings, images they disagree on."""
+    """Compare finished runs on the same test images: metrics, settings, and images they disagree on."""
     from msflow_ext.reports import comparison
     from msflow_ext.runs.results import read_runs
 
@@ -21,6 +21,8 @@ def compare_flags(part: Any) -> None:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="Run folders; differences are from the first.",
+        help="Run folders to compare; differences are relative to the first.",
     )
-    part.add_argument("--out", default="comparison.html", metavar="FILE", help="Page to write.")
+    part.add_argument(
+        "--out", default="comparison.html", metavar="FILE", help="HTML page to write."
+    )

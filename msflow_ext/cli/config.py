@@ -1,4 +1,4 @@
-"""Flags from a YAML file."""
+"""Read flags from a YAML file."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 from msflow_ext.cli.parser import UsageError, suggestion, truth
 from msflow_ext.data import PACKAGED
 
-LARGEST = 2**16  # bytes of a file of settings
+LARGEST = 2**16  # bytes of a configuration file
 
-#: Keys of removed settings in ``config.yaml`` of older runs; ignored where they are off.
+#: Keys of ``config.yaml`` in older runs whose flags were removed. Switched off, they change nothing.
 RETIRED = ("position_base",)
 
 
 class Config(argparse.Action):
-    """Set the flags that a YAML file names; a flag further right on the command line replaces its value.
+    """Set the flags that a YAML file names. A flag further right on the command line replaces its value.
 
-    Its relative paths start from the folder of the file.
+    Relative paths in the file start from the folder of the file.
     """
 
     def __call__(self, parser: Any, namespace: Any, path: Any, option_string: Any = None) -> None:
@@ -38,16 +38,16 @@ class Config(argparse.Action):
                 raise UsageError(f"{path}: {key} {error}") from None
             known[key].required = False
         file = Path(path).absolute()
-        folder = file.parent if file.is_file() else Path.cwd()  # of a pipe
+        folder = file.parent if file.is_file() else Path.cwd()  # a pipe has no folder
         for key, value in with_whole_paths(read, folder).items():
             setattr(namespace, key, value)
 
 
 def with_whole_paths(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Settings whose relative paths, which start from ``folder``, are absolute.
+    """Return the settings with absolute paths, where relative ones start from ``folder``.
 
-    ``normal``, ``abnormal`` and ``masks`` stay as they are where they are in the folder ``data``, and so does the name
-    of a data set that is a package.
+    If ``data`` is given, ``normal``, ``abnormal`` and ``masks`` are inside it and stay as they are. The name of a data
+    set that is a package stays too.
     """
     paths = ["data", "weights", "out"]
     paths += [] if settings.get("data") else ["normal", "abnormal", "masks"]
@@ -58,16 +58,16 @@ def with_whole_paths(settings: Mapping[str, Any], folder: Path) -> dict[str, Any
 
 
 def read_config(path: str) -> dict[Any, Any]:
-    """Keys and values of a YAML file: values are text as on the command line, lists of it, or None for null.
+    """Read a YAML file whose values are text as on the command line, lists of text, or None for null.
 
     Raises:
-        UsageError: the file is not YAML, or holds something else than keys and values.
-        OSError: it cannot be read.
+        UsageError: if the file is not YAML, or does not hold keys and values.
+        OSError: if the file cannot be read.
     """
     import yaml
 
     class Loader(yaml.BaseLoader):
-        """Leave all values but null as they are written."""
+        """Read every value except null as text."""
 
     null = "tag:yaml.org,2002:null"
     Loader.add_implicit_resolver(null, re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
@@ -76,18 +76,23 @@ def read_config(path: str) -> dict[Any, Any]:
 
 
 def read_yaml(path: Path, base: Any) -> dict[Any, Any]:
-    """Keys and values of a YAML file, as a loader ``base`` of PyYAML makes them, without anchors, aliases and tags.
+    """Read a YAML file with a loader of PyYAML, without anchors, aliases and tags.
 
-    Nine aliases of nine aliases and so on are a file of a few lines whose value fills the memory.
+    Nested aliases are refused because a file of a few lines with them can fill the memory.
+
+    Args:
+        path: the file to read.
+        base: the class of the loader.
 
     Raises:
-        UsageError: the file is not YAML, is large, or holds something else. OSError: it cannot be read.
+        UsageError: if the file is not YAML, is too large, or does not hold keys and values.
+        OSError: if the file cannot be read.
     """
     import yaml
     from yaml.composer import ComposerError
 
     class Loader(base):
-        """Refuse what refers to other places."""
+        """Refuse anchors, aliases and tags."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()
@@ -99,7 +104,7 @@ def read_yaml(path: Path, base: Any) -> dict[Any, Any]:
     with open(path, "rb") as file:
         content = file.read(LARGEST + 1)
     if len(content) > LARGEST:
-        raise UsageError(f"{path} must be at most {LARGEST} bytes of settings")
+        raise UsageError(f"{path} must have at most {LARGEST} bytes, got more")
     try:
         found = yaml.load(content.decode(), Loader)
     except yaml.MarkedYAMLError as error:
@@ -107,8 +112,8 @@ def read_yaml(path: Path, base: Any) -> dict[Any, Any]:
         where = f"line {mark.line + 1}, column {mark.column + 1}"
         raise UsageError(f"{path}, {where}: {error.problem}") from None
     except RecursionError:
-        raise UsageError(f"{path} nests too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # such as an impossible date
+        raise UsageError(f"{path} is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # such as a date that does not exist
         raise UsageError(f"{path}: {error}") from None
     if not isinstance(found, dict | None):
         raise UsageError(f"{path} must hold keys and values, got a {type(found).__name__}")
@@ -120,7 +125,7 @@ def _is_key(action: argparse.Action) -> bool:
 
 
 def _value(action: argparse.Action, value: Any) -> Any:
-    """Read a value as the flag reads its words."""
+    """Return the value that the flag reads from text."""
     if value is None:
         return action.default
     many = action.nargs in ("+", "*")

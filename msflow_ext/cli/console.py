@@ -1,4 +1,4 @@
-"""Output of the command line: tables of results in percent."""
+"""Print tables of results in percent on the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = tuple[str, str, Mapping[str, Any]]
 
 
 def rows_of(metrics: Mapping[str, Any]) -> list[Row]:
-    """Return a finished run, and its baseline if it has one, for the table of results."""
+    """Return the rows of a finished run, and of its baseline if it has one, for the table of results."""
     title = f"{metrics['data']['name']} {metrics['data']['category']}"
     found = [(metrics["model"]["name"], metrics)]
     found += [(each["name"], each) for each in [metrics["baseline"]] if each]
@@ -36,17 +36,17 @@ def print_lines(lines: Sequence[table.Line]) -> None:
 
 
 def print_decisions(metrics: Mapping[str, Any]) -> None:
-    """Print what the threshold of a finished run does on the test images, if it has one."""
+    """Print how many test images exceed the threshold of a finished run, if it has one."""
     from msflow_ext.evaluation.calibration import counted, explained
 
     found = metrics.get("decisions")
-    if found and "counts" in found["on_test"]:  # which an older version did not write
+    if found and "counts" in found["on_test"]:  # older versions did not write counts
         print(f"over the threshold {found['threshold']:.6g}: {counted(found['on_test'])}")
         print(explained(found))
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """Print the results of each title and method."""
+    """Print the results of each row in percent."""
     _print_percent(
         (*titles, *("-" if (v := metrics[key]) is None else f"{100 * v:.1f}" for key in RESULTS))
         for *titles, metrics in rows
@@ -60,10 +60,14 @@ def _print_percent(rows: Iterable[Sequence[str]]) -> None:
 
 
 def conclude(runs: Sequence[table.Run], out: Path, *, show: bool = True) -> None:
-    """Print the table of the runs on request; raise RuntimeError if a run failed."""
+    """Print the table of the runs if ``show``.
+
+    Raises:
+        RuntimeError: if a run failed.
+    """
     if show:
         print_lines(table.lines(runs))
-        print(f"{out / 'table.md'}, table.csv and table.json hold all results")
+        print(f"{out / 'table.md'}, table.csv and table.json hold the whole table")
     failed = [run for run in runs if run.failure]
     if failed:
         raise RuntimeError(

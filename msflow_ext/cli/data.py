@@ -18,7 +18,7 @@ DATA = ("data", "layout", "category", "split_seed", "normal", "abnormal", "masks
 
 
 def data(options: Any) -> int:
-    """Report what a data set holds and what is wrong with it: data check."""
+    """Report the contents and the faults of a data set: data check."""
     from msflow_ext.data import check_dataset
 
     chosen, faults = dict(vars(options)), 0
@@ -35,7 +35,7 @@ def data(options: Any) -> int:
 
 
 def categories(options: Mapping[str, Any]) -> list[str | None]:
-    """Return the categories that ``--category`` names: all, several with commas, one or None."""
+    """Return the categories that ``--category`` names: all, several separated by commas, one, or None."""
     from msflow_ext.data import list_categories
 
     category = options["category"]
@@ -45,7 +45,7 @@ def categories(options: Mapping[str, Any]) -> list[str | None]:
 
 
 def open_data(options: Mapping[str, Any], *, strict: bool = True) -> DataSet:
-    """Return the data set that the options name; ``strict`` as :func:`msflow_ext.data.open_dataset` has it."""
+    """Return the data set that the options name; ``strict`` as in :func:`msflow_ext.data.open_dataset`."""
     from msflow_ext.data import open_dataset
 
     given = {name: options[name] for name in DATA if name in options}
@@ -53,17 +53,20 @@ def open_data(options: Mapping[str, Any], *, strict: bool = True) -> DataSet:
 
 
 def run_settings(run: Path) -> dict[str, Any]:
-    """Return the options in ``config.yaml`` of a run; ValueError if it is damaged or names no data."""
+    """Read the options in ``config.yaml`` of a run.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged or does not name the data.
+    """
     import yaml
 
     path = run / "config.yaml"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist, so the run's data are unknown: give --data"
-        )
+        raise FileNotFoundError(f"{path} does not exist; name the data with --data")
     settings = read_yaml(path, yaml.SafeLoader)
     if "data" not in settings:
-        raise ValueError(f"{path} does not name the run's data: give --data")
+        raise ValueError(f"{path} must name the run's data; name the data with --data")
     for name in DATA:
         kind = int if name == "split_seed" else str
         if not isinstance(settings.get(name), kind | None):
@@ -72,10 +75,12 @@ def run_settings(run: Path) -> dict[str, Any]:
 
 
 def data_flags(part: Any) -> None:
-    phrase = "Report what a data set holds and what is wrong with it."
+    phrase = "Report the contents and the faults of a data set."
     check = part.add_commands("action", {"check": phrase})["check"]
-    check.add_argument("folder", nargs="?", metavar="DIR", help=f"{DATA_HELP} The same as --data.")
+    check.add_argument("folder", nargs="?", metavar="DIR", help=f"{DATA_HELP} Same as --data.")
     add_data(check)
-    text = "Side of the model's images in pixels; also report defects that are smaller than a pixel at that size."
+    text = "Side of the model's square input in pixels; defects smaller than one of its pixels are reported."
     check.add_argument("--image-size", type=count, metavar="PIXELS", help=text)
-    add_choice(check, "--fit", FITS, "How images become square at that size.", default="resize")
+    add_choice(
+        check, "--fit", FITS, "How images are made square for --image-size.", default="resize"
+    )

@@ -1,4 +1,4 @@
-"""The command ``evaluate``: test a run, or every run of a folder, on labelled images."""
+"""The command ``evaluate``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(options: Any) -> int:
-    """Test a trained model on labelled images: those of its own run, or others; or all runs of a folder."""
+    """Test a trained model on the test images of its run or on other labeled images."""
     from msflow_ext.runs.folder import checked_out
 
     with locked(checked_out(options.out)) if options.out else nullcontext() as out:
@@ -30,7 +30,7 @@ def evaluate(options: Any) -> int:
 
 
 def _test_one(options: Any, out: Path | None) -> int:
-    """Test a run, and print what is found."""
+    """Test a run, and print its results."""
     from msflow_ext.cli.console import print_table, rows_of
 
     print_table(rows_of(_test(options, out)))
@@ -45,7 +45,9 @@ def _test_all(options: Any, out: Path | None) -> int:
 
     parent = Path(options.run)
     if not out or out.resolve() == parent.resolve():
-        raise ValueError("--category all needs --out with another folder than that of the runs")
+        raise ValueError(
+            f"--out must be a folder other than {parent} with --category all, got {options.out}"
+        )
 
     def one(trial: sweep.Trial) -> Mapping[str, Any]:
         chosen = copy(options)
@@ -58,11 +60,11 @@ def _test_all(options: Any, out: Path | None) -> int:
 
 
 def _trials(parent: Path) -> list[sweep.Trial]:
-    """Return the finished trainings below a folder.
+    """Return the finished runs below a folder.
 
     Raises:
-        ValueError: two are of one category and seeds, one of them is not finished.
-        FileNotFoundError: there are none, or one does not say what it was trained on.
+        ValueError: if a run is not finished, or two have the same category and seeds.
+        FileNotFoundError: if there are no runs, or a run has no ``config.yaml``.
     """
     from msflow_ext.runs.checkpoint import CHECKPOINT
     from msflow_ext.runs.folder import METRICS
@@ -71,23 +73,25 @@ def _trials(parent: Path) -> list[sweep.Trial]:
     found: dict[tuple[Any, ...], Trial] = {}
     for folder in sorted(path.parent for path in parent.rglob(CHECKPOINT)):
         if not (folder / METRICS).exists():
-            raise ValueError(f"{folder} is not a finished run: train it with --resume first")
+            raise ValueError(f"{folder} must be a finished run; train it with --resume first")
         settings = run_settings(folder)
         split_seed, seed = (int(settings.get(name, 0)) for name in ("split_seed", "seed"))
         trial = Trial(settings.get("category"), split_seed, seed, folder)
         first = found.setdefault((trial.category, split_seed, seed), trial)
         if first is not trial:
             raise ValueError(
-                f"{first.folder} and {folder} are of one category and seeds: a table has one run "
-                "of each"
+                f"{first.folder} and {folder} have the same category and seeds; the table needs one "
+                "run of each"
             )
     if not found:
-        raise FileNotFoundError(f"{parent} holds no runs: msflow train --category all makes them")
+        raise FileNotFoundError(
+            f"{parent} must contain finished runs; write them with train --category all"
+        )
     return list(found.values())
 
 
 def _test(options: Any, out: Path | None) -> dict[str, Any]:
-    """Test one run and write the results to ``out``. Return the metrics and what they were measured on."""
+    """Test a run, write the results into ``out``, and return the metrics with their data and model."""
     from msflow_ext.data import Images
     from msflow_ext.evaluation import evaluator
     from msflow_ext.features import Features
@@ -125,7 +129,7 @@ def _test(options: Any, out: Path | None) -> dict[str, Any]:
 def _decisions(
     detector: Detector, truth: Truth, images: Images, found: Evaluation, options: Any
 ) -> dict[str, Any]:
-    """Return and print what the run's thresholds decide on these images and, on request, what tuned ones would."""
+    """Return and print the decisions of the run's threshold and, if asked for, thresholds tuned on these images."""
     from msflow_ext.evaluation import calibration
 
     written: dict[str, Any] = {}
@@ -149,20 +153,20 @@ def _decisions(
 
 
 def _check_classes(dataset: DataSet) -> None:
-    """Raise ValueError unless there are good and defective test images."""
+    """Raise ValueError unless the test images are all labeled, and some are good and some defective."""
     labels = [item.label for item in dataset.test]
     good, bad = labels.count(0), labels.count(1)
     if not good or not bad or good + bad < len(labels):
         raise ValueError(
-            f"{dataset.name} {dataset.category} cannot be measured: there must be good and defective test images, "
-            f"got {good} good, {bad} defective and {len(labels) - good - bad} without "
-            "a label (msflow predict scores images of any kind)"
+            f"{dataset.name} {dataset.category} must have good and defective test images, all with "
+            f"labels, got {good} good, {bad} defective and {len(labels) - good - bad} without a "
+            "label; score such images with msflow predict"
         )
 
 
 def evaluate_flags(part: Any) -> None:
     add_run(part)
-    text = "Folder for scores.csv and evaluation.json; by default nothing is written."
+    text = "Folder to write scores.csv and evaluation.json into; by default nothing is written."
     part.add_argument("--out", metavar="DIR", help=text)
     add_data(part.add_argument_group("data", "By default the test images of the run."))
     evaluation = part.add_argument_group("evaluation")
@@ -170,7 +174,7 @@ def evaluate_flags(part: Any) -> None:
     evaluation.add_argument(
         "--tune-thresholds",
         action="store_true",
-        help="Also find the thresholds with the largest F1 on the same images.",
+        help="Also find the thresholds with the largest F1 on the images that are tested.",
     )
     hardware = part.add_argument_group("hardware")
     add_precision(hardware)

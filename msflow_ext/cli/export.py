@@ -23,7 +23,7 @@ def export(options: Any) -> int:
 
     detector = load(options.run, "cpu")
     images = None
-    with suppress(ImportError, OSError, ValueError):  # without its data, random images are used
+    with suppress(ImportError, OSError, ValueError):  # without its data, use random images only
         test = open_data(run_settings(Path(options.run))).test
         seen = Images((test[0], test[-1]), detector.model.image_size, detector.fit)
         images = torch.stack([seen[i] for i in range(2)])
@@ -38,8 +38,8 @@ def export(options: Any) -> int:
     )
     if default:
         print(
-            f"loaded without that hint, as OpenVINO does by default: {_listed(default)} "
-            "(bfloat16 on CPUs that can)"
+            f"without that hint, OpenVINO's default: at most {_listed(default)} "
+            "(bfloat16 on CPUs that support it)"
         )
     return 0
 
@@ -50,5 +50,7 @@ def _listed(differences: Mapping[str, float]) -> str:
 
 def export_flags(part: Any) -> None:
     add_run(part)
-    add_choice(part, "--format", EXPORT_FORMATS, "Format of the graph.", required=True)
-    add_out(part, "New file: .pt2 for torch and aoti, .onnx for onnx, .xml for openvino.", "FILE")
+    add_choice(part, "--format", FORMATS, "Format of the graph file.", required=True)
+    add_out(
+        part, "File to write: .pt2 for torch and aoti, .onnx for onnx, .xml for openvino.", "FILE"
+    )

@@ -1,4 +1,4 @@
-"""Flags that several commands have."""
+"""Flags that several commands share."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from msflow_ext.training.recipe import PRESETS
 if TYPE_CHECKING:
     from msflow_ext.distributed.executors import Engine
 
-DATA_HELP = (
-    f"Folder of the data set, or the name of a packaged set: {' or '.join(PACKAGED)} (extra demo)."
-)
+DATA_HELP = f"Folder of the data set, or {' or '.join(PACKAGED)} of the extra demo."
 
 
 def add_choice(part: Any, flag: str, words: tuple[str, ...], text: str, **more: Any) -> None:
-    """Add a flag whose value is one of some words."""
+    """Add a flag whose value must be one of ``words``."""
     part.add_argument(flag, type=OneOf(words), choices=words, help=text, **more)
 
 
 def add_model(part: Any) -> None:
     text = "Model to train."
     add_choice(part, "--model", tuple(PRESETS["paper"]), text, default="msflow")
-    text = "Hyper-parameters: paper, or robust, which did better and varied less on our data."
+    text = (
+        "Hyper-parameters of the paper, or robust ones that scored higher on average on other data."
+    )
     add_choice(part, "--preset", tuple(PRESETS), text, default="paper")
 
 
@@ -35,35 +35,39 @@ def add_data(part: Any) -> None:
 
 
 def add_layout(part: Any) -> None:
-    add_choice(part, "--layout", LAYOUTS, "Layout of the folder.")
+    add_choice(part, "--layout", LAYOUTS, "Layout of the data set's folder.")
     part.add_argument(
         "--category",
         metavar="NAME",
-        help="Category of the data set, such as bottle; all for every one (train, evaluate, data "
-        "check), a,b for several (train, data check).",
+        help="Category of the data set, such as bottle. train and data check also accept a,b for "
+        "several; train, data check and evaluate also accept all.",
     )
     part.add_argument(
         "--split-seed",
         type=whole,
         default=0,
         metavar="N",
-        help="Seed of the split of the good images, where the data set has no fixed split.",
+        help="Seed that splits the good images into training and test images, if the data set has "
+        "no fixed split.",
     )
     for name, text in (
         ("normal", "Folder of normal training images"),
         ("abnormal", "Folder of defective test images"),
         ("masks", "Folder of the masks of the defective images"),
     ):
-        part.add_argument(f"--{name}", metavar="DIR", help=f"{text}, with layout folder.")
+        part.add_argument(f"--{name}", metavar="DIR", help=f"{text}, for --layout folder.")
     part.add_argument(
         "--csv",
         metavar="FILE",
-        help="List of images with the columns path, label, mask and split, with layout folder.",
+        help="CSV file that lists images in the columns path, label, mask and split, for "
+        "--layout folder.",
     )
 
 
 def add_run(part: Any) -> None:
-    part.add_argument("--run", required=True, metavar="DIR", help="Run folder, or checkpoint file.")
+    part.add_argument(
+        "--run", required=True, metavar="DIR", help="Run folder, or checkpoint file of the model."
+    )
 
 
 def add_false_alarms(part: Any) -> None:
@@ -71,7 +75,7 @@ def add_false_alarms(part: Any) -> None:
         "--false-alarms",
         type=number,
         metavar="SHARE",
-        help="Share of normal images that may exceed the thresholds; by default the run's.",
+        help="Share of normal images that may exceed the threshold; by default that of the run.",
     )
 
 
@@ -94,13 +98,13 @@ def add_threads(part: Any) -> None:
         "--threads",
         type=count,
         metavar="THREADS",
-        help="CPU threads of torch; by default torch decides.",
+        help="CPU threads that torch uses; by default torch chooses.",
     )
 
 
 def add_again(part: Any) -> None:
-    part.add_argument("--resume", action="store_true", help="Continue the run in the folder.")
-    part.add_argument("--overwrite", action="store_true", help="Replace the run in the folder.")
+    part.add_argument("--resume", action="store_true", help="Continue the run in --out.")
+    part.add_argument("--overwrite", action="store_true", help="Replace the run in --out.")
 
 
 def add_engine(part: Any, *, default: str | None, text: str) -> None:
@@ -114,26 +118,30 @@ def add_engine(part: Any, *, default: str | None, text: str) -> None:
         "--tasks-at-once",
         type=count,
         metavar="N",
-        help="Largest number of tasks on Ray at once; by default as many as fit.",
+        help="Largest number of simultaneous tasks on Ray; by default as many as fit.",
     )
     part.add_argument(
         "--cpus-per-task",
         type=count,
         default=1,
         metavar="N",
-        help="Processors, and threads, of each task on Ray.",
+        help="CPU cores, and threads, of each task on Ray.",
     )
     part.add_argument(
         "--gpus-per-task",
         type=number,
         default=0.0,
         metavar="N",
-        help="GPUs of each task on Ray; a part of one, such as 0.5, is possible.",
+        help="GPUs of each task on Ray, which may be a fraction such as 0.5.",
     )
 
 
 def chosen_engine(options: Any) -> Engine:
-    """Return the engine that flags ask for; ValueError if flags of Ray stand beside another one."""
+    """Return the engine that the flags choose.
+
+    Raises:
+        ValueError: if a flag of Ray is given for another engine.
+    """
     from msflow_ext.distributed.executors import on_ray, one_by_one
 
     if options.engine == "ray":
@@ -145,12 +153,13 @@ def chosen_engine(options: Any) -> Engine:
         )
     for name in ("address", "tasks_at_once"):
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is for --engine ray")
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} must be given with --engine ray, got engine {options.engine}")
     return one_by_one
 
 
 def device_of(options: Any) -> str | None:
-    """Return the device that a task computes on: with Ray the CPU, unless it keeps a GPU for itself."""
+    """Return the device that a task uses. On Ray it is the CPU unless the task reserves a GPU."""
     if options.engine != "ray":
         return options.device
     device = options.device or ("cuda" if options.gpus_per_task else "cpu")

@@ -1,6 +1,6 @@
-"""Flags for the hyper-parameters: the recipe and the models declare them, and document them, once.
+"""Make flags of the hyper-parameters that the recipe and the models declare and document.
 
-Their source is read as text, because importing a model imports torch, which help has no time for.
+Their source is read as text, because importing a model imports torch, which would delay the help.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 from msflow_ext.choices import CHOICES
 from msflow_ext.cli.parser import NONE, OneOf, OrNone, number, truth, whole
 
-#: A class, the file that declares it, and files of classes that its docstring refers to.
+#: A class, the file that declares it, and files with classes that its docstring refers to.
 RECIPE = ("Recipe", "training/recipe.py")
 MODELS = {
     "msflow": ("MSFlow", "models/msflow.py", "models/msflow_head.py"),
     "fastflow": ("FastFlow", "models/fastflow.py"),
 }
-#: Arguments of a model that are no flags of their own: ``--weights`` and ``--seed``.
-OTHERWISE = ("pretrained", "seed")
+#: Arguments of a model that other flags set: ``--weights`` and the recipe's ``--seed``.
+SET_ELSEWHERE = ("pretrained", "seed")
 
 UNITS = {
     **dict.fromkeys(("false_alarms", "hold_out", "top_k", "warmup"), "SHARE"),
@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """A field of a dataclass, or an argument of a constructor: annotation and help as the source has them."""
+    """A field of a dataclass or an argument of a constructor, with its annotation and help from the source."""
 
     name: str
     annotation: str
@@ -55,11 +55,12 @@ class Parameter:
 
     @property
     def optional(self) -> bool:
-        """Whether None is one of its values."""
+        """Return whether None is allowed."""
         return self.annotation.endswith("| None")
 
     def add_to(self, group: Any, note: str = "", default: Any = None) -> None:
-        """Add its flag. Without the flag the option is None, and the preset decides: ``default`` is only shown."""
+        """Add the flag. Its option is None unless given, so that the preset decides; ``default`` is only shown."""
+        kind, unit = KINDS[re.findall(r"int|float|bool|str", self.annotation)[0]]
         words = CHOICES.get(self.name)
         if words:
             kind, unit = OneOf(words), None
@@ -80,7 +81,7 @@ class Parameter:
 
 @cache
 def parameters(owner: str, *sources: str) -> Mapping[str, Parameter]:
-    """Read the arguments of a class of the package, in their order."""
+    """Return the arguments of a class of the package, in their order."""
     texts = [(files("msflow_ext") / file).read_text(encoding="utf-8") for file in sources]
     nodes = [node for text in texts for node in ast.parse(text).body]
     classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
@@ -92,13 +93,13 @@ def parameters(owner: str, *sources: str) -> Mapping[str, Parameter]:
 
 
 def model_parameters(model: str) -> Mapping[str, Parameter]:
-    """Read the arguments of a model that have a flag of their own."""
+    """Return the arguments of a model that have their own flag."""
     found = parameters(*MODELS[model])
-    return {name: each for name, each in found.items() if name not in OTHERWISE}
+    return {name: each for name, each in found.items() if name not in SET_ELSEWHERE}
 
 
 def all_model_parameters() -> Mapping[str, Parameter]:
-    """Return the arguments of all models; the first model decides on one that several have."""
+    """Return the arguments of all models; one that several models have is that of the first."""
     found: dict[str, Parameter] = {}
     for model in MODELS:
         found = {**model_parameters(model), **found}
@@ -106,7 +107,7 @@ def all_model_parameters() -> Mapping[str, Parameter]:
 
 
 def given(options: Any, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
-    """Return the options among these parameters that are given, the word none as None."""
+    """Return the parameters that the options give, with None for the word none."""
     found = {}
     for name, each in parameters.items():
         value = getattr(options, name)
@@ -116,7 +117,7 @@ def given(options: Any, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
 
 
 def _declared(node: ast.ClassDef) -> Iterator[tuple[str, str, Any]]:
-    """Yield name, annotation and default of every field, or of every argument of ``__init__`` with a default."""
+    """Yield name, annotation and default of each field, or of each argument of ``__init__`` with a default."""
     for each in node.body:
         if isinstance(each, ast.AnnAssign) and each.value:
             yield (
@@ -146,7 +147,10 @@ def _documented(docstring: str) -> dict[str, str]:
 
 
 def _phrase(texts: Mapping[str, Mapping[str, str]], owner: str, name: str) -> str:
-    """Return the text of an argument as plain sentences; a reference to another class is replaced by its text."""
+    """Return the text of an argument as a sentence without markup.
+
+    ``see :class:`NAME``` is replaced by the text of the same argument there.
+    """
     text = texts[owner].get(name, "")
     if refers := re.match(r"see :class:`(\w+)`[.;]?", text):
         rest = text[refers.end() :].strip()

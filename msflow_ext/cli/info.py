@@ -7,7 +7,7 @@ from typing import Any
 
 
 def info(options: Any) -> int:
-    """Show what is installed, and which backend each op uses and why."""
+    """Print the installed versions, and the backend of each op with the reason for it."""
     from msflow_ext import testing
 
     print(json.dumps(testing.info(), indent=2))
@@ -22,5 +22,5 @@ def info(options: Any) -> int:
 
 
 def info_flags(part: Any) -> None:
-    text = "Run every kernel against its reference; the exit status is 1 if one is wrong."
+    text = "Compare every kernel with its reference; the exit status is 1 if one is wrong."
     part.add_argument("--check", action="store_true", help=text)

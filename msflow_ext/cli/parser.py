@@ -1,4 +1,4 @@
-"""The parser of the command line: its errors are one sentence, with a suggestion after a typo."""
+"""Parse the command line. An error is one sentence, with a suggestion after a typo."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-#: Messages of argparse and their replacements; the flag is written before them.
+#: Messages of argparse, and their replacements. The name of the flag is put before them.
 _REWORDED = (
     (r"expected one argument", "must be given a value"),
     (r"expected at least one argument", "must be given one value or more"),
@@ -19,11 +19,11 @@ _REWORDED = (
 
 
 class UsageError(ValueError):
-    """A command line or a configuration file is wrong."""
+    """A wrong command line or configuration file."""
 
 
 class Formatter(argparse.HelpFormatter):
-    """Show the default of a flag after its help, unless it is absent or off."""
+    """Formatter that shows the default of a flag after its help, unless there is none or it is off."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
@@ -36,7 +36,7 @@ class Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse flags, or commands that have flags of their own."""
+    """Parser of flags, or of commands with their flags."""
 
     def __init__(self, prog: str, description: str | None = None, **more: Any) -> None:
         super().__init__(
@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
 
     def add_commands(self, dest: str, phrases: dict[str, str]) -> dict[str, Parser]:
-        """Add a parser for each of the commands, described by these phrases."""
+        """Add a parser for each command, described by its phrase."""
         added = self.add_subparsers(
             dest=dest, title="commands", metavar=dest.upper(), required=True, parser_class=Parser
         )
@@ -62,7 +62,11 @@ class Parser(argparse.ArgumentParser):
         return self.commands
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """Return the options that the words give; ``UsageError`` if they are wrong."""
+        """Return the options that the words give.
+
+        Raises:
+            UsageError: if the words are wrong.
+        """
         self._refuse_unknown(words)
         try:
             options, unknown = self.parse_known_args(words)
@@ -76,14 +80,14 @@ class Parser(argparse.ArgumentParser):
         _fail(None, message)
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
-        """Find a misspelt command or flag before argparse misses another one for it."""
+        """Raise UsageError for a misspelt command or flag, before argparse reports a missing one instead."""
         for i, word in enumerate(words):
             if word == "--":
                 return
             flag, equals, value = word.partition("=")
             if not word or (
                 flag.startswith("--") and equals and not value
-            ):  # as from a shell variable that is not set
+            ):  # an unset shell variable
                 named = flag or words[max(i - 1, 0)]
                 shown = named if named.startswith("--") else "an argument"
                 raise UsageError(f"{shown} must not be empty")
@@ -101,7 +105,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return ``", did you mean X?"`` if a known word is close, else nothing."""
+    """Return ``", did you mean X?"`` if a known word is close, else an empty text."""
     bare = {each.lstrip("-"): each for each in known}
     close = get_close_matches(word.lstrip("-"), bare, n=1)
     return f", did you mean {bare[close[0]]}?" if close else ""
@@ -113,7 +117,7 @@ def _fail(name: str | None, message: str) -> NoReturn:
     raise UsageError(f"{name} {message}" if name else message) from None
 
 
-# ---- values: the same text means the same on the command line and in a configuration file ----
+# ---- values, read alike on the command line and in a configuration file ----
 
 
 def whole(text: str) -> int:
@@ -122,7 +126,7 @@ def whole(text: str) -> int:
 
 
 def count(text: str) -> int:
-    """Read a whole number of 1 or more, which every library takes."""
+    """Read a whole number of 1 or more that fits into 32 bits, as libraries require."""
     _read(_at_least_one, text, "a whole number of 1 or more")
     return _read(_below_limit, text, "at most 2**31 - 1")
 
@@ -164,7 +168,7 @@ def _read(kind: Any, text: str, expectation: str) -> Any:
 
 
 class OneOf(tuple[str, ...]):
-    """Read one of some words."""
+    """Reader of one of several words."""
 
     def __call__(self, text: str) -> str:
         if text in self:
@@ -174,7 +178,7 @@ class OneOf(tuple[str, ...]):
 
 
 class OrNone:
-    """Read a value, or keep the word none: an option that is None was not given."""
+    """Reader of a value or the word none, which is kept because None means that the option was not given."""
 
     def __init__(self, kind: Any) -> None:
         self.kind = kind

@@ -1,4 +1,4 @@
-"""The command ``predict``: files and folders, a folder that is watched, an archive."""
+"""The command ``predict``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def predict(options: Any) -> int:
-    """Score images: files, folders with their sub-folders, or what arrives in a watched folder."""
+    """Score images, folders of images, or images as they arrive in a folder."""
     import torch
 
     from msflow_ext.runs.folder import checked_out
@@ -58,7 +58,7 @@ def _score(options: Any, out: Path) -> int:
     detector = scoring.load(options.run, options.device)
     images = _images(options)
     output.remove_earlier(out, images.values())
-    # After a kill, this table tells which pictures this command wrote.
+    # If the process is killed, the next one removes the pictures of the images in this table.
     write_scores(out / TABLE, [Row(name, error=output.NOT_SCORED) for name in images])
     rows: list[Row] = []
 
@@ -87,11 +87,13 @@ def _score(options: Any, out: Path) -> int:
 
 
 def _archive(options: Any) -> int:
-    """Score images into Parquet; one that cannot be scored has a row that says why."""
+    """Score images into Parquet; an image that cannot be scored has a row with its error."""
     from msflow_ext.inference.archive import job
 
-    if not options.engine or options.watch or options.score_only:
-        raise ValueError("Parquet takes --engine, and neither --watch nor --score-only")
+    if not options.engine:
+        raise ValueError("--engine must be given with --maps or --address")
+    if options.watch or options.score_only:
+        raise ValueError("--engine must be given without --watch and --score-only")
     engine, device = chosen_engine(options), device_of(options)
     chosen = {
         name: getattr(options, name) for name in ("maps", "shard_size", "threads", "on_error")
@@ -111,7 +113,7 @@ def _skipped(name: str, error: str) -> None:
 
 
 def _concluded(images: int, wrong: Collection[str], written: Path | str) -> int:
-    """Say how many images were scored, and return the exit status: 1 if one has no score."""
+    """Print how many images were scored, and return the exit status: 1 if one has no score."""
     print(f"{images} {'image' if images == 1 else 'images'}: {written}")
     if wrong:
         log.warning("%d of %d have no score, see column error", len(wrong), images)
@@ -119,31 +121,35 @@ def _concluded(images: int, wrong: Collection[str], written: Path | str) -> int:
 
 
 def _images(options: Any) -> dict[str, Path]:
-    """Return the images that the options name, without pictures that this command writes."""
+    """Return the images that the options name, except the pictures that this command writes."""
     from msflow_ext.data.sources import listed
 
     return listed(options.paths, apart=_written(options.paths, Path(options.out)))
 
 
 def _written(paths: Sequence[str], out: Path) -> list[Path]:
-    """Return the folders that pictures are written into; ValueError if one of them is to be read."""
+    """Return the folders that pictures are written into.
+
+    Raises:
+        ValueError: if one of them is also read.
+    """
     written = [out / "maps", out / "masks"]
     for path in paths:
         for folder in written:
             if Path(path).resolve().is_relative_to(folder.resolve()):
-                raise ValueError(f"--out {out} writes images into {folder}, which is read")
+                raise ValueError(f"--out must not write into {folder}, from which images are read")
     return written
 
 
 def _scoring(options: Any) -> Scoring:
-    """Return the settings of scoring that the options ask for."""
+    """Return the settings with which the options score images."""
     from msflow_ext.inference.settings import Scoring
 
     return Scoring(**{name: getattr(options, name) for name in Scoring.__dataclass_fields__})
 
 
 def _watch(options: Any, out: Path) -> int:
-    """Score what arrives in a folder: first the pictures of an image are written, then its row."""
+    """Score images as they arrive in a folder: write first the pictures of an image, then its row."""
     from msflow_ext.inference.output import TABLE, row_of, write_pictures
     from msflow_ext.inference.watch import ScoreLog, arrivals, stopped_by_signals
     from msflow_ext.reports.heat_maps import colour_range
@@ -155,7 +161,7 @@ def _watch(options: Any, out: Path) -> int:
         detector = scoring.load(options.run, options.device)
         scores = ScoreLog(out / TABLE)
         colours, taken, new = detector.colours, set(), dict[str, None]()
-        for name in scores.names:  # so that pictures are called as if there was no interruption
+        for name in scores.names:  # pictures get the same names as without an interruption
             file_name(name, taken)
         log.info("watching %s, %d images scored before", folder, len(scores.names))
         for name, path in arrivals(folder, scores.names, stop, apart=written):
@@ -172,7 +178,7 @@ def _watch(options: Any, out: Path) -> int:
 
 
 def _watched(paths: Sequence[str]) -> Path:
-    """Return the one folder to watch."""
+    """Return the folder to watch."""
     if len(paths) > 1:
         raise ValueError(f"--watch must be given one folder, got {' '.join(paths)}")
     folder = Path(paths[0])
@@ -187,17 +193,23 @@ def predict_flags(part: Any) -> None:
         "paths",
         nargs="+",
         metavar="PATH",
-        help="Images and folders with their sub-folders. Patterns such as *.png are expanded by the shell only.",
+        help="Images, and folders whose images are scored, subfolders included.",
     )
-    text = "Folder for scores.csv, maps/*.png and, of a run with thresholds, masks/*.png."
+    text = (
+        "Folder to write scores.csv, maps/*.png and, if the run has thresholds, masks/*.png into."
+    )
     add_out(part, text)
-    part.add_argument("--score-only", action="store_true", help="Write no heat maps and no masks.")
+    part.add_argument(
+        "--score-only",
+        action="store_true",
+        help="Write the table of scores without heat maps and masks.",
+    )
     part.add_argument(
         "--watch",
         action="store_true",
-        help="Score images as they arrive in the one folder given, until interrupted.",
+        help="Score images as they arrive in the folder PATH, until interrupted.",
     )
-    text = "Skip an image that cannot be scored (a line, a row with its error, and status 1 at the end), or stop at it."
+    text = "Skip an image that cannot be scored (its row has the error; the exit status is 1), or stop at it."
     add_choice(part, "--on-error", ON_ERROR, text, default="skip")
     labels = part.add_argument_group("labels")
     add_false_alarms(labels)
@@ -205,26 +217,26 @@ def predict_flags(part: Any) -> None:
         "--threshold",
         type=number,
         metavar="SCORE",
-        help="Label images with a larger score as defective, instead of by the run's threshold.",
+        help="Score above which an image is labeled defective; by default the threshold of the run.",
     )
     tiles = part.add_argument_group("large images")
     tiles.add_argument(
         "--tile",
         action="store_true",
-        help="Cut images into tiles of the model's size; thresholds and p-values of the run do "
-        "not hold for them.",
+        help="Cut images into tiles of the model's input size. The run's thresholds and p-values "
+        "do not apply to them.",
     )
     tiles.add_argument(
         "--overlap",
         type=number,
         default=0.25,
         metavar="SHARE",
-        help="Share by which neighbouring tiles overlap.",
+        help="Share of a tile that overlaps its neighbor.",
     )
     archive = part.add_argument_group("archives")
-    text = "Write Parquet into --out, a folder or URI, from this process or on Ray; the same command resumes."
+    text = "Write Parquet files into --out, a folder or URI, in this process or on Ray. The same command resumes."
     add_engine(archive, default=None, text=text)
-    text = "Keep the anomaly maps in Parquet, as numbers or as PNG heat maps."
+    text = "Write the anomaly maps into the Parquet files, as arrays or as PNG heat maps."
     add_choice(archive, "--maps", MAPS, text)
     archive.add_argument(
         "--shard-size", type=count, default=256, metavar="IMAGES", help="Images per Parquet file."
@@ -235,7 +247,7 @@ def predict_flags(part: Any) -> None:
         type=count,
         default=8,
         metavar="IMAGES",
-        help="Images, or tiles, that are scored at a time.",
+        help="Images, or tiles, that are scored at once.",
     )
     add_precision(hardware)
     add_device(hardware)

@@ -12,7 +12,7 @@ from msflow_ext.cli.parser import count, number, whole
 
 
 def serve(options: Any) -> int:
-    """Answer images over HTTP, with a page to drop them on: score, label, mask and heat map."""
+    """Score images over HTTP, with a web page that shows score, label, mask and heat map."""
     from msflow_ext import serving
 
     limits = serving.Limits(**{name: getattr(options, name) for name in vars(serving.Limits())})
@@ -29,8 +29,8 @@ def serve(options: Any) -> int:
         ssl_certfile=options.ssl_certfile,
         ssl_keyfile=options.ssl_keyfile,
     )
-    if left:  # a thread cannot be ended, and the end of the interpreter would wait for it
-        logging.getLogger(__name__).warning("images given up in work: %d", left)
+    if left:  # the interpreter would wait for their threads, which cannot be stopped
+        logging.getLogger(__name__).warning("images abandoned at shutdown: %d", left)
         sys.stderr.flush()
         os._exit(0)
     return 0
@@ -44,46 +44,52 @@ def serve_flags(part: Any) -> None:
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="Address to bind to; another one than this machine's own requires a token.",
+        help="Address to bind to; one that other machines can reach requires a token.",
     )
     server.add_argument(
-        "--port", type=whole, default=8000, metavar="PORT", help="Port; 0 for any that is free."
+        "--port",
+        type=whole,
+        default=8000,
+        metavar="PORT",
+        help="Port to listen on; 0 for any free port.",
     )
     server.add_argument(
         "--token",
         default="",
         metavar="TOKEN",
-        help="Token that requests must bring; by default MSFLOW_TOKEN of the environment, which a "
-        "list of processes does not show.",
+        help="Token that requests must send; by default the environment variable MSFLOW_TOKEN, "
+        "which a list of processes does not show.",
     )
     server.add_argument(
         "--allow-host",
         action="append",
         metavar="NAME",
-        help="Name or address besides --host and this machine's own that requests and web pages may name the service "
-        "by; may be given several times; * for any.",
+        help="Further host name or address that requests and web pages may use for the service; "
+        "* for any. May be given several times.",
     )
-    server.add_argument("--ssl-certfile", metavar="FILE", help="PEM certificate, for HTTPS.")
+    server.add_argument("--ssl-certfile", metavar="FILE", help="PEM certificate file for HTTPS.")
     server.add_argument(
-        "--ssl-keyfile", metavar="FILE", help="Key of the certificate, if it is in another file."
+        "--ssl-keyfile",
+        metavar="FILE",
+        help="Private key file of the certificate, if the certificate file has no key.",
     )
     limits = part.add_argument_group("limits")
     for flag, unit, default, text in (
-        ("--max-bytes", "BYTES", 32 * 2**20, "Largest size of an image file."),
+        ("--max-bytes", "BYTES", 32 * 2**20, "Largest size of an image file in bytes."),
         ("--max-pixels", "PIXELS", 64_000_000, "Largest number of pixels of an image."),
-        ("--concurrency", "IMAGES", 16, "Images at once, those that wait included."),
-        ("--connections", "CONNECTIONS", 256, "Connections at once."),
+        ("--concurrency", "IMAGES", 16, "Largest number of images in work or waiting."),
+        ("--connections", "CONNECTIONS", 256, "Largest number of open connections."),
     ):
         limits.add_argument(flag, type=count, default=default, metavar=unit, help=text)
     for flag, default, text in (
-        ("--timeout", 30.0, "Seconds for an image."),
-        ("--head-timeout", 10.0, "Seconds in which the head of a request must arrive."),
+        ("--timeout", 30.0, "Seconds within which an image must be answered."),
+        ("--head-timeout", 10.0, "Seconds within which the head of a request must arrive."),
         (
             "--idle-timeout",
             5.0,
-            "Seconds in which nothing may arrive, within an image or between requests.",
+            "Seconds without data after which a connection is closed, within an image or between requests.",
         ),
-        ("--grace", 8.0, "Seconds that images in work are given after SIGINT or SIGTERM."),
+        ("--grace", 8.0, "Seconds to finish images in work after SIGINT or SIGTERM."),
     ):
         limits.add_argument(flag, type=number, default=default, metavar="SECONDS", help=text)
     hardware = part.add_argument_group("hardware")

@@ -48,7 +48,7 @@ DEMO = (
 
 
 def demo(options: Any) -> int:
-    """Train a model on solar cells (ELPV mono) and on brick, beside a Gaussian baseline."""
+    """Train a model and a Gaussian baseline on solar cells (ELPV mono) and on brick textures."""
     from msflow_ext.cli.console import print_table, rows_of
 
     rows = []
@@ -65,7 +65,7 @@ def demo(options: Any) -> int:
 
 
 def train(options: Any) -> int:
-    """Train a model on good images, test it, and write a run folder, or one for each category and seed."""
+    """Train a model on good images, test it, and write a run folder for each category and seed."""
     from msflow_ext.cli.console import conclude, print_decisions, print_table, rows_of
     from msflow_ext.distributed.ranks import join
     from msflow_ext.training import sweep
@@ -83,7 +83,10 @@ def train(options: Any) -> int:
             sweep.refuse_old(trials)
         if not trials and options.engine != "local":
             several = "--category all or a,b, --seeds or --split-seeds"
-            raise ValueError(f"--engine {options.engine} is for several trainings: {several}")
+            raise ValueError(
+                f"--engine must be local for a single training, got {options.engine}; "
+                f"start several with {several}"
+            )
     if not trials:
         metrics = _train(options)
         if ranks.first:
@@ -95,7 +98,7 @@ def train(options: Any) -> int:
     work = partial(_train_trial, chosen)
     with ExitStack() as stack:
         with ranks.agreed():
-            if ranks.first and trials[0].folder != out:  # that is locked by its training
+            if ranks.first and trials[0].folder != out:  # its training locks its folder
                 stack.enter_context(locked(out))
         runs = sweep.do_all(trials, out, work, FAILURES, engine, write=ranks.first)
     with ranks.agreed():
@@ -111,7 +114,7 @@ def _parsed(arguments: list[str]) -> Any:
 
 
 def _trials(options: Any) -> list[sweep.Trial]:
-    """Return the trainings that the options ask for; none if it is one, of which no table is made."""
+    """Return the trainings of the series that the options ask for; none for a single training."""
     from msflow_ext.data import FIXED
     from msflow_ext.training import sweep
 
@@ -120,7 +123,10 @@ def _trials(options: Any) -> list[sweep.Trial]:
         return []
     split_seeds = options.split_seeds or [options.split_seed]
     if len(split_seeds) > 1 and options.layout in FIXED:
-        raise ValueError(f"--split-seeds: layout {options.layout} says itself what is tested")
+        raise ValueError(
+            f"--split-seeds must be one seed for layout {options.layout}, which has a fixed split, "
+            f"got {len(split_seeds)}"
+        )
     if min(split_seeds) < 0:
         raise ValueError(f"--split-seeds must be 0 or more, got {min(split_seeds)}")
     recipe = recipe_of(options)
@@ -129,7 +135,7 @@ def _trials(options: Any) -> list[sweep.Trial]:
 
 
 def _train_trial(options: Any, trial: sweep.Trial) -> dict[str, Any]:
-    """Return one training of a series."""
+    """Train once, as a part of a series."""
     chosen = copy(options)
     for name in ("category", "split_seed", "seed"):
         setattr(chosen, name, getattr(trial, name))
@@ -138,7 +144,7 @@ def _train_trial(options: Any, trial: sweep.Trial) -> dict[str, Any]:
 
 
 def _train(options: Any) -> dict[str, Any]:
-    """Train as the options say; what ``metrics.json`` holds."""
+    """Train as the options say, and return what ``metrics.json`` holds."""
     import torch
 
     from msflow_ext.distributed.ranks import join
@@ -169,22 +175,30 @@ def _train(options: Any) -> dict[str, Any]:
 
 
 def recipe_of(options: Any) -> Recipe:
-    """Return the recipe of the preset, with what is given instead; ValueError names a value out of range."""
+    """Return the recipe of the preset, with the values that the options give.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
     preset = PRESETS[options.preset][options.model]
     return replace(preset.recipe, **given(options, parameters(*RECIPE)))
 
 
 def model_arguments(options: Any) -> dict[str, Any]:
-    """Return the arguments of the model in the preset, with what is given instead; ValueError names a wrong one."""
+    """Return the arguments of the model in the preset, with the values that the options give.
+
+    Raises:
+        ValueError: if an option belongs to another model.
+    """
     chosen = given(options, all_model_parameters())
     if wrong := [name for name in chosen if name not in model_parameters(options.model)]:
         flag = f"--{wrong[0].replace('_', '-')}"
-        raise ValueError(f"{flag} is not an option of --model {options.model}")
+        raise ValueError(f"{flag} must not be given with --model {options.model}, which lacks it")
     return {**PRESETS[options.preset][options.model].model, **chosen}
 
 
 def _build(options: Any, dataset: DataSet, seed: int) -> Any:
-    """Return the untrained model that the options ask for."""
+    """Build the untrained model that the options ask for."""
     from msflow_ext.models.fastflow import FastFlow
     from msflow_ext.models.msflow import MSFlow
 
@@ -192,12 +206,12 @@ def _build(options: Any, dataset: DataSet, seed: int) -> Any:
     arguments = model_arguments(options)
     small = dataset.category == "transistor" or dataset.name == "mstc"
     if small and options.model == "msflow":
-        arguments.setdefault("image_size", 256)  # as its authors train these
+        arguments.setdefault("image_size", 256)  # as published for these data
     return kind(pretrained=options.weights or True, seed=seed, **arguments)
 
 
 def devices_to_start(options: Any) -> int:
-    """Return how many processes the options ask for; 0 if this one trains."""
+    """Return the number of processes to start; 0 if this one trains."""
     from msflow_ext.distributed.launch import processes_to_start
 
     names = ("devices", "num_nodes", "rendezvous", "device")
@@ -205,7 +219,7 @@ def devices_to_start(options: Any) -> int:
 
 
 def _settings(options: Any) -> dict[str, Any]:
-    """Return what ``config.yaml`` of a run holds, for ``--config``: paths are found from any folder."""
+    """Return what ``config.yaml`` of a run holds, with absolute paths so that ``--config`` works anywhere."""
     names = (*DATA, *parameters(*RECIPE), *all_model_parameters())
     names += ("model", "preset", "weights", "baseline")
     given = {name: getattr(options, name) for name in names}
@@ -218,14 +232,14 @@ def _yaml(settings: dict[str, Any]) -> str:
     return yaml.safe_dump(settings, sort_keys=False)
 
 
-#: Groups of the help of ``train``; and where fields of the recipe stand that are not about training itself.
+#: Groups of the help of ``train``, and those of the recipe's fields that are not in the group training.
 GROUPS = ("data", "model", "training", "evaluation", "hardware", "many runs")
 PLACES = {
     **dict.fromkeys(("cache", "memory", "precision", "workers"), "hardware"),
     **dict.fromkeys(("eval_every", "false_alarms", "hold_out"), "evaluation"),
     "fit": "data",
 }
-SHOWN = "Defaults are those of --preset paper, for MSFlow where both models have the flag."
+SHOWN = "Defaults are those of --preset paper; where both models have the flag, those of MSFlow."
 
 
 def train_flags(part: Any) -> None:
@@ -234,12 +248,12 @@ def train_flags(part: Any) -> None:
         "--config",
         action=Config,
         metavar="FILE",
-        help="YAML file with values for these flags, such as batch_size: 16. Flags after it replace "
-        "its values. Relative paths start from the folder of FILE.",
+        help="YAML file with values of flags, such as batch_size: 16. Flags after it replace its "
+        "values. Relative paths start from the folder of FILE.",
     )
-    text = "Print the flags that are given as YAML for --config, and exit."
+    text = "Print the given flags as YAML for --config, and exit."
     part.add_argument("--print-config", "--print_config", action="store_true", help=text)
-    add_out(part, "Run folder to write.")
+    add_out(part, "Run folder to write, or the folder of several runs.")
     add_again(part)
     groups = {name: part.add_argument_group(name) for name in GROUPS}
     groups["model"].description = groups["training"].description = SHOWN
@@ -247,14 +261,14 @@ def train_flags(part: Any) -> None:
     for name, each in parameters(*RECIPE).items():
         each.add_to(groups[PLACES.get(name, "training")], default=each.default)
     _model_flags(groups["model"])
-    text = "Also fit a PaDiM-style Gaussian to the same features."
+    text = "Also fit a Gaussian baseline, as in PaDiM, to the same features."
     groups["evaluation"].add_argument("--baseline", action="store_true", help=text)
     _hardware_flags(groups["hardware"])
     _series_flags(groups["many runs"])
 
 
 def demo_flags(part: Any) -> None:
-    add_out(part, "Folder for the two run folders.")
+    add_out(part, "Folder to write the two run folders into.")
     add_model(part)
     add_threads(part)
     add_again(part)
@@ -262,7 +276,7 @@ def demo_flags(part: Any) -> None:
 
 def _model_flags(group: Any) -> None:
     add_model(group)
-    text = "File of backbone weights; by default they come from a package or the model hub."
+    text = "File of backbone weights; by default a package or the model hub provides them."
     group.add_argument("--weights", metavar="FILE", help=text)
     for name, each in all_model_parameters().items():
         having = [model for model in MODELS if name in model_parameters(model)]
@@ -277,21 +291,21 @@ def _hardware_flags(group: Any) -> None:
             "--devices",
             count,
             "N",
-            "Processes on this machine, one per GPU, or on the CPU; by default 1.",
+            "Processes to start on this machine, one per GPU, or on the CPU; by default 1.",
         ),
-        ("--num-nodes", count, "N", "Machines that run this command; by default 1."),
-        ("--rendezvous", str, "HOST:PORT", "Address on one of several machines, where they meet."),
+        ("--num-nodes", count, "N", "Number of machines that run this command; by default 1."),
+        ("--rendezvous", str, "HOST:PORT", "Address on one of the machines that all can reach."),
     ):
         group.add_argument(flag, type=kind, metavar=unit, help=text)
     add_threads(group)
 
 
 def _series_flags(group: Any) -> None:
-    group.description = "With these or several categories, the runs are summarised in a table."
+    group.description = "With these flags or several categories, a table summarizes the runs."
     for flag, text in (
-        ("--seeds", "Train with each of these seeds."),
-        ("--split-seeds", "Train on each of these splits of the good images."),
+        ("--seeds", "Seeds to train with, one run for each."),
+        ("--split-seeds", "Seeds of splits of the good images, one run for each."),
     ):
         group.add_argument(flag, type=whole, nargs="+", metavar="N", help=text)
-    text = "Where several trainings run: one after the other, or at once on Ray."
+    text = "Where several trainings run: one after another on this machine, or in parallel on Ray."
     add_engine(group, default=ENGINES[0], text=text)

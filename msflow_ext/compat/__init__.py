@@ -1,4 +1,4 @@
-"""Models and checkpoints of other packages."""
+"""Layers, models, metrics and checkpoints of other packages."""
 
 from __future__ import annotations
 

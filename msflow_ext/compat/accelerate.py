@@ -1,4 +1,4 @@
-"""``accelerate`` makes models of other packages run on our kernels, and ``restore`` undoes it."""
+"""Run models of other packages on the kernels of msflow_ext with ``accelerate``; undo it with ``restore``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from msflow_ext.compat.accelerated.verify import (
     try_subnet,
 )
 
-#: The new class of a module, and the facts that the class needs.
+#: The class that each module gets, and the facts that this class needs about the module.
 _Plan = dict[nn.Module, tuple[type[Accelerated], Any]]
 
 
@@ -35,9 +35,9 @@ class AccelerationReport:
     """Result of :func:`accelerate`, by the modules' names in ``named_modules()``.
 
     Attributes:
-        replaced: coupling blocks that run on our kernels now.
-        kept: coupling blocks that run as before, and why.
-        fused: what else became faster with them, and how.
+        replaced: coupling blocks that now run on the kernels of msflow_ext.
+        kept: coupling blocks that run as before, with the reason.
+        fused: subnets and chains that became faster too, with the change.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -52,34 +52,50 @@ class AccelerationReport:
 
 
 def accelerate(module: nn.Module, *, verify: bool = True) -> AccelerationReport:
-    """Make the coupling blocks inside ``module`` run on our kernels, in place; :func:`restore` undoes it.
+    """Run the coupling blocks inside ``module`` on the kernels of msflow_ext, in place.
 
-    It knows ``AllInOneBlock`` of FrEIA 0.2, of FrEIA's master and of anomalib (FastFlow, U-Flow, C-Flow, PatchFlow),
-    chains of them in FrEIA's ``SequenceINN``, MSFlow's subnet of convolution, LayerNorm and convolution, and CS-Flow's
-    coupling. Modules stay the same objects with the same parameters, hooks and state-dict keys, so optimisers go on;
-    only their class changes, to a subclass with another forward. Copies and pickles stay accelerated. In half
-    precision the state keeps the dtype in which it came, and log-determinants are float32. Under ``torch.export``,
-    ONNX export and tracing the original forward runs.
+    :func:`restore` undoes it. Supported are:
+
+    * ``AllInOneBlock`` of FrEIA 0.2, of FrEIA's master and of anomalib (FastFlow, U-Flow, C-Flow, PatchFlow);
+    * chains of them in FrEIA's ``SequenceINN``;
+    * MSFlow's subnet of convolution, LayerNorm and convolution;
+    * CS-Flow's coupling.
+
+    Modules stay the same objects with the same parameters, hooks and state-dict keys, so optimizers keep working. Only
+    their class changes, to a subclass with another forward. Copies and pickles stay accelerated. In half precision,
+    outputs keep the dtype of the inputs, and log-determinants are float32. Under ``torch.export``, ONNX export and
+    tracing, the original forward runs.
+
+    Every block is compared with the original before it is replaced. The comparison runs on float64 copies with random
+    inputs and a random subnet. It runs no subnet of the model, changes no state of it, and draws no random numbers of
+    the program.
 
     Args:
-        module: anything that holds such blocks, or one itself.
-        verify: compare also the inverse and all gradients of every block with the original's. Forward and
-            log-determinant are always compared, on copies in float64, on random numbers and with a random subnet:
-            no subnet of the model runs, nothing of it changes, and no random number of the program is drawn.
+        module: a module that contains such blocks, or a block.
+        verify: also compare the inverse and all gradients of every block. Outputs and log-determinants are always
+            compared.
 
     Returns:
-        Names of what was replaced and fused, and of what was kept with the reason.
+        The names of replaced and fused modules, and of kept ones with the reason.
 
     Raises:
-        TypeError: ``module`` is no ``nn.Module``. ValueError: it holds nothing that can be replaced, or an accelerated
-            block gives other results than the original; then nothing is changed.
+        TypeError: if ``module`` is not an ``nn.Module``.
+        ValueError: if ``module`` has no block that can be replaced, or an accelerated block gives other results than
+            the original. ``module`` is then unchanged.
 
     Examples:
-        >>> from FrEIA.modules import AllInOneBlock  # extra compat
-        >>> block = AllInOneBlock([(8, 4, 4)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1))
-        >>> model = nn.ModuleDict({"block": block})
-        >>> print(accelerate(model))
-        replaced 1: block
+        >>> from FrEIA.framework import SequenceINN
+        >>> from FrEIA.modules import AllInOneBlock
+        >>> from torch import nn
+        >>> import msflow_ext as mx
+        >>> def subnet(channels_in, channels_out):
+        ...     return nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        >>> flow = SequenceINN(8, 16, 16)
+        >>> for _ in range(2):
+        ...     flow.append(AllInOneBlock, subnet_constructor=subnet)
+        >>> print(mx.accelerate(flow))
+        replaced 2: module_list.0, module_list.1
+        fused the module itself: a chain without cat and split between the blocks
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -90,7 +106,7 @@ def accelerate(module: nn.Module, *, verify: bool = True) -> AccelerationReport:
     for name, m in module.named_modules():
         kind = next((kind for kind in (_BLOCK, _GLOW) if kind.fits(m)), None)
         if _is_fusion_layer(m):
-            report.kept[name] = "it is MSFlow's fusion layer, whose convolutions take its time"
+            report.kept[name] = "it is MSFlow's fusion layer, which spends its time in convolutions"
         if kind is None:
             continue
         try:
@@ -100,14 +116,15 @@ def accelerate(module: nn.Module, *, verify: bool = True) -> AccelerationReport:
             report.kept[name] = str(reason)
         except MismatchError as error:
             raise ValueError(
-                f"accelerate: {_shown(name)} would give other results, {error}; nothing was changed"
+                f"accelerate: {_shown(name)} must give the same results, but {error}; "
+                "the module is unchanged"
             ) from error
     if not plan and ALREADY not in report.kept.values():
-        reasons = [f"{_shown(name)}: {reason}" for name, reason in report.kept.items()]
-        known = "no AllInOneBlock of FrEIA or anomalib and no coupling of CS-Flow"
+        reasons = "; ".join(f"{_shown(name)}: {reason}" for name, reason in report.kept.items())
         raise ValueError(
-            f"accelerate: nothing to replace in {type(module).__name__}, "
-            + ("; ".join(reasons) or f"it holds {known}")
+            "accelerate: module must contain an AllInOneBlock of FrEIA or anomalib, or a coupling of "
+            f"CS-Flow, that can be replaced, got {type(module).__name__}"
+            + (f" ({reasons})" if reasons else "")
         )
     _fuse(module, plan, report)
     for m, (form, facts) in plan.items():
@@ -116,24 +133,31 @@ def accelerate(module: nn.Module, *, verify: bool = True) -> AccelerationReport:
 
 
 def restore(module: nn.Module) -> None:
-    """Give the modules inside ``module`` that :func:`accelerate` replaced their own forward back, in place.
+    """Undo :func:`accelerate` for all modules inside ``module``, in place.
+
+    Args:
+        module: a module that contains accelerated blocks, or a block.
 
     Raises:
-        ValueError: the class of one was changed once more since then, as parametrizations do.
+        ValueError: if the class of a module was changed after :func:`accelerate`, as by a parametrization.
 
     Examples:
         >>> from FrEIA.modules import AllInOneBlock
-        >>> block = AllInOneBlock([(8, 4, 4)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1))
-        >>> report = accelerate(block)
-        >>> restore(block)
-        >>> type(block) is AllInOneBlock
-        True
+        >>> from torch import nn
+        >>> import msflow_ext as mx
+        >>> block = AllInOneBlock([(8, 16, 16)], subnet_constructor=lambda a, b: nn.Conv2d(a, b, 1))
+        >>> report = mx.accelerate(block)
+        >>> type(block).__name__
+        'AcceleratedAllInOneBlock'
+        >>> mx.restore(block)
+        >>> type(block).__name__
+        'AllInOneBlock'
     """
     accelerated = {name: m for name, m in module.named_modules() if isinstance(m, Accelerated)}
     for name, m in accelerated.items():
         if "_original" not in vars(type(m)):
             raise ValueError(
-                f"restore: the class of {_shown(name)} was changed after accelerate; undo that change first"
+                f"restore: the class of {_shown(name)} was changed after accelerate; undo that first"
             )
     for m in accelerated.values():
         switch_back(m)
@@ -144,7 +168,7 @@ ALREADY = "it is already accelerated"
 
 @dataclass(frozen=True)
 class _Kind:
-    """How modules are recognised: what they have, and which functions one class must define together."""
+    """The attributes by which a kind of module is recognized, and the functions that one class must define together."""
 
     form: type[Accelerated]
     attributes: tuple[str, ...]
@@ -156,7 +180,7 @@ class _Kind:
         )
 
     def override(self, m: nn.Module) -> str | None:
-        """Return the class of ``m`` that overrides some of the functions but not all, as a sentence, or None."""
+        """Return which functions a class of ``m`` overrides if it overrides some of them, else None."""
         classes = type(m).__mro__
         owners = {f: next(c for c in classes if f in vars(c)) for f in self.functions}
         first = min(owners.values(), key=classes.index)
@@ -188,14 +212,15 @@ _SEQUENCE = _Kind(
 
 
 class _KeptError(Exception):
-    """A module is left as it is; the message says why."""
+    """The reason why a module is not replaced."""
 
 
 def _facts_of(m: Any, kind: _Kind, verify: bool) -> Any:
-    """Return the facts of ``m`` for its accelerated class, after a comparison of results.
+    """Compare ``m`` with its accelerated form, and return the facts that this form needs.
 
     Raises:
-        _KeptError: ``m`` cannot be replaced. MismatchError: the results differ.
+        _KeptError: if ``m`` cannot be replaced.
+        MismatchError: if the results differ.
     """
     if (reason := _reason_to_keep(m, kind)) is not None:
         raise _KeptError(reason)
@@ -217,13 +242,13 @@ def _reason_to_keep(m: Any, kind: _Kind) -> str | None:
     if any(p.is_meta for p in m.parameters()):
         return "it is on the meta device, where nothing can be compared"
     if not isinstance(m.clamp, (int, float)) or not m.clamp > 0:
-        return f"its clamp is {m.clamp!r}, no positive number"
+        return f"its clamp must be a positive number, got {m.clamp!r}"
     if kind is _BLOCK and m.householder:
-        return "its permutation is learned by Householder reflections, which no kernel computes"
+        return "it has learned reflections, for which there is no kernel"
     if kind is _BLOCK and m.GIN:
-        return "it is a GIN block, whose coupling no kernel computes"
+        return "it is a GIN block, for which there is no kernel"
     if kind is _GLOW and len(m.dims_in) != 3:
-        return f"it couples {len(m.dims_in)} scales, not three"
+        return f"it must couple three scales, got {len(m.dims_in)}"
     return None
 
 
@@ -234,7 +259,7 @@ def _is_fusion_layer(m: nn.Module) -> bool:
 
 
 def _fuse(module: nn.Module, plan: _Plan, report: AccelerationReport) -> None:
-    """Add to the plan subnets with an accelerated norm, and sequences of only accelerated blocks."""
+    """Add to the plan the subnets whose norm has a kernel, and the sequences that consist of fast blocks."""
     facts: dict[nn.Module, BlockFacts] = {
         m: f for m, (form, f) in plan.items() if form is FastBlock
     }
@@ -253,7 +278,7 @@ def _fuse(module: nn.Module, plan: _Plan, report: AccelerationReport) -> None:
                 plan[m] = (FastSequence, None)
                 report.fused[name] = "a chain without cat and split between the blocks"
         except (MismatchError, UntriedError) as error:
-            report.kept[name] = f"only its parts are accelerated: as a whole {error}"
+            report.kept[name] = f"only its parts are accelerated, because {error}"
 
 
 def _has_norm(m: Any) -> bool:

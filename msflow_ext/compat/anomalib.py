@@ -1,4 +1,4 @@
-"""MSFlow as a model of anomalib, which its ``Engine`` trains, tests and predicts with (extra ``anomalib``)."""
+"""MSFlow as a model that anomalib's ``Engine`` trains and tests; needs the extra ``anomalib``."""
 
 from __future__ import annotations
 
@@ -31,38 +31,39 @@ __all__ = ["MSFlow"]
 class MSFlow(AnomalibModule):
     """:class:`msflow_ext.MSFlow` for ``anomalib.engine.Engine``, trained as in the paper.
 
-    The rate of Adam follows the trainer's ``max_epochs`` as :class:`msflow_ext.training.recipe.Recipe` says. Where features are
-    to be standardised, their statistics are taken from the training images before the first epoch.
+    The learning rate of Adam follows the trainer's ``max_epochs``, see :class:`msflow_ext.training.recipe.Recipe`. If
+    the model standardizes features, their statistics come from the training images before the first epoch.
 
-    >>> from anomalib.data import Folder
-    >>> from anomalib.engine import Engine
-    >>> from msflow_ext.compat.anomalib import MSFlow
-    >>> data = Folder("plates", root="plates", normal_dir="good", abnormal_dir="bad", num_workers=0)
-    >>> engine = Engine(max_epochs=2)  # the paper's recipe is for 100
-    >>> model = MSFlow("efficientnet_lite0", image_size=192)
-    >>> engine.fit(model, datamodule=data)
-    >>> (metrics,) = engine.test(model, datamodule=data)
-    >>> batches = engine.predict(model, datamodule=data)  # batch.pred_score, batch.anomaly_map
-
-    Without masks, anomalib takes the threshold of the scores for that of the pixels, and so scores must be in the unit of
-    the map. Therefore a score is the mean of the largest ``top_k`` share of the map, unless ``score`` says otherwise.
+    Without masks, anomalib uses the threshold of the scores for the pixels too. By default a score is therefore the
+    top-k mean of the map, which has the unit of the map.
 
     Args:
         backbone, image_size, pretrained, blocks, cond_channels, out_indices, top_k: see :class:`msflow_ext.MSFlow`.
-        score: ``"map"``, in the unit of the map; or one of the others of :class:`msflow_ext.MSFlow`, such as the paper's
-            ``"log"``. Their units are others, and without masks the pixels' threshold is then the middle between the
+        score: ``"map"``, in the unit of the map, or another score of :class:`msflow_ext.MSFlow`, such as the paper's
+            ``"log"``. Those have other units. Without masks, the pixels' threshold is then halfway between the
             smallest and the largest map value of the validation images.
         lr: learning rate between warm-up and decay.
-        pre_processor: by default it resizes to ``image_size``. Another one must give images of that size in 0..1,
-            without ``Normalize``: the backbone does that itself.
-        post_processor, evaluator, visualizer: anomalib's.
+        pre_processor: by default it resizes to ``image_size``. Another one must return images of that size in 0..1
+            without ``Normalize``, because the backbone normalizes.
+        post_processor, evaluator, visualizer: as in anomalib.
 
     Attributes:
         detector: the :class:`msflow_ext.MSFlow`.
 
     Raises:
-        ValueError: an argument does not fit, or the pre-processor does not. RuntimeError: no pretrained weights within
-            reach.
+        ValueError: if an argument or the pre-processor does not fit.
+        RuntimeError: if the pretrained weights cannot be found.
+
+    Examples:
+        >>> from anomalib.data import Folder
+        >>> from anomalib.engine import Engine
+        >>> from msflow_ext.compat.anomalib import MSFlow
+        >>> data = Folder("plates", root="plates", normal_dir="good", abnormal_dir="bad", num_workers=0)
+        >>> engine = Engine(max_epochs=2)  # the paper trains 100
+        >>> model = MSFlow("efficientnet_lite0", image_size=192)
+        >>> engine.fit(model, datamodule=data)
+        >>> (metrics,) = engine.test(model, datamodule=data)
+        >>> batches = engine.predict(model, datamodule=data)  # batch.pred_score, batch.anomaly_map
     """
 
     model: Any
@@ -108,7 +109,7 @@ class MSFlow(AnomalibModule):
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """Resize to ``image_size``, the paper's 512 by default, and leave the values in 0..1."""
+        """Return a pre-processor that resizes to ``image_size``, by default the paper's 512, and keeps values in 0..1."""
         return PreProcessor(Resize(image_size or (512, 512), antialias=True))
 
     @property
@@ -122,7 +123,9 @@ class MSFlow(AnomalibModule):
     def configure_optimizers(self) -> Any:
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
-            raise ValueError(f"MSFlow needs max_epochs, on which its rate depends, got {epochs}")
+            raise ValueError(
+                f"MSFlow: max_epochs must be 1 or more, got {epochs}; the learning rate depends on it"
+            )
         recipe = Recipe(epochs=epochs, lr=self.lr)
         adam = torch.optim.Adam(self.detector.head.parameters(), lr=recipe.lr)
         rate = torch.optim.lr_scheduler.LambdaLR(
@@ -131,7 +134,7 @@ class MSFlow(AnomalibModule):
         return {"optimizer": adam, "lr_scheduler": rate}
 
     def on_train_start(self) -> None:
-        """Standardise features, where they are, by the statistics of the training images of all processes."""
+        """Set the statistics that standardize features from the training images of all processes."""
         if not self.detector.standardize:
             return
         self.detector.forget_statistics()
@@ -139,8 +142,8 @@ class MSFlow(AnomalibModule):
         batches: Any = self.trainer.train_dataloader
         for batch in batches:
             images = self._transformed(batch.image.to(self.device))
-            wide = [f.cpu().double() for f in self.detector.features(images)]
-            moments = [torch.stack([(f**k).sum((0, 2, 3)) for k in (0, 1, 2)]) for f in wide]
+            maps = [f.cpu().double() for f in self.detector.features(images)]
+            moments = [torch.stack([(f**k).sum((0, 2, 3)) for k in (0, 1, 2)]) for f in maps]
             sums = [a + b for a, b in zip(sums, moments, strict=True)] if sums else moments
         if self.trainer.world_size > 1:
             reduce = self.trainer.strategy.reduce
@@ -163,8 +166,8 @@ class MSFlow(AnomalibModule):
         white = self._transformed(torch.ones(1, 3, side, side))
         if white.shape[2:] != (side, side) or not torch.allclose(white, torch.ones(())):
             raise ValueError(
-                f"MSFlow: pre_processor must give images of {side} x {side} pixels and leave them in 0..1, "
-                f"of a white one it makes {tuple(white.shape[2:])} with values up to {white.max():.3g}"
+                f"MSFlow: pre_processor must return images of {side} x {side} pixels with values in 0..1, "
+                f"got {tuple(white.shape[2:])} with values up to {white.max():.3g} for a white image"
             )
 
     def _transformed(self, images: Tensor) -> Tensor:
@@ -173,7 +176,7 @@ class MSFlow(AnomalibModule):
 
 
 class _Model(nn.Module):
-    """A detector of ours that answers as anomalib's models do."""
+    """A detector whose forward returns what anomalib's models return."""
 
     def __init__(self, detector: msflow.MSFlow) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Convert checkpoint files from and to other packages."""
+"""Convert checkpoint files between msflow_ext and other packages."""
 
 from __future__ import annotations
 
@@ -21,37 +21,41 @@ def convert(
     """Write the checkpoint ``source`` as ``target`` in another format.
 
     Args:
-        source: a run folder or ``.safetensors`` file of ours, or a file of another package, whose format is detected.
-        target: file to write, ``.safetensors`` if it shall be ours; an existing one is replaced.
-        to: ``"msflow_ext"``, ``"msflow"`` (the authors' code), ``"gathierry"`` or ``"anomalib"`` (their FastFlow).
-        options: of :func:`msflow_ext.compat.checkpoints.detectors.read_detector`, where ``source`` is another package's.
+        source: a run folder or ``.safetensors`` file of msflow_ext, or a checkpoint of another package, whose format
+            is detected.
+        target: file to write, ``.safetensors`` for msflow_ext. An existing file is replaced.
+        to: ``"msflow_ext"``, ``"msflow"`` (reference implementation), or ``"gathierry"`` or ``"anomalib"`` (their
+            FastFlow).
+        options: arguments of :func:`msflow_ext.compat.checkpoints.detectors.read_detector`, if ``source`` is from
+            another package.
 
     Returns:
         ``target``.
 
     Raises:
-        FileNotFoundError: no ``source``. ValueError: an unknown format, nothing to convert, a model that the format
-            cannot hold, a checkpoint that does not fit; keys are named.
+        FileNotFoundError: if ``source`` does not exist.
+        ValueError: if the format is unknown or equal to that of ``source``, cannot hold the model, or the checkpoint
+            does not fit. Its keys are named.
     """
     source, target = Path(source), Path(target)
     ours = source.is_dir() or source.suffix == ".safetensors"
     if to not in CHECKPOINT_FORMATS:
         raise ValueError(f"to must be one of {', '.join(CHECKPOINT_FORMATS)}, got {to!r}")
     if ours and to == "msflow_ext":
-        raise ValueError(f"{source} is a checkpoint of msflow_ext already")
+        raise ValueError(f"to must be another format, got msflow_ext, the format of {source}")
     if ours and options:
         raise ValueError(
-            f"{source} is a checkpoint of msflow_ext, which holds {_listed(options)} itself"
+            f"{_listed(options)} must not be given for {source}, a checkpoint of msflow_ext"
         )
     if (target.suffix == ".safetensors") != (to == "msflow_ext"):
         raise ValueError(
-            f"{target}: the suffix .safetensors is for checkpoints of msflow_ext, and only for those"
+            f"target must end in .safetensors for msflow_ext, and only then, got {target} for {to}"
         )
     model = load(source, "cpu").model if ours else read_detector(source, **options)
     if to == "msflow_ext":
         save_checkpoint(target, {"model": type(model).__name__, "config": model.config}, model)
         return target
-    written = io.BytesIO()  # torch.save has no clear message for a full disk
+    written = io.BytesIO()  # torch.save reports a full disk poorly, write_bytes in one sentence
     torch.save(for_peer(model, to), written)
     write_bytes(target, written.getbuffer())
     return target

@@ -1,4 +1,4 @@
-"""FrEIA's ``AllInOneBlock`` on our kernels: its options, its results, its state dicts."""
+"""FrEIA's ``AllInOneBlock`` on the kernels of msflow_ext, with its options, results and state dicts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from msflow_ext.flows import inverse_softplus_scale
 from msflow_ext.ops._shapes import accumulation_dtype, per_channel
 from msflow_ext.ops.coupling import log_scale_and_shift
 
-#: The positive scale of each ``global_affine_type``, and the parameter that gives a required scale.
+#: For each ``global_affine_type``, the function from parameter to positive scale, and its inverse.
 _SCALES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], float]]] = {
     "SIGMOID": (lambda p: 10 * torch.sigmoid(p - 2), lambda scale: 2 - math.log(10 / scale - 1)),
     "SOFTPLUS": (lambda p: 0.1 * F.softplus(p, beta=0.5), inverse_softplus_scale),
@@ -25,34 +25,54 @@ _SCALES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], float]]] 
 
 
 class AllInOneBlock(nn.Module):
-    r"""Affine coupling, a scale and shift per channel, and a permutation: FrEIA's block of this name.
+    r"""Affine coupling, a scale and shift per channel, and a permutation, as in FrEIA's block of this name.
 
     .. math:: y = W (\mathrm{scale} \odot [x_1,\; x_2 e^{s} + t] + \mathrm{offset}), \quad
         (s, t) \text{ from subnet}([x_1, c_1, c_2, \dots])
 
-    State dicts have FrEIA's keys and shapes. A hard permutation, which FrEIA 0.2 stores as a matrix of zeros and ones
-    and FrEIA's master as an index, loads from either, is saved as the FrEIA of ``clamp_form`` would, and always runs
-    as an index. Permutations are drawn from torch's generator, not from numpy's.
+    State dicts have FrEIA's keys and shapes. FrEIA 0.2 stores a hard permutation as a matrix of zeros and ones, FrEIA's
+    master stores it as an index. The block loads both, saves the form of its ``clamp_form``, and always runs on the
+    index. Permutations are drawn from torch's random generator, not from numpy's.
 
     Args:
-        dims_in: shape without batch of the one input, ``[(C, *)]`` with up to three sizes after ``C``, of which only
-            the number counts.
-        dims_c: shapes without batch of the conditions, with the same sizes after their channels.
+        dims_in: shape of the input without batch, ``[(C, *)]``, with up to three sizes after ``C``. Only their number
+            matters.
+        dims_c: shapes of the conditions without batch, with the same sizes after their channels.
         subnet_constructor: ``(channels_in, channels_out) -> nn.Module``.
         affine_clamping: bound of ``s``.
-        gin_block: subtract from ``s`` its mean over a sample, and do not scale: the volume is preserved.
-        global_affine_init: the initial scale.
-        global_affine_type: ``"SOFTPLUS"``, ``"SIGMOID"`` or ``"EXP"``: how ``global_scale`` becomes a scale.
-        permute_soft: :math:`W` is a random rotation and no permutation.
+        gin_block: subtract from ``s`` its mean over a sample, and do not scale, which preserves the volume.
+        global_affine_init: initial scale.
+        global_affine_type: map from ``global_scale`` to the scale: ``"SOFTPLUS"``, ``"SIGMOID"`` or ``"EXP"``.
+        permute_soft: use a random rotation as :math:`W` instead of a permutation.
         learned_householder_permutation: number of learned reflections by which :math:`W` is multiplied.
         reverse_permutation: apply the inverse of :math:`W` to ``x`` first.
-        clamp_form: how ``s`` is clamped, see :func:`msflow_ext.ops.affine_coupling`: ``"0.2"`` as FrEIA 0.2 does, or
-            ``"head"`` as its master does.
+        clamp_form: form of the clamp of ``s``, see :func:`msflow_ext.ops.affine_coupling`: ``"0.2"`` as in FrEIA 0.2,
+            or ``"head"`` as in its master.
+
+    Shape:
+        - Input: one tensor ``(N, C, *)``, and conditions ``(N, C_i, *)``
+        - Output: one tensor ``(N, C, *)``, and the log-determinant ``(N,)``
 
     Raises:
-        ValueError: an argument is none of these, or the inputs of a call do not fit them.
+        ValueError: if an argument or an input does not fit.
 
-    Source: FrEIA 0.2 and master, ``FrEIA.modules.AllInOneBlock``.
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from msflow_ext.compat import AllInOneBlock
+        >>> def subnet(channels_in, channels_out):
+        ...     return nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        >>> block = AllInOneBlock([(8, 16, 16)], subnet_constructor=subnet)
+        >>> x = torch.randn(2, 8, 16, 16)
+        >>> (y,), log_det = block([x])
+        >>> y.shape, log_det.shape
+        (torch.Size([2, 8, 16, 16]), torch.Size([2]))
+        >>> (restored,), _ = block([y], rev=True)
+        >>> torch.allclose(restored, x, atol=1e-4)
+        True
+
+    References:
+        FrEIA 0.2 and master, ``FrEIA.modules.AllInOneBlock``.
     """
 
     perm: Tensor | None
@@ -107,11 +127,17 @@ class AllInOneBlock(nn.Module):
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
-        """Map ``x``, one tensor ``(N, C, *)``, under the conditions ``c`` forward, or back with ``rev``.
+        """Transform ``x`` forward, or back with ``rev``.
+
+        Args:
+            x: a list or tuple of one tensor ``(N, C, *)``.
+            c: the conditions.
+            rev: compute the inverse.
+            jac: ignored; the log-determinant is always computed.
 
         Returns:
-            One tensor as ``x``'s, and the log-determinant ``(N,)`` of the map in the direction taken, in nats,
-            float64 for float64 and float32 else; it is computed whatever ``jac`` says.
+            A tuple of one tensor like that of ``x``, and the log-determinant ``(N,)`` of the computed direction in
+            nats. It is float64 for float64 inputs, and float32 otherwise.
         """
         self._check(x, c)
         permute, restore = self._permutation()
@@ -127,7 +153,7 @@ class AllInOneBlock(nn.Module):
         return input_dims
 
     def _couple(self, x: Tensor, c: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Coupling, global affine and, where it is hard, permutation."""
+        """Apply the coupling, the global affine and, if it is hard, the permutation."""
         x1, x2 = x[:, : self.conditioning], x[:, self.conditioning :]
         a = self.subnet(torch.cat((x1, *c), 1))
         affine = _, offset, perm = self._affine(x.dtype)
@@ -142,7 +168,7 @@ class AllInOneBlock(nn.Module):
         return y, log_det
 
     def _uncouple(self, y: Tensor, c: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the inverse of :meth:`_couple`."""
+        """Apply the inverse of :meth:`_couple`."""
         y1, y2 = y[:, : self.conditioning], y[:, self.conditioning :]
         affine = self._affine(y.dtype)
         u = ops.conditioning_half(
@@ -162,10 +188,10 @@ class AllInOneBlock(nn.Module):
 
     def _affine(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Return scale (None for GIN), offset and hard permutation, ``(C,)`` each, for data of ``dtype``."""
-        wide = accumulation_dtype(dtype)
+        dtype = accumulation_dtype(dtype)
         scale, _ = _SCALES[self.global_affine_type]
-        scale = None if self.gin_block else scale(self.global_scale.flatten().to(wide))
-        return scale, self.global_offset.flatten().to(wide), self.perm
+        scale = None if self.gin_block else scale(self.global_scale.flatten().to(dtype))
+        return scale, self.global_offset.flatten().to(dtype), self.perm
 
     def _centred(self, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return ``s`` without its mean over each sample, and ``t``."""
@@ -173,7 +199,7 @@ class AllInOneBlock(nn.Module):
         return s - s.mean(tuple(range(1, s.dim())), keepdim=True), t
 
     def _permutation(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """Return the product with W and the one with its inverse."""
+        """Return the functions that multiply by W and by its inverse."""
         perm = self.perm
         if perm is not None:
             return (
@@ -208,7 +234,7 @@ class AllInOneBlock(nn.Module):
             else:
                 fit = torch.equal(inverse, torch.argsort(self.perm))
             if not fit:
-                error_msgs.append(f"{prefix}w_perm and w_perm_inv are not inverse permutations.")
+                error_msgs.append(f"{prefix}w_perm and w_perm_inv must be inverse permutations.")
 
     def _check(self, x: Sequence[Tensor], c: Sequence[Tensor]) -> None:
         if not isinstance(x, (list, tuple)) or len(x) != 1:
@@ -228,9 +254,10 @@ class AllInOneBlock(nn.Module):
 
 
 def hard_permutation(w: Tensor) -> Tensor | None:
-    """Return ``index (C,)`` int64 with ``y[:, k] = x[:, index[k]]`` for ``w``, such an index or its matrix ``(C, C, *)``.
+    """Return the index ``(C,)`` int64 of a permutation, or None if ``w`` is not a permutation.
 
-    None if ``w`` is no permutation.
+    Args:
+        w: an index, or its matrix ``(C, C, *)``, such that ``y[:, k] = x[:, index[k]]``.
     """
     index = w.detach().long() if w.dim() == 1 else w.detach().flatten(1).argmax(1)
     if not torch.equal(index.sort().values, torch.arange(len(w), device=w.device)):
@@ -239,7 +266,7 @@ def hard_permutation(w: Tensor) -> Tensor | None:
 
 
 def _encoded(w: Tensor, like: Tensor) -> Tensor:
-    """Return ``w`` in the encoding of ``like``, index or matrix; as it is where that cannot be."""
+    """Return ``w`` in the encoding of ``like``, index or matrix, or unchanged if it is not a permutation."""
     index = None if w.dim() == like.dim() else hard_permutation(w)
     if index is None:
         return w
@@ -252,7 +279,7 @@ def _matrix(index: Tensor) -> Tensor:
 
 
 def _random_rotation(channels: int) -> Tensor:
-    """Uniform over the rotations: QR of a normal matrix, signs fixed, then the determinant's."""
+    """Return a random rotation, uniform over all: QR of a normal matrix with fixed signs and determinant 1."""
     q, r = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
     q = q * torch.where(r.diagonal() < 0, -1, 1)
     q[:, 0] *= torch.linalg.det(q).sign()
@@ -297,7 +324,7 @@ def _check_options(clamp: float, reflections: int, clamp_form: ClampForm) -> Non
 
 
 def _kind(value: Any) -> str:
-    """Return the shapes or the type of an argument, for an error message."""
+    """Return the shapes or the type of a value, for an error."""
     if isinstance(value, (list, tuple)):
         return str([tuple(v.shape) if isinstance(v, Tensor) else v for v in value])
     return f"a {type(value).__name__}"

@@ -1,7 +1,7 @@
-"""The exact metrics as classes for torchmetrics, Lightning and anomalib.
+"""Exact metrics as classes for torchmetrics, Lightning and anomalib.
 
-Exact means that all scores are kept until ``reset()``: 5 bytes each in host memory (9 where they
-are float64), and as many again while ``compute()`` joins them. ``limit`` bounds that.
+Exact metrics keep all scores until ``reset()``: 5 bytes each in host memory (9 for float64 scores),
+and as many again while ``compute()`` concatenates them. ``limit`` bounds this memory.
 """
 
 from __future__ import annotations
@@ -20,26 +20,36 @@ try:
     from torchmetrics.utilities import dim_zero_cat
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "these classes need the package torchmetrics: pip install 'msflow-ext[torchmetrics]'"
+        "msflow_ext.compat.torchmetrics needs torchmetrics: pip install 'msflow-ext[torchmetrics]'"
     ) from error
 
-MOST = 2**31 - 1  # scores that the metrics rank: 11 GB
+MOST = 2**31 - 1  # largest number of scores that the metrics can rank: 11 GB
 
 
 class ExactMetric(Metric):
-    """A metric of all scores that ``update`` was given; equal to the function of :mod:`msflow_ext.metrics`.
+    """Metric of all scores that ``update`` received, computed by a function of :mod:`msflow_ext.metrics`.
 
-    ``update(preds, target)`` takes scores or maps and what is true of them, 0 or 1, of one shape.
-    Calling the metric also computes the value of that batch, which needs both classes in it;
-    ``update`` does not. Processes of a distributed run share their scores before ``compute``.
+    ``update(preds, target)`` accepts scores or maps, and their labels or masks (0 or 1) in the same
+    shape. Calling the metric also computes the value of the batch, so the batch must have both classes.
+    Processes of a distributed run gather their scores before ``compute``.
 
     Args:
-        function: of labels and scores, to a float.
-        limit: the most scores to keep.
-        kwargs: those of torchmetrics; ``compute_on_cpu`` is True unless given.
+        function: maps labels and scores to a float.
+        limit: largest number of scores to keep.
+        kwargs: arguments of ``torchmetrics.Metric``; ``compute_on_cpu`` is True unless given.
 
     Raises:
-        ValueError: in ``update``, shapes that differ, or more scores than ``limit``.
+        ValueError: by ``update``, if the shapes differ, a label is not 0 or 1, or more scores than
+            ``limit`` are kept.
+
+    Examples:
+        >>> import torch
+        >>> from msflow_ext import metrics
+        >>> from msflow_ext.compat.torchmetrics import ExactMetric
+        >>> metric = ExactMetric(metrics.auroc)
+        >>> metric.update(torch.tensor([0.1, 0.4, 0.9]), torch.tensor([0, 1, 1]))
+        >>> metric.compute()
+        tensor(1., dtype=torch.float64)
     """
 
     is_differentiable = False
@@ -68,54 +78,121 @@ class ExactMetric(Metric):
         kept = sum(each.numel() for each in self.preds)
         if kept + preds.numel() > self.limit:
             raise ValueError(
-                f"{name}: keeps at most {self.limit} scores, got {preds.numel()} after {kept}"
+                f"{name}: preds must have at most {self.limit} scores in all, got {preds.numel()} "
+                f"after {kept}"
             )
         wrong = target[(target != 0) & (target != 1)]
         if wrong.numel():
             raise ValueError(f"{name}: target must hold only 0 and 1, got {wrong[0].item()}")
-        wide = torch.float64 if preds.dtype == torch.float64 else torch.float32
-        self.preds.append(preds.detach().to(wide))
+        dtype = torch.float64 if preds.dtype == torch.float64 else torch.float32
+        self.preds.append(preds.detach().to(dtype))
         self.target.append(target != 0)
 
     def compute(self) -> Tensor:
-        """Return the metric of all that was kept, a float64 scalar."""
+        """Return the metric of all kept scores, a float64 scalar."""
         scores, truth = dim_zero_cat(self.preds), dim_zero_cat(self.target)
         return torch.tensor(self.function(truth, scores), dtype=torch.float64, device=self.device)
 
 
 class AUROC(ExactMetric):
-    """:func:`msflow_ext.metrics.auroc` of image scores ``(N,)`` or maps ``(N, H, W)``."""
+    """Area under the ROC curve of scores ``(N,)`` or maps ``(N, H, W)``, see :func:`msflow_ext.metrics.auroc`.
+
+    Args:
+        limit, kwargs: as for :class:`ExactMetric`.
+
+    Examples:
+        >>> import torch
+        >>> from msflow_ext.compat.torchmetrics import AUROC
+        >>> metric = AUROC()
+        >>> metric.update(torch.tensor([0.1, 0.6]), torch.tensor([0, 1]))
+        >>> metric.update(torch.tensor([0.5, 0.4]), torch.tensor([0, 1]))
+        >>> metric.compute()
+        tensor(0.7500, dtype=torch.float64)
+    """
 
     def __init__(self, limit: int = MOST, **kwargs: Any) -> None:
         super().__init__(metrics.auroc, limit, **kwargs)
 
 
 class AveragePrecision(ExactMetric):
-    """:func:`msflow_ext.metrics.average_precision` of image scores or maps."""
+    """Average precision of scores or maps, see :func:`msflow_ext.metrics.average_precision`.
+
+    Args:
+        limit, kwargs: as for :class:`ExactMetric`.
+
+    Examples:
+        >>> import torch
+        >>> from msflow_ext.compat.torchmetrics import AveragePrecision
+        >>> metric = AveragePrecision()
+        >>> metric.update(torch.tensor([0.1, 0.6, 0.5]), torch.tensor([0, 1, 1]))
+        >>> metric.compute()
+        tensor(1., dtype=torch.float64)
+    """
 
     def __init__(self, limit: int = MOST, **kwargs: Any) -> None:
         super().__init__(metrics.average_precision, limit, **kwargs)
 
 
 class F1Max(ExactMetric):
-    """:func:`msflow_ext.metrics.f1_max` of image scores or maps."""
+    """Largest F1 of scores or maps over all thresholds, see :func:`msflow_ext.metrics.f1_max`.
+
+    Args:
+        limit, kwargs: as for :class:`ExactMetric`.
+
+    Examples:
+        >>> import torch
+        >>> from msflow_ext.compat.torchmetrics import F1Max
+        >>> metric = F1Max()
+        >>> metric.update(torch.tensor([0.1, 0.6, 0.5]), torch.tensor([0, 1, 1]))
+        >>> metric.compute()
+        tensor(1., dtype=torch.float64)
+    """
 
     def __init__(self, limit: int = MOST, **kwargs: Any) -> None:
         super().__init__(metrics.f1_max, limit, **kwargs)
 
 
 class AUPRO(ExactMetric):
-    """:func:`msflow_ext.metrics.aupro` of maps ``(N, H, W)``."""
+    """Area under the per-region overlap curve of maps ``(N, H, W)``, see :func:`msflow_ext.metrics.aupro`.
+
+    Args:
+        max_fpr: as for :func:`msflow_ext.metrics.aupro`.
+        limit, kwargs: as for :class:`ExactMetric`.
+
+    Examples:
+        >>> import torch
+        >>> from msflow_ext.compat.torchmetrics import AUPRO
+        >>> masks = torch.zeros(2, 8, 8, dtype=torch.int64)
+        >>> masks[1, 2:4, 2:4] = 1
+        >>> metric = AUPRO()
+        >>> metric.update(masks + 0.1, masks)
+        >>> metric.compute()
+        tensor(1., dtype=torch.float64)
+    """
 
     def __init__(self, max_fpr: float = 0.3, limit: int = MOST, **kwargs: Any) -> None:
         super().__init__(partial(metrics.aupro, max_fpr=max_fpr), limit, **kwargs)
 
 
 class AUPIMO(ExactMetric):
-    """:func:`msflow_ext.metrics.aupimo` of maps ``(N, H, W)``.
+    """Area under the per-image overlap curve of maps ``(N, H, W)``, see :func:`msflow_ext.metrics.aupimo`.
 
-    ``update(preds, target, labels)`` also takes the images' labels ``(N,)``, by which a defective image
-    whose mask is empty is not taken for a normal one; in every call or in none.
+    ``update(preds, target, labels)`` also accepts the images' labels ``(N,)``. Without them, a defective
+    image with an empty mask counts as normal. Pass labels in every call or in none.
+
+    Args:
+        fpr_bounds: as for :func:`msflow_ext.metrics.aupimo`.
+        limit, kwargs: as for :class:`ExactMetric`.
+
+    Examples:
+        >>> import torch
+        >>> from msflow_ext.compat.torchmetrics import AUPIMO
+        >>> masks = torch.zeros(2, 8, 8, dtype=torch.int64)
+        >>> masks[1, 2:4, 2:4] = 1
+        >>> metric = AUPIMO()
+        >>> metric.update(masks + torch.linspace(0, 0.5, 128).view(2, 8, 8), masks)
+        >>> metric.compute()
+        tensor(1., dtype=torch.float64)
     """
 
     labels: list[Tensor]
@@ -134,13 +211,13 @@ class AUPIMO(ExactMetric):
         """Keep maps and their masks, and the labels of their images."""
         if labels is not None and labels.shape != preds.shape[:1]:
             shapes = f"{tuple(labels.shape)} for maps {tuple(preds.shape)}"
-            raise ValueError(f"AUPIMO: labels must be (N,), got {shapes}")
+            raise ValueError(f"AUPIMO: labels must have shape (N,), got {shapes}")
         super().update(preds, target)
         if labels is not None:
             self.labels.append(labels)
 
     def compute(self) -> Tensor:
-        """Return the metric of all that was kept, a float64 scalar."""
+        """Return the metric of all kept scores, a float64 scalar."""
         scores, truth = dim_zero_cat(self.preds), dim_zero_cat(self.target)
         labels = dim_zero_cat(self.labels) if len(self.labels) else None
         value = metrics.aupimo(truth, scores, self.fpr_bounds, labels)

@@ -1,4 +1,4 @@
-"""What the tests of the folder ``benchmarks`` share."""
+"""Provide the modules of the folder ``benchmarks`` for its tests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ import pytest
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Import a module of the folder ``benchmarks``, which is not part of the package."""
+    """Return ``load(name)``, which imports a module of the folder ``benchmarks``."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     return lambda name: importlib.import_module(f"benchmarks.{name}")

@@ -1,4 +1,4 @@
-"""Every variant changes one thing, a row is computed once, and the notes show all rows."""
+"""Variants change what they name, a row is computed once, and the notes have all rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from msflow_ext import MSFlow
 Load = Callable[[str], ModuleType]
 
 
-def test_ablations_leave_out_what_they_say(load: Load) -> None:
+def test_ablations_remove_the_part_that_they_name(load: Load) -> None:
     ablations = load("campaigns.ablations")
     options = {"image_size": 64, "pretrained": False, "blocks": (1, 1), "cond_channels": 8}
     model = MSFlow("test_resnet", **options, seed=0)
@@ -41,7 +41,7 @@ def test_ablations_leave_out_what_they_say(load: Load) -> None:
     assert torch.equal(other.z[0], out.z[0])
 
 
-def test_reflection_by_hand_is_that_of_the_backbone(load: Load) -> None:
+def test_the_variant_with_reflection_equals_the_padding_mode_reflect(load: Load) -> None:
     options = {"image_size": 64, "blocks": (1, 1), "cond_channels": 8}
     by_hand = MSFlow("test_resnet", pretrained=False, **options)
     built_in = MSFlow("test_resnet", pretrained=False, padding_mode="reflect", **options)
@@ -55,7 +55,7 @@ def test_reflection_by_hand_is_that_of_the_backbone(load: Load) -> None:
         assert not torch.allclose(zero, want)
 
 
-def test_rows_that_exist_are_not_computed_again_and_seeds_are_averaged(
+def test_existing_rows_are_not_computed_again_and_seeds_are_averaged(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ablate, file, page = load("campaigns.ablate"), tmp_path / "rows.jsonl", tmp_path / "page.md"
@@ -76,10 +76,10 @@ def test_rows_that_exist_are_not_computed_again_and_seeds_are_averaged(
     assert sum(line.startswith("| MSFlow paper") for line in lines) == 1
 
 
-def test_the_tables_of_the_notes_hold_every_row_of_the_results(load: Load) -> None:
+def test_the_tables_of_the_notes_have_every_row_of_the_results(load: Load) -> None:
     ablate = load("campaigns.ablate")
     if not ablate.FILE.exists():
-        pytest.skip("a source distribution holds no results")
+        pytest.skip("a source distribution has no results")
     written = ablate.PAGE.read_text().partition("<!-- ablations:begin -->\n")[2]
     expected = "\n".join(ablate.tables(ablate.rows(ablate.FILE)))
     assert written.startswith(f"{expected}\n<!-- ablations:end -->"), (

@@ -1,4 +1,4 @@
-"""The long measurements at toy sizes: accuracy, bulk scoring and serving write their results and their tables."""
+"""The long measurements write their results and tables: accuracy, bulk scoring and serving at toy sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from msflow_ext.runs.table import Line
 Load = Callable[[str], ModuleType]
 
 
-def test_the_accuracy_of_the_packaged_sets_is_one_table(
+def test_accuracy_writes_one_table_of_the_packaged_data_sets(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accuracy, asked = load("campaigns.accuracy"), []
@@ -84,7 +84,7 @@ def test_the_table_of_presets_has_mean_and_deviation_of_several_seeds(load: Load
     assert others[0].endswith(" | - | - | - | - | - |")
 
 
-def test_bulk_scoring_is_measured_and_tabled(
+def test_bulk_scoring_is_measured_and_tabulated(
     load: Load, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
@@ -96,7 +96,7 @@ def test_bulk_scoring_is_measured_and_tabled(
     assert f"| {row['images_per_s']:.1f} | 1.00 |" in file.with_suffix(".md").read_text()
 
 
-def test_a_service_under_many_clients_makes_no_error(
+def test_a_service_answers_several_clients_without_errors(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serving = load("campaigns.serving")

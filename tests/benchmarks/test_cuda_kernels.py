@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels, without a GPU: nothing spills, and the hot ones move 16 bytes at a time."""
+"""The compiled CUDA kernels do not spill registers, and the most used ones move 16 bytes at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 
 def load() -> Any:
-    """``benchmarks/gpu/cuda_kernels.py``, which is not part of the package."""
+    """Import ``benchmarks/gpu/cuda_kernels.py``, which is not part of the package."""
     path = Path(__file__).parents[2] / "benchmarks" / "gpu" / "cuda_kernels.py"
     spec = importlib.util.spec_from_file_location("cuda_kernels", path)
     assert spec is not None and spec.loader is not None
@@ -30,13 +30,16 @@ pytestmark = [
     pytest.mark.skipif(cuda_kernels.cuobjdump() is None, reason="no cuobjdump"),
 ]
 
-# Kernels that pass over whole tensors, and what of them must be wide: those of means only read them.
+# Kernels that read or write whole tensors, and the accesses that must be wide; kernels of means only read.
 HOT = {
     r"(forward|inverse|backward)_(contiguous|channels_last)": {"LDG", "STG"},
     r"means_(contiguous|channels_last)": {"LDG"},
     r"square_sums_(contiguous|channels_last)": {"LDG"},
     r"upsampleI": {"STG"},
-    r"resampleI.*Li[248]ELb0E": {"LDG", "STG"},  # in packets; others take neighbouring elements
+    r"resampleI.*Li[248]ELb0E": {
+        "LDG",
+        "STG",
+    },  # in packets; other kernels access neighboring elements
 }
 
 
@@ -52,12 +55,12 @@ def wide(architecture: str) -> dict[str, set[str]]:
     return cuda_kernels.wide_accesses(MODULE, architecture)
 
 
-def test_nothing_spills_and_no_kernel_has_a_stack() -> None:
+def test_no_kernel_spills_or_has_a_stack() -> None:
     assert kernels()
     assert [k for k in kernels() if k.stack or k.local] == []
 
 
-def test_a_block_needs_no_more_than_every_gpu_grants() -> None:
+def test_a_block_fits_into_the_limits_of_every_gpu() -> None:
     assert max(k.shared for k in kernels()) <= 24 * 1024
     assert max(k.registers for k in kernels()) <= 65536 // 256
 

@@ -1,4 +1,4 @@
-"""What runs on a GPU for ten minutes at a time, rehearsed on the CPU: nothing here is measured."""
+"""The measurements for a GPU run on the CPU with toy sizes, and keep their results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TIMED = ("ceilings", "kernels", "norm", "aggregation", "training", "inference")
 
 
 class InsteadOfCUDA(TorchFunctionMode):
-    """What is asked for on the GPU is made on another device."""
+    """Mode that makes tensors for the GPU on another device."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def gpu(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleTy
 def speed(
     request: pytest.FixtureRequest, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ModuleType]:
-    """The timed steps, small, on the CPU, or on a device that knows shapes alone and refuses tensors of the CPU."""
+    """Return the timed steps at toy sizes, on the CPU or on the meta device, which refuses tensors of the CPU."""
     speed = load("gpu.speed")
     small = {"CHANNELS": (16, 32, 64), "BLOCKS": (1, 1, 1), "SIZES": (8, 4, 2)}
     for name, value in {**small, "COPIED": 2**20, "SIDE": 128}.items():
@@ -83,12 +83,12 @@ def adam(kind: Any, parameters: Any, *, lr: float, fused: bool) -> Any:
 
 @pytest.mark.parametrize("speed", ["meta"], indirect=True)
 @pytest.mark.parametrize("step", ["kernels", "norm", "aggregation"])
-def test_no_step_mixes_devices(speed: ModuleType, step: str) -> None:
+def test_timed_steps_do_not_mix_devices(speed: ModuleType, step: str) -> None:
     assert all(number > 0 for number in numbers(getattr(speed, step)({})))
 
 
 @pytest.mark.parametrize("speed", ["meta"], indirect=True)
-def test_the_reference_implementation_mixes_no_devices(speed: ModuleType) -> None:
+def test_the_reference_implementation_does_not_mix_devices(speed: ModuleType) -> None:
     features = speed._features(2, torch.channels_last)
     for name, flows in speed._flows().items():
         if name != "ours":
@@ -103,7 +103,7 @@ def test_every_timed_step_runs_and_fills_the_table(speed: ModuleType, load: Load
     errors = [each["error against eager fp32"] for each in found["inference"].values()]
     assert max(errors) < 0.03
     block = "\n".join(load("gpu.report").block({"device": "A GPU", "date": "today", **found}))
-    assert block.count("| 1x |") == 7 and "not measured" not in block  # all took as long
+    assert block.count("| 1x |") == 7 and "not measured" not in block  # all times are equal
 
 
 def once(runs: Mapping[str, Callable[[], Any]], **_: Any) -> dict[str, float]:
@@ -117,7 +117,7 @@ def numbers(found: Mapping[str, Any]) -> Iterator[float]:
         yield from numbers(value) if isinstance(value, dict) else [value]
 
 
-def test_what_was_measured_is_kept_and_not_repeated(
+def test_finished_steps_are_kept_and_not_repeated(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -148,7 +148,7 @@ def test_the_kernels_are_not_loaded_before_they_are_built() -> None:
 
 
 @pytest.mark.parametrize("step", ["kernels", "training"])
-def test_times_of_the_reference_are_no_results(
+def test_steps_without_kernels_are_refused(
     gpu: ModuleType, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -157,7 +157,7 @@ def test_times_of_the_reference_are_no_results(
         gpu.STEPS[step]({})
 
 
-def test_tests_that_fail_are_named(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_tests_are_named(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     said = "..F\nFAILED tests/ops/a.py::b - x\nFAILED tests/ops/a.py::c\n2 failed, 1 passed"
     done = subprocess.CompletedProcess([], 1, said, "")
     monkeypatch.setattr(gpu, "_ended", lambda *_, **__: done)
@@ -166,7 +166,7 @@ def test_tests_that_fail_are_named(gpu: ModuleType, monkeypatch: pytest.MonkeyPa
     assert found["failed"] == ["FAILED tests/ops/a.py::b - x", "FAILED tests/ops/a.py::c"]
 
 
-def test_what_does_not_end_is_killed_with_what_it_started(
+def test_a_command_that_takes_too_long_is_killed_with_its_children(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = f"import time; time.sleep(3); open({str(tmp_path / 'lived')!r}, 'w')"
@@ -178,7 +178,7 @@ def test_what_does_not_end_is_killed_with_what_it_started(
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "initcheck"])
-def test_what_the_sanitizer_finds_is_kept(
+def test_findings_of_the_sanitizer_are_kept(
     gpu: ModuleType, tool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -224,14 +224,14 @@ def test_a_comparison_shows_its_worst_case(load: Load) -> None:
 
 
 @pytest.mark.skipif(_backend.C is None, reason="nothing is compiled")
-def test_kernels_are_checked_without_what_only_the_command_line_needs(
+def test_checking_kernels_needs_no_package_of_the_command_line(
     gpu: ModuleType, tmp_path: Path
 ) -> None:
     code = gpu.CHECK.format(every=9).replace('device("cuda")', 'device("cpu")')
     alone = f"import sys; sys.modules['yaml'] = None\n{code}"
     done = subprocess.run(
         [sys.executable, "-c", alone],
-        cwd=tmp_path,  # or the checkout would be imported in place of what is installed
+        cwd=tmp_path,  # otherwise the checkout would be imported instead of the installed package
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""The harness of the benchmarks: a provider with wrong results is not timed, and cases are chosen by name."""
+"""The harness of the benchmarks times only providers with right results, and selects cases by name."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_provider_with_wrong_results_is_refused_and_not_timed(
     assert any("not timed" in line for line in table(row))
 
 
-def test_a_provider_that_drifts_is_refused_when_more_calls_are_compared() -> None:
+def test_a_provider_whose_later_results_differ_is_refused() -> None:
     state = [0.0]
 
     def drifting(x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def test_a_provider_that_drifts_is_refused_when_more_calls_are_compared() -> Non
     assert "refused" in row["providers"]["wrong"]
 
 
-def test_a_provider_that_fails_does_not_keep_the_others_from_being_timed() -> None:
+def test_other_providers_are_timed_if_one_fails() -> None:
     def failing(x: Tensor) -> Tensor:
         raise RuntimeError("no compiler")
 
@@ -78,7 +78,7 @@ def test_a_provider_that_fails_does_not_keep_the_others_from_being_timed() -> No
     assert found["right"]["ms"]
 
 
-def test_bfloat16_is_not_timed_where_the_processor_has_no_instructions_for_it(
+def test_bfloat16_is_not_timed_without_instructions_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for able in (True, False):
@@ -89,7 +89,7 @@ def test_bfloat16_is_not_timed_where_the_processor_has_no_instructions_for_it(
     assert found["eager bf16"] == {"refused": "this processor has no instructions for bfloat16"}
 
 
-def test_a_copy_of_as_many_bytes_is_timed_beside() -> None:
+def test_a_copy_of_as_many_bytes_is_timed_too() -> None:
     row = measure(doubling(lambda x: x + x, bytes=800), seconds=0)
     assert set(row["providers"]) == {"right", "wrong", "copy"}
     assert all(len(found["ms"]) == 2 for found in row["providers"].values())
@@ -119,7 +119,7 @@ def test_all_flows_agree_with_eager_pytorch_and_are_timed(
         assert found["ms"], name
 
 
-def test_saved_activations_leave_out_parameters_and_inputs() -> None:
+def test_saved_activations_exclude_parameters_and_inputs() -> None:
     layer = torch.nn.Linear(10, 10)
     case = Case(
         name="square of a layer",
@@ -134,7 +134,7 @@ def test_saved_activations_leave_out_parameters_and_inputs() -> None:
     assert found["saved_mb"] == pytest.approx((2 * 10 + 1) * 4 / 1e6)
 
 
-def test_difference_is_in_units_of_the_largest_magnitude() -> None:
+def test_the_difference_is_relative_to_the_largest_magnitude() -> None:
     assert difference([torch.tensor([1.0, 4.0]), 2.0], [torch.tensor([2.0, 4.0]), 2.0]) == 0.25
 
 
@@ -158,7 +158,7 @@ def test_the_baseline_is_the_reference_implementation_if_it_was_timed() -> None:
     assert baseline({"providers": {"mine": refused}}) == ""
 
 
-def test_cases_are_chosen_by_file_or_by_how_their_names_begin(load: Load) -> None:
+def test_cases_are_selected_by_file_or_by_the_beginning_of_their_names(load: Load) -> None:
     chosen = load("__main__").chosen
     whole = [case.name for case in chosen(["norm"], quick=True)]
     assert whole == [case.name for case in load("kernels.bench_norm").cases(quick=True)]

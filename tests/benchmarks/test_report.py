@@ -1,4 +1,4 @@
-"""Tables of results: ratios tell the worst case, and the READMEs hold what was measured last."""
+"""Tables of results have the ratio of the worst case, and the pages have the newest results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msflow_ext.bench import harness, measure
 Load = Callable[[str], ModuleType]
 
 
-def test_a_comparison_tells_the_worst_case_and_the_fastest_of_ours(load: Load) -> None:
+def test_a_comparison_has_the_worst_case_of_the_fastest_provider(load: Load) -> None:
     comparisons = load("comparisons")
     comparison = comparisons.Comparison(0, "", "run *", "base", "ours*")
     providers = {"base": {"ms": [12.0]}, "ours a": {"ms": [2.0]}, "ours b": {"ms": [4.0]}}
@@ -49,7 +49,7 @@ def test_every_comparison_has_a_case_with_both_providers(load: Load) -> None:
         assert any(fnmatchcase(name, each.ours) for name in names), each
 
 
-def test_the_pages_hold_what_the_newest_results_say(load: Load) -> None:
+def test_the_pages_have_the_newest_results(load: Load) -> None:
     report, accuracy = load("report"), load("campaigns.accuracy")
     documents = load("results").times()
     if not documents:
@@ -63,7 +63,7 @@ def test_the_pages_hold_what_the_newest_results_say(load: Load) -> None:
         assert block in page.read_text(encoding="utf-8"), f"{page.name}, {name}: {said}"
 
 
-def test_only_documents_of_times_are_read_as_such(
+def test_other_documents_are_not_read_as_times(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = load("results")
@@ -78,7 +78,7 @@ def test_only_documents_of_times_are_read_as_such(
     assert (tmp_path / "soak-a-cpu-avx2-2c-2026-01-01.json").exists()
 
 
-def test_a_repeated_row_takes_the_place_of_the_older_one(load: Load, tmp_path: Path) -> None:
+def test_a_repeated_row_replaces_the_older_one(load: Load, tmp_path: Path) -> None:
     results, file = load("results"), tmp_path / "machine.json"
     facts = {"commit": "c", "date": "2026-01-01"}
     for case, threads, value in (("a", 1, 1), ("a", 2, 2), ("a", 1, 3)):
@@ -87,7 +87,7 @@ def test_a_repeated_row_takes_the_place_of_the_older_one(load: Load, tmp_path: P
     assert found == [(1, 3), (2, 2)]
 
 
-def test_the_table_of_models_holds_parameters_operations_times_and_memory(load: Load) -> None:
+def test_the_table_of_models_has_parameters_operations_times_and_memory(load: Load) -> None:
     models = load("end_to_end.bench_models")
     image, step = models.cases(quick=True)[-2:]
     rows = [measure(case, seconds=0) for case in (image, step)]
@@ -131,7 +131,7 @@ def test_the_readme_has_the_newest_speeds_of_each_kind_of_processor(load: Load) 
     assert text.index("avx512f") < text.index("5.0x") < text.index("2.5x")
 
 
-def test_the_first_sentence_of_the_readme_has_the_times_of_the_largest_processor(
+def test_the_first_sentence_of_the_readme_has_the_speedups(
     load: Load,
 ) -> None:
     report = load("report")
@@ -145,7 +145,7 @@ def test_the_first_sentence_of_the_readme_has_the_times_of_the_largest_processor
     assert list(report.claim([])) == []
 
 
-def test_the_page_of_settings_gets_its_table_where_there_is_one(
+def test_the_page_of_settings_gets_its_table_if_it_exists(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = load("report")
@@ -173,7 +173,8 @@ def test_the_table_of_settings_has_minutes_of_each_preset_and_gigabytes(load: Lo
     assert title.startswith(
         "| model, backbone, image; 2 threads | minutes of `paper` | minutes of `robust`, "
     )
-    # A minute for the features, and 1250 steps of 48 ms for 100 epochs; FastFlow's paper has 500. Adam needs 16 bytes a weight.
+    # A minute for the features, and 1250 steps of 48 ms for 100 epochs. FastFlow's paper has 500 epochs.
+    # Adam needs 16 bytes per weight.
     assert lines == [
         "| MSFlow efficientnet_lite0 192 px | 2 | 2 | 3 | 600 | 1 |",
         "| FastFlow deit_base_distilled_patch16_384 384 px | 6 | 2 | 3 | 600 | 1 |",
@@ -181,7 +182,7 @@ def test_the_table_of_settings_has_minutes_of_each_preset_and_gigabytes(load: Lo
     assert list(load("tables").settings({"rows": rows[:1]})) == []
 
 
-def test_a_report_stands_between_the_markers_and_nowhere_else(load: Load, tmp_path: Path) -> None:
+def test_a_report_replaces_only_the_text_between_the_markers(load: Load, tmp_path: Path) -> None:
     report, page = load("report"), tmp_path / "README.md"
     begin, end = "<!-- speed:begin -->", "<!-- speed:end -->"
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
@@ -191,7 +192,7 @@ def test_a_report_stands_between_the_markers_and_nowhere_else(load: Load, tmp_pa
         report.update(page, "accuracy", "new")
 
 
-def test_every_way_to_run_a_detector_gives_its_results_and_a_line_of_the_table(
+def test_every_runtime_gives_the_results_of_the_detector_and_a_line_of_the_table(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")
@@ -208,7 +209,7 @@ def test_every_way_to_run_a_detector_gives_its_results_and_a_line_of_the_table(
     rows[0]["providers"]["eager bf16"]["error"] = 0.07
     rows[1]["providers"]["eager bf16"] = {"refused": "no such package"}
     empty, *lines = load("tables").latency({"rows": [*rows, {**rows[0], "case": "flows b1"}]})
-    assert empty == ""  # or a table before would go on
+    assert empty == ""  # which separates it from a table before
     threads = f"{rows[0]['threads']} thread"
     assert lines[0].startswith(f"| FastFlow test_resnet 32 px, {threads}")
     assert lines[0].endswith(" | batch 1: ms | images/s | batch 2: ms | images/s |")

@@ -1,4 +1,4 @@
-"""Thousands of calls leave neither memory nor open files behind; the long run is ``benchmarks/campaigns/soak.py``."""
+"""Thousands of calls leak neither memory nor open files; ``benchmarks/campaigns/soak.py`` runs longer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# In a process of its own, whose memory no other test has stirred.
+# Run in a separate process, whose memory other tests do not change.
 SCRIPT = """
 import json, sys
 sys.path.insert(1, sys.argv[1])
@@ -21,9 +21,9 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts what /proc shows")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize(("calls", "count"), [("op_calls", 8_000), ("predictions", 30)])
-def test_many_calls_leave_nothing_behind(calls: str, count: int) -> None:
+def test_many_calls_leak_neither_memory_nor_files(calls: str, count: int) -> None:
     command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[2]), calls, str(count)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

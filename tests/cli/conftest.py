@@ -1,4 +1,4 @@
-"""A small data set, a finished run, and the commands that make and break them."""
+"""Provide a small data set, a finished run, and helpers that run commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL = ["--backbone", "efficientnet_lite0", "--image-size", "64", "--device", "
 
 @pytest.fixture(scope="package")
 def data(tmp_path_factory) -> Path:
-    """A category ``plate`` in the layout of MVTec AD: gray noise, white squares as defects."""
+    """Return a data set in the layout of MVTec AD: ``plate``, gray noise with white squares as defects."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
 
     def write(path: Path, pixels: np.ndarray) -> None:
@@ -37,7 +37,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def train_command() -> Callable[..., list[str]]:
-    """``train_command(data, out, *more)``: the words that train one epoch on ``plate``."""
+    """Return ``train_command(data, out, *more)``, which gives the words that train one epoch on ``plate``."""
 
     def words(data: Path, out: Path, *more: str) -> list[str]:
         chosen = ["--data", str(data), "--layout", "mvtec", "--category", "plate", "--epochs", "1"]
@@ -48,7 +48,7 @@ def train_command() -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="package")
 def run(data, train_command, tmp_path_factory) -> Path:
-    """A finished run; tests must not write to it."""
+    """Return a finished run; tests must not write to it."""
     out = tmp_path_factory.mktemp("runs") / "run"
     assert cli.main(train_command(data, out, "--baseline")) == 0
     return out
@@ -56,7 +56,7 @@ def run(data, train_command, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """``fails(*words)``: the sentence on stderr of a command that must fail."""
+    """Return ``fails(*words)``, which runs a command that must fail and returns its error."""
 
     def sentence(*words: str) -> str:
         capsys.readouterr()

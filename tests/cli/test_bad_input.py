@@ -1,4 +1,4 @@
-"""Whatever a user hands to a command, a mistake is one sentence and exit status 2, and results stay."""
+"""Wrong input ends a command with one sentence and exit status 2, and keeps earlier results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def picture(path: Path) -> None:
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """A category ``cup`` in the layout of MVTec AD, and a list of its images."""
+    """Return a data set in the layout of MVTec AD with the category ``cup`` and a list of its images."""
     root = tmp_path / "data"
     for name in ("train/good/0", "train/good/1", "train/good/2", "test/good/0", "test/scar/0"):
         picture(root / f"cup/{name}.png")
@@ -40,7 +40,7 @@ def data(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A folder with the checkpoint of an untrained model; tests must not write to it."""
+    """Return a folder with the checkpoint of an untrained model; tests must not write to it."""
     folder = tmp_path_factory.mktemp("run")
     _save(folder, spoil=False)
     return folder
@@ -59,7 +59,7 @@ def _save(folder: Path, *, spoil: bool) -> None:
 
 
 def fails(capsys, *arguments: object) -> str:
-    """The sentence on stderr of a command that must fail."""
+    """Run a command that must fail, and return its error."""
     capsys.readouterr()
     assert cli.main([*map(str, arguments)]) == 2
     *before, last = capsys.readouterr().err.splitlines()
@@ -86,7 +86,7 @@ def add(path: str) -> Callable[[Path], None]:
     ],
     ids=["no-mask", "mask-alone", "one-name", "no-image"],
 )
-def test_a_fault_of_a_folder_is_named_before_anything_is_written(
+def test_a_faulty_data_folder_is_refused_before_anything_is_written(
     data, tmp_path, capsys, damage, sentence
 ):
     damage(data)
@@ -98,7 +98,7 @@ def test_a_fault_of_a_folder_is_named_before_anything_is_written(
     assert sentence in capsys.readouterr().out
 
 
-def test_a_data_set_is_checked_by_flag_or_by_position_but_not_by_both(data, capsys):
+def test_data_check_accepts_a_flag_or_a_position_but_not_both(data, capsys):
     chosen = ["--layout", "mvtec", "--category", "cup"]
     capsys.readouterr()
     assert cli.main(["data", "check", "--data", str(data), *chosen]) == 0
@@ -121,7 +121,7 @@ def test_a_path_of_a_csv_that_leaves_the_folder_is_refused(data, tmp_path, capsy
     assert "leave" in sentence
 
 
-def test_evaluating_one_class_alone_is_refused(run, data, capsys):
+def test_evaluating_a_single_class_is_refused(run, data, capsys):
     (data / "list.csv").write_text("path,label,split\ncup/test/scar/0.png,scar,test\n")
     listed = ["--data", data, "--layout", "folder", "--csv", "list.csv"]
     sentence = fails(capsys, "evaluate", "--run", run, *listed)
@@ -130,7 +130,7 @@ def test_evaluating_one_class_alone_is_refused(run, data, capsys):
     assert "got 0 good, 0 defective" in fails(capsys, "evaluate", "--run", run, *good)
 
 
-def test_a_score_that_is_not_a_number_names_its_image_and_keeps_no_score(tmp_path, data, capsys):
+def test_an_image_whose_score_is_not_finite_is_named_and_has_no_score(tmp_path, data, capsys):
     (tmp_path / "spoilt").mkdir()
     _save(tmp_path / "spoilt", spoil=True)
     command = [
@@ -172,7 +172,7 @@ def test_a_read_only_output_folder_is_refused_before_any_work(run, data, tmp_pat
         assert "closed/out cannot be written: Permission denied" in fails(capsys, *command)
 
 
-def test_whether_a_folder_can_be_written_is_found_out_without_a_trace(tmp_path):
+def test_checking_that_a_folder_is_writable_leaves_no_files(tmp_path):
     check_writable(tmp_path / "a/b/c")
     assert list(tmp_path.iterdir()) == []
 
@@ -195,7 +195,7 @@ sys.exit(cli.main(sys.argv[1:]))
     ],
     ids=["train", "cache", "predict"],
 )
-def test_a_full_disk_is_one_sentence_and_what_was_written_before_stays(
+def test_a_full_disk_is_one_sentence_and_keeps_earlier_files(
     run, data, tmp_path, command, more, file, kept
 ):
     out = tmp_path / "out"
@@ -230,7 +230,7 @@ HUGE = "99999999999999999999999"
     ],
     ids=str,
 )
-def test_a_number_of_more_bits_than_there_are_is_one_sentence(
+def test_a_number_out_of_range_is_refused_with_one_sentence(
     data, tmp_path, capsys, flags, sentence
 ):
     chosen = ["--data", data, "--layout", "mvtec", "--category", "cup", "--out", tmp_path / "out"]
@@ -257,7 +257,7 @@ def test_a_folder_that_another_process_writes_is_refused_before_any_work(
         assert [path.name for path in out.iterdir()] == [LOCK]
 
 
-def test_what_cannot_be_replaced_stays(tmp_path):
+def test_a_failed_write_keeps_the_files_that_exist(tmp_path):
     write_text(tmp_path / "a.txt", "old")
     (tmp_path / "b").mkdir()
     with pytest.raises(OSError, match=r"b cannot be written: Is a directory"):

@@ -1,4 +1,4 @@
-"""Every command does what it says, and every failure is one sentence and exit status 2."""
+"""Every command writes its results, and every failure is one sentence and exit status 2."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_train_writes_the_run_folder_and_prints_its_table(data, tmp_path, capsys
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
 
 
-def test_the_baseline_stands_beside_the_model(run):
+def test_metrics_include_the_baseline(run):
     baseline = json.loads((run / "metrics.json").read_text())["baseline"]
     assert baseline["name"] == "PaDiM-style Gaussian"
     assert all(0 <= baseline[name] <= 1 for name in ("image_auroc", "pixel_auroc", "aupro"))
@@ -62,7 +62,7 @@ def test_the_configuration_of_a_run_repeats_it(run, tmp_path):
     assert second["image_auroc"] == first["image_auroc"]
 
 
-def test_evaluate_repeats_the_result_of_the_run_and_takes_other_data(run, data, tmp_path, capsys):
+def test_evaluate_repeats_the_result_of_the_run_and_accepts_other_data(run, data, tmp_path, capsys):
     out = tmp_path / "evaluated"
     assert cli.main(["evaluate", "--run", str(run), "--device", "cpu", "--out", str(out)]) == 0
     found = json.loads((out / "evaluation.json").read_text())
@@ -80,7 +80,7 @@ def test_evaluate_repeats_the_result_of_the_run_and_takes_other_data(run, data, 
 
 
 @pytest.mark.parametrize(("precision", "error"), [("float32", 1e-4), ("bfloat16", 0.25)])
-def test_evaluate_tests_the_prepacked_form_that_predict_and_serve_take(
+def test_evaluate_tests_the_optimized_model_that_predict_and_serve_use(
     run, tmp_path, precision, error
 ):
     out = tmp_path / "evaluated"
@@ -259,7 +259,7 @@ def test_damaged_files_of_a_run_are_named(run, data, tmp_path, fails, train_comm
     assert f"{damaged / 'metrics.json'} is damaged" in fails(*resume)
 
 
-def test_a_training_that_diverges_says_where_and_keeps_its_last_good_state(
+def test_a_training_that_diverges_names_the_step_and_keeps_its_last_good_state(
     data, tmp_path, fails, train_command
 ):
     command = train_command(data, tmp_path / "run", "--epochs", "4", "--lr", "1e30")

@@ -1,4 +1,4 @@
-"""Files of settings are found from any folder, and none of them holds more than its lines say."""
+"""Configuration files work from any folder, and crafted ones are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def bomb(levels: int = 9) -> str:
-    """Nine aliases of nine aliases and so on: 9**9 words in a few lines."""
+    """Return YAML whose nested aliases expand to 9**9 words."""
     lines = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
     for i in range(1, levels):
         lines.append(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]")
@@ -29,9 +29,9 @@ CRAFTED = {
     "merged": ("data: x\nrest: &r {layout: folder}\n<<: *r\n", "line 2, column 7: anchors"),
     "python": ("data: !!python/object/apply:os.system [echo]\n", "line 1, column 7: anchors"),
     "tag": ("data: !!str x\n", "line 1, column 7: anchors"),
-    "deep": ("data: " + "[" * 20_000, "nests too deeply"),
-    "deep keys": ("data: " + "{a: " * 5_000, "nests too deeply|line 1"),
-    "large": ("data: x\n" + "# more\n" * LARGEST, f"must be at most {LARGEST} bytes"),
+    "deep": ("data: " + "[" * 20_000, "is nested too deeply"),
+    "deep keys": ("data: " + "{a: " * 5_000, "is nested too deeply|line 1"),
+    "large": ("data: x\n" + "# more\n" * LARGEST, f"must have at most {LARGEST} bytes"),
     "no such date": ("data: x\ncategory: 2024-13-45\n", ""),
     "long number": ("data: x\nsplit_seed: " + "9" * 5000, ""),
     "not text": ("data: \0", ""),
@@ -40,7 +40,7 @@ CRAFTED = {
 
 @pytest.mark.family("crafted files")
 @pytest.mark.parametrize("name", CRAFTED)
-def test_a_crafted_file_of_settings_is_refused_at_once_by_every_command(tmp_path, run, fails, name):
+def test_a_crafted_configuration_file_is_refused_by_every_command(tmp_path, run, fails, name):
     text, sentence = CRAFTED[name]
     file, out = tmp_path / "config.yaml", str(tmp_path / "out")
     file.write_text(text)
@@ -58,7 +58,7 @@ def test_a_crafted_file_of_settings_is_refused_at_once_by_every_command(tmp_path
 
 
 @pytest.mark.family("run files")
-def test_a_run_and_its_settings_are_used_from_another_folder(
+def test_a_run_and_its_configuration_work_from_another_folder(
     data, tmp_path, monkeypatch, train_command
 ):
     out = tmp_path / "run"
@@ -75,7 +75,7 @@ def test_a_run_and_its_settings_are_used_from_another_folder(
 
 
 @pytest.mark.family("run files")
-def test_relative_paths_of_a_file_start_from_its_folder(tmp_path, monkeypatch):
+def test_relative_paths_in_a_configuration_file_start_from_its_folder(tmp_path, monkeypatch):
     file = tmp_path / "settings" / "a.yaml"
     file.parent.mkdir()
     monkeypatch.chdir(tmp_path)
@@ -91,12 +91,12 @@ def test_relative_paths_of_a_file_start_from_its_folder(tmp_path, monkeypatch):
     assert (found["weights"], found["out"]) == (f"{here}/w.pth", f"{here}/runs/x")
     found = options("normal: good\nabnormal: /bad\nout: x\n", "--out", "y")
     assert (found["normal"], found["abnormal"]) == (f"{here}/good", "/bad")
-    assert found["out"] == "y", "which stands on the command line"
+    assert found["out"] == "y", "the command line comes first"
     assert options("data: elpv\nout: x\n")["data"] == "elpv"
     assert options("data: ./elpv\nout: x\n")["data"] == f"{here}/elpv"
 
 
 @pytest.mark.family("run files")
-def test_settings_with_whole_paths_stay_as_they_are():
+def test_settings_with_absolute_paths_do_not_change():
     whole = {"data": None, "normal": "/a/b", "csv": "list.csv", "weights": None, "epochs": 3}
     assert with_whole_paths(whole, Path("/elsewhere")) == whole

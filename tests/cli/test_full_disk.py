@@ -1,4 +1,4 @@
-"""A command that finds the disk full ends with one sentence that names its file, and leaves nothing half written."""
+"""On a full disk, a command ends with one sentence that names the file, and leaves no partial files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from msflow_ext.runs.checkpoint import save_checkpoint
 SCRIPT = """
 import json, resource, sys
 from msflow_ext import cli
-resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # as a disk that is full, for every file of its own
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # acts as a full disk for each file
 for name, words in json.loads(sys.argv[1]).items():
     print(f"{name} {cli.main(words)}", file=sys.stderr)
 """
@@ -25,7 +25,7 @@ LIMITED = pytest.mark.skipif(sys.platform == "win32", reason="no limit on the si
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory, run) -> tuple[Path, list[str]]:
-    """Where all commands wrote into, and the lines that they said: each command is one process elsewhere."""
+    """Run the commands in one process with limited files, and return their folder and the lines on stderr."""
     folder = tmp_path_factory.mktemp("full")
     model = mx.FastFlow("test_efficientnet", image_size=64, pretrained=False, steps=1)
     header = {"model": "FastFlow", "config": model.config}
@@ -48,7 +48,7 @@ def said(tmp_path_factory, run) -> tuple[Path, list[str]]:
 @pytest.mark.parametrize(
     ("command", "file"), [("export", "m.pt2"), ("convert", "m.pt"), ("compare", "page.html")]
 )
-def test_a_full_disk_is_one_sentence_with_the_name_of_the_file(said, command, file):
+def test_a_full_disk_is_one_sentence_that_names_the_file(said, command, file):
     out, lines = said
     ended = lines.index(f"{command} 2")
     assert lines[ended - 1].startswith(f"msflow: error: {out / file} cannot be written: File too")
@@ -57,6 +57,6 @@ def test_a_full_disk_is_one_sentence_with_the_name_of_the_file(said, command, fi
 
 @LIMITED
 @pytest.mark.family("full disks")
-def test_nothing_is_left_of_what_did_not_fit(said):
+def test_a_full_disk_leaves_no_partial_files(said):
     out, _ = said
     assert list(out.rglob("*")) == []

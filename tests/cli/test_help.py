@@ -1,4 +1,4 @@
-"""Help, version, completion and the answer to a typo come at once, and say what the reader needs."""
+"""Help, version, completion and usage errors appear at once and are complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from msflow_ext import cli
 from msflow_ext.choices import CHOICES
 from msflow_ext.cli.parser import Formatter, OrNone, count, number, suggestion, whole
 
-SECONDS = 0.3  # of processor time, Python's own start included
+SECONDS = 0.3  # of processor time, including the start of Python
 HEAVY = {"torch", "numpy", "scipy", "sklearn", "timm", "PIL"}
 REPORT = """
 import sys
@@ -58,7 +58,7 @@ def _spent(command: list[str]) -> tuple[subprocess.CompletedProcess[str], float]
 
 
 @pytest.mark.parametrize("words", QUICK, ids=" ".join)
-def test_help_and_mistakes_come_at_once_without_torch(words: list[str], tmp_path: Path) -> None:
+def test_help_and_usage_errors_need_no_torch(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("epochs: many\n")
     words = [str(tmp_path / "wrong.yaml") if word == "CONFIG" else word for word in words]
     done, seconds = _spent([sys.executable, "-c", REPORT, *words])
@@ -138,7 +138,7 @@ def test_the_flags_of_train_stand_in_groups() -> None:
         (["data"], "required but not given: ACTION"),
     ],
 )
-def test_a_typo_is_answered_by_what_was_meant(
+def test_a_usage_error_is_one_sentence_with_a_suggestion(
     words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(words) == 2
@@ -156,24 +156,24 @@ FLAGS = [
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", ""])
-def test_no_number_is_infinite_undefined_or_empty(
+def test_infinite_undefined_and_empty_numbers_are_refused(
     value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    numeric = [(name, each.option_strings[0]) for name, each in FLAGS if _takes_numbers(each)]
+    numeric = [(name, each.option_strings[0]) for name, each in FLAGS if _is_numeric(each)]
     assert len(numeric) > 30
     for name, flag in numeric:
         assert cli.main([name, f"{flag}={value}"]) == 2
         assert f"{flag} must " in capsys.readouterr().err, (name, flag)
 
 
-def _takes_numbers(action: Any) -> bool:
+def _is_numeric(action: Any) -> bool:
     kind = action.type.kind if isinstance(action.type, OrNone) else action.type
     return kind in (count, number, whole)
 
 
 @pytest.mark.parametrize("name", ["train", "predict"])
 @pytest.mark.parametrize("value", ["0", "-1"])
-def test_nothing_is_computed_by_less_than_one_thread(
+def test_fewer_than_one_thread_is_refused(
     name: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([name, f"--threads={value}"]) == 2
@@ -205,7 +205,7 @@ def test_only_a_close_word_is_suggested() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "expected", "unwanted"),
+    ("line", "expected", "missing"),
     [
         ("msflow ev", {"evaluate"}, {"train"}),
         ("msflow data ", {"check"}, {"train"}),
@@ -216,7 +216,7 @@ def test_only_a_close_word_is_suggested() -> None:
     ],
 )
 def test_the_shell_completes_commands_flags_choices_and_files(
-    line: str, expected: set[str], unwanted: set[str], tmp_path: Path
+    line: str, expected: set[str], missing: set[str], tmp_path: Path
 ) -> None:
     (tmp_path / "here.yaml").touch()
     source = str(Path(msflow_ext.__file__).parents[1])
@@ -232,4 +232,4 @@ def test_the_shell_completes_commands_flags_choices_and_files(
     subprocess.run(command, env={**os.environ, **variables}, cwd=tmp_path, check=True)
     found = {word.strip() for word in (tmp_path / "found").read_text().split("\n")}
     assert expected <= found
-    assert not unwanted & found
+    assert not missing & found

@@ -1,4 +1,4 @@
-"""Every hyper-parameter has a flag and a YAML key, from the one place that declares it."""
+"""Every hyper-parameter has a flag and a YAML key, made from its declaration."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from msflow_ext import cli
-from msflow_ext.choices import CHECKPOINT_FORMATS, CHOICES
-from msflow_ext.cli.hyperparameters import MODELS, OTHERWISE, RECIPE, parameters
+from msflow_ext.choices import CHOICES
+from msflow_ext.cli.convert import FORMATS
+from msflow_ext.cli.hyperparameters import MODELS, RECIPE, SET_ELSEWHERE, parameters
 from msflow_ext.cli.train import model_arguments, recipe_of
 from msflow_ext.compat.checkpoints.detectors import PEERS
 from msflow_ext.models.fastflow import FastFlow
@@ -26,7 +27,7 @@ ARGUMENTS = [
     (model, name, each)
     for model, kind in KINDS.items()
     for name, each in signature(kind).parameters.items()
-    if name not in OTHERWISE
+    if name not in SET_ELSEWHERE
 ]
 COMBINATIONS = [(preset, model) for preset in PRESETS for model in PRESETS[preset]]
 
@@ -42,7 +43,7 @@ def configured(folder: Path, values: Any) -> Namespace:
 
 
 def sample(name: str, annotation: str) -> Any:
-    """A value that no preset has."""
+    """Return a value that no preset has."""
     if name in CHOICES:
         return CHOICES[name][-1]
     if "[" in annotation:
@@ -82,7 +83,7 @@ def test_every_argument_of_a_model_has_a_flag_and_a_key(
 
 
 @pytest.mark.parametrize("owner", [RECIPE, *MODELS.values()], ids=lambda o: o[0])
-def test_what_is_read_from_the_source_is_what_python_sees(owner: tuple[str, ...]) -> None:
+def test_parameters_read_from_the_source_match_the_signature(owner: tuple[str, ...]) -> None:
     kind = {"Recipe": Recipe, "MSFlow": MSFlow, "FastFlow": FastFlow}[owner[0]]
     found = parameters(*owner)
     seen = signature(kind).parameters
@@ -94,13 +95,13 @@ def test_what_is_read_from_the_source_is_what_python_sees(owner: tuple[str, ...]
 def test_every_hyper_parameter_is_documented_where_it_is_declared() -> None:
     for owner in (RECIPE, *MODELS.values()):
         for name, each in parameters(*owner).items():
-            if name not in OTHERWISE:
+            if name not in SET_ELSEWHERE:
                 assert len(each.text) > 15, name
                 assert not re.search(r"[`:]class|``|\bsee\b", each.text), each.text
 
 
 @pytest.mark.parametrize(("preset", "model"), COMBINATIONS)
-def test_what_is_not_given_is_what_the_preset_says(preset: str, model: str) -> None:
+def test_the_preset_sets_every_value_that_is_not_given(preset: str, model: str) -> None:
     options = parsed("--preset", preset, "--model", model)
     assert recipe_of(options) == PRESETS[preset][model].recipe
     assert model_arguments(options) == PRESETS[preset][model].model
@@ -126,7 +127,7 @@ def test_the_defaults_in_the_help_are_those_of_the_papers_preset() -> None:
         assert found == ([] if declared[name] is None else [shown(declared[name])]), name
 
 
-def test_none_is_given_and_null_is_not(tmp_path: Path) -> None:
+def test_none_sets_a_value_and_null_leaves_it_to_the_preset(tmp_path: Path) -> None:
     assert recipe_of(parsed("--clip", "none")).clip is None
     assert recipe_of(configured(tmp_path, "{out: x, clip: none}")).clip is None
     assert recipe_of(configured(tmp_path, "{out: x, clip: null}")).clip == 2.0
@@ -153,7 +154,7 @@ def test_the_configuration_in_the_documentation_is_read(tmp_path: Path) -> None:
     assert (options.layout, options.normal, options.baseline) == ("folder", "good", True)
 
 
-def test_what_stands_further_right_replaces_what_stands_before(tmp_path: Path) -> None:
+def test_flags_and_files_replace_values_further_left(tmp_path: Path) -> None:
     path = tmp_path / "some.yaml"
     path.write_text("epochs: 5\nlr: 0.5\n")
     options = parsed("--epochs", "3", "--config", str(path), "--lr", "0.25")
@@ -200,7 +201,7 @@ def test_the_configuration_of_an_older_run_is_read(tmp_path: Path) -> None:
         (None, "No such file or directory"),
     ],
 )
-def test_a_mistake_in_a_configuration_is_one_sentence_with_file_and_key(
+def test_an_error_in_a_configuration_file_names_the_file_and_the_key(
     text: str | bytes | None, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "some.yaml"
@@ -236,7 +237,7 @@ def test_a_value_that_the_recipe_refuses_is_named(
     assert sentence in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_no_field_of_the_recipe_but_two_may_be_none() -> None:
+def test_only_two_fields_of_the_recipe_may_be_none() -> None:
     for field in fields(Recipe):
         if "None" not in str(field.type) and field.name != "milestones":
             nothing: dict[str, Any] = {field.name: None}
@@ -245,5 +246,5 @@ def test_no_field_of_the_recipe_but_two_may_be_none() -> None:
     assert Recipe(clip=None, eval_every=None).clip is None
 
 
-def test_the_formats_of_convert_are_those_that_it_knows() -> None:
-    assert ("msflow_ext", *PEERS) == CHECKPOINT_FORMATS
+def test_the_flag_and_the_function_convert_have_the_same_formats() -> None:
+    assert convert.FORMATS == FORMATS

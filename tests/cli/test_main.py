@@ -1,4 +1,4 @@
-"""The command line itself: errors, interrupts, and the commands that need no data."""
+"""The command line handles errors and interrupts, and runs the commands that need no data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--backbone", "efficientnet_lite0", "--image-size", "64", "--device", "cpu"]
 
 
-def test_debug_shows_where_an_error_arose(capsys, monkeypatch):
+def test_debug_raises_the_error_with_its_traceback(capsys, monkeypatch):
     wrong = ["predict", "--run", "nowhere", "x.png", "--out", "out"]
     with pytest.raises(FileNotFoundError):
         cli.main([*wrong, "--debug"])
@@ -45,7 +45,7 @@ def test_info_prints_json_and_check_fails_if_a_kernel_is_wrong(capsys, monkeypat
     assert cli.main(["info", "--check"]) == 0
 
 
-def test_demo_trains_cells_and_brick_beside_the_baseline(tmp_path, capsys, monkeypatch):
+def test_demo_trains_a_model_and_a_baseline_on_cells_and_brick(tmp_path, capsys, monkeypatch):
     asked = []
 
     def record(options):
@@ -87,7 +87,7 @@ def test_the_module_runs_as_the_command(tmp_path):
     assert ended.stderr == f"msflow: error: {path}: no such checkpoint\n"
 
 
-def test_bench_compares_with_the_alternatives_on_this_machine(capsys):
+def test_bench_prints_a_comparison_of_each_case(capsys):
     assert cli.main(["bench", "--tiny", "--seconds", "0", "--threads", "1"]) == 0
     printed = capsys.readouterr().out
     for case in ("flows", "pipeline resnet18", "training step"):

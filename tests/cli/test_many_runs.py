@@ -1,4 +1,4 @@
-"""Several trainings and evaluations are one command and one table."""
+"""One command trains or evaluates several runs, and writes one table."""
 
 from __future__ import annotations
 
@@ -70,18 +70,19 @@ def test_all_runs_of_a_folder_are_evaluated_into_one_table(run, data, tmp_path, 
     for name in ("cup", "plate"):
         assert json.loads((out / name / "evaluation.json").read_text())["image_auroc"] > 0
 
-    sentence = fails(*command, "--out", str(out))  # the data that it was trained on
+    sentence = fails(*command, "--out", str(out))  # on the data of each run
     assert "1 of 2 runs failed" in sentence
     assert "got 'cup'" in sentence
     assert "table.md" in str(sorted(out.iterdir()))
-    assert "needs --out with another folder" in fails(*command)
-    assert "needs --out with another folder" in fails(*command, "--out", str(runs))
+    refusal = f"--out must be a folder other than {runs} with --category all, got"
+    assert f"{refusal} None" in fails(*command)
+    assert f"{refusal} {runs}" in fails(*command, "--out", str(runs))
     shutil.copytree(runs / "cup", runs / "duplicate")
-    assert "are of one category and seeds" in fails(*elsewhere)
+    assert "have the same category and seeds" in fails(*elsewhere)
     (runs / "duplicate" / "metrics.json").unlink()
-    assert f"{runs / 'duplicate'} is not a finished run" in fails(*elsewhere)
+    assert f"{runs / 'duplicate'} must be a finished run" in fails(*elsewhere)
     nothing = ["evaluate", "--run", str(root), "--category", "all", "--out", str(out)]
-    assert f"{root} holds no runs" in fails(*nothing)
+    assert f"{root} must contain finished runs" in fails(*nothing)
 
 
 def test_chosen_categories_are_named_with_commas(data, tmp_path, fails, train_command):
@@ -93,10 +94,10 @@ def test_chosen_categories_are_named_with_commas(data, tmp_path, fails, train_co
 
 
 @pytest.mark.parametrize("layout", ["mvtec", "visa", "btad", "mstc"])
-def test_several_splits_of_a_set_that_has_one_are_refused(
+def test_several_splits_of_a_data_set_with_a_fixed_split_are_refused(
     layout, data, tmp_path, fails, train_command
 ):
     several = ["--layout", layout, "--split-seeds", "0", "1"]
     sentence = fails(*train_command(data, tmp_path / "out", *several))
-    assert f"--split-seeds: layout {layout} says itself what is tested" in sentence
+    assert f"--split-seeds must be one seed for layout {layout}" in sentence
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The command predict writes a row for every image, and nothing of another prediction stays beside it."""
+"""The command predict writes a row for every image, and removes the files of an earlier prediction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Predict = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def predict(untrained_run) -> Predict:
-    """``predict(out, *words)``: the exit status of a prediction by a small model with thresholds."""
+    """Return ``predict(out, *words)``, which runs the command with a small model that has thresholds."""
     run = untrained_run(
         recipe={"false_alarms": 0.4},
         calibration={"scores": [-2.0, -1.0, 1e9], "peaks": [0.0, 1.0, 2.0]},
@@ -38,7 +38,7 @@ def predict(untrained_run) -> Predict:
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """``a.png`` and ``c.png``; between them a damaged image, and others before and after."""
+    """Return a folder with the images ``a.png`` and ``c.png``, and damaged ones before, between and after."""
     folder = tmp_path / "photos"
     for name in ("a.png", "c.png"):
         picture(folder / name)
@@ -62,7 +62,7 @@ def pictures(out: Path) -> set[str]:
 
 @pytest.mark.family("broken images")
 @pytest.mark.parametrize("more", [[], ["--batch-size", "1"], ["--tile"]])
-def test_broken_images_have_a_line_and_a_row_each_and_the_status_is_1(
+def test_each_broken_image_is_logged_and_has_a_row_and_the_status_is_1(
     predict, photos, tmp_path, capsys, more
 ):
     out = tmp_path / "out"
@@ -81,7 +81,7 @@ def test_broken_images_have_a_line_and_a_row_each_and_the_status_is_1(
 
 
 @pytest.mark.family("broken images")
-def test_a_folder_of_broken_images_alone_has_its_table_and_no_pictures(predict, photos, tmp_path):
+def test_only_broken_images_give_a_table_and_no_pictures(predict, photos, tmp_path):
     for name in ("a.png", "c.png"):
         (photos / name).write_bytes(b"")
     assert predict(tmp_path / "out", photos) == 1
@@ -91,9 +91,7 @@ def test_a_folder_of_broken_images_alone_has_its_table_and_no_pictures(predict, 
 
 
 @pytest.mark.family("broken images")
-def test_a_prediction_that_is_to_stop_keeps_the_rows_before_the_broken_image(
-    predict, photos, tmp_path, capsys
-):
+def test_on_error_stop_keeps_the_rows_before_the_broken_image(predict, photos, tmp_path, capsys):
     (photos / " first.png").unlink()
     assert predict(tmp_path / "out", photos, "--on-error", "stop") == 2
     assert "b.png is not an image" in capsys.readouterr().err.splitlines()[-1]
@@ -104,7 +102,7 @@ def test_a_prediction_that_is_to_stop_keeps_the_rows_before_the_broken_image(
 
 
 @pytest.mark.family("score tables")
-def test_images_of_one_name_in_two_folders_have_the_names_of_their_folders(predict, tmp_path):
+def test_images_of_two_folders_are_named_with_their_folders(predict, tmp_path):
     for name in ("left/0.png", "right/0.png", "right/1.png"):
         picture(tmp_path / name)
     left, right = tmp_path / "left", tmp_path / "right"
@@ -114,7 +112,7 @@ def test_images_of_one_name_in_two_folders_have_the_names_of_their_folders(predi
 
 
 @pytest.mark.family("score tables")
-def test_an_image_that_is_given_twice_or_is_not_there_is_refused_before_one_is_scored(
+def test_a_repeated_or_missing_image_is_refused_before_one_is_scored(
     predict, photos, tmp_path, capsys
 ):
     for more, sentence in (
@@ -128,7 +126,7 @@ def test_an_image_that_is_given_twice_or_is_not_there_is_refused_before_one_is_s
 
 @pytest.mark.family("score tables")
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
-def test_odd_names_are_those_of_the_files(predict, tmp_path):
+def test_odd_file_names_are_kept_in_the_table(predict, tmp_path):
     names = ["=1+1.png", "line\r.png", 'new\n"line".png', "'@a.png", os.fsdecode(b"\xff.png")]
     for name in names:
         picture(tmp_path / "in" / name)
@@ -175,18 +173,18 @@ def test_a_second_prediction_replaces_table_and_pictures_of_the_first(predict, p
 
 
 @pytest.mark.family("score tables")
-def test_what_a_killed_prediction_left_is_named_in_its_table_and_replaced(
+def test_files_of_a_killed_prediction_are_in_its_table_and_replaced(
     predict, photos, tmp_path, monkeypatch
 ):
     out, seen = tmp_path / "out", []
 
     class Killed(BaseException):
-        """What no handler in the package knows."""
+        """An error that no handler in the package catches."""
 
     def killed(path: Path, rows: list[Row]) -> None:
         seen.append(rows)
         write_scores(path, rows)
-        if len(seen) == 2:  # at the end; the process would not come so far
+        if len(seen) == 2:  # at the end, which a killed process does not reach
             write_scores(path, seen[0])
             raise Killed
 
@@ -222,7 +220,8 @@ def test_an_earlier_heat_map_that_is_to_be_scored_is_not_removed(predict, tmp_pa
     picture(out / "maps/a.png")
     write_scores(out / "scores.csv", [Row("a.png", score=1.0)])
     assert predict(out, out / "maps/a.png") == 2
-    assert f"writes images into {out / 'maps'}, which is read" in capsys.readouterr().err
+    sentence = f"--out must not write into {out / 'maps'}, from which images are read"
+    assert sentence in capsys.readouterr().err
     (tmp_path / "in").mkdir()
     (tmp_path / "in/link.png").symlink_to(out / "maps/a.png")
     assert predict(out, tmp_path / "in") == 2
@@ -231,7 +230,9 @@ def test_an_earlier_heat_map_that_is_to_be_scored_is_not_removed(predict, tmp_pa
 
 
 @pytest.mark.family("score tables")
-def test_a_file_that_is_no_table_of_scores_is_not_replaced(predict, photos, tmp_path, capsys):
+def test_a_csv_file_that_is_not_a_table_of_scores_is_not_replaced(
+    predict, photos, tmp_path, capsys
+):
     (tmp_path / "scores.csv").write_text("player,points\nann,3\n")
     assert predict(tmp_path, photos / "a.png") == 2
     assert "scores.csv is damaged: it has no column name" in capsys.readouterr().err
@@ -239,7 +240,7 @@ def test_a_file_that_is_no_table_of_scores_is_not_replaced(predict, photos, tmp_
 
 
 @pytest.mark.family("score tables")
-def test_an_evaluation_leaves_no_picture_of_an_earlier_prediction(predict, run, photos, tmp_path):
+def test_an_evaluation_removes_pictures_of_an_earlier_prediction(predict, run, photos, tmp_path):
     out = tmp_path / "out"
     assert predict(out, photos / "a.png") == 0
     words = ["evaluate", "--run", str(run), "--device", "cpu", "--out", str(out)]
@@ -252,7 +253,7 @@ def test_an_evaluation_leaves_no_picture_of_an_earlier_prediction(predict, run, 
 
 
 @pytest.mark.family("thresholds")
-def test_the_held_out_image_that_is_the_threshold_is_good_in_batches_of_any_size(
+def test_the_image_that_sets_the_threshold_is_good_in_batches_of_any_size(
     data, tmp_path, train_command
 ):
     held_out = ("--hold-out", "0.5", "--false-alarms", "0.4")

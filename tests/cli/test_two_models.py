@@ -1,4 +1,4 @@
-"""MSFlow and FastFlow go through one engine and one command line."""
+"""MSFlow and FastFlow work with the same commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = ["--backbone", "efficientnet_lite0", "--image-size", "64", "--device", "
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gray noise in the layout of MVTec AD: a category ``transistor``, white squares as defects."""
+    """Return a data set in the layout of MVTec AD: ``transistor``, gray noise with white squares as defects."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
 
     def write(name: str, pixels: np.ndarray) -> None:
@@ -47,7 +47,7 @@ def chosen(data: Path, model: str, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def fastflow_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of FastFlow; tests must not write to it."""
+    """Return a finished run of FastFlow; tests must not write to it."""
     run = tmp_path_factory.mktemp("runs") / "run"
     head = ["--steps", "2", "--hidden-ratio", "0.5", "--conv3x3-only", "true", "--epochs", "1"]
     maps = ["--out-indices", "1", "2"]
@@ -73,7 +73,7 @@ def test_fastflow_is_trained_tested_and_applied_by_the_same_commands(
     assert float(line.split(",")[3]) == pytest.approx(load(run, "cpu").predict(image)[0].score)
 
 
-def test_the_options_reach_the_head_and_the_rest_is_the_papers(fastflow_run: Path) -> None:
+def test_given_options_reach_the_head_and_the_paper_sets_the_others(fastflow_run: Path) -> None:
     metrics = json.loads((fastflow_run / "metrics.json").read_text())
     asked = {"steps": 2, "hidden_ratio": 0.5, "conv3x3_only": True, "out_indices": [1, 2]}
     assert metrics["model"].items() >= {"name": "FastFlow", "clamp": 2.0, **asked}.items()
@@ -86,7 +86,7 @@ def test_the_options_reach_the_head_and_the_rest_is_the_papers(fastflow_run: Pat
 @pytest.mark.parametrize(
     ("model", "asked"), [("msflow", {"blocks": [1, 1]}), ("fastflow", {"steps": 2})]
 )
-def test_the_preset_robust_takes_what_is_asked_for_and_its_own_for_the_rest(
+def test_given_options_replace_those_of_the_preset_robust(
     model: str, asked: dict[str, Any], data: Path, tmp_path: Path
 ) -> None:
     flags = ["--preset", "robust", "--epochs", "1"]
@@ -111,7 +111,7 @@ def test_the_papers_presets_leave_the_models_as_they_are() -> None:
     assert not any(preset.model for preset in PRESETS["paper"].values())
 
 
-def test_only_msflow_takes_transistors_at_256_pixels(
+def test_only_msflow_trains_on_transistors_at_256_pixels(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {}
@@ -132,8 +132,12 @@ def test_only_msflow_takes_transistors_at_256_pixels(
 @pytest.mark.parametrize(
     ("model", "flags", "sentence"),
     [
-        ("msflow", ["--steps", "4"], "--steps is not an option of --model msflow"),
-        ("fastflow", ["--blocks", "1", "2"], "--blocks is not an option of --model fastflow"),
+        ("msflow", ["--steps", "4"], "--steps must not be given with --model msflow"),
+        (
+            "fastflow",
+            ["--blocks", "1", "2"],
+            "--blocks must not be given with --model fastflow",
+        ),
         (
             "fastflow",
             ["--score", "best"],
@@ -149,7 +153,7 @@ def test_only_msflow_takes_transistors_at_256_pixels(
         ("padim", [], "padim"),
     ],
 )
-def test_a_mistake_in_the_choice_of_a_model_is_one_sentence(
+def test_a_wrong_option_of_a_model_is_one_sentence(
     model: str,
     flags: list[str],
     sentence: str,

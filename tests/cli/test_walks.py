@@ -1,4 +1,4 @@
-"""The walks in docs/architecture.md are the files that a command passes through on its way to a kernel."""
+"""docs/architecture.md lists the files that a command passes through on its way to a kernel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KERNEL = "coupling_forward_cpu"
 
 
 class Spy:
-    """The compiled kernels; notes the files on the stack when the coupling's kernel is asked for first."""
+    """The compiled kernels, recording the files on the stack when the coupling's kernel is first used."""
 
     def __init__(self) -> None:
         self.kernels, self.files = _backend.C, list[str]()
@@ -37,13 +37,13 @@ class Spy:
 
 
 def listed(title: str) -> list[str]:
-    """The files in the list below a heading of the page."""
+    """Return the files in the list below a heading of the page."""
     _, _, rest = PAGE.partition(f"### {title}\n")
     return re.findall(r"^\s*\d+\. `([^`]+)`", rest.partition("\n#")[0], re.M)
 
 
 def passed() -> set[str]:
-    """The files that the page says need not be read on the way."""
+    """Return the files that the page says need not be read on the way."""
     _, _, rest = PAGE.partition("### Passed on the way\n")
     return set(re.findall(r"^\* `([^`]+)`", rest.partition("\n#")[0], re.M))
 
@@ -57,7 +57,7 @@ def normal_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_walks_are_what_runs_and_eight_files_are_enough(
+def test_the_listed_files_are_on_the_call_stack_and_at_most_eight(
     normal_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, size = str(tmp_path / "run"), ["--backbone", "efficientnet_lite0", "--image-size", "64"]

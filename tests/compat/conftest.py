@@ -1,4 +1,4 @@
-"""Blocks of other packages for the tests of ``accelerate``: FrEIA's as installed, and what its master makes of it."""
+"""Provide blocks of other packages: those of the installed FrEIA, and of its master."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from msflow_ext.testing import relative_error
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-    np.random.seed(0)  # FrEIA draws its permutations from it
+    np.random.seed(0)  # FrEIA draws permutations with numpy
 
 
 @pytest.fixture(scope="session")
 def freia() -> ModuleType:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its docstrings hold invalid escapes
+        warnings.simplefilter("ignore")  # its docstrings have invalid escapes
         return pytest.importorskip("FrEIA")
 
 
 @pytest.fixture(scope="session")
 def anomalib() -> Callable[[str], ModuleType]:
-    """``anomalib(name)``: a module of the package anomalib."""
+    """Return ``anomalib(name)``, which imports a module of anomalib."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for package in ("FrEIA", "anomalib.models"):
@@ -42,7 +42,7 @@ def anomalib() -> Callable[[str], ModuleType]:
 
 @pytest.fixture(scope="session")
 def master(freia: ModuleType) -> type[Any]:
-    """FrEIA's block as of its master: hard permutations as an index, a divided clamp, a check of sizes."""
+    """Return FrEIA's block as in its master: hard permutations as an index, a divided clamp, a check of sizes."""
     block: Any = freia.modules.AllInOneBlock
 
     class Master(block):
@@ -98,7 +98,7 @@ class Hidden:
 
 
 def disturbed(module: nn.Module) -> nn.Module:
-    """``module`` in float64 with its trained parameters off their initial values."""
+    """Return ``module`` in float64 with random changes of its trained parameters."""
     with torch.no_grad():
         for p in module.double().parameters():
             if p.requires_grad:
@@ -112,10 +112,10 @@ def normal(*shape: int) -> Tensor:
 
 @dataclass
 class Maker:
-    """Builds float64 flows off their initial values, and looks at what they compute.
+    """Maker of float64 flows with random parameters, and of their results.
 
     Attributes:
-        classes: the block's class by the clamp form that it has: FrEIA's as installed and its master.
+        classes: the block's class by its clamp form: that of the installed FrEIA and of its master.
         chain_class: FrEIA's ``SequenceINN``.
     """
 
@@ -134,7 +134,7 @@ class Maker:
     def chain(
         self, form: str = "0.2", blocks: int = 3, channels: int = 6, cond: int = 0, **options: Any
     ) -> Any:
-        """Blocks on maps of 4 x 3; with ``cond`` channels of a condition, if any."""
+        """Return a chain of blocks for maps of 4 x 3 with ``cond`` channels of a condition."""
         options.setdefault("subnet_constructor", Hidden(2))
         given = {"cond": 0, "cond_shape": (cond, 4, 3)} if cond else {}
         chain = self.chain_class(channels, 4, 3)
@@ -144,12 +144,12 @@ class Maker:
 
     @staticmethod
     def data(channels: int = 6, rank: int = 2, cond: Any = (), batch: int = 3) -> list[Tensor]:
-        """``x`` and conditions."""
+        """Return ``x`` and conditions."""
         return [normal(batch, c, *SIZES[:rank]) for c in (channels, *cond)]
 
     @staticmethod
     def results(module: Any, inputs: list[Tensor], rev: bool = False) -> dict[str, Tensor]:
-        """Results of a block or a chain, and the gradients of a weighted sum of them."""
+        """Return the results of a block or a chain, and the gradients of a weighted sum of them."""
         x, *c = (t.clone().requires_grad_() for t in inputs)
         module.zero_grad()
         chain = hasattr(module, "module_list")
@@ -164,7 +164,7 @@ class Maker:
 
     @staticmethod
     def same(got: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-10) -> None:
-        """Assert equality to ``bound``, in units of each tensor's largest magnitude or 1."""
+        """Assert that tensors agree within ``bound``, relative to the largest magnitude or 1."""
         assert got.keys() == expected.keys()
         for key, want in expected.items():
             assert got[key].dtype is want.dtype, key

@@ -1,4 +1,4 @@
-"""The block equals FrEIA's, recorded and installed, under all options, and holds its permutation through everything."""
+"""The block equals that of FrEIA, recorded and installed, with all options, and keeps its permutation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def build(channels: int = 6, rank: int = 2, cond: tuple[int, ...] = (), **option
 
 
 def disturbed(block: nn.Module) -> nn.Module:
-    """``block`` with its trained parameters off their initial values."""
+    """Return ``block`` with random changes of its trained parameters."""
     with torch.no_grad():
         for p in block.parameters():
             if p.requires_grad:
@@ -69,7 +69,7 @@ def disturbed(block: nn.Module) -> nn.Module:
 
 
 def index(block: AllInOneBlock) -> Tensor:
-    """The index that the kernel takes."""
+    """Return the index that the kernel uses."""
     assert block.perm is not None
     return block.perm
 
@@ -81,7 +81,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def results(
     block: nn.Module, rev: bool, x: Tensor, c: list[Tensor], w: Tensor, wj: Tensor
 ) -> dict[str, Tensor]:
-    """What the golden files record of a call: results, and gradients of their weighted sum."""
+    """Return what the golden files record of a call: results, and gradients of their weighted sum."""
     x, *c = (t.clone().requires_grad_() for t in (x, *c))
     block.zero_grad()
     (y,), jac = block([x], c, rev=rev)
@@ -93,7 +93,7 @@ def results(
 
 
 def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Within 1e-10 or, in float32, 1e-5 of each tensor's largest magnitude; log-dets 3e-5, of at least 1."""
+    """Assert agreement within 1e-10 (float32: 1e-5, log-determinants 3e-5) of each tensor's largest magnitude."""
     assert got.keys() == expected.keys()
     for key, want in expected.items():
         bound = 1e-10 if dtype is torch.float64 else 3e-5 if key == "jac" else 1e-5
@@ -106,7 +106,7 @@ def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: tor
 def golden(
     form: Any, case: dict[str, Any]
 ) -> tuple[AllInOneBlock, dict[str, Tensor], dict[str, Tensor]]:
-    """Block, state dict and tensors of a recorded case."""
+    """Return block, state dict and tensors of a recorded case."""
     prefix = f"c{case['index']}."
     tensors = {k[len(prefix) :]: t for k, t in TENSORS[form].items() if k.startswith(prefix)}
     state = {k[3:]: t for k, t in tensors.items() if k.startswith("sd.")}
@@ -133,7 +133,7 @@ def golden(
 @DIRECTIONS
 @DTYPES
 @pytest.mark.parametrize(("form", "case"), CASES)
-def test_results_and_gradients_are_the_recorded_ones(form, case, dtype, rev, backend):
+def test_results_and_gradients_equal_the_recorded_ones(form, case, dtype, rev, backend):
     block, state, tensors = golden(form, case)
     block.to(dtype).load_state_dict(state)
     direction = "rev." if rev else "fwd."
@@ -156,7 +156,7 @@ def test_a_new_block_has_freias_state_dict_and_initial_scale(form, case):
         [case["init_global_scale"]] * case["channels"], rel=1e-6, abs=1e-6
     )
     assert not own["global_offset"].any()
-    assert all(t.is_contiguous() for t in own.values())  # as safetensors wants it
+    assert all(t.is_contiguous() for t in own.values())  # safetensors requires it
     assert len({t.data_ptr() for t in own.values()}) == len(own)
 
 
@@ -185,7 +185,7 @@ OPTIONS = [
 
 @DTYPES
 @pytest.mark.parametrize(("options", "i"), OPTIONS)
-def test_the_installed_freia_does_the_same(freia, options, i, dtype):
+def test_results_and_gradients_equal_those_of_the_installed_freia(freia, options, i, dtype):
     torch.manual_seed(i)
     rank, channels, cond = (2, 0, 1, 3, 2)[i % 5], (8, 7)[i % 2], ((), (3,), (2, 1))[i % 3]
     sizes = (4, 3, 2)[:rank]
@@ -209,7 +209,7 @@ def test_the_installed_freia_does_the_same(freia, options, i, dtype):
         assert_equal(results(ours, rev, *operands), results(theirs, rev, *operands), dtype)
 
 
-def test_a_freia_chain_of_our_blocks_loads_and_equals_one_of_theirs(freia):
+def test_a_freia_chain_of_these_blocks_equals_one_of_freias_blocks(freia):
     chains = []
     for module in (freia.modules.AllInOneBlock, AllInOneBlock):
         chain = freia.framework.SequenceINN(6, 4, 3)
@@ -220,7 +220,7 @@ def test_a_freia_chain_of_our_blocks_loads_and_equals_one_of_theirs(freia):
     disturbed(theirs)
     ours.load_state_dict(theirs.state_dict())
     names = [[name for name, _ in chain.named_parameters()] for chain in chains]
-    assert names[0] == names[1]  # so an optimiser's state fits, too
+    assert names[0] == names[1]  # so the state of an optimizer fits too
     x, c = normal(2, 6, 4, 3), [normal(2, 2, 4, 3)]
     for rev in (False, True):
         for got, expected in zip(ours(x, c, rev=rev), theirs(x, c, rev=rev), strict=True):
@@ -235,7 +235,7 @@ def test_rev_undoes_forward_and_log_det_is_that_of_the_jacobian(options, i, form
     x, c = normal(1, 5, 4), [normal(1, 2, 4)]
     (y,), log_det = block([x], c)
     (back,), log_det_back = block((y,), c, rev=True)
-    rounding = 1e-5 if options["permute_soft"] else 1e-10  # of the rotation, which is float32
+    rounding = 1e-5 if options["permute_soft"] else 1e-10  # the rotation is float32
     torch.testing.assert_close(back, x, rtol=rounding, atol=rounding)
     torch.testing.assert_close(log_det_back, -log_det, rtol=rounding, atol=rounding)
     jacobian = torch.autograd.functional.jacobian(lambda t: block([t], c)[0][0].flatten(), x)
@@ -246,7 +246,7 @@ def test_rev_undoes_forward_and_log_det_is_that_of_the_jacobian(options, i, form
 def test_a_hard_permutation_moves_channels_without_mixing_them():
     block = build(6)
     x = normal(1, 6, 4, 3, dtype=torch.float32)
-    x[:, 5] = torch.inf  # a product with a matrix of zeros and ones would spread it as NaN
+    x[:, 5] = torch.inf  # a matrix product would spread it as NaN
     (y,), _ = block([x])
     assert y.isinf().flatten(2).all(2).sum() == 1
     assert y.isfinite().flatten(2).all(2).sum() == 5
@@ -259,7 +259,7 @@ def test_a_soft_permutation_is_a_rotation():
     assert hard_permutation(w) is None
 
 
-def test_torchs_seed_draws_the_permutation():
+def test_the_seed_of_torch_determines_the_permutation():
     blocks = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -289,7 +289,7 @@ def test_either_encoding_loads_and_a_block_saves_its_own(form, source, rank):
     assert state["w_perm"].shape == ((7,) if source == "head" else (7, 7, *[1] * rank))
 
 
-def test_a_rotation_loads_into_a_block_that_began_hard_and_runs():
+def test_a_rotation_loads_into_a_block_with_a_hard_permutation():
     hard, soft = build(), disturbed(build(permute_soft=True))
     x = [normal(2, 6, 4, 3, dtype=torch.float32)]
     hard.load_state_dict(soft.state_dict())
@@ -335,10 +335,10 @@ def through_an_empty_block(block: AllInOneBlock) -> AllInOneBlock:
     ],
     ids=["deepcopy", "pickle", "file", "meta", "empty", "dtypes"],
 )
-def test_a_block_stays_itself_through(journey, form):
+def test_a_copied_block_keeps_its_permutation_and_results(journey, form):
     block = build(clamp_form=form)
     block.load_state_dict(build(clamp_form=form).state_dict())
-    block.half().float()  # so that no journey rounds
+    block.half().float()  # so that later conversions do not round
     x = [normal(2, 6, 4, 3, dtype=torch.float32)]
     expected, perm = block(x), index(block)
     other = journey(block)
@@ -365,7 +365,7 @@ def test_half_precision_works_under_autocast_and_in_a_bfloat16_block(options, re
 
 
 @NATIVE
-def test_a_fully_convolutional_block_takes_other_sizes_and_keeps_channels_last():
+def test_a_fully_convolutional_block_accepts_other_sizes_and_keeps_channels_last():
     block = build(6)
     x = normal(2, 6, 9, 8, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
     with ops.backend("native"):
@@ -374,7 +374,7 @@ def test_a_fully_convolutional_block_takes_other_sizes_and_keeps_channels_last()
     assert block.output_dims([(6, 9, 8)]) == [(6, 9, 8)]
 
 
-def test_a_block_loads_what_is_there_when_not_strict():
+def test_a_block_loads_a_part_of_its_state_when_not_strict():
     block = build()
     perm = index(block)
     block.load_state_dict({"global_offset": torch.ones(1, 6, 1, 1)}, strict=False)
@@ -382,7 +382,7 @@ def test_a_block_loads_what_is_there_when_not_strict():
     assert torch.equal(index(block), perm)
 
 
-def test_one_channel_is_passive():
+def test_a_single_channel_is_only_scaled():
     def subnet(channels_in: int, channels_out: int) -> nn.Module:
         assert (channels_in, channels_out) == (1, 0)
         return NoChannels()

@@ -1,4 +1,4 @@
-"""The block refuses arguments, inputs and state dicts that do not fit, by name."""
+"""The block names arguments, inputs and state dicts that do not fit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build(channels: int = 6, cond: tuple[int, ...] = (), **options: Any) -> AllI
         ({"clamp_form": "atan"}, "clamp_form must be '0.2' or 'head', got 'atan'"),
     ],
 )
-def test_refused_arguments_are_named(arguments, message):
+def test_a_wrong_argument_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         AllInOneBlock(**{"dims_in": [(4, 2, 2)], "subnet_constructor": subnet, **arguments})
 
@@ -57,17 +57,17 @@ def test_refused_arguments_are_named(arguments, message):
         ([torch.ones(1, 6, 4, 3)], torch.ones(1, 2, 4, 3), "c must be .* got a Tensor"),
     ],
 )
-def test_refused_inputs_are_named(x, c, message):
+def test_a_wrong_input_is_named(x, c, message):
     with pytest.raises(ValueError, match=message):
         build(6, (2,))(x, c)
 
 
 @FORMS
 @pytest.mark.parametrize("key", ["w_perm", "w_perm_inv"])
-def test_a_state_dict_whose_permutations_do_not_fit_each_other_is_refused(key, form):
+def test_a_state_dict_whose_permutations_are_not_inverse_is_refused(key, form):
     state = build(clamp_form=form).state_dict()
     state[key] = state[key].roll(1, 0)
-    with pytest.raises(RuntimeError, match="w_perm and w_perm_inv are not inverse permutations"):
+    with pytest.raises(RuntimeError, match="w_perm and w_perm_inv must be inverse permutations"):
         build(clamp_form=form).load_state_dict(state)
 
 
@@ -75,11 +75,11 @@ def test_an_index_that_repeats_a_channel_is_refused():
     state = build(clamp_form="head").state_dict()
     for key in ("w_perm", "w_perm_inv"):
         state[key] = torch.zeros(6, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="not inverse permutations"):
+    with pytest.raises(RuntimeError, match="must be inverse permutations"):
         build(clamp_form="head").load_state_dict(state)
 
 
-def test_a_missing_an_unknown_and_a_misshapen_key_are_named():
+def test_missing_unknown_and_misshapen_keys_are_named():
     state = build().state_dict()
     state["w_perm"] = build(8).state_dict()["w_perm"]
     state["extra"] = state.pop("global_scale")

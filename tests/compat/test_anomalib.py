@@ -1,4 +1,4 @@
-"""anomalib's Engine trains our MSFlow, tests it, predicts with it and loads it again."""
+"""anomalib's Engine trains, tests, applies and loads the MSFlow of msflow_ext."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def ours(anomalib) -> ModuleType:
-    """Our module for anomalib."""
+    """Return the module ``msflow_ext.compat.anomalib``."""
     return importlib.import_module("msflow_ext.compat.anomalib")
 
 
 @pytest.fixture(scope="session")
 def data(anomalib, tmp_path_factory) -> Any:
-    """Gray noise, of which the defective images have a white square."""
+    """Return images of gray noise, where the defective ones have a white square."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for folder, count in (("good", 5), ("bad", 2), ("other", 2), ("mask", 2)):
         (root / folder).mkdir()
@@ -78,7 +78,7 @@ def engine(anomalib: Any, folder: Path, **options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def trained(anomalib, ours, data, tmp_path_factory) -> tuple[Any, Any]:
-    """A model after two epochs, and its engine."""
+    """Return a model trained for two epochs, and its engine."""
     torch.manual_seed(0)
     model, folder = ours.MSFlow(**SMALL), tmp_path_factory.mktemp("engine")
     trainer = engine(anomalib, folder, max_epochs=2)
@@ -103,14 +103,14 @@ def test_training_moves_the_flows_and_leaves_the_backbone(ours, trained):
     assert not any("backbone" in key for key in moved)
 
 
-def test_features_are_standardised_by_the_training_images(trained, data):
+def test_features_are_standardized_by_the_training_images(trained, data):
     detector = trained[0].detector
     batches = [trained[0].pre_processor.transform(b.image) for b in data.train_dataloader()]
     assert sum(map(len, batches)) == 5
     for f in detector.features(torch.cat(batches)):
         assert f.mean((0, 2, 3)).abs().max() < 1e-3
         deviation = f.std((0, 2, 3), correction=0)
-        alive = deviation > 1e-3  # a ReLU may be shut for all images
+        alive = deviation > 1e-3  # a ReLU may be 0 for all images
         assert alive.float().mean() > 0.1 and (deviation[alive] - 1).abs().max() < 1e-3
 
 
@@ -121,7 +121,7 @@ def test_the_engine_tests_the_model(trained, data):
     assert metrics["pixel_AUROC"] > 0.7
 
 
-def test_the_engine_predicts_what_the_detector_says(trained, data):
+def test_the_engine_ranks_images_as_the_detector(trained, data):
     model, trainer = trained
     batch, *_ = trainer.predict(model, datamodule=data)
     raw = model.detector(torch.stack(list(batch.image)))
@@ -163,7 +163,7 @@ def test_without_masks_the_map_and_the_mask_show_the_defect(
         assert batch.pred_mask.flatten(1).any(1)[batch.pred_label.bool()].all()
 
 
-def test_a_checkpoint_loads_without_running_code_and_gives_the_same(ours, trained):
+def test_a_loaded_checkpoint_gives_the_same_predictions(ours, trained):
     model, trainer = trained
     path = trainer.trainer.checkpoint_callback.last_model_path or trainer.best_model_path
     again = ours.MSFlow.load_from_checkpoint(path, visualizer=False)
@@ -194,7 +194,7 @@ def test_the_engine_exports_the_model_for_any_number_of_images(anomalib, trained
             assert relative_error(torch.tensor(got[name]), getattr(expected, name)) <= 1e-4
 
 
-def test_the_rate_and_the_clipping_are_the_papers(anomalib, ours, data, tmp_path):
+def test_the_learning_rate_and_the_clipping_follow_the_paper(anomalib, ours, data, tmp_path):
     from msflow_ext.training.recipe import Recipe
 
     rates: list[float] = []
@@ -210,7 +210,7 @@ def test_the_rate_and_the_clipping_are_the_papers(anomalib, ours, data, tmp_path
     assert trainer.trainer.gradient_clip_val == recipe.clip
 
 
-def test_it_is_the_detector_of_ours(ours):
+def test_the_model_gives_the_maps_of_the_detector(ours):
     torch.manual_seed(0)
     model = ours.MSFlow(**SMALL).eval()
     torch.manual_seed(0)
@@ -220,18 +220,20 @@ def test_it_is_the_detector_of_ours(ours):
     assert relative_error(model.model(images).anomaly_map, detector(images).anomaly_map) == 0
 
 
-def test_what_does_not_fit_is_refused(anomalib, ours, data, tmp_path):
-    usual = anomalib("models").Fastflow.configure_pre_processor((SIZE, SIZE))
+def test_a_wrong_pre_processor_learning_rate_or_number_of_epochs_is_refused(
+    anomalib, ours, data, tmp_path
+):
+    normalizing = anomalib("models").Fastflow.configure_pre_processor((SIZE, SIZE))
     with pytest.raises(
-        ValueError, match=r"leave them in 0\.\.1, .* \(64, 64\) with values up to 2"
+        ValueError, match=r"with values in 0\.\.1, got \(64, 64\) with values up to 2"
     ):
-        ours.MSFlow(**SMALL, pre_processor=usual)
+        ours.MSFlow(**SMALL, pre_processor=normalizing)
     wider = ours.MSFlow.configure_pre_processor((SIZE, 2 * SIZE))
-    with pytest.raises(ValueError, match=r"images of 64 x 64 pixels .* it makes \(64, 128\)"):
+    with pytest.raises(ValueError, match=r"images of 64 x 64 pixels .* got \(64, 128\)"):
         ours.MSFlow(**SMALL, pre_processor=wider)
     with pytest.raises(ValueError, match="lr must be above 0, got -1"):
         ours.MSFlow(**SMALL, lr=-1)
-    with pytest.raises(ValueError, match=r"MSFlow needs max_epochs, .* got -1"):
+    with pytest.raises(ValueError, match=r"max_epochs must be 1 or more, got -1"):
         engine(anomalib, tmp_path, max_steps=1).fit(ours.MSFlow(**SMALL), datamodule=data)
 
 

@@ -1,4 +1,4 @@
-"""docs/anomalib.md says of anomalib what the installed anomalib does."""
+"""docs/anomalib.md describes the installed anomalib."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def defaults(function: Any) -> dict[str, Any]:
     return {p.name: p.default for p in inspect.signature(function).parameters.values()}
 
 
-def test_the_arguments_and_defaults_that_the_page_names_are_those_of_anomalib(anomalib):
+def test_the_page_names_arguments_and_defaults_of_anomalib(anomalib):
     folder = defaults(anomalib("data").Folder.__init__)
     processor = defaults(anomalib("post_processing").PostProcessor.__init__)
     assert {"normal_dir", "abnormal_dir", "mask_dir"} < set(folder)
@@ -49,7 +49,7 @@ def test_the_page_lists_every_export_format_of_anomalib(anomalib):
     )
 
 
-def test_the_commands_that_the_page_names_are_those_of_anomalib(anomalib):
+def test_the_page_names_commands_of_anomalib(anomalib):
     command = anomalib("cli.cli").AnomalibCLI
     known = {*command.subcommands(), *command.anomalib_subcommands()}
     known |= set(anomalib("cli.pipelines").pipeline_subcommands())

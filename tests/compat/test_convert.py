@@ -1,4 +1,4 @@
-"""``msflow convert`` writes files that load, and says in one sentence what it cannot convert."""
+"""``msflow convert`` writes files that load, and refuses what it cannot convert with one sentence."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SMALL: dict[str, Any] = {"image_size": 64, "pretrained": False, "seed": 0}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """Checkpoints of ours: ``msflow`` and ``fastflow``, and the weights of their ``backbone``; not to be written to."""
+    """Return a folder with checkpoints ``msflow`` and ``fastflow`` and ``backbone`` weights; tests must not write to it."""
     folder = tmp_path_factory.mktemp("files")
-    authors = {"padding_mode": "reflect", "standardize": False}
+    reference = {"padding_mode": "reflect", "standardize": False}
     models: dict[str, Any] = {
-        "msflow": mx.MSFlow("resnet18", blocks=(1, 1, 1), **authors, **SMALL),
+        "msflow": mx.MSFlow("resnet18", blocks=(1, 1, 1), **reference, **SMALL),
         "fastflow": mx.FastFlow("resnet18", steps=2, **SMALL),
     }
     for name, model in models.items():
@@ -40,7 +40,7 @@ def files(tmp_path_factory) -> Path:
         ("fastflow", "anomalib", []),
     ],
 )
-def test_a_checkpoint_goes_to_another_format_and_back(files, tmp_path, capsys, name, to, flags):
+def test_a_checkpoint_converts_to_another_format_and_back(files, tmp_path, capsys, name, to, flags):
     ours, theirs, again = (
         files / f"{name}.safetensors",
         tmp_path / "a.pt",
@@ -58,7 +58,7 @@ def test_a_checkpoint_goes_to_another_format_and_back(files, tmp_path, capsys, n
             assert torch.equal(value, second.state_dict()[key]), key
 
 
-def test_a_checkpoint_goes_from_one_package_to_another(files, tmp_path):
+def test_a_checkpoint_converts_from_one_package_to_another(files, tmp_path):
     ours, one, other = files / "fastflow.safetensors", tmp_path / "a.pt", tmp_path / "b.ckpt"
     assert cli.main(["convert", str(ours), "--to", "gathierry", "--out", str(one)]) == 0
     flags = ["--to", "anomalib", "--backbone", "resnet18"]
@@ -69,7 +69,7 @@ def test_a_checkpoint_goes_from_one_package_to_another(files, tmp_path):
         assert torch.equal(value, second["model." + key.replace("nf_flows", "fast_flow_blocks")])
 
 
-def test_the_clamp_that_a_file_does_not_tell_is_taken_from_the_command(files, tmp_path):
+def test_flags_set_the_clamp_that_a_file_lacks(files, tmp_path):
     theirs, again = tmp_path / "a.ckpt", tmp_path / "a.safetensors"
     source = str(files / "fastflow.safetensors")
     assert cli.main(["convert", source, "--to", "gathierry", "--out", str(theirs)]) == 0
@@ -82,19 +82,23 @@ def test_the_clamp_that_a_file_does_not_tell_is_taken_from_the_command(files, tm
 @pytest.mark.parametrize(
     ("source", "arguments", "message"),
     [
-        ("absent.pt", [], "no checkpoint at"),
+        ("absent.pt", [], "absent.pt cannot be read: no such file"),
         ("absent.safetensors", ["--to", "msflow"], "no such checkpoint"),
-        ("msflow.safetensors", [], "is a checkpoint of msflow_ext already"),
+        ("msflow.safetensors", [], "to must be another format, got msflow_ext"),
         (
             "msflow.safetensors",
             ["--to", "freia"],
             "to must be one of msflow_ext, msflow, gathierry",
         ),
-        ("msflow.safetensors", ["--to", "anomalib"], "of anomalib cannot hold a MSFlow"),
+        (
+            "msflow.safetensors",
+            ["--to", "anomalib"],
+            "model must be a FastFlow for anomalib, got MSFlow",
+        ),
         (
             "msflow.safetensors",
             ["--to", "msflow", "--clamp", "1"],
-            "is a checkpoint of msflow_ext, which holds clamp itself",
+            "clamp must not be given for",
         ),
         ("backbone.pth", [], "the state dict must hold flows"),
         ("model_a.checkpoint.pt", ["--weights", "absent.pth"], "absent.pth"),
@@ -103,7 +107,7 @@ def test_the_clamp_that_a_file_does_not_tell_is_taken_from_the_command(files, tm
         ("model_a.checkpoint.pt", ["--clamp-form", "1"], "--clamp-form must be one of 0.2, head"),
     ],
 )
-def test_what_cannot_be_converted_is_one_sentence(
+def test_a_checkpoint_that_cannot_be_converted_is_refused_with_one_sentence(
     files, tmp_path, capsys, source, arguments, message
 ):
     folder = GOLDEN if source.startswith("model_a") else files
@@ -116,9 +120,9 @@ def test_what_cannot_be_converted_is_one_sentence(
 
 
 @pytest.mark.parametrize(("to", "name"), [("msflow_ext", "out.pt"), ("msflow", "out.safetensors")])
-def test_the_name_of_a_file_tells_whose_it_is(files, tmp_path, capsys, to, name):
+def test_only_files_of_msflow_ext_end_in_safetensors(files, tmp_path, capsys, to, name):
     source = (
         GOLDEN / "model_a.checkpoint.pt" if to == "msflow_ext" else files / "msflow.safetensors"
     )
     assert cli.main(["convert", str(source), "--to", to, "--out", str(tmp_path / name)]) == 2
-    assert "suffix .safetensors is for checkpoints of msflow_ext" in capsys.readouterr().err
+    assert "target must end in .safetensors for msflow_ext, and only" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Models of anomalib, before and after ``accelerate``: the same maps, scores, gradients and training runs."""
+"""Models of anomalib give the same maps, scores, gradients and training runs after ``accelerate``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import msflow_ext as mx
 from msflow_ext.testing import relative_error
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of what these models call
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that these models call
 
 RESNET = {"backbone": "resnet18", "pre_trained": False}
 WIDE = {"backbone": "wide_resnet50_2", "pre_trained": False, "flow_steps": 2}
@@ -34,7 +34,7 @@ def test_anomalibs_models_give_the_same_anomaly_maps(
 ):
     import timm
 
-    create = timm.create_model  # U-Flow asks for trained weights in any case
+    create = timm.create_model  # U-Flow always asks for trained weights
     monkeypatch.setattr(
         timm, "create_model", lambda *a, **o: create(*a, **{**o, "pretrained": False})
     )
@@ -56,7 +56,7 @@ def test_anomalibs_models_give_the_same_anomaly_maps(
 
 
 @pytest.mark.slow
-def test_anomalibs_fastflow_trains_to_the_weights_of_the_original_run(anomalib):
+def test_training_anomalibs_fastflow_gives_the_weights_of_the_original_run(anomalib):
     Model = anomalib("models.image.fastflow.torch_model").FastflowModel
     loss_of = anomalib("models.image.fastflow.loss").FastflowLoss()
     net = Model(**RESNET, input_size=(32, 32), flow_steps=2).double()
@@ -79,7 +79,7 @@ def test_anomalibs_fastflow_trains_to_the_weights_of_the_original_run(anomalib):
         assert relative_error(ends[1][key], value) <= 1e-8, key
 
 
-def test_csflows_coupling_gives_the_same_and_its_inverse_is_left_alone(anomalib):
+def test_csflows_coupling_gives_the_same_results_and_keeps_its_inverse(anomalib):
     csflow = anomalib("models.image.csflow.torch_model")
     sizes = [(7, 8, 4), (7, 4, 2), (7, 2, 1)]
     layer = csflow.ParallelGlowCouplingLayer(sizes, {"channels_hidden": 5}, clamp=3).double()

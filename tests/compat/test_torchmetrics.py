@@ -1,4 +1,4 @@
-"""The torchmetrics classes give the values of our functions, in batches, copies and collections."""
+"""The torchmetrics classes give the values of the functions in msflow_ext.metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FUNCTIONS = {
 
 @pytest.fixture
 def batches() -> list[tuple[Tensor, Tensor]]:
-    """Maps and masks of 5 + 3 images, the first two without a defect; some scores tie."""
+    """Return maps and masks of 5 + 3 images, the first two without a defect; some scores tie."""
     generator = torch.Generator().manual_seed(0)
     masks = torch.zeros(8, 30, 30, dtype=torch.int64)
     masks[2:, 5:15, 8:20] = 1
@@ -50,7 +50,7 @@ def test_a_class_gives_the_value_of_its_function_on_all_batches(name, batches):
     assert metric.compute().item() == FUNCTIONS[name](*reversed(batches[0]))
 
 
-def test_the_limits_of_the_areas_are_passed_on(batches):
+def test_limits_of_the_false_positive_rate_are_used(batches):
     masks, maps = joined(batches)
     collection = torchmetrics.MetricCollection(
         {"narrow": exact.AUPRO(0.05), "aupimo": exact.AUPIMO((1e-2, 0.5))}
@@ -63,9 +63,9 @@ def test_the_limits_of_the_areas_are_passed_on(batches):
 
 
 @pytest.mark.family("masks")
-def test_a_defect_without_a_mask_is_no_normal_image_of_aupimo(batches):
+def test_aupimo_does_not_count_a_defect_without_a_mask_as_normal(batches):
     masks, maps = joined(batches)
-    masks[2] = 0  # a defect that nobody marked
+    masks[2] = 0  # a defect without a mask
     labels = (torch.arange(8) >= 2).long()
     metric = exact.AUPIMO((1e-2, 0.5))
     for part in zip(maps.split(5), masks.split(5), labels.split(5), strict=True):
@@ -77,7 +77,9 @@ def test_a_defect_without_a_mask_is_no_normal_image_of_aupimo(batches):
     metric.update(maps, masks)
     with pytest.raises(ValueError, match=r"aupimo: labels must be \(16,\) of 0 and 1"):
         metric.compute()
-    with pytest.raises(ValueError, match=r"AUPIMO: labels must be \(N,\), got \(7,\) for maps"):
+    with pytest.raises(
+        ValueError, match=r"AUPIMO: labels must have shape \(N,\), got \(7,\) for maps"
+    ):
         metric.update(maps, masks, labels[:7])
 
 
@@ -91,14 +93,14 @@ def test_scores_keep_their_precision(dtype):
     assert not metric.preds[0].requires_grad
 
 
-def test_calling_it_gives_the_batch_and_keeps_the_rest(batches):
+def test_calling_a_metric_returns_the_value_of_the_batch_and_keeps_its_scores(batches):
     metric = exact.AUROC()
     for preds, target in batches:
         assert metric(preds, target).item() == metrics.auroc(target, preds)
     assert metric.compute().item() == metrics.auroc(*joined(batches))
 
 
-def test_a_copy_that_went_through_pickle_goes_on(batches):
+def test_an_unpickled_metric_continues(batches):
     metric = exact.AUPRO(0.1)
     metric.update(*batches[0])
     again = pickle.loads(pickle.dumps(metric))
@@ -106,10 +108,12 @@ def test_a_copy_that_went_through_pickle_goes_on(batches):
     assert again.compute().item() == metrics.aupro(*joined(batches), 0.1)
 
 
-def test_more_scores_than_the_limit_are_refused_and_the_rest_stays():
+def test_more_scores_than_the_limit_are_refused_and_earlier_ones_stay():
     metric = exact.AUROC(limit=5)
     metric.update(torch.rand(4), torch.tensor([0, 1, 0, 1]))
-    with pytest.raises(ValueError, match="AUROC: keeps at most 5 scores, got 2 after 4"):
+    with pytest.raises(
+        ValueError, match="AUROC: preds must have at most 5 scores in all, got 2 after 4"
+    ):
         metric.update(torch.rand(2), torch.zeros(2))
     assert sum(each.numel() for each in metric.preds) == 4
 
@@ -122,12 +126,12 @@ def test_more_scores_than_the_limit_are_refused_and_the_rest_stays():
     ],
     ids=["shapes", "label"],
 )
-def test_refused_batches_are_named(preds, target, message):
+def test_a_wrong_batch_is_refused(preds, target, message):
     with pytest.raises(ValueError, match=message):
         exact.F1Max().update(preds, target)
 
 
-def test_one_class_is_named_when_the_value_is_asked_for():
+def test_computing_a_single_class_is_refused():
     metric = exact.AUROC()
     metric.update(torch.rand(2), torch.zeros(2))
     with pytest.raises(
@@ -136,7 +140,7 @@ def test_one_class_is_named_when_the_value_is_asked_for():
         metric.compute()
 
 
-def test_without_torchmetrics_the_import_says_what_to_install():
+def test_without_torchmetrics_the_error_names_what_to_install():
     script = "import sys; sys.modules['torchmetrics'] = None; import msflow_ext.compat.torchmetrics"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "need the package torchmetrics: pip install 'msflow-ext[torchmetrics]'" in done.stderr
+    assert "needs torchmetrics: pip install 'msflow-ext[torchmetrics]'" in done.stderr

@@ -40,11 +40,11 @@ def test_an_interrupt_is_no_outcome_of_a_task() -> None:
         list(one_by_one(work, [1]))
 
 
-def test_flags_of_ray_want_ray() -> None:
+def test_flags_of_ray_need_the_engine_ray() -> None:
     assert chosen_engine(Options()) is one_by_one
-    with pytest.raises(ValueError, match="--address is for --engine ray"):
+    with pytest.raises(ValueError, match="--address must be given with --engine ray"):
         chosen_engine(Options(address="auto"))
-    with pytest.raises(ValueError, match="--tasks-at-once is for --engine ray"):
+    with pytest.raises(ValueError, match="--tasks-at-once must be given with --engine ray"):
         chosen_engine(Options(tasks_at_once=2))
 
 

@@ -294,4 +294,4 @@ def test_trainings_on_ray_end_with_the_bits_of_those_one_by_one(ray, data, tmp_p
 def test_one_training_needs_no_ray(data, tmp_path, capsys):
     chosen = ["train", "--data", str(data), "--layout", "mvtec", "--category", "cup"]
     assert cli.main([*chosen, "--out", str(tmp_path / "out"), "--engine", "ray"]) == 2
-    assert "--engine ray is for several trainings" in capsys.readouterr().err
+    assert "--engine must be local for a single training, got ray" in capsys.readouterr().err

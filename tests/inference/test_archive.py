@@ -312,16 +312,22 @@ def test_wrong_arguments_are_reported_in_one_sentence(run, photos, tmp_path, cap
         (command(run, tmp_path / "gone.png", new), "gone.png is not a file"),
         (command(tmp_path / "none", photos, new), "none cannot be read: no such checkpoint"),
         (command(run, photos, tmp_path / "file/out"), "file/out"),
-        (command(run, photos, "nosuch://place"), "got nosuch://place: Protocol not known"),
-        (command(run, photos, tmp_path / "foreign"), "a.parquet has no _manifest.json beside it"),
-        (command(run, photos, run), "model.safetensors has no _manifest.json beside it"),
-        (command(run, photos, new, "--watch"), "neither --watch nor --score-only"),
+        (command(run, photos, "nosuch://place"), "--out nosuch://place: Protocol not known"),
+        (command(run, photos, tmp_path / "foreign"), "a.parquet is there without _manifest.json"),
+        (command(run, photos, run), "model.safetensors is there without _manifest.json"),
+        (command(run, photos, new, "--watch"), "must be given without --watch and --score-only"),
         (
             command(run, photos, new, "--shard-size", "0"),
             "--shard-size must be a whole number of 1 or more",
         ),
-        (command(run, photos, new, "--address", "x:1"), "--address is for --engine ray"),
-        (["predict", "--run", str(run), "a", "--out", "b", "--maps", "png"], "takes --engine"),
+        (
+            command(run, photos, new, "--address", "x:1"),
+            "--address must be given with --engine ray",
+        ),
+        (
+            ["predict", "--run", str(run), "a", "--out", "b", "--maps", "png"],
+            "--engine must be given with --maps",
+        ),
         (
             [*command(run, photos, new)[:3], twice, *command(run, twice, new)[3:]],
             f"{twice} is given",

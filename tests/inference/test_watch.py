@@ -367,8 +367,8 @@ def test_watching_stops_at_a_broken_image_with_on_error_stop(run, tmp_path, caps
     [
         (["in", "in"], "out", "--watch must be given one folder, got"),
         (["nowhere"], "out", "nowhere is not a folder to watch"),
-        (["in/maps"], "in", "writes images into"),
-        (["in/maps/line 1"], "in", "which is read"),
+        (["in/maps"], "in", "--out must not write into"),
+        (["in/maps/line 1"], "in", "from which images are read"),
     ],
 )
 def test_a_folder_that_cannot_be_watched_is_named(run, tmp_path, capsys, paths, out, sentence):

@@ -259,7 +259,7 @@ def test_sigterm_ends_the_service_within_the_grace_period(command):
         while "msflow_requests_in_flight 11.0" not in httpx.get(f"{url}metrics").text:
             assert time.monotonic() < until
         seconds, log = stop(process)
-    assert "images given up in work: 4" in log and "Traceback" not in log
+    assert "images abandoned at shutdown: 4" in log and "Traceback" not in log
     assert log.count(" cut ") == 8 and log.count(" 499 ") == 3
     assert seconds < 8, "--grace is ignored, or the service waits for a thread"
 

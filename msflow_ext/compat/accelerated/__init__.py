@@ -1,1 +1,1 @@
-"""Parts of ``accelerate``: fast forwards, the change of class, the comparison."""
+"""The parts of ``accelerate``: fast forwards, the change of class, and the comparison."""

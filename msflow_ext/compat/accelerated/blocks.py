@@ -1,4 +1,4 @@
-"""The forwards that ``accelerate`` gives to modules of other packages: their maths on our kernels."""
+"""Forwards of other packages' modules on the kernels of msflow_ext, for ``accelerate``."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from msflow_ext.compat.freia import hard_permutation
 from msflow_ext.ops import accumulation_dtype
 from msflow_ext.ops._backend import hides_values
 
-LIMIT = 1e6  # largest input of CS-Flow's coupling
+LIMIT = 1e6  # CS-Flow's coupling clips its outputs to this magnitude
 
 
 @dataclass
 class BlockFacts:
-    """Facts of an ``AllInOneBlock``.
+    """Facts about an ``AllInOneBlock``.
 
     Attributes:
         clamp_form: see :func:`msflow_ext.ops.affine_coupling`.
-        fixed_size: whether it refuses data of other sizes than it was built for.
-        perm: its hard permutation as an index on the CPU; None where it has a matrix to multiply with.
-        stamp: which tensors were read, and how often they had been written to in place.
+        fixed_size: True if the block refuses other sizes than it was built for.
+        perm: hard permutation as an index on the CPU, or None if the block multiplies by a matrix.
+        stamp: addresses of the tensors that were read, and how often they had been written to in place.
     """
 
     clamp_form: str
@@ -36,17 +36,17 @@ class BlockFacts:
     stamp: tuple[int, ...] = ()
 
     def read(self, w: Tensor, w_inv: Tensor) -> None:
-        """Take the permutation from the parameters ``w_perm`` and ``w_perm_inv``."""
+        """Read the permutation from the parameters ``w_perm`` and ``w_perm_inv``."""
         perm, inverse = hard_permutation(w), hard_permutation(w_inv)
         fits = perm is not None and inverse is not None and inverse.equal(perm.argsort())
         self.perm = perm.cpu() if perm is not None and fits else None
         self.stamp = _stamp(w, w_inv)
 
     def holds(self, w: Tensor, w_inv: Tensor) -> bool:
-        """Return whether the parameters are the permutation that was read.
+        """Return whether the parameters still are the permutation that was read.
 
-        On the CPU their numbers are compared: one may be written to through ``.data``, which leaves no mark. Elsewhere that
-        would wait for the device, so that marks must do.
+        On the CPU their values are compared, because a write through ``.data`` does not change the stamp. On other
+        devices only stamps are compared, because reading values would wait for the device.
         """
         if w.is_meta:
             return True
@@ -77,7 +77,7 @@ class FastBlock(Accelerated):
     ) -> tuple[tuple[Tensor], Tensor]:
         c = [] if c is None else c
         y = x[0]
-        if leaves_pytorch(y) or not takes(self, y):
+        if leaves_pytorch(y) or not accepts(self, y):
             return super().forward(x, c, rev=rev, jac=jac)
         perm = permutation(self)
         if rev:
@@ -105,7 +105,7 @@ class FastBlock(Accelerated):
 
 
 class FastSequence(Accelerated):
-    """FrEIA's ``SequenceINN`` of :class:`FastBlock`: neither cat nor split between the blocks."""
+    """FrEIA's ``SequenceINN`` of :class:`FastBlock`, without cat and split between the blocks."""
 
     def forward(
         self, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True
@@ -135,7 +135,7 @@ class FastSequence(Accelerated):
 
 
 class FastSubnet(Accelerated):
-    """Conv - LayerNorm over channels - ReLU - Conv, as MSFlow's blocks have it: norm and ReLU in one pass."""
+    """MSFlow's subnet of convolution, LayerNorm over channels, ReLU and convolution, with norm and ReLU in one pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         if leaves_pytorch(x) or not is_plain(self.ln):
@@ -144,7 +144,7 @@ class FastSubnet(Accelerated):
 
 
 class FastGlowCoupling(Accelerated):
-    """CS-Flow's coupling of several scales; its published inverse is wrong, and is left unchanged."""
+    """CS-Flow's coupling of several scales; its published inverse is not the inverse, and is not replaced."""
 
     def forward(
         self, input_tensor: Any, rev: bool = False, jac: bool = True
@@ -173,7 +173,7 @@ class FastGlowCoupling(Accelerated):
 def couple(
     block: Any, x1: Tensor, x2: Tensor, c: Sequence[Tensor], perm: Tensor | None, *, split: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the results of a block in two parts, the first of ``split`` channels, and the log-determinant."""
+    """Return the result of a block in two halves, the first with ``split`` channels, and the log-determinant."""
     x1, x2, a = of_one_dtype(x1, x2, _subnet(block, x1, c))
     options = _options(block)
     return ops.affine_coupling(x1, x2, a, *_affine(block, x2), perm, split=split, **options)
@@ -182,7 +182,7 @@ def couple(
 def uncouple(
     block: Any, y1: Tensor, y2: Tensor, c: Sequence[Tensor], perm: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the inverse of :func:`couple`."""
+    """Return the inputs of :func:`couple` from its results, and the log-determinant of the inverse."""
     affine = (*_affine(block, y1), perm)
     x1 = ops.conditioning_half(y1, y2, block.splits[0], *affine)
     y1, y2, a = of_one_dtype(y1, y2, _subnet(block, x1, c))
@@ -202,9 +202,9 @@ def _subnet(block: Any, x1: Tensor, c: Sequence[Tensor]) -> Tensor:
 
 
 def splits_conv1(subnet: Any, x1: Tensor, c: Tensor) -> bool:
-    """Return whether the first convolution may run apart on ``x1`` and on a condition that all samples share.
+    """Return whether the first convolution may run separately on ``x1`` and on a condition that all samples share.
 
-    Its weight is split for that, which only pays where there are more positions than channels.
+    This splits its weight, which is only faster if there are more positions than channels.
     """
     return (
         isinstance(subnet, FastSubnet)
@@ -217,22 +217,22 @@ def splits_conv1(subnet: Any, x1: Tensor, c: Tensor) -> bool:
 
 
 def once(c: Tensor) -> Tensor:
-    """Return the condition of one sample if all samples share it and that is cheap to see, else all."""
+    """Return the condition of one sample if all samples share it and that is cheap to find out, else ``c``."""
     cheap = c.device.type == "cpu" and not hides_values() and not c.requires_grad
     return c[:1] if cheap and len(c) and c.equal(c[:1].expand_as(c)) else c
 
 
 def normalized(ln: nn.LayerNorm, h: Tensor, bias_map: Tensor | None = None) -> Tensor:
     """Return ``relu(ln(h + bias_map))`` over the channels at each position."""
-    wide = accumulation_dtype(h.dtype)
-    vectors = ln.weight.to(wide), ln.bias.to(wide)
+    dtype = accumulation_dtype(h.dtype)
+    vectors = ln.weight.to(dtype), ln.bias.to(dtype)
     return ops.channel_norm(h, *vectors, bias_map, eps=ln.eps)
 
 
 def _affine(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    wide = accumulation_dtype(x.dtype)
-    scale = block.global_scale_activation(block.global_scale.flatten().to(wide))
-    return scale, block.global_offset.flatten().to(wide)
+    dtype = accumulation_dtype(x.dtype)
+    scale = block.global_scale_activation(block.global_scale.flatten().to(dtype))
+    return scale, block.global_offset.flatten().to(dtype)
 
 
 def _options(block: Any) -> dict[str, Any]:
@@ -240,14 +240,14 @@ def _options(block: Any) -> dict[str, Any]:
 
 
 def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return ``(*x, a)`` in one dtype: under autocast a subnet may return another dtype than its input's."""
+    """Return ``(*x, a)`` in the dtypes that the coupling needs; under autocast a subnet may return another dtype."""
     *x, a = tensors
     dtype = torch.promote_types(x[-1].dtype, a.dtype)
     return *(t.to(dtype) for t in x), a if dtype is torch.float32 else a.to(dtype)
 
 
 def permutation(block: Any) -> Tensor | None:
-    """Return the block's present hard permutation as an index; None if it is a general matrix."""
+    """Return the current hard permutation of the block as an index, or None if it must multiply by a matrix."""
     facts, w, w_inv = block._accelerated, block.w_perm, block.w_perm_inv
     if facts.perm is None or w.requires_grad or torch._C._are_functorch_transforms_active():
         return None
@@ -261,20 +261,20 @@ def permutation(block: Any) -> Tensor | None:
 
 
 def _compiled_permutation(w: Tensor, w_inv: Tensor) -> Tensor:
-    """Return the permutation in a graph. A graph has no second branch, so a matrix that is no permutation is an error."""
+    """Return the permutation in a compiled graph, where a matrix that is not a permutation is an error."""
     if w.dim() == 1:
         return w
     index = w.flatten(1).argmax(1)
     matrix = nn.functional.one_hot(index, len(w))
     fits = (w.flatten(1) == matrix).all() & (w_inv.flatten(1) == matrix.mT).all()
     torch.ops.aten._assert_async.msg(
-        fits, "w_perm is no permutation any more: call accelerate() again"
+        fits, "w_perm must still be a permutation; call accelerate() again"
     )
     return index
 
 
-def takes(block: Any, x: Tensor) -> bool:
-    """Return whether ``x`` has the shape of the block; the original block raises errors for other shapes."""
+def accepts(block: Any, x: Tensor) -> bool:
+    """Return whether ``x`` has the shape that the block needs; the original forward reports other shapes."""
     shape = block.dims_in[0]
     if block._accelerated.fixed_size:
         return x.shape[1:] == tuple(shape)
@@ -282,6 +282,6 @@ def takes(block: Any, x: Tensor) -> bool:
 
 
 def chains(block: Any, x: Tensor) -> bool:
-    """Return whether the block may be run on halves without being called."""
+    """Return whether the block may run on two halves, without its ``__call__``."""
     fast = isinstance(block, FastBlock) and is_plain(block)
-    return fast and takes(block, x) and not block.reverse_pre_permute
+    return fast and accepts(block, x) and not block.reverse_pre_permute

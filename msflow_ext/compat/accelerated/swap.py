@@ -1,4 +1,4 @@
-"""Gives a module another forward and its own one back, by changing the class of the same object."""
+"""Give a module another forward by changing the class of the object, and undo it."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from torch import Tensor, nn
 
 
 class Accelerated(nn.Module):
-    """Stands before a module's own class while it is accelerated; the module stays the same object."""
+    """Base class that precedes the original class of an accelerated module."""
 
     _accelerated: Any
     _form: type[Accelerated]
     _original: type[nn.Module]
 
-    if TYPE_CHECKING:  # what the module's own class has
+    if TYPE_CHECKING:  # attributes of the original class
 
         def __getattr__(self, name: str) -> Any: ...
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time: a copy makes it again instead of importing it by name.
+        # The class is made at run time, so a copy must make it again instead of importing it by name.
         _, _, *state = super().__reduce_ex__(protocol)
         return (_revived, (self._form, self._original), *state)
 
 
 @cache
 def accelerated_class(form: type[Accelerated], original: type[nn.Module]) -> type[Any]:
-    """Return ``original`` with the forward of ``form``."""
+    """Return a subclass of ``original`` with the forward of ``form``."""
     members = {"_form": form, "_original": original, "__module__": original.__module__}
     return type(f"Accelerated{original.__name__}", (form, original), members)
 
 
 def switch(module: nn.Module, form: type[Accelerated], facts: Any = None) -> None:
-    """Give ``module`` the forward of ``form``, which may look up ``facts`` about it."""
+    """Give ``module`` the forward of ``form``, which reads ``facts`` about it."""
     module._accelerated = facts
     module.__class__ = accelerated_class(form, type(module))
 
@@ -51,7 +51,7 @@ def _revived(form: type[Accelerated], original: type[nn.Module]) -> Any:
 
 
 def leaves_pytorch(x: Any) -> bool:
-    """Return True while a graph for other programs is made (export, ONNX, tracing): these know the original operators."""
+    """Return whether a graph for other runtimes is recorded (export, ONNX, tracing), which need PyTorch's operators."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return (

@@ -1,4 +1,4 @@
-"""Runs a module's own forward and the accelerated one side by side, on copies and on random numbers."""
+"""Compare a module's original forward with the accelerated one, on copies and random inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from msflow_ext.compat.accelerated.blocks import (
 from msflow_ext.compat.accelerated.swap import switch
 from msflow_ext.testing import relative_error
 
-#: Largest deviation of two float64 computations of the same function, relative to the largest magnitude.
+#: Tolerance between the two forwards in float64, relative to the largest magnitude.
 BOUND = 1e-8
 
 SIZES = ((3, 2, 2), (2, 3, 3))  # of the random data
@@ -34,14 +34,18 @@ class MismatchError(Exception):
 
 
 class UntriedError(Exception):
-    """The module's own forward cannot be run, so that there is nothing to compare with."""
+    """The original forward fails, so there is no result to compare with."""
 
 
 def try_block(block: Any, *, full: bool) -> BlockFacts:
-    """Return the facts of an ``AllInOneBlock`` with which :class:`FastBlock` equals it, tried with a random subnet.
+    """Return the facts with which :class:`FastBlock` equals an ``AllInOneBlock``, tried with a random subnet.
 
     Args:
-        full: compare the inverse and all gradients besides results and log-determinant.
+        block: the block.
+        full: also compare the inverse and all gradients.
+
+    Raises:
+        MismatchError: if no clamp form gives the same results.
     """
 
     def trial(shapes: Shapes, facts: BlockFacts | None) -> float:
@@ -77,7 +81,7 @@ def try_block(block: Any, *, full: bool) -> BlockFacts:
 
 
 def try_sequence(sequence: Any, facts: Mapping[nn.Module, BlockFacts]) -> None:
-    """That :class:`FastSequence` equals a ``SequenceINN`` of blocks of which ``facts`` are known."""
+    """Check that :class:`FastSequence` equals a ``SequenceINN`` of blocks with these ``facts``."""
     blocks = list(sequence.module_list)
     fixed = any(facts[block].fixed_size for block in blocks)
     own = tuple(blocks[0].dims_in[0][1:])
@@ -103,11 +107,11 @@ def try_sequence(sequence: Any, facts: Mapping[nn.Module, BlockFacts]) -> None:
             switch(copy, FastSequence)
 
         shapes = [(2, n, *size) for n in (blocks[0].in_channels, *channels)]
-        _demand(_deviation(copy, [forward, inverse], shapes, fast))
+        _check_error(_deviation(copy, [forward, inverse], shapes, fast))
 
 
 def try_subnet(subnet: Any) -> None:
-    """That :class:`FastSubnet` equals a module of ``conv1``, ``ln`` and ``conv2``, in training and evaluation."""
+    """Check that :class:`FastSubnet` equals a module of ``conv1``, ``ln`` and ``conv2``, in training and evaluation."""
     with _quiet(subnet) as device:
         copy = bare(subnet, {}).to(device)
 
@@ -119,11 +123,11 @@ def try_subnet(subnet: Any) -> None:
 
         shapes = [(2, subnet.conv1.in_channels, *SIZES[0][:2])]
         fast = lambda: switch(copy, FastSubnet)  # noqa: E731
-        _demand(_deviation(copy, [training, evaluation], shapes, fast))
+        _check_error(_deviation(copy, [training, evaluation], shapes, fast))
 
 
 def try_glow_coupling(coupling: Any) -> None:
-    """That :class:`FastGlowCoupling` equals CS-Flow's coupling; random subnets stand in for its own."""
+    """Check that :class:`FastGlowCoupling` equals CS-Flow's coupling, with random subnets."""
     left, right = coupling.split_len1, coupling.split_len2
     with _quiet(coupling) as device:
         stubs = {
@@ -136,11 +140,11 @@ def try_glow_coupling(coupling: Any) -> None:
             return copy.forward(list(x))
 
         shapes = [(2, left + right, height, 2) for height in (4, 3, 2)]
-        _demand(_deviation(copy, [forward], shapes, lambda: switch(copy, FastGlowCoupling)))
+        _check_error(_deviation(copy, [forward], shapes, lambda: switch(copy, FastGlowCoupling)))
 
 
 class Mixer(nn.Module):
-    """A random subnet without structure; of several scales it mixes each on its own."""
+    """Random subnet that mixes channels at each position, separately for each scale."""
 
     def __init__(self, channels_in: int, channels_out: int, strength: float) -> None:
         super().__init__()
@@ -150,7 +154,7 @@ class Mixer(nn.Module):
 
     @classmethod
     def of(cls, block: Any, strength: float) -> Mixer:
-        """In place of the subnet of an ``AllInOneBlock``."""
+        """Return a replacement of the subnet of an ``AllInOneBlock``."""
         channels = block.splits[0] + block.condition_channels
         return cls(channels, 2 * block.splits[1], strength)
 
@@ -160,15 +164,20 @@ class Mixer(nn.Module):
 
 
 def bare(module: nn.Module, stubs: Mapping[nn.Module, nn.Module]) -> Any:
-    """Return a float64 copy without hooks on the CPU, where ``stubs`` replace submodules; other attributes are shared."""
+    """Return a float64 copy without hooks on the CPU, in which ``stubs`` replace submodules.
+
+    Other attributes are shared with ``module``.
+    """
     copy = nn.Module.__new__(getattr(type(module), "_original", type(module)))
     nn.Module.__init__(copy)
     for name, value in vars(module).items():
         vars(copy).setdefault(name, value)
     for name, p in module._parameters.items():
-        copy._parameters[name] = None if p is None else nn.Parameter(_wide(p), p.requires_grad)
+        copy._parameters[name] = (
+            None if p is None else nn.Parameter(_in_float64(p), p.requires_grad)
+        )
     for name, b in module._buffers.items():
-        copy._buffers[name] = None if b is None else _wide(b)
+        copy._buffers[name] = None if b is None else _in_float64(b)
     for name, child in module._modules.items():
         if child is not None:
             copy._modules[name] = stubs[child] if child in stubs else bare(child, stubs)
@@ -182,7 +191,7 @@ def _deviation(
     fast: Callable[[], None] | None,
     gradients: bool = True,
 ) -> float:
-    """Return the largest difference between the results of ``calls`` before and after ``fast()``, gradients included."""
+    """Return the largest difference between the results of ``calls`` before and after ``fast()``."""
     try:
         expected = _results(module, calls, shapes, gradients)
     except Exception as error:
@@ -198,7 +207,7 @@ def _deviation(
     return max(errors) if all(error >= 0 for error in errors) else math.nan
 
 
-def _demand(error: float) -> None:
+def _check_error(error: float) -> None:
     if not error <= BOUND:
         raise MismatchError(f"its results deviate by {error:.1e}")
 
@@ -231,20 +240,20 @@ def _leaves(value: Any) -> Iterator[Tensor]:
 
 
 def _normal(shapes: Iterable[tuple[int, ...]]) -> list[Tensor]:
-    """Standard normal numbers, always the same, and none of those that the user's program draws."""
+    """Return the same standard normal numbers in every call, without the program's random generator."""
     generator = torch.Generator("cpu").manual_seed(0)
     options: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     return [torch.randn(shape, **options) for shape in shapes]
 
 
-def _wide(t: Tensor) -> Tensor:
+def _in_float64(t: Tensor) -> Tensor:
     dtype = torch.float64 if t.is_floating_point() else t.dtype
     return t.detach().to("cpu", dtype, copy=True)
 
 
 @contextmanager
 def _quiet(module: nn.Module) -> Iterator[torch.device]:
-    """Gradients, full precision, the program's random numbers undisturbed, and the device to compute on."""
+    """Enable gradients and full precision, keep the program's random state, and yield the device to use."""
     device = next(module.parameters()).device
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -252,4 +261,5 @@ def _quiet(module: nn.Module) -> Iterator[torch.device]:
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
     ):
-        yield torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        # MPS has no float64.
+        yield torch.device("cpu") if device.type == "mps" else device

@@ -1,1 +1,1 @@
-"""Checkpoints of other packages, read and written."""
+"""Read and write checkpoints of other packages."""

@@ -1,4 +1,4 @@
-"""Detectors from checkpoints of other packages, and checkpoints for those packages."""
+"""Read models with their backbones from checkpoints of other packages, and make such checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msflow_ext.models.base import AnomalyModel
 from msflow_ext.models.fastflow import FastFlow
 from msflow_ext.models.msflow import MSFlow
 
-#: Settings by format that its code fixes and its file does not hold.
+#: For each format, the settings of its code that its files do not hold.
 PEERS: dict[str, dict[str, Any]] = {
     "msflow": {"standardize": False, "padding_mode": "reflect"},
     "gathierry": {"standardize": False, "padding_mode": "zeros", "clamp": 2.0},
@@ -34,21 +34,23 @@ def read_detector(
     image_size: int | None = None,
     pretrained: bool | str = True,
 ) -> AnomalyModel:
-    """Load a detector from a checkpoint of the MSFlow authors' code, of gathierry/FastFlow or of anomalib.
+    """Load a model from a checkpoint of the MSFlow reference implementation, gathierry/FastFlow or anomalib.
 
-    Which one it is shows in the file, which is opened without executing code.
+    The format is detected from the file, which is opened without executing code.
 
     Args:
-        path: what ``torch.save`` or Lightning wrote.
-        backbone: the network below; by default the one that an anomalib file names, else ``"wide_resnet50_2"``.
-        clamp, clamp_form: what the model was trained with, which no file says; by default 1.9 for MSFlow, 2 for
-            FastFlow, and the clamp of FrEIA 0.2.
-        image_size: side in pixels; by default that of the LayerNorms in the file, else the preset's.
-        pretrained: weights of the backbone where the file has none, see :class:`msflow_ext.MSFlow`.
+        path: a file of ``torch.save`` or Lightning.
+        backbone: name of the backbone; by default the one that an anomalib file names, else ``"wide_resnet50_2"``.
+        clamp, clamp_form: the clamp in training, which no file holds; by default 1.9 for MSFlow, 2 for FastFlow, and
+            the form of FrEIA 0.2.
+        image_size: side in pixels; by default that of the LayerNorms in the file, else that of the preset.
+        pretrained: weights of the backbone if the file has none, see :class:`msflow_ext.MSFlow`.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not such a checkpoint, or not for this backbone; keys missing,
-            unexpected or misshapen, all named. RuntimeError: no pretrained weights within reach.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not such a checkpoint, or does not fit the backbone. Missing, unexpected and
+            misshapen keys are named.
+        RuntimeError: if the pretrained weights cannot be found.
     """
     content = read_torch_file(path)
     read = _msflow if isinstance(content, Mapping) and "fusion_flow" in content else _fastflow
@@ -61,24 +63,26 @@ def read_detector(
 
 
 def for_peer(model: AnomalyModel, to: str) -> dict[str, Any]:
-    """Return ``model`` as a checkpoint of another package, ready for ``torch.save``.
+    """Return a checkpoint of another package with the weights of ``model``, for ``torch.save``.
 
-    FastFlow's have the backbone, too, unless it is a transformer, of which we keep a part only. anomalib reads it with
-    ``Fastflow.load_from_checkpoint`` or as ``ckpt_path``; where images are not of 256 pixels, its ``pre_processor`` must
-    say so. Its thresholds are not set before ``Engine.validate``.
+    Checkpoints of FastFlow include the backbone, except a transformer, of which the model keeps only a part. anomalib
+    reads the file with ``Fastflow.load_from_checkpoint`` or as ``ckpt_path``. If images do not have 256 pixels, pass
+    it a ``pre_processor`` for their size. Its thresholds are not set before ``Engine.validate``.
 
     Args:
-        to: ``"msflow"`` (the authors' code), ``"gathierry"`` or ``"anomalib"`` (their FastFlow).
+        model: the model.
+        to: ``"msflow"`` (reference implementation), or ``"gathierry"`` or ``"anomalib"`` (their FastFlow).
 
     Raises:
-        ValueError: the package would compute something else with these weights.
+        ValueError: if the package would give other results with these weights.
     """
     if isinstance(model, MSFlow) != (to == "msflow"):
-        raise ValueError(f"a checkpoint of {to} cannot hold a {type(model).__name__}")
+        expected = "an MSFlow" if to == "msflow" else "a FastFlow"
+        raise ValueError(f"model must be {expected} for {to}, got {type(model).__name__}")
     for name, value in PEERS[to].items():
         if model.config[name] != value:
             raise ValueError(
-                f"a checkpoint of {to} means {name} {value!r}, this model has {model.config[name]!r}"
+                f"{name} of the model must be {value!r} for {to}, got {model.config[name]!r}"
             )
     if to == "msflow":
         flat = msflow.to_reference_state_dict(model.head)
@@ -94,7 +98,7 @@ def for_peer(model: AnomalyModel, to: str) -> dict[str, Any]:
     return {
         "epoch": 0,
         "global_step": 0,
-        "pytorch-lightning_version": "2.6.0",  # the oldest that anomalib 2.7 takes
+        "pytorch-lightning_version": "2.6.0",  # the oldest that anomalib 2.7 accepts
         "state_dict": {f"model.{key}": value for key, value in state.items()} | unset,
         "hparams_name": "kwargs",
         "hyper_parameters": {
@@ -108,7 +112,7 @@ def for_peer(model: AnomalyModel, to: str) -> dict[str, Any]:
 
 
 _EXTRACTOR = "feature_extractor."
-#: Statistics of anomalib's post-processor, NaN before validation.
+#: Values that anomalib's post-processor learns in validation, NaN before.
 _LEARNED = (
     *("_image_threshold", "_pixel_threshold"),
     *("image_min", "image_max", "pixel_min", "pixel_max"),
@@ -153,11 +157,11 @@ def _fastflow(
 
 
 def _fill(model: AnomalyModel, head: torch.nn.Module, network: Mapping[str, Tensor]) -> None:
-    """Give ``model`` the weights of ``head``, and those of the backbone where there are any."""
+    """Load the weights of ``head``, and those of the backbone if there are any, into ``model``."""
     name = model.backbone.name
     if model.head.channels != head.channels:
         raise ValueError(
-            f"the flows have channels {head.channels}, backbone {name} gives {model.head.channels}"
+            f"backbone must have channels {head.channels}, got {name} with {model.head.channels}"
         )
     try:
         if network:
@@ -170,7 +174,7 @@ def _fill(model: AnomalyModel, head: torch.nn.Module, network: Mapping[str, Tens
 
 
 def _kept(found: Mapping[str, Tensor], network: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the weights of the part of a transformer that our backbone keeps, under the name ``model``."""
+    """Return the weights of a whole transformer that ``network``, a part of it, has below ``model``."""
     names = {key: key.removeprefix("model.") for key in network.state_dict()}
     return {key: found[name] for key, name in names.items() if name in found}
 

@@ -1,4 +1,4 @@
-"""Weights of gathierry/FastFlow and of anomalib's Fastflow, to and from our head."""
+"""Convert weights of gathierry/FastFlow and of anomalib's Fastflow to and from a ``FastFlowHead``."""
 
 from __future__ import annotations
 
@@ -15,30 +15,40 @@ from msflow_ext.compat.checkpoints.msflow import dense_permutation, read_permuta
 from msflow_ext.compat.checkpoints.torch_file import read_torch_file
 from msflow_ext.models.fastflow import FastFlowHead
 
-#: Name of the list of flows in each package.
+#: The name of the list of flows in each package.
 FLOWS = {"gathierry": "nf_flows", "anomalib": "fast_flow_blocks"}
 
 _KEY = re.compile(rf"(?:{'|'.join(FLOWS.values())})\.(\d+)\.module_list\.(\d+)\.(.+)")
 
-#: Where the convolutions of a subnet stand in anomalib until 2.6.0, behind a layer that pads, and where elsewhere.
+#: Names of a subnet's convolutions in anomalib until 2.6.0, which has padding layers before them, and elsewhere.
 _PADDED = {"subnet.1": "subnet.0", "subnet.4": "subnet.2"}
 
 
 def load_fastflow_checkpoint(
     path: str | Path, *, clamp: float = 2.0, clamp_form: ClampForm = "0.2"
 ) -> FastFlowHead:
-    """Build a :class:`~msflow_ext.FastFlowHead` from a checkpoint of gathierry/FastFlow or of anomalib, 0.7 to 2.
+    """Load a :class:`~msflow_ext.FastFlowHead` from a checkpoint of gathierry/FastFlow or of anomalib, 0.7 to 2.
 
-    Every size is read from the file, which is opened without executing code. The frozen backbone in it is left out.
+    All sizes are read from the file, which is opened without executing code. The frozen backbone in it is ignored.
 
     Args:
-        path: what ``torch.save`` or Lightning wrote: a state dict, or a dictionary with one as ``model_state_dict``
-            (gathierry) or ``state_dict`` (anomalib).
-        clamp, clamp_form: what the model was trained with; the file does not say.
+        path: a file of ``torch.save`` or Lightning: a state dict, or a dictionary that holds one as
+            ``model_state_dict`` (gathierry) or ``state_dict`` (anomalib).
+        clamp, clamp_form: the clamp in training, which the file does not hold.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not such a checkpoint; keys missing, unexpected or misshapen,
-            all named.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not such a checkpoint. Missing, unexpected and misshapen keys are named.
+
+    Examples:
+        >>> import torch
+        >>> from msflow_ext import FastFlowHead
+        >>> from msflow_ext.compat import load_fastflow_checkpoint
+        >>> from msflow_ext.compat.checkpoints.fastflow import to_peer_state_dict
+        >>> head = FastFlowHead((8, 12), steps=2)
+        >>> torch.save(to_peer_state_dict(head, "anomalib"), "fastflow.pt")
+        >>> load_fastflow_checkpoint("fastflow.pt").channels
+        (8, 12)
     """
     content = read_torch_file(path)
     try:
@@ -48,7 +58,7 @@ def load_fastflow_checkpoint(
 
 
 def unpacked(content: Any) -> dict[str, Tensor]:
-    """Return the state dict in a file of either package; of a Lightning module only the part ``model``."""
+    """Return the state dict in a file of either package, without the parts of a Lightning module around ``model``."""
     for name in ("model_state_dict", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -62,25 +72,29 @@ def unpacked(content: Any) -> dict[str, Tensor]:
 def head_from_state_dict(
     state: Mapping[str, Any], *, clamp: float = 2.0, clamp_form: ClampForm = "0.2"
 ) -> FastFlowHead:
-    """Return our head with the weights of a ``state`` of either package; those of its backbone are skipped.
+    """Return a head with the weights of a ``state`` of either package, without those of its backbone.
 
     Raises:
-        ValueError: keys missing, unexpected or misshapen, all named.
+        ValueError: if keys are missing, unexpected or misshapen. All of them are named.
     """
     state = _flows_and_norms(state)
     sizes = _sizes(state)
-    with torch.device("meta"):  # without storage until all shapes match the file
+    with torch.device("meta"):  # allocate nothing before the shapes are checked
         blank = FastFlowHead(**sizes, clamp=clamp, clamp_form=clamp_form)
         expected = _named(blank, index_permutations=False)
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
     weights = [key for key in expected if key in state and "w_perm" not in key]
     problems += [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(expected[key].shape)}"
+        f"{key} must have shape {tuple(expected[key].shape)}, got {tuple(state[key].shape)}"
         for key in weights
         if state[key].shape != expected[key].shape
     ]
-    problems += [f"{k} is {state[k].dtype}" for k in weights if not state[k].is_floating_point()]
+    problems += [
+        f"{key} must be floating-point, got {state[key].dtype}"
+        for key in weights
+        if not state[key].is_floating_point()
+    ]
     if problems:
         raise ValueError("the state dict does not fit: " + "; ".join(problems))
     head = FastFlowHead(**sizes, clamp=clamp, clamp_form=clamp_form)
@@ -98,9 +112,13 @@ def head_from_state_dict(
 def to_peer_state_dict(
     head: FastFlowHead, package: str = "anomalib", *, index_permutations: bool = False
 ) -> dict[str, Tensor]:
-    """Return the weights of ``head`` as the flows and norms of a ``package`` hold them: ``"gathierry"`` or ``"anomalib"``.
+    """Return the weights of ``head`` as the flows and norms of another package hold them.
 
-    Permutations are dense matrices, as in FrEIA 0.2 and anomalib, or on request the int64 indices of FrEIA's master.
+    Args:
+        head: the head.
+        package: ``"gathierry"`` or ``"anomalib"``.
+        index_permutations: write permutations as int64 indices, as in FrEIA's master, instead of dense matrices, as in
+            FrEIA 0.2 and anomalib.
     """
     if package not in FLOWS:
         raise ValueError(f"package must be one of {', '.join(FLOWS)}, got {package!r}")
@@ -112,7 +130,7 @@ def to_peer_state_dict(
 
 
 def _flows_and_norms(content: Any) -> dict[str, Tensor]:
-    """Return ``content`` without its backbone, with keys ``flows.SCALE.STEP.*`` and ``norms.SCALE.*``."""
+    """Return ``content`` without a backbone, its flows and norms named ``flows.SCALE.STEP.*`` and ``norms.SCALE.*``."""
     found = {}
     for key, value in unpacked(content).items():
         name = key.removeprefix("model.")
@@ -125,13 +143,13 @@ def _flows_and_norms(content: Any) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise ValueError(f"{key} must be a tensor, got {type(value).__name__}")
         if name in found:
-            raise ValueError(f"{key} occurs twice, under the names of two versions")
+            raise ValueError(f"{key} must occur once, got it under the names of two versions")
         found[name] = value
     return found
 
 
 def _named(head: FastFlowHead, index_permutations: bool) -> dict[str, Tensor]:
-    """Return the weights of ``head`` by the names of :func:`_flows_and_norms`, in the shapes of the peers."""
+    """Return the weights of ``head`` by the names of :func:`_flows_and_norms`, in the shapes of the other packages."""
     state = {}
     like = next(head.parameters())
     for key, value in head.state_dict().items():
@@ -149,7 +167,7 @@ def _theirs(key: str) -> str:
 
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of the :class:`FastFlowHead` that ``state`` fits."""
+    """Return the arguments of the :class:`FastFlowHead` that ``state`` fits."""
     steps: dict[int, int] = {}
     for key in state:
         if match := re.match(r"flows\.(\d+)\.(\d+)\.", key):
@@ -188,7 +206,7 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _ratio(widths: list[tuple[int, int]]) -> float:
-    """Return the shortest decimal number r with ``int(conditioning * r) == hidden`` for all of ``widths``."""
+    """Return the shortest decimal number r with ``int(conditioning * r) == hidden`` for all ``widths``."""
     low = max(hidden / conditioning for hidden, conditioning in widths)
     high = min((hidden + 1) / conditioning for hidden, conditioning in widths)
     for digits in range(17):

@@ -1,4 +1,4 @@
-"""Checkpoints of the MSFlow authors' code, in both encodings of the permutation, to and from our head."""
+"""Convert checkpoints of the MSFlow reference implementation to and from an ``MSFlowHead``."""
 
 from __future__ import annotations
 
@@ -24,19 +24,30 @@ def load_msflow_checkpoint(
     clamp_form: ClampForm = "0.2",
     fusion_order: Sequence[int] | None = None,
 ) -> MSFlowHead:
-    """Build an :class:`~msflow_ext.MSFlowHead` from a checkpoint that the MSFlow authors' code wrote.
+    """Load an :class:`~msflow_ext.MSFlowHead` from a checkpoint of the MSFlow reference implementation.
 
-    Every size is read from the file, which is opened without executing code.
+    All sizes are read from the file, which is opened without executing code.
 
     Args:
-        path: file with ``fusion_flow`` and ``parallel_flows``.
-        clamp, clamp_form: what the model was trained with; the file does not say.
-        fusion_order: the scale of each of the fusion flow's permutations. Only needed where two scales have the
-            same number of channels: otherwise the length of a permutation tells.
+        path: a file with ``fusion_flow`` and ``parallel_flows``.
+        clamp, clamp_form: the clamp in training, which the file does not hold.
+        fusion_order: the scale of each of the fusion flow's permutations. Only needed if two scales have the same
+            number of channels, because otherwise the lengths of the permutations determine it.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not such a checkpoint; keys missing, unexpected or misshapen,
-            all named.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not such a checkpoint. Missing, unexpected and misshapen keys are named.
+
+    Examples:
+        >>> import torch
+        >>> import msflow_ext as mx
+        >>> from msflow_ext.compat import load_msflow_checkpoint
+        >>> from msflow_ext.compat.checkpoints.detectors import for_peer
+        >>> reference = {"standardize": False, "padding_mode": "reflect"}
+        >>> model = mx.MSFlow("resnet18", pretrained=False, blocks=(1, 1, 1), **reference)
+        >>> torch.save(for_peer(model, "msflow"), "msflow.pt")
+        >>> load_msflow_checkpoint("msflow.pt").channels
+        (64, 128, 256)
     """
     checkpoint = read_torch_file(path)
     try:
@@ -49,14 +60,14 @@ def load_msflow_checkpoint(
 
 
 def flatten_checkpoint(checkpoint: Any) -> dict[str, Tensor]:
-    """Return one flat state dict, with the prefixes ``fusion_flow.`` and ``parallel_flows.<i>.``."""
+    """Return one state dict with the prefixes ``fusion_flow.`` and ``parallel_flows.<i>.`` from a checkpoint."""
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"a checkpoint must be a dictionary, got {type(checkpoint).__name__}")
     parts = {"fusion_flow": checkpoint.get("fusion_flow")}
     flows = checkpoint.get("parallel_flows")
     if not isinstance(parts["fusion_flow"], Mapping) or not isinstance(flows, (list, tuple)):
         raise ValueError(
-            "an MSFlow checkpoint has 'fusion_flow' and 'parallel_flows', this one has "
+            "an MSFlow checkpoint must hold 'fusion_flow' and 'parallel_flows', got "
             f"{sorted(map(str, checkpoint))}"
         )
     parts |= {f"parallel_flows.{i}": flow for i, flow in enumerate(flows)}
@@ -79,10 +90,10 @@ def head_from_state_dict(
     clamp_form: ClampForm = "0.2",
     fusion_order: Sequence[int] | None = None,
 ) -> MSFlowHead:
-    """Return our head with the weights of a flat ``state`` (see :func:`flatten_checkpoint`)."""
+    """Return a head with the weights of a flat reference ``state`` (see :func:`flatten_checkpoint`)."""
     blocks = _count(state, r"parallel_flows\.(\d+)\.module_list\.(\d+)\.")
     if not blocks:
-        raise ValueError("the state dict holds no key 'parallel_flows.0.module_list.0.*'")
+        raise ValueError("the state dict must hold keys 'parallel_flows.0.module_list.0.*'")
     channels, conds = [], []
     for i in range(len(blocks)):
         first = f"parallel_flows.{i}.module_list.0"
@@ -91,13 +102,13 @@ def head_from_state_dict(
         conds.append(hidden - (channels[-1] - channels[-1] // 2))
     options = {"blocks": blocks, "cond_channels": conds, "clamp": clamp, "clamp_form": clamp_form}
     order = _fusion_order(state, channels, fusion_order)
-    with torch.device("meta"):  # without storage until all shapes match the file
+    with torch.device("meta"):  # allocate nothing before the shapes are checked
         blank = MSFlowHead(channels, **options, seed=0)
         expected = to_reference_state_dict(blank, fusion_order=order)
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
     problems += [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+        f"{key} must have shape {tuple(value.shape)}, got {tuple(state[key].shape)}"
         for key, value in expected.items()
         if key in state and state[key].shape != value.shape and not _is_permutation(key)
     ]
@@ -118,7 +129,7 @@ def to_reference_state_dict(
     index_permutations: bool = False,
     fusion_order: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
-    """Return the state dict of ``head`` in the reference's layout; permutations are dense, or indices on request."""
+    """Return the flat reference state dict of ``head``, with permutations as dense matrices or int64 indices."""
     own = dict(head.state_dict())
     state = to_reference_names(own, head)
     order = range(len(head.channels)) if fusion_order is None else fusion_order
@@ -131,7 +142,7 @@ def to_reference_state_dict(
 
 
 def to_reference_names(tensors: Mapping[str, Tensor], head: MSFlowHead) -> dict[str, Tensor]:
-    """Rename and join our parameters, or their gradients, as the reference modules hold them."""
+    """Return the parameters of ``head``, or their gradients, with the names and shapes of the reference modules."""
     out: dict[str, Tensor] = {}
     for pair in _pairs(head):
         whole = torch.cat([tensors[name] for name in pair.ours], pair.dim)
@@ -154,14 +165,14 @@ def _from_reference(
 
 
 class _Pair(NamedTuple):
-    """Names of our tensors and of the reference's: joined along ``dim``, both sides are equal."""
+    """Names of tensors here and in the reference; concatenated along ``dim``, both sides are the same tensor."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     dim: int = 0
 
     def prefixed(self, ours: str, theirs: str) -> _Pair:
-        """Return the same pair with a prefix on each side."""
+        """Return the pair with a prefix on each side."""
         return _Pair(
             tuple(f"{ours}.{name}" for name in self.ours),
             tuple(f"{theirs}.{name}" for name in self.theirs),
@@ -200,7 +211,7 @@ def _cross_scale_pairs(scales: int) -> Iterator[_Pair]:
 
 
 def _permutation_names(head: MSFlowHead, order: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """Yield every permutation of ``head`` by both names, those of the fusion flow in the authors' ``order``."""
+    """Yield every permutation of ``head`` by both names, those of the fusion flow in the reference's ``order``."""
     for ours, theirs in _steps(head):
         yield f"{ours}.perm", f"{theirs}.w_perm"
     for module, scale in enumerate(order):
@@ -220,19 +231,19 @@ def dense_permutation(perm: Tensor, like: Tensor) -> Tensor:
 
 
 def _is_per_channel(key: str) -> bool:
-    """Return whether the reference's tensor is ``(1, C, 1, 1)`` where ours is ``(C,)``."""
+    """Return whether the reference has ``(1, C, 1, 1)`` for a tensor ``(C,)`` here."""
     return key.endswith((".global_scale", ".global_offset"))
 
 
 def read_permutation(state: Mapping[str, Tensor], key: str, channels: int) -> Tensor:
-    """Return ``perm (channels,)`` int64 from an index or a dense 0/1 matrix; check it and its inverse."""
+    """Return ``perm (channels,)`` int64 from an index or a dense 0/1 matrix, after checking it and its inverse."""
     found = []
     for name in (key, f"{key}_inv"):
         p = state[name]
         if p.dim() == 4 and p.shape[:2] == (channels, channels):
             matrix = p.flatten(1)
             if not bool(((matrix == 0) | (matrix == 1)).all()):
-                raise ValueError(f"{name} is a matrix, but not a hard permutation")
+                raise ValueError(f"{name} must be a matrix of zeros and ones, got other numbers")
             p = matrix.argmax(1)
         if p.shape != (channels,) or p.is_floating_point() or not _is_one(p, channels):
             raise ValueError(
@@ -241,7 +252,7 @@ def read_permutation(state: Mapping[str, Tensor], key: str, channels: int) -> Te
             )
         found.append(p.long())
     if not torch.equal(found[1], torch.argsort(found[0])):
-        raise ValueError(f"{key}_inv is not the inverse of {key}")
+        raise ValueError(f"{key}_inv must be the inverse of {key}")
     return found[0]
 
 
@@ -257,21 +268,20 @@ def _fusion_order(
     if given is None:
         if len(set(channels)) != len(channels):
             raise ValueError(
-                f"channels {tuple(channels)} repeat, so the file does not tell which permutation of the fusion flow "
-                "belongs to which scale: pass fusion_order"
+                f"fusion_order must be given, because scales share numbers of channels: {tuple(channels)}"
             )
         given = [channels.index(s) if s in channels else -1 for s in sizes]
     order = list(given)
     if sorted(order) != list(range(len(channels))) or [channels[i] for i in order] != sizes:
         raise ValueError(
-            f"the fusion flow's permutations have {sizes} channels, which does not fit scales with {list(channels)}"
-            f" in the order {order}"
+            f"fusion_order must order scales with {list(channels)} channels as permutations with {sizes} channels, "
+            f"got {order}"
         )
     return order
 
 
 def _count(keys: Iterable[str], pattern: str) -> list[int]:
-    """Return how many blocks each scale has, counting up from 0 without a gap; keys beyond a gap are not expected."""
+    """Return the number of blocks of each scale, counted from 0 to the first gap."""
     found = {tuple(map(int, match.groups())) for key in keys if (match := re.match(pattern, key))}
     blocks = []
     while (len(blocks), 0) in found:
@@ -284,7 +294,9 @@ def _size(state: Mapping[str, Tensor], key: str, dim: int) -> int:
     if key not in state:
         raise ValueError(f"the state dict does not fit: missing {key}")
     if state[key].dim() <= dim:
-        raise ValueError(f"the state dict does not fit: {key} is {tuple(state[key].shape)}")
+        raise ValueError(
+            f"{key} must have more than {dim} dimensions, got shape {tuple(state[key].shape)}"
+        )
     return state[key].size(dim)
 
 

@@ -1,4 +1,4 @@
-"""Files that ``torch.save`` wrote, read without executing code."""
+"""Read files of ``torch.save`` without executing code."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Packages whose objects stand beside the weights: settings, transforms, metrics.
-_BESIDE = (
+#: Packages whose objects are saved next to the weights: settings, transforms, metrics.
+_IGNORED = (
     *("anomalib", "jsonargparse", "lightning", "omegaconf", "pathlib"),
     *("pytorch_lightning", "torchmetrics", "torchvision"),
 )
 
 
 class Unread:
-    """Placeholder of an object of another package, whose code is not run."""
+    """Placeholder of an object of another package, which runs none of its code."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -28,43 +28,44 @@ class Unread:
 
 
 def read_torch_file(path: str | Path) -> Any:
-    """Return the content of a file, with tensors on the CPU and :class:`Unread` for objects of other packages.
+    """Return the content of a file with tensors on the CPU, and :class:`Unread` for objects of known packages.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: damaged, or it holds more than tensors and plain values.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is damaged, or holds objects of unknown packages.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise FileNotFoundError(f"{path} cannot be read: no such file")
     try:
         content = _load(path)
         _check_storage(content)
         return content
     except Exception as error:  # torch.load raises many kinds of exception for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a readable torch checkpoint: {reason}") from error
+        raise ValueError(f"{path} cannot be read as a torch checkpoint: {reason}") from error
 
 
 def _load(path: str | Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        if not (beside := _beside(path)):
+        if not (ignored := _ignored(path)):
             raise
-        with torch.serialization.safe_globals(beside):
+        with torch.serialization.safe_globals(ignored):
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _beside(path: str | Path) -> list[Any]:
-    """Return ``(Unread, name)`` for each class of another package in the file; none if one is of no package known."""
+def _ignored(path: str | Path) -> list[Any]:
+    """Return ``(Unread, name)`` for each class in the file, or nothing if one is of an unknown package."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    known = all(name.split(".")[0] in _BESIDE for name in names)
+    known = all(name.split(".")[0] in _IGNORED for name in names)
     return [(Unread, name) for name in names] if known else []
 
 
 def _check_storage(content: Any) -> None:
-    """Raise ValueError if a tensor is larger than what is stored of it, such as one number that is repeated.
+    """Raise ValueError if a tensor is larger than its storage, such as one number that is repeated.
 
-    What has the size of the tensors is then no larger than the file. A part that is held twice is looked at once.
+    Allocations of the size of a tensor are then at most as large as the file. A shared part is checked once.
     """
     left, seen = [content], set()
     while left:
@@ -77,4 +78,4 @@ def _check_storage(content: Any) -> None:
         elif isinstance(each, list | tuple):
             left += each
         elif isinstance(each, Tensor) and each.untyped_storage().nbytes() < each.nbytes:
-            raise ValueError(f"a tensor of {tuple(each.shape)} is stored as fewer numbers")
+            raise ValueError(f"a tensor of shape {tuple(each.shape)} is stored as fewer numbers")

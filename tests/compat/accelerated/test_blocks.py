@@ -1,4 +1,4 @@
-"""Every accelerated module computes what its own class does: results, log-determinants, inverses and gradients."""
+"""Every accelerated module gives the outputs, log-determinants, inverses and gradients of the original."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ OPTIONS = [
     ],
 )
 @pytest.mark.parametrize(("options", "i"), OPTIONS)
-def test_a_block_with_any_option_gives_the_same(make, options, i, form, backend, dtype):
+def test_a_block_gives_the_results_of_the_original_with_any_option(
+    make, options, i, form, backend, dtype
+):
     rank, channels = (2, 0, 1, 3)[(i + i // 4) % 4], (8, 7)[i % 2]
     cond = ((), (3,), (2, 1))[i % 3]
     block = make.block(form, channels, rank, cond, affine_clamping=1.5, **options).to(dtype)
@@ -66,7 +68,7 @@ MASTER = json.loads((GOLDEN / "aio_block_head.json").read_text())["cases"]
     [c for c in MASTER if not (c.get("gin") or c.get("hh") or c.get("subnet"))],
     ids=lambda case: str(case["index"]),
 )
-def test_a_block_of_freias_master_gives_what_was_recorded(make, case, rev):
+def test_a_block_of_freias_master_gives_the_recorded_results(make, case, rev):
     file = load_file(GOLDEN / "aio_block_head.safetensors")
     prefix = f"c{case['index']}."
     t = {k.removeprefix(prefix): v for k, v in file.items() if k.startswith(prefix)}
@@ -95,7 +97,7 @@ def test_a_block_of_freias_master_gives_what_was_recorded(make, case, rev):
 @pytest.mark.parametrize("channels", [6, 7])
 @pytest.mark.parametrize("cond", [0, 2])
 @FORMS
-def test_a_chain_gives_the_same(make, form, cond, channels, rev):
+def test_a_chain_gives_the_results_of_the_original(make, form, cond, channels, rev):
     chain = make.chain(form, 3, channels, cond)
     inputs = make.data(channels, cond=(cond,) if cond else ())
     expected = make.results(chain, inputs, rev)
@@ -118,7 +120,9 @@ def test_a_chain_is_not_cut_between_its_blocks(make):
     assert cuts == ["SplitWithSizesBackward0"]  # of x
 
 
-def test_a_chain_of_other_lengths_conditions_and_results_gives_the_same(freia, make):
+def test_a_chain_with_several_conditions_and_tuple_output_gives_the_results_of_the_original(
+    freia, make
+):
     chain = freia.framework.SequenceINN(5, 4, 3, force_tuple_output=True)
     for cond in (1, None, 0):
         given = {} if cond is None else {"cond": cond, "cond_shape": (cond + 1, 4, 3)}
@@ -134,7 +138,7 @@ def test_a_chain_of_other_lengths_conditions_and_results_gives_the_same(freia, m
         torch.testing.assert_close(got, log_det, rtol=1e-10, atol=1e-10)
 
 
-def test_a_chain_with_something_else_between_its_blocks_is_accelerated_block_by_block(freia, make):
+def test_a_chain_with_other_modules_between_its_blocks_is_accelerated_block_by_block(freia, make):
     chain = make.chain(blocks=2)
     chain.append(freia.modules.PermuteRandom, seed=0)
     chain.append(make.classes["0.2"], subnet_constructor=make.hidden(2))
@@ -148,7 +152,7 @@ def test_a_chain_with_something_else_between_its_blocks_is_accelerated_block_by_
 
 
 class ConvNormConv(nn.Module):
-    """The subnet of the MSFlow authors, by its names, or with something else in place of its ReLU."""
+    """MSFlow's published subnet, with its names, where another module may replace the ReLU."""
 
     def __init__(self, channels_in: int, channels_out: int, between: Any = F.relu) -> None:
         super().__init__()
@@ -161,7 +165,7 @@ class ConvNormConv(nn.Module):
         return self.conv2(self.between(self.ln(self.conv1(x).movedim(1, -1)).movedim(-1, 1)))
 
 
-def test_a_norm_between_convolutions_is_fused_and_gives_the_same(make):
+def test_a_norm_between_convolutions_is_fused_and_gives_the_same_results(make):
     block = make.block(cond=(2,), subnet_constructor=ConvNormConv)
     inputs = make.data(cond=(2,))
     expected = make.results(block, inputs)
@@ -170,7 +174,7 @@ def test_a_norm_between_convolutions_is_fused_and_gives_the_same(make):
 
 
 @pytest.mark.parametrize("between", [F.gelu, nn.Sequential(nn.ReLU(), nn.Dropout())])
-def test_a_subnet_that_does_something_else_keeps_its_forward(make, between):
+def test_a_subnet_with_another_activation_keeps_its_forward(make, between):
     block = make.block(subnet_constructor=lambda i, o: ConvNormConv(i, o, between)).eval()
     numbers = torch.get_rng_state()
     report = mx.accelerate(block)
@@ -181,7 +185,7 @@ def test_a_subnet_that_does_something_else_keeps_its_forward(make, between):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_condition_that_all_images_share_is_convolved_once_and_others_for_each(make, shared):
+def test_a_condition_that_all_images_share_is_convolved_once(make, shared):
     chain = make.chain(blocks=2, cond=4, subnet_constructor=ConvNormConv)
     x, c = make.data(cond=(4,), batch=9)  # 108 positions: enough to split the weight
     inputs = [x, c[:1].repeat(9, 1, 1, 1) if shared else c]
@@ -199,7 +203,7 @@ def test_a_condition_that_all_images_share_is_convolved_once_and_others_for_each
     make.same(got, expected)
 
 
-def test_a_block_takes_maps_of_other_sizes_where_the_original_does_and_refuses_them_likewise(make):
+def test_a_block_accepts_and_refuses_other_sizes_as_the_original(make):
     x = [torch.randn(2, 6, 9, 8, dtype=torch.float64)]
     free, strict = make.block("0.2"), make.block("head")
     expected, _ = free(x)
@@ -214,7 +218,7 @@ def test_a_hard_permutation_moves_channels_without_mixing_them(make):
     block = make.block()
     mx.accelerate(block)
     (x,) = make.data()
-    x[:, 5] = torch.inf  # a product with a matrix of zeros and ones would spread it as NaN
+    x[:, 5] = torch.inf  # a matrix product would spread it as NaN
     (y,), _ = block([x])
     assert y.isinf().flatten(2).all(2).sum() == 3
     assert y.isfinite().flatten(2).all(2).sum() == 15
@@ -242,7 +246,7 @@ def swapped(block: Any, other: Any) -> None:
 @FORMS
 @pytest.mark.parametrize("way", [loaded, assigned, copied_by_data, swapped])
 @pytest.mark.parametrize("chained", [False, True], ids=["block", "chain"])
-def test_another_permutation_holds_however_it_comes(make, way, form, chained):
+def test_a_new_permutation_is_used_however_it_is_set(make, way, form, chained):
     blocks, others = ((make.chain(form, 2) if chained else make.block(form)) for _ in range(2))
     inputs = make.data()
     expected = make.results(others, inputs)
@@ -255,7 +259,7 @@ def test_another_permutation_holds_however_it_comes(make, way, form, chained):
 
 
 @pytest.mark.parametrize("way", [loaded, copied_by_data])
-def test_a_rotation_comes_into_a_block_with_a_permutation_and_back(make, way):
+def test_a_rotation_replaces_a_permutation_and_back(make, way):
     block, inputs = make.block(), make.data()
     mx.accelerate(block)
     for soft in (True, False):
@@ -265,7 +269,7 @@ def test_a_rotation_comes_into_a_block_with_a_permutation_and_back(make, way):
             make.same(make.results(block, inputs, rev), make.results(other, inputs, rev))
 
 
-def test_a_permutation_that_shall_be_learned_is_multiplied_with_and_gets_its_gradient(make):
+def test_a_permutation_that_requires_a_gradient_gets_it(make):
     block, inputs = make.block(), make.data()
     block.w_perm.requires_grad_()
     expected = make.results(block, inputs)

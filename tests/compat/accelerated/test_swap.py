@@ -1,4 +1,4 @@
-"""An accelerated model stays the user's model: parameters, copies, compilers, exporters, hooks, half precision, DDP."""
+"""An accelerated model keeps its parameters, and works with copies, compilers, exporters, hooks and DDP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMS = pytest.mark.parametrize("form", ["0.2", "head"])
 
 @pytest.fixture
 def pair(make) -> tuple[Any, Any, Tensor]:
-    """A chain, an accelerated copy of it, and data."""
+    """Return a chain, an accelerated copy of it, and data."""
     chain = make.chain()
     fast = copy.deepcopy(chain)
     mx.accelerate(fast)
@@ -32,7 +32,7 @@ def close(got: Any, expected: Any, bound: float = 1e-10) -> None:
 
 
 @FORMS
-def test_parameters_and_state_dict_are_the_same_objects_and_names(make, form):
+def test_parameters_and_state_dict_keep_their_objects_and_names(make, form):
     chain = make.chain(form)
     before, state = dict(chain.named_parameters()), chain.state_dict()
     buffers, modules = dict(chain.named_buffers()), dict(chain.named_modules())
@@ -57,7 +57,7 @@ def test_state_dicts_load_from_and_into_a_model_that_is_not_accelerated(make, pa
     close(again(x), chain(x))
 
 
-def test_an_optimiser_made_before_goes_on_after(make):
+def test_an_optimizer_keeps_working_after_accelerate_and_restore(make):
     chain = make.chain()
     x = make.data()[0]
     adam = torch.optim.Adam(chain.parameters(), lr=1e-2)
@@ -90,10 +90,10 @@ def through_a_file(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("journey", [copy.deepcopy, through_pickle, through_a_file])
-def test_a_copy_is_accelerated_apart_from_the_original_and_can_be_restored(pair, journey):
+def test_a_copy_is_accelerated_independent_and_can_be_restored(pair, journey):
     chain, fast, x = pair
     for block in fast:
-        block.global_scale_activation = torch.exp  # FrEIA's own is a lambda, which no pickle takes
+        block.global_scale_activation = torch.exp  # FrEIA uses a lambda, which cannot be pickled
     for block in chain:
         block.global_scale_activation = torch.exp
     other = journey(fast)
@@ -116,7 +116,7 @@ def test_a_shallow_copy_shares_its_parameters(pair):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_without_a_break_it_gives_the_same(pair, dynamic):
+def test_a_model_compiles_without_graph_breaks_and_gives_the_same_results(pair, dynamic):
     chain, fast, x = pair
     torch._dynamo.reset()
     compiled = torch.compile(fast, backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -129,7 +129,7 @@ def test_compiled_without_a_break_it_gives_the_same(pair, dynamic):
     close(*found)
 
 
-def test_a_compiled_model_is_compiled_anew_when_it_is_accelerated_or_restored(pair):
+def test_a_compiled_model_is_compiled_again_after_accelerate_and_restore(pair):
     chain, _, x = pair
     torch._dynamo.reset()
     compiled = torch.compile(chain, backend="eager")
@@ -191,7 +191,7 @@ def test_functional_transforms_work(pair):
     close(*(torch.func.vmap(lambda t, m=m: m(t[None])[0])(x) for m in (fast, chain)))
 
 
-def test_a_functional_call_takes_the_permutation_that_is_given(make, pair):
+def test_a_functional_call_uses_the_given_permutation(make, pair):
     _, fast, x = pair
     other = make.chain()
     found = torch.func.functional_call(fast, dict(other.named_parameters()), (x,))
@@ -212,7 +212,7 @@ def test_half_precision_and_autocast_stay_close_to_double(pair, dtype):
     assert back.dtype is dtype
 
 
-def test_a_subnet_that_leaves_autocast_gives_data_of_its_own_precision(make):
+def test_a_subnet_that_returns_float32_under_autocast_gives_float32_results(make):
     class Normed(nn.Module):
         def __init__(self, channels_in: int, channels_out: int) -> None:
             super().__init__()
@@ -294,7 +294,7 @@ def test_distributed_training_works(pair, tmp_path):
         dist.destroy_process_group()
 
 
-def test_a_class_that_was_changed_since_is_not_restored(pair):
+def test_a_module_whose_class_was_changed_later_is_not_restored(pair):
     _, fast, _ = pair
     nn.utils.parametrize.register_parametrization(fast[0], "global_offset", nn.Identity())
     with pytest.raises(

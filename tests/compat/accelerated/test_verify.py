@@ -1,4 +1,4 @@
-"""Before anything is replaced it is compared with the original, and nobody notices the comparison."""
+"""A module is compared with the original before it is replaced, without side effects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import msflow_ext as mx
 
 @pytest.fixture
 def patched(freia, monkeypatch):
-    """``patched(name, function)``: FrEIA's block with another ``name``, until the test ends."""
+    """Return ``patched(name, function)``, which replaces a function of FrEIA's block until the test ends."""
 
     def patch(name: str, function: Any) -> None:
         monkeypatch.setattr(freia.modules.AllInOneBlock, name, function)
@@ -22,7 +22,7 @@ def patched(freia, monkeypatch):
     return patch
 
 
-def test_a_forward_with_other_results_is_refused_and_nothing_is_changed(freia, make, patched):
+def test_a_forward_with_other_results_is_refused_and_the_model_is_unchanged(freia, make, patched):
     chain, good = make.chain(), make.block()
     model = nn.ModuleList([good, chain])
     own = freia.modules.AllInOneBlock.forward
@@ -33,7 +33,7 @@ def test_a_forward_with_other_results_is_refused_and_nothing_is_changed(freia, m
 
     patched("forward", worse)
     with pytest.raises(
-        ValueError, match=r"accelerate: 0 would give other results, .* 1\..e-06; nothing"
+        ValueError, match=r"accelerate: 0 must give the same results, .* 1\..e-06; the module is un"
     ):
         mx.accelerate(model)
     assert {type(m).__name__ for m in model.modules()} & {"AllInOneBlock", "SequenceINN"}
@@ -55,7 +55,7 @@ def test_a_wrong_inverse_log_det_or_gradient_is_found(freia, make, patched, wron
         return (y,), log_det
 
     patched("forward", worse)
-    with pytest.raises(ValueError, match="would give other results"):
+    with pytest.raises(ValueError, match="must give the same results"):
         mx.accelerate(make.block())
 
 
@@ -70,7 +70,7 @@ def test_without_verification_only_the_forward_is_compared(freia, make, patched)
     assert mx.accelerate(make.block(), verify=False).replaced == [""]
 
 
-def test_a_clamp_of_one_where_both_forms_agree_is_accepted(make):
+def test_a_clamp_for_which_both_forms_agree_is_accepted(make):
     for form in ("0.2", "head"):
         block, inputs = make.block(form, affine_clamping=1.0), make.data()
         expected = make.results(block, inputs)
@@ -78,7 +78,7 @@ def test_a_clamp_of_one_where_both_forms_agree_is_accepted(make):
         make.same(make.results(block, inputs), expected)
 
 
-def test_a_subnet_that_begins_at_zero_does_not_hide_how_the_block_clamps(make):
+def test_the_clamp_form_is_found_for_a_subnet_of_zeros(make):
     def zeros(channels_in: int, channels_out: int) -> nn.Module:
         return nn.Conv2d(channels_in, channels_out, 1)
 
@@ -93,7 +93,7 @@ def test_a_subnet_that_begins_at_zero_does_not_hide_how_the_block_clamps(make):
 
 
 class Noticing(nn.Module):
-    """Counts its calls and draws random numbers; in training it also changes a buffer."""
+    """Subnet that counts its calls, draws random numbers, and changes a buffer in training."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Noticing(nn.Module):
         return nn.functional.dropout(self.norm(self.conv(x)), training=self.training)
 
 
-def test_nothing_of_the_model_runs_or_changes(make):
+def test_the_comparison_neither_runs_nor_changes_the_model(make):
     chain = make.chain(subnet_constructor=Noticing)
     chain(make.data()[0])[0].sum().backward()
     chain[0].eval()
@@ -137,7 +137,7 @@ def test_nothing_of_the_model_runs_or_changes(make):
     [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
     ids=["no_grad", "inference_mode", "autocast"],
 )
-def test_it_does_not_matter_where_a_model_is_accelerated(make, context):
+def test_accelerating_works_in_any_context(make, context):
     chain, inputs = make.chain(), make.data()
     expected = make.results(chain, inputs)
     with context():
@@ -153,7 +153,7 @@ def test_a_frozen_model_stays_frozen(make):
     torch.testing.assert_close(chain(*inputs)[0], expected, rtol=1e-10, atol=1e-10)
 
 
-def test_a_block_whose_own_forward_fails_is_kept_with_the_reason(make, patched):
+def test_a_block_whose_original_forward_fails_is_kept_with_the_reason(make, patched):
     def broken(self: Any, *args: Any, **options: Any) -> Any:
         raise RuntimeError("out of order")
 
@@ -163,7 +163,7 @@ def test_a_block_whose_own_forward_fails_is_kept_with_the_reason(make, patched):
         mx.accelerate(block)
 
 
-def test_blocks_that_were_built_for_one_position_are_compared_on_more(freia, make):
+def test_a_block_built_for_one_position_is_compared_on_several(freia, make):
     block = make.classes["0.2"]([(6, 1, 1)], subnet_constructor=make.hidden(2)).double()
     x = make.data()
     (expected,), _ = block(x)

@@ -54,7 +54,7 @@ def conditioned(size: int) -> Callable[[State], Any]:
     return lambda state: state["parallel_flows"][0].update(weight)
 
 
-def test_the_checkpoints_that_are_changed_below_are_sound(tmp_path):
+def test_the_unchanged_checkpoints_load(tmp_path):
     for make, load in ((fastflow, load_fastflow_checkpoint), (msflow, load_msflow_checkpoint)):
         torch.save(make(), tmp_path / "a.pt")
         assert load(tmp_path / "a.pt").channels == (8, 12)
@@ -70,7 +70,7 @@ def test_the_checkpoints_that_are_changed_below_are_sound(tmp_path):
         (msflow, load_msflow_checkpoint, conditioned(4 * 10**6)),
     ],
 )
-def test_sizes_that_the_other_tensors_have_not_are_refused(tmp_path, make, load, change):
+def test_a_size_that_contradicts_other_tensors_is_refused(tmp_path, make, load, change):
     state = make()
     change(state)
     torch.save(state, tmp_path / "a.pt")
@@ -79,20 +79,20 @@ def test_sizes_that_the_other_tensors_have_not_are_refused(tmp_path, make, load,
 
 
 def nested(levels: int) -> list[Any]:
-    """Lists of which each holds the next one nine times: small in the file, endless to walk through."""
+    """Return lists that each hold the next one nine times, which are small in a file but huge to traverse."""
     found: list[Any] = [torch.zeros(1)]
     for _ in range(levels):
         found = [found] * 9
     return found
 
 
-def test_a_part_that_is_held_many_times_is_looked_at_once(tmp_path):
+def test_a_shared_part_is_checked_once(tmp_path):
     torch.save(nested(30), tmp_path / "a.pt")
     assert len(read_torch_file(tmp_path / "a.pt")) == 9
 
 
 @pytest.mark.parametrize("shape", [(10**9,), (4, 10**12)])
-def test_a_number_that_is_repeated_without_storage_is_refused(tmp_path: Path, shape):
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path, shape):
     tensor: Tensor = torch.zeros(1).expand(shape)
     torch.save({"state_dict": {"a": [tensor]}}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="is stored as fewer numbers"):

@@ -1,4 +1,4 @@
-"""The weights of gathierry's and anomalib's FastFlow give the same maps here, and go there and back unchanged."""
+"""Weights of gathierry's and anomalib's FastFlow give the same maps, and convert both ways unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CASES: dict[str, tuple[list[tuple[int, int, int]], dict[str, Any]]] = {
 
 
 class Peer(nn.Module):
-    """FastFlow behind the backbone, as both packages build it on FrEIA's blocks; ``flows`` is their list's name."""
+    """FastFlow after the backbone, as both packages build it from FrEIA's blocks, with its list called ``flows``."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Peer(nn.Module):
                     parameter.add_(0.3 * torch.randn_like(parameter))
 
     def forward(self, features: list[Tensor], size: int) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Latents, loss and map."""
+        """Return latents, loss and map."""
         if hasattr(self, "norms"):
             features = [norm(f) for norm, f in zip(self.norms, features, strict=True)]
         z, loss, maps = [], torch.zeros(()), []
@@ -117,7 +117,7 @@ def test_the_same_weights_give_the_same_latents_loss_and_map(
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("package", ["gathierry", "anomalib"])
-def test_weights_go_there_and_back_unchanged(freia: ModuleType, case: str, package: str) -> None:
+def test_weights_convert_both_ways_unchanged(freia: ModuleType, case: str, package: str) -> None:
     flows = {"gathierry": "nf_flows", "anomalib": "fast_flow_blocks"}[package]
     theirs = peer(freia, case, flows).double()
     ours = head_from_state_dict(theirs.state_dict())
@@ -142,13 +142,13 @@ def test_the_arguments_of_the_head_are_read_from_the_weights(freia: ModuleType) 
 
 
 @pytest.mark.parametrize("ratio", [0.16, 0.5, 1.0])
-def test_the_ratios_of_the_paper_are_read_as_they_are(ratio: float) -> None:
+def test_the_ratios_of_the_paper_are_read_exactly(ratio: float) -> None:
     head = FastFlowHead((768,), steps=1, hidden_ratio=ratio)
     assert head_from_state_dict(to_peer_state_dict(head)).hidden_ratio == ratio
 
 
 def subnets(head: FastFlowHead) -> list[Any]:
-    """The first subnet of every scale."""
+    """Return the first subnet of every scale."""
     return [flow.steps[0].subnet for flow in head.flows]  # type: ignore[index,union-attr]
 
 
@@ -179,11 +179,11 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unexpected": (lambda w: w.update({f"{FLOW}.x": torch.ones(1)}), r"unexpected flows\.0\.0\.x"),
     "misshapen": (
         lambda w: w.update({f"{FLOW}.global_offset": torch.ones(1, 5, 1, 1)}),
-        r"flows\.0\.0\.global_offset is \(1, 5, 1, 1\), not \(1, 6, 1, 1\)",
+        r"flows\.0\.0\.global_offset must have shape \(1, 6, 1, 1\), got \(1, 5, 1, 1\)",
     ),
     "integers": (
         lambda w: w.update({f"{FLOW}.global_offset": torch.ones(1, 6, 1, 1).long()}),
-        r"flows\.0\.0\.global_offset is torch\.int64",
+        r"flows\.0\.0\.global_offset must be floating-point, got torch\.int64",
     ),
     "no tensor": (
         lambda w: w.update({f"{FLOW}.global_offset": 3.0}),
@@ -193,7 +193,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no scale": (lambda w: w.pop(f"{FLOW}.global_scale"), r"flows\.0\.0\.global_scale is missing"),
     "soft": (
         lambda w: w.update({f"{FLOW}.w_perm": torch.full((6, 6, 1, 1), 0.5)}),
-        r"w_perm is a matrix, but not a hard permutation",
+        r"w_perm must be a matrix of zeros and ones",
     ),
     "uneven": (
         lambda w: [w.pop(k) for k in list(w) if k.startswith("nf_flows.1.module_list.1.")],
@@ -208,7 +208,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_weights_that_do_not_fit_are_refused_by_name(case: str, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_named(case: str, tmp_path: Path) -> None:
     breaking, message = BROKEN[case]
     weights = weights_of()
     breaking(weights)
@@ -217,11 +217,11 @@ def test_weights_that_do_not_fit_are_refused_by_name(case: str, tmp_path: Path) 
         load_fastflow_checkpoint(tmp_path / "model.pt")
 
 
-def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere\.pt"):
+def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt cannot be read: no such file"):
         load_fastflow_checkpoint(tmp_path / "nowhere.pt")
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(ValueError, match=r"text\.pt is not a readable torch checkpoint"):
+    with pytest.raises(ValueError, match=r"text\.pt cannot be read as a torch checkpoint"):
         load_fastflow_checkpoint(tmp_path / "text.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"list\.pt: a state dict must be a dictionary, got list"):
@@ -234,7 +234,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     "backbone",
     ["resnet18", pytest.param("deit_base_distilled_patch16_384", marks=pytest.mark.slow)],
 )
-def test_anomalibs_model_and_ours_give_one_map(backbone: str) -> None:
+def test_anomalibs_model_and_fastflow_give_the_same_map(backbone: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         name = "anomalib.models.image.fastflow.torch_model"
@@ -258,8 +258,8 @@ def test_anomalibs_model_and_ours_give_one_map(backbone: str) -> None:
     images = torch.rand(2, 3, size, size)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
-        normalised = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-        want = theirs(normalised)
+        normalized = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        want = theirs(normalized)
         got = ours(images)
     assert relative_error(got.anomaly_map, want.anomaly_map[:, 0]) <= 1e-5
     assert relative_error(got.score, want.pred_score.flatten()) <= 1e-5

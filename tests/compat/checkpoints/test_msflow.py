@@ -1,4 +1,4 @@
-"""The authors' checkpoints load in every encoding and come back; a broken file ends in one sentence naming it."""
+"""Reference checkpoints load in every encoding and convert back; an error names a broken file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load(name: str) -> Checkpoint:
 
 @pytest.fixture
 def checkpoint() -> Checkpoint:
-    """The smallest of the files."""
+    """Return the smallest of the checkpoints."""
     return load("model_c.checkpoint.pt")
 
 
@@ -70,7 +70,9 @@ def test_both_encodings_of_the_permutations_give_the_same_head() -> None:
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)], ids=str)
 @pytest.mark.parametrize("index", [False, True], ids=["dense", "index"])
-def test_a_head_comes_back_from_its_reference_state(index: bool, order: tuple[int, ...]) -> None:
+def test_a_head_converts_to_the_reference_state_and_back(
+    index: bool, order: tuple[int, ...]
+) -> None:
     head = MSFlowHead((6, 8, 10), blocks=(1, 2, 1), cond_channels=(4, 8, 4), seed=3)
     state = to_reference_state_dict(head, index_permutations=index, fusion_order=order)
     assert [len(state[f"fusion_flow.module_list.{j}.perm"]) for j in range(3)] == [
@@ -82,7 +84,7 @@ def test_a_head_comes_back_from_its_reference_state(index: bool, order: tuple[in
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_reference_state_is_the_published_one(file: str) -> None:
+def test_a_loaded_head_converts_back_to_the_published_state(file: str) -> None:
     expected = flatten_checkpoint(load(file))
     head = compat.load_msflow_checkpoint(GOLDEN / file)
     sizes = [len(expected[f"fusion_flow.module_list.{j}.perm"]) for j in range(len(head.channels))]
@@ -100,7 +102,7 @@ def test_the_reference_state_is_the_published_one(file: str) -> None:
 def test_equal_channel_counts_need_an_order(saved: Callable[[Any], Path]) -> None:
     head = MSFlowHead((8, 8), blocks=(1, 1), cond_channels=4, seed=1)
     path = saved(reference_layout(to_reference_state_dict(head, fusion_order=(1, 0)), 2))
-    with pytest.raises(ValueError, match=r"channels \(8, 8\) repeat, .* pass fusion_order"):
+    with pytest.raises(ValueError, match=r"fusion_order must be given, .*: \(8, 8\)"):
         compat.load_msflow_checkpoint(path)
     back = compat.load_msflow_checkpoint(path, fusion_order=(1, 0))
     other = compat.load_msflow_checkpoint(path, fusion_order=(0, 1))
@@ -110,11 +112,13 @@ def test_equal_channel_counts_need_an_order(saved: Callable[[Any], Path]) -> Non
 
 @pytest.mark.parametrize("order", [(0, 0), (1, 0), (0,), (0, 2)], ids=str)
 def test_an_order_that_does_not_fit_is_refused(order: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"permutations have \[16, 20\] channels, which does not"):
+    with pytest.raises(
+        ValueError, match=r"fusion_order must order .* permutations with \[16, 20\] channels, got"
+    ):
         compat.load_msflow_checkpoint(GOLDEN / "model_c.checkpoint.pt", fusion_order=order)
 
 
-def test_clamp_and_its_form_are_taken_from_the_caller() -> None:
+def test_arguments_set_the_clamp_and_its_form() -> None:
     path = GOLDEN / "model_c.checkpoint.pt"
     head = compat.load_msflow_checkpoint(path, clamp=1.3, clamp_form="head")
     assert (head.clamp, head.clamp_form) == (1.3, "head")
@@ -122,7 +126,7 @@ def test_clamp_and_its_form_are_taken_from_the_caller() -> None:
 
 
 def reference_layout(state: dict[str, Tensor], scales: int) -> Checkpoint:
-    """The inverse of :func:`flatten_checkpoint`."""
+    """Return a checkpoint from a flat state dict, the inverse of :func:`flatten_checkpoint`."""
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
@@ -132,7 +136,7 @@ def reference_layout(state: dict[str, Tensor], scales: int) -> Checkpoint:
 
 
 def changed(part: str, key: str, value: Any) -> Callable[[Checkpoint], None]:
-    """Sets (or, by None, removes) one entry of ``fusion_flow`` or of parallel flow ``part``."""
+    """Return a function that sets (or, by None, removes) an entry of ``fusion_flow`` or of parallel flow ``part``."""
 
     def change(checkpoint: Checkpoint) -> None:
         fusion = part == "fusion_flow"
@@ -162,11 +166,11 @@ BROKEN: dict[str, tuple[Callable[[Checkpoint], None], str]] = {
     ),
     "misshapen": (
         changed("fusion_flow", CROSS + "conv1.weight", torch.zeros(4, 18, 1, 1)),
-        r"cross_convs\.conv1\.weight is \(4, 18, 1, 1\), not \(4, 18, 3, 3\)",
+        r"cross_convs\.conv1\.weight must have shape \(4, 18, 3, 3\), got \(4, 18, 1, 1\)",
     ),
     "no dimensions": (
         changed("0", BLOCK + "global_scale", torch.tensor(1.0)),
-        r"global_scale is \(\)",
+        r"global_scale must have more than 1 dimensions, got shape \(\)",
     ),
     "not a tensor": (changed("0", BLOCK + "global_offset", 3), "global_offset"),
     "whole numbers": (
@@ -191,24 +195,24 @@ BROKEN: dict[str, tuple[Callable[[Checkpoint], None], str]] = {
     ),
     "soft permutation": (
         changed("0", BLOCK + "w_perm", torch.full((16, 16, 1, 1), 1 / 16)),
-        "w_perm is a matrix, but not a hard permutation",
+        "w_perm must be a matrix of zeros and ones",
     ),
     "another inverse": (
         changed("fusion_flow", BLOCK + "perm_inv", torch.arange(16)),
-        "perm_inv is not the inverse of fusion_flow.module_list.0.perm",
+        "perm_inv must be the inverse of fusion_flow.module_list.0.perm",
     ),
     "one flow": (
         lambda c: c["parallel_flows"].pop(),
         "channels must have two scales or more",
     ),
-    "no flow": (lambda c: c["parallel_flows"].clear(), "holds no key 'parallel_flows.0"),
+    "no flow": (lambda c: c["parallel_flows"].clear(), "must hold keys 'parallel_flows.0"),
     "flows by name": (
         lambda c: c.update(parallel_flows={}),
-        r"has 'fusion_flow' and 'parallel_flows', this one has \['epoch', 'fusion_flow'",
+        r"must hold 'fusion_flow' and 'parallel_flows', got \['epoch', 'fusion_flow'",
     ),
     "another model": (
         lambda c: (c.clear(), c.update(state_dict={})),  # type: ignore[func-returns-value]
-        r"has 'fusion_flow' and 'parallel_flows', this one has \['state_dict'\]",
+        r"must hold 'fusion_flow' and 'parallel_flows', got \['state_dict'\]",
     ),
 }
 
@@ -224,25 +228,27 @@ def test_a_broken_checkpoint_is_one_sentence_that_names_the_file(
     assert "\n" not in str(error.value)
 
 
-def test_every_problem_of_the_keys_is_named_at_once(
+def test_all_wrong_keys_are_named_at_once(
     checkpoint: Checkpoint, saved: Callable[[Any], Path]
 ) -> None:
     for case in ("missing weight", "unexpected", "misshapen"):
         BROKEN[case][0](checkpoint)
-    with pytest.raises(ValueError, match=r"missing .*; unexpected .*; .* is ") as error:
+    with pytest.raises(
+        ValueError, match=r"missing .*; unexpected .*; .* must have shape "
+    ) as error:
         compat.load_msflow_checkpoint(saved(checkpoint))
     assert str(error.value).count(";") == 2
 
 
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), "text"], ids=["list", "tensor", "str"])
-def test_what_is_not_a_dictionary_is_refused(content: Any, saved: Callable[[Any], Path]) -> None:
+def test_a_file_without_a_dictionary_is_refused(content: Any, saved: Callable[[Any], Path]) -> None:
     name = type(content).__name__
     with pytest.raises(ValueError, match=rf"saved\.pt: a checkpoint must be a .* got {name}"):
         compat.load_msflow_checkpoint(saved(content))
 
 
 def unreadable() -> dict[str, bytes]:
-    """Files that are no checkpoints, and beginnings of one in both formats of torch."""
+    """Return files that are not checkpoints, and truncated checkpoints in both formats of torch."""
     zipped = (GOLDEN / "model_c.checkpoint.pt").read_bytes()
     legacy, archive = io.BytesIO(), io.BytesIO()
     torch.save(load("model_c.checkpoint.pt"), legacy, _use_new_zipfile_serialization=False)
@@ -262,7 +268,9 @@ def unreadable() -> dict[str, bytes]:
 def test_an_unreadable_file_is_one_sentence_that_names_it(tmp_path: Path, case: str) -> None:
     path = tmp_path / "broken.pt"
     path.write_bytes(UNREADABLE[case])
-    with pytest.raises(ValueError, match=r"broken\.pt is not a readable torch checkpoint") as error:
+    with pytest.raises(
+        ValueError, match=r"broken\.pt cannot be read as a torch checkpoint"
+    ) as error:
         compat.load_msflow_checkpoint(path)
     assert "\n" not in str(error.value)
 
@@ -281,14 +289,14 @@ def test_code_in_a_checkpoint_is_refused_and_not_executed(
         Path("evil.pt").write_bytes(pickle.dumps({"fusion_flow": Code()}, protocol=2))
     else:
         torch.save({"fusion_flow": Code(), "parallel_flows": []}, "evil.pt")
-    with pytest.raises(ValueError, match=r"evil\.pt is not a readable torch checkpoint"):
+    with pytest.raises(ValueError, match=r"evil\.pt cannot be read as a torch checkpoint"):
         compat.load_msflow_checkpoint("evil.pt")
     assert not Path("executed").exists()
 
 
-def test_a_path_without_a_file_is_not_found(tmp_path: Path) -> None:
+def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.pt", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"no checkpoint at {path}"):
+        with pytest.raises(FileNotFoundError, match=f"{path} cannot be read: no such file"):
             compat.load_msflow_checkpoint(path)
 
 
