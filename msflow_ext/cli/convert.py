@@ -28,7 +28,11 @@ def convert_flags(part: Any) -> None:
         help="Run folder, .safetensors file, or checkpoint of another package to convert.",
     )
     add_choice(
-        part, "--to", FORMATS, "Package whose checkpoint format to write.", default="msflow_ext"
+        part,
+        "--to",
+        CHECKPOINT_FORMATS,
+        "Package whose checkpoint format to write.",
+        default="msflow_ext",
     )
     add_out(part, "Checkpoint file to write; .safetensors for msflow_ext.", "FILE")
     group = part.add_argument_group("settings that checkpoints of other packages lack")

@@ -50,7 +50,7 @@ def _listed(differences: Mapping[str, float]) -> str:
 
 def export_flags(part: Any) -> None:
     add_run(part)
-    add_choice(part, "--format", FORMATS, "Format of the graph file.", required=True)
+    add_choice(part, "--format", EXPORT_FORMATS, "Format of the graph file.", required=True)
     add_out(
         part, "File to write: .pt2 for torch and aoti, .onnx for onnx, .xml for openvino.", "FILE"
     )

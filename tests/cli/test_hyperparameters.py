@@ -13,8 +13,7 @@ import pytest
 import yaml
 
 from msflow_ext import cli
-from msflow_ext.choices import CHOICES
-from msflow_ext.cli.convert import FORMATS
+from msflow_ext.choices import CHECKPOINT_FORMATS, CHOICES
 from msflow_ext.cli.hyperparameters import MODELS, RECIPE, SET_ELSEWHERE, parameters
 from msflow_ext.cli.train import model_arguments, recipe_of
 from msflow_ext.compat.checkpoints.detectors import PEERS
@@ -247,4 +246,4 @@ def test_only_two_fields_of_the_recipe_may_be_none() -> None:
 
 
 def test_the_flag_and_the_function_convert_have_the_same_formats() -> None:
-    assert convert.FORMATS == FORMATS
+    assert ("msflow_ext", *PEERS) == CHECKPOINT_FORMATS
