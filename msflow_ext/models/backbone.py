@@ -148,10 +148,12 @@ class Backbone(nn.Module):
     def optimize(self, image_size: int, dtype: torch.dtype | None = None) -> OptimizedBackbone:
         """Return an optimized copy for inference: batch norms folded, weights packed, channels_last.
 
-        The copy is checked on a random image. If folding changes its features, only the convolutions are packed. If
-        bfloat16 changes them by more than 2% of their standard deviation, the copy stays in float32 and a warning is
-        logged, because the flows were trained on the other features. A transformer also stays in float32 on a
-        processor without bfloat16 instructions, where it would take five times as long.
+        The copy is checked on a random image. If folding changes its features, only the convolutions are packed.
+
+        The copy stays in float32, with a warning, if bfloat16 changes the features by more than 2% of their standard
+        deviation: flows that were trained on other features separate good from defective images less well. A
+        transformer also stays in float32 on a processor without bfloat16 instructions, where it would take five times
+        as long.
 
         Args:
             image_size: side of the images in pixels; the check uses at most 256.

@@ -22,7 +22,7 @@ def checked_out(out: str | Path) -> Path:
         OSError: the folder cannot be written.
     """
     if (Path(out) / CHECKPOINT).exists():
-        raise ValueError(f"--out must be a folder without a run, got {out}: choose another folder")
+        raise ValueError(f"--out {out} holds a run: choose another folder")
     check_writable(Path(out))
     return Path(out)
 

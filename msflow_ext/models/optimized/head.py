@@ -80,7 +80,7 @@ def latent(x1: Tensor, x2: Tensor, *args: Any, **options: Any) -> tuple[Tensor, 
 
 
 def likelihood(*args: Any, **options: Any) -> tuple[Tensor, None]:
-    """:func:`~msflow_ext.ops.coupling_log_likelihood`, and no ``log_det``."""
+    """Return :func:`~msflow_ext.ops.coupling_log_likelihood`, and None for ``log_det``."""
     return ops.coupling_log_likelihood(*args, **options), None
 
 
