@@ -60,7 +60,6 @@ class Parameter:
 
     def add_to(self, group: Any, note: str = "", default: Any = None) -> None:
         """Add the flag. Its option is None unless given, so that the preset decides; ``default`` is only shown."""
-        kind, unit = KINDS[re.findall(r"int|float|bool|str", self.annotation)[0]]
         words = CHOICES.get(self.name)
         if words:
             kind, unit = OneOf(words), None
