@@ -13,9 +13,9 @@ Decoded = TypeVar("Decoded")
 def decoded(
     decode: Callable[[Any], Decoded], chunks: Iterable[list[Any]], workers: int
 ) -> Iterator[list[Decoded]]:
-    """``decode(source)`` of each chunk of sources, on threads, one chunk ahead of the caller.
+    """Yield ``decode(source)`` for each chunk of sources, decoded one chunk ahead on threads.
 
-    Where a source fails, what is before it in its chunk comes first, and then the error.
+    If a source fails, the results before it in its chunk are yielded first; then the error is raised.
     """
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[list[Future[Decoded]]] = deque()

@@ -94,18 +94,18 @@ def damage(bottle, bomb):
         r"train.good.005\.png is not an image",
         r"train.good.006\.png cannot be decoded: ",
         r"crack.000\.png has no mask: ",
-        r"mask .*crack.009_mask\.png has no image of its name",
-        r"mask .*001_mask\.png is 10x12 pixels, its image .*001\.png is 12x10$",
+        r"mask .*crack.009_mask\.png has no image of the same name",
+        r"mask .*001_mask\.png must have the size of its image .*001\.png, 12x10 pixels, got 10x12$",
         r"crack.003_mask\.png is not an image",
         r"ground_truth.stain is not a folder",
         r"test.empty holds no images",
         r"masks .*hole have no images: .*test.hole is not a folder",
     ], [
-        r"2 images of the same pixels in train: train/good/002, train/good/007",
-        r"2 images of the same pixels in train and test: train/good/003, good/001",
-        r"the mask of the defect crack/002 marks nothing",
-        r"2 of 5 defects have no mask \(crack/000, stain/000\), so no pixels will be measured",
-        r"8 passed over: train/good/009\.png \(a link to nowhere\), "
+        r"2 images with the same pixels in train: train/good/002, train/good/007",
+        r"2 images with the same pixels in train and test: train/good/003, good/001",
+        r"the mask of the defective image crack/002 is empty",
+        r"2 of 5 defects have no mask \(crack/000, stain/000\), so no pixel metrics will be computed",
+        r"8 passed over: train/good/009\.png \(a broken link\), "
         r"ground_truth/crack/009_mask\.png, ground_truth/hole/000_mask\.png, train/crack/000\.png, "
         r"train/good/\.trash/ and 3 more",
     ]
@@ -148,7 +148,7 @@ def test_warnings_alone_do_not_fail_the_command(root, capsys):
     shutil.rmtree(root / "cable/test/crack")
     shutil.rmtree(root / "cable/ground_truth")
     assert cli.main(["data", "check", str(root / "cable"), "--layout", "mvtec"]) == 0
-    assert "all test images are good, so nothing will be measured" in capsys.readouterr().out
+    assert "all test images are good, so no metrics will be computed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ def test_a_set_without_training_images_is_at_fault():
     report = check_dataset(DataSet("set", "part", (), test))
     assert report.faults == ("there are no images to train on",)
     assert report.warnings == (
-        "all test images are defective, so no images will be measured",
-        "2 of 2 defects have no mask, so no pixels will be measured",
+        "all test images are defective, so no image metrics will be computed",
+        "2 of 2 defects have no mask, so no pixel metrics will be computed",
     )
 
 
@@ -24,7 +24,7 @@ def test_a_set_without_test_images_is_warned_of():
     train = (Item("train/good/0", 0, "good", np.full((4, 4), 9, np.uint8)),)
     report = check_dataset(DataSet("set", "part", train, ()))
     assert report.faults == ()
-    assert report.warnings == ("there are no images to test on, so nothing will be measured",)
+    assert report.warnings == ("there are no images to test on, so no metrics will be computed",)
 
 
 def test_a_marked_good_image_is_warned_of():
@@ -33,7 +33,7 @@ def test_a_marked_good_image_is_warned_of():
     test = Item("good/0", 0, "good", image, mask), Item("scar/0", 1, "scar", image[:3], mask[:3])
     report = check_dataset(DataSet("set", "part", train, test))
     assert report.faults == ()
-    assert report.warnings == ("the mask of the good image good/0 marks something",)
+    assert report.warnings == ("the mask of the good image good/0 is not empty",)
 
 
 def test_the_same_pixels_are_found_in_files_of_other_formats_and_modes(tmp_path):
@@ -43,7 +43,7 @@ def test_the_same_pixels_are_found_in_files_of_other_formats_and_modes(tmp_path)
     gray.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "c.png")
     items = [Item(f"x/{n}", 0, "good", tmp_path / n) for n in ("a.png", "b.bmp", "c.png")]
     found = check_dataset(DataSet("set", "part", (items[0],), tuple(items[1:]))).warnings
-    assert "2 images of the same pixels in train and test: x/a.png, x/b.bmp" in found
+    assert "2 images with the same pixels in train and test: x/a.png, x/b.bmp" in found
     assert len(found) == 2
 
 
@@ -52,7 +52,7 @@ def test_long_lists_are_cut(count, more):
     image = np.full((4, 4), 9, np.uint8)
     train = tuple(Item(f"{i}", 0, "good", image) for i in range(count))
     (warning,) = check_dataset(DataSet("set", "part", train, ())).warnings[1:]
-    assert warning == f"{count} images of the same pixels in train: 0, 1, 2, 3, 4{more}"
+    assert warning == f"{count} images with the same pixels in train: 0, 1, 2, 3, 4{more}"
 
 
 def test_a_sound_mask_of_a_broken_image_is_no_second_fault(tmp_path):
@@ -102,7 +102,7 @@ def test_16_bit_files_that_hold_fewer_bits_are_warned_of(tmp_path, bits):
     levels[0, 0] = 2**bits - 1
     Image.fromarray(levels).save(tmp_path / "a.png")
     share = {10: "1.6%", 12: "6.3%"}[bits]
-    sentence = f"1 images have 16 bits, of which 65535 is white, and at most {share} of it: scar/0"
+    sentence = f"1 images have 16 bits (65535 is white) and reach at most {share} of white: scar/0"
     for image in (levels, tmp_path / "a.png"):
         assert doubts(Item("scar/0", 1, "scar", image, SPOT)) == [sentence]
     for bright in (levels << (16 - bits), NOISE // np.uint8(16)):  # 8 bits may be dark
@@ -115,7 +115,7 @@ def test_16_bit_colours_that_hold_fewer_bits_are_warned_of(tmp_path):
     levels = RNG.integers(0, 4096, (24, 24, 3), dtype=np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", levels, photometric="rgb")
     (warning,) = doubts(Item("scar/0", 1, "scar", tmp_path / "a.tif", SPOT))
-    assert warning.startswith("1 images have 16 bits, of which 65535 is white, and at most 5.9% of")
+    assert warning.startswith("1 images have 16 bits (65535 is white) and reach at most 5.9% of")
 
 
 @pytest.mark.family("masks")
@@ -129,7 +129,7 @@ def test_a_mask_that_is_cut_at_half_is_warned_of(tmp_path):
 
 @pytest.mark.family("masks")
 def test_an_inverted_mask_is_warned_of():
-    sentence = "1 masks mark more than half of their image, though not black is a defect: scar/0"
+    sentence = "1 masks mark more than half of their image; black must mean normal: scar/0"
     assert doubts(Item("scar/0", 1, "scar", NOISE, ~SPOT)) == [sentence]
 
 
@@ -142,8 +142,8 @@ def test_a_mask_beside_an_image_that_exif_turns_is_warned_of(tmp_path, orientati
         Image.fromarray(pixels).save(tmp_path / name, exif=exif)
     turned = Item("scar/0", 1, "scar", tmp_path / "i.png", SPOT)
     sentence = (
-        "1 images are turned as their EXIF says, unlike their masks, which must fit the turned "
-        "image: scar/0"
+        "1 images are rotated by EXIF and their masks are not; a mask must fit the rotated image: "
+        "scar/0"
     )
     assert doubts(turned) == [sentence] * (orientation > 1)
     assert doubts(Item("scar/0", 1, "scar", tmp_path / "i.png", tmp_path / "m.png")) == []

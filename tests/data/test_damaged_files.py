@@ -30,7 +30,7 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, suffix):
         (b"", r"bad\.png is empty$"),
         (
             b"just some text, no pixels",
-            r"bad\.png is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP$",
+            r"bad\.png is not an image of the formats PNG, JPEG, BMP, TIFF, WEBP$",
         ),
         (None, r"bad\.png cannot be decoded: .*decompression bomb"),
     ],

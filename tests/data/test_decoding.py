@@ -124,7 +124,7 @@ OTHER_KINDS = {  # of each, how it begins
 @pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_a_kind_that_is_not_listed_is_refused_whatever_its_name(tmp_path, kind):
     (tmp_path / "part.png").write_bytes(OTHER_KINDS[kind])
-    sentence = "is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP"
+    sentence = "is not an image of the formats PNG, JPEG, BMP, TIFF, WEBP"
     with pytest.raises(ValueError, match=rf"part\.png {sentence}"):
         load_image(tmp_path / "part.png")
     with pytest.raises(ValueError, match=rf"part\.png {sentence}"):
@@ -197,7 +197,7 @@ def test_a_missing_file_is_not_found(tmp_path):
         (
             np.zeros((4, 4), np.float32),
             TypeError,
-            r"bool, uint8 or uint16, got float32; of floats in 0\.\.1 give \(255",
+            r"bool, uint8 or uint16, got float32\. Convert floats in 0\.\.1 with \(255",
         ),
         (np.zeros((4, 4, 2), np.uint8), ValueError, r"\(4, 4, 2\)"),
         (np.zeros((4, 4, 3), np.uint16), ValueError, r"\(4, 4, 3\) of uint16"),

@@ -73,7 +73,7 @@ def test_the_first_fault_is_raised_and_the_others_are_counted(tmp_path, save):
     for name in ("train/good/0.png", "train/good/0.bmp", "test/scar/1.png", "test/scar/2.png"):
         save(tmp_path / name)
     (tmp_path / "ground_truth/scar").mkdir(parents=True)
-    sentence = r"both 0\.bmp and 0\.png; .* renamed \(2 more: msflow data check\)$"
+    sentence = r"both 0\.bmp and 0\.png; .* renamed \(2 more: run msflow data check\)$"
     with pytest.raises(ValueError, match=sentence):
         open_dataset(tmp_path, "mvtec")
 

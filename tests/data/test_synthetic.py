@@ -133,5 +133,5 @@ def test_only_gray_uint8_images_are_drawn_on():
     rng = np.random.default_rng(0)
     with pytest.raises(TypeError, match="image must be uint8, got float64"):
         synthetic.draw(synthetic.scar, PHOTO / 255, rng)
-    with pytest.raises(ValueError, match=r"image must be \(H, W\), got \(96, 120, 1\)"):
+    with pytest.raises(ValueError, match=r"image must have shape \(H, W\), got \(96, 120, 1\)"):
         synthetic.draw(synthetic.scar, PHOTO[..., None], rng)

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.family("image files")
 
 RNG = np.random.default_rng(0)
 HEIGHT, WIDTH = 21, 37  # of no whole number of tiles
-REFUSED = r"is a TIFF file of .*, which is not read: save it as PNG, or as TIFF of 8 or 16 unsigned"
+REFUSED = (
+    r"cannot be read: TIFF with .* is not supported\. Save it as PNG, or as TIFF of 8 or 16 unsig"
+)
 
 COMPRESSIONS = (None, "zlib", "lzw", "packbits", "zstd", "lzma")
 TILES = (None, (16, 16))
@@ -174,7 +176,7 @@ def test_what_is_refused_says_what_it_is(tmp_path, array, options, told):
         options = {**options, "colormap": options["colormap"].astype(np.uint16)}
     path.write_bytes(written(array, **{"photometric": "minisblack", **options}))
     for read in (load_image, lambda file: load_mask(file, 8)):
-        with pytest.raises(ValueError, match=rf"part\.tif is a TIFF file of .*{told}"):
+        with pytest.raises(ValueError, match=rf"part\.tif cannot be read: TIFF with .*{told}"):
             read(path)
 
 
@@ -226,7 +228,7 @@ def test_a_bigtiff_is_read_or_refused(order):
     values, array = pixels("uint8", 3)
     content = written(array, photometric="rgb", bigtiff=True, byteorder=order)
     if order == ">":
-        with pytest.raises(ValueError, match=r"is not an image of the kinds|cannot be decoded"):
+        with pytest.raises(ValueError, match=r"is not an image of the formats|cannot be decoded"):
             load_bytes(content, HEIGHT * WIDTH)
     else:
         found = np.asarray(load_bytes(content, HEIGHT * WIDTH))
@@ -251,7 +253,7 @@ def test_a_tag_that_points_nowhere_does_not_hide_a_layout():
     content = bytearray(written(pixels("uint16", 3, "separate")[1], photometric="rgb"))
     bits = content.index(bytes((2, 1, 3, 0)))  # of a sample: three numbers, elsewhere in the file
     content[bits + 8 : bits + 12] = (2**31).to_bytes(4, "little")
-    with pytest.raises(ValueError, match=r"is a TIFF file|cannot be decoded"):
+    with pytest.raises(ValueError, match=r"cannot be (read: TIFF|decoded)"):
         load_bytes(bytes(content), HEIGHT * WIDTH)
 
 

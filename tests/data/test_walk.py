@@ -57,8 +57,8 @@ def test_links_are_followed_and_every_walk_ends(tmp_path):
         "0/": "the same folder as real",
         "real/loop/": "the same folder as .",
         "line/deep/": "the same folder as again",
-        "gone": "a link to nowhere",
-        "gone.png": "a link to nowhere",
+        "gone": "a broken link",
+        "gone.png": "a broken link",
     }
 
 
@@ -140,7 +140,7 @@ def test_a_folder_of_our_pictures_is_no_error_beside_others(tmp_path):
 
 
 def test_a_pattern_is_refused_by_name_and_a_file_of_such_a_name_is_not(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"\*\.png is not a file, and patterns are not exp"):
+    with pytest.raises(FileNotFoundError, match=r"\*\.png is not a file; patterns are not exp"):
         list(images_of(str(tmp_path / "*.png")))
     touch(tmp_path, "[1].png")
     assert len(list(images_of(str(tmp_path / "[1].png")))) == 1
@@ -166,7 +166,7 @@ def test_layout_folder_searches_sub_folders_and_pairs_masks_in_sub_folders_of_th
     assert "1 passed over: normal/b.gif" in check_dataset(data).warnings
     save(tmp_path / "masks/y/1.png", 255)
     (fault,) = open_dataset(tmp_path, "folder", strict=False).faults
-    assert str(fault) == f"mask {tmp_path / 'masks/y'} has no image of its name"
+    assert str(fault) == f"mask {tmp_path / 'masks/y'} has no image of the same name"
 
 
 def test_a_folder_in_another_is_read_without_it_and_the_same_folder_twice_is_refused(

@@ -70,7 +70,7 @@ def cards(browser, count: int = 2) -> list[list[str]]:
 
 
 REFUSED = ["card not-scored", "notes.png"]
-REFUSED += ["not scored: the body is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP"]
+REFUSED += ["not scored: the body is not an image of the formats PNG, JPEG, BMP, TIFF, WEBP"]
 WANTED = [
     ["card fail", "FAIL", "plate <b>7</b>.png", "score 1.250, p-value 0.020"],
     REFUSED,

@@ -122,7 +122,7 @@ def form(*bodies: bytes, boundary: str = "----b") -> bytes:
         (form(png(), png()), "; boundary=----b", "the form holds more than one file"),
         (form(), "; boundary=----b", "the form holds no whole file"),
         (form(png())[:-20], "; boundary=----b", "the form holds no whole file"),
-        (form(b"hello"), "; boundary=----b", "the body is not an image of the kinds PNG"),
+        (form(b"hello"), "; boundary=----b", "the body is not an image of the formats PNG"),
         (b"hello", "; boundary=----b", "the form cannot be read: "),
         (form(png()), "", "the form cannot be read: "),
     ],
@@ -146,7 +146,7 @@ def test_without_thresholds_there_is_neither_label_nor_mask(detector, start):
     ("body", "status", "sentence"),
     [
         (b"", 400, "the body is empty"),
-        (b"hello", 400, "the body is not an image of the kinds PNG, JPEG"),
+        (b"hello", 400, "the body is not an image of the formats PNG, JPEG"),
         (png()[:200], 400, "the body cannot be decoded"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 400, "the body is not an image"),
         (png(1, 1), 400, "the image has 1x1 pixels, 8x8 or more"),

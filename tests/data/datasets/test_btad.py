@@ -36,7 +36,7 @@ def test_the_products_are_the_categories(root):
 
 def test_a_mask_without_its_image_is_named(root):
     (root / "01/test/ko/0002.png").unlink()
-    with pytest.raises(ValueError, match=r"mask .*0002\.bmp has no image of its name$"):
+    with pytest.raises(ValueError, match=r"mask .*0002\.bmp has no image of the same name$"):
         open_dataset(root, "btad", "01")
 
 

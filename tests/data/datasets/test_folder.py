@@ -96,7 +96,7 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_one_normal_image_cannot_be_split(tmp_path):
     fill(tmp_path / "normal", 1)
     fill(tmp_path / "abnormal", 1)
-    with pytest.raises(ValueError, match=r"normal holds one image, too few"):
+    with pytest.raises(ValueError, match=r"normal must hold 2 or more good images"):
         open_dataset(tmp_path, "folder")
 
 
@@ -104,7 +104,10 @@ def test_one_normal_image_cannot_be_split(tmp_path):
     ("options", "message"),
     [
         ({"abnormal": "abnormal"}, "needs normal"),
-        ({"normal": "normal", "masks": "masks"}, "masks .* belong to abnormal images"),
+        (
+            {"normal": "normal", "masks": "masks"},
+            "masks .* need abnormal, the folder of the images",
+        ),
         ({"category": "bottle"}, "has no categories, got category 'bottle'"),
     ],
 )
@@ -115,5 +118,5 @@ def test_options_that_do_not_fit_are_refused(root, options, message):
 
 def test_a_mask_without_its_image_is_named(root):
     (root / "abnormal/02.png").unlink()
-    with pytest.raises(ValueError, match=r"mask .*masks.02\.png has no image of its name"):
+    with pytest.raises(ValueError, match=r"mask .*masks.02\.png has no image of the same name"):
         open_dataset(root, "folder")

@@ -124,7 +124,10 @@ def test_a_scene_that_is_only_tested_is_a_category_without_training_images(root)
 def test_a_mask_of_another_size_than_its_frame_is_named_by_its_file(root):
     np.save(root / "testing/test_pixel_mask/01_0014.npy", PIXELS[:, :, :4])
     images = Images(open_dataset(root, "mstc", "01").test, 8)
-    with pytest.raises(ValueError, match=r"mask .*01_0014\.npy is 4x6 pixels, its image .* is 8x6"):
+    with pytest.raises(
+        ValueError,
+        match=r"mask .*01_0014\.npy must have the size of its image .*, 8x6 pixels, got 4x6",
+    ):
         images.mask(1)
 
 

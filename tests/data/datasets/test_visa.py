@@ -75,18 +75,21 @@ def test_an_unknown_category_lists_those_that_exist(archive, category):
     [
         (
             ("candle", "test", "normal", "../secret.png", ""),
-            r"line 7: path '../secret\.png' may leave",
+            r"line 7: path must be relative to .*, got '../secret\.png'",
         ),
         (("candle", "test", "normal", "candle/9.JPG", ""), r"line 7: .*9\.JPG is not a file"),
         (
             ("candle", "test", "anomaly", ROWS[3][3], ""),
-            r"line 7: .* has no mask, other defects have",
+            r"line 7: .* must have a mask, as other defects do",
         ),
         (
             ("candle", "train", "anomaly", ROWS[3][3], ""),
-            r"line 7: .* is defective, but to train on",
+            r"line 7: a training image must be good, got .*",
         ),
-        (("candle", "", "normal", ROWS[3][3], ""), r"line 7: no split, which other rows have"),
+        (
+            ("candle", "", "normal", ROWS[3][3], ""),
+            r"line 7: split must be train or test, as in other rows, got ''",
+        ),
         (ROWS[0], r"are both called train/good/0002"),
     ],
 )
