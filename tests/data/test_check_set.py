@@ -1,4 +1,4 @@
-"""`check_dataset` looks at the pixels of any set, whoever made it."""
+"""`check_dataset` checks the pixels of any data set, also one made of arrays."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from msflow_ext.data import DataSet, Item, check_dataset
 RNG = np.random.default_rng(0)
 
 
-def test_a_set_without_training_images_is_at_fault():
+def test_a_data_set_without_training_images_is_a_fault():
     image = np.full((4, 4), 9, np.uint8)
     test = Item("scar/0", 1, "scar", image), Item("scar/1", 1, "scar", image[:3])
     report = check_dataset(DataSet("set", "part", (), test))
@@ -20,14 +20,14 @@ def test_a_set_without_training_images_is_at_fault():
     )
 
 
-def test_a_set_without_test_images_is_warned_of():
+def test_a_data_set_without_test_images_is_warned_of():
     train = (Item("train/good/0", 0, "good", np.full((4, 4), 9, np.uint8)),)
     report = check_dataset(DataSet("set", "part", train, ()))
     assert report.faults == ()
     assert report.warnings == ("there are no images to test on, so no metrics will be computed",)
 
 
-def test_a_marked_good_image_is_warned_of():
+def test_a_good_image_with_a_mask_is_warned_of():
     image, mask = np.full((4, 4), 9, np.uint8), np.eye(4, dtype=bool)
     train = (Item("train/good/0", 0, "good", image + np.uint8(1)),)
     test = Item("good/0", 0, "good", image, mask), Item("scar/0", 1, "scar", image[:3], mask[:3])
@@ -36,7 +36,7 @@ def test_a_marked_good_image_is_warned_of():
     assert report.warnings == ("the mask of the good image good/0 is not empty",)
 
 
-def test_the_same_pixels_are_found_in_files_of_other_formats_and_modes(tmp_path):
+def test_duplicates_are_found_across_file_formats_and_modes(tmp_path):
     gray = Image.fromarray(RNG.integers(0, 256, (5, 6), dtype=np.uint8))
     gray.save(tmp_path / "a.png")
     gray.convert("RGB").save(tmp_path / "b.bmp")
@@ -55,7 +55,7 @@ def test_long_lists_are_cut(count, more):
     assert warning == f"{count} images with the same pixels in train: 0, 1, 2, 3, 4{more}"
 
 
-def test_a_sound_mask_of_a_broken_image_is_no_second_fault(tmp_path):
+def test_a_valid_mask_of_a_broken_image_is_not_a_second_fault(tmp_path):
     (tmp_path / "broken.png").write_text("no picture")
     test = Item("scar/0", 1, "scar", tmp_path / "broken.png", np.ones((4, 4), bool))
     train = Item("train/good/0", 0, "good", np.full((4, 4), 9, np.uint8))
@@ -64,7 +64,7 @@ def test_a_sound_mask_of_a_broken_image_is_no_second_fault(tmp_path):
 
 
 def doubts(item, **options):
-    """The warnings of one defect, beside a good image to train on and one to test."""
+    """Return the warnings of one defect, beside a good image to train on and one to test on."""
     images = (np.full((4, 4), gray, np.uint8) for gray in (1, 2))
     train, good = (Item(f"good/{i}", 0, "good", image) for i, image in enumerate(images))
     report = check_dataset(DataSet("set", "part", (train,), (good, item)), **options)
@@ -78,7 +78,7 @@ SPOT[4:12, 4:12] = True
 
 
 @pytest.mark.family("masks")
-def test_a_mask_without_doubts_is_not_warned_of(tmp_path):
+def test_a_hard_mask_of_the_right_size_gives_no_warning(tmp_path):
     Image.fromarray(SPOT * np.uint8(255)).save(tmp_path / "m.png")
     for mask in (SPOT, tmp_path / "m.png"):
         assert doubts(Item("scar/0", 1, "scar", NOISE, mask), size=24) == []
@@ -110,7 +110,7 @@ def test_16_bit_files_that_hold_fewer_bits_are_warned_of(tmp_path, bits):
 
 
 @pytest.mark.family("image files")
-def test_16_bit_colours_that_hold_fewer_bits_are_warned_of(tmp_path):
+def test_16_bit_colors_that_hold_fewer_bits_are_warned_of(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     levels = RNG.integers(0, 4096, (24, 24, 3), dtype=np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", levels, photometric="rgb")
@@ -135,7 +135,7 @@ def test_an_inverted_mask_is_warned_of():
 
 @pytest.mark.family("masks")
 @pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
-def test_a_mask_beside_an_image_that_exif_turns_is_warned_of(tmp_path, orientation):
+def test_an_image_rotated_by_exif_without_its_mask_is_warned_of(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     for name, pixels in (("i.png", NOISE), ("m.png", SPOT)):

@@ -1,4 +1,4 @@
-"""No path of a CSV leaves the folder of the data, and a line that cannot be meant is named."""
+"""No path in a CSV file leaves the folder of the data, and an invalid line is named."""
 
 import pytest
 from PIL import Image
@@ -25,14 +25,14 @@ def opened(root, *lines):
     "path",
     ["/etc/passwd", "../secret.png", "../data/good 1.png", "..\\secret.png", "C:\\a.png"],
 )
-def test_an_absolute_path_and_one_with_two_dots_are_refused(root, path):
+def test_a_path_that_is_absolute_or_has_two_dots_is_refused(root, path):
     with pytest.raises(ValueError, match=r"line 2: path must be relative to .* and without \.\."):
         opened(root, "path,label", f"{path},good")
     with pytest.raises(ValueError, match=r"line 2: path must be relative to"):
         opened(root, "path,label,mask", f"bad0.bmp,scratch,{path}")
 
 
-def test_a_link_that_leaves_the_folder_is_refused_and_one_that_stays_is_not(root, save):
+def test_only_links_that_leave_the_folder_are_refused(root, save):
     outside = save(root.parent / "secret/a.png")
     (root / "file.png").symlink_to(outside)
     (root / "folder").symlink_to(outside.parent)
@@ -63,7 +63,7 @@ def test_a_link_that_leaves_the_folder_is_refused_and_one_that_stays_is_not(root
         (",good,,test", "line 4: path must not be empty"),
     ],
 )
-def test_a_line_that_cannot_be_meant_is_named(root, line, sentence):
+def test_an_invalid_line_is_refused_by_number(root, line, sentence):
     with pytest.raises((FileNotFoundError, ValueError), match=sentence):
         opened(root, *SPLIT, line)
 
@@ -83,7 +83,7 @@ def test_a_defect_without_mask_is_refused_where_others_have_one(root):
     assert opened(root, *SPLIT, rows[1]).test[0].mask is None
 
 
-def test_a_file_that_is_no_such_table_is_refused(root):
+def test_a_file_that_is_not_such_a_table_is_refused(root):
     with pytest.raises(ValueError, match=r"must have a column 'path', got the header 'path;label'"):
         opened(root, "path;label", "good 0.png;good")
     with pytest.raises(

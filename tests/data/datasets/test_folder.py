@@ -1,4 +1,4 @@
-"""A folder of normal images trains; abnormal ones and masks, where given, are tested."""
+"""Layout folder trains on normal images and tests on abnormal images, with optional masks."""
 
 import pytest
 from PIL import Image
@@ -20,7 +20,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_normal_images_alone_all_train(tmp_path):
+def test_without_abnormal_images_all_normal_images_are_trained_on(tmp_path):
     fill(tmp_path / "pictures", 3)
     data = open_dataset(None, "folder", normal=tmp_path / "pictures")
     assert [item.name for item in data.train] == [f"train/good/0{i}" for i in range(3)]
@@ -111,7 +111,7 @@ def test_one_normal_image_cannot_be_split(tmp_path):
         ({"category": "bottle"}, "has no categories, got category 'bottle'"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(root, options, message):
+def test_contradicting_options_are_refused(root, options, message):
     with pytest.raises(ValueError, match=message):
         open_dataset(root, "folder", **options)
 

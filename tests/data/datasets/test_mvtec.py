@@ -1,4 +1,4 @@
-"""The MVTec layout is read in order, and what is missing from it is named."""
+"""The layout of MVTec AD is read in sorted order, and missing files are named."""
 
 import shutil
 
@@ -17,7 +17,7 @@ def save(path, value=100, size=(8, 8)):
 
 @pytest.fixture
 def root(tmp_path):
-    """Two categories; the images of `bottle` have suffixes of all kinds."""
+    """Write two categories; the images of `bottle` have all kinds of suffixes."""
     bottle = tmp_path / "bottle"
     for name in ("002.png", "000.PNG", "001.jpg"):
         save(bottle / "train/good" / name)
@@ -74,7 +74,7 @@ def test_an_unknown_category_lists_those_that_exist(root, category):
         open_dataset(root, "mvtec", category)
 
 
-def test_a_folder_of_no_category_says_what_one_is(tmp_path):
+def test_a_folder_without_categories_is_refused_with_their_description(tmp_path):
     with pytest.raises(ValueError, match=r"must hold categories.*, got category 'bottle'"):
         open_dataset(tmp_path, "mvtec", "bottle")
 
@@ -133,7 +133,7 @@ def test_masks_of_an_unknown_kind_of_defect_are_named(root):
         open_dataset(root, "mvtec", "bottle")
 
 
-def test_masks_of_good_images_are_passed_over(root):
+def test_masks_of_good_images_are_not_read(root):
     save(root / "bottle/ground_truth/good/000_mask.png", 0)
     assert open_dataset(root, "mvtec", "bottle").test[2].name == "good/000"
 

@@ -1,4 +1,4 @@
-"""VisA is read alike from its archive's layout and from the re-arranged one."""
+"""VisA gives the same items in the layout of its archive and in the rearranged one."""
 
 import pytest
 
@@ -93,7 +93,7 @@ def test_an_unknown_category_lists_those_that_exist(archive, category):
         (ROWS[0], r"are both called train/good/0002"),
     ],
 )
-def test_a_row_that_cannot_be_meant_is_named(archive, row, sentence):
+def test_an_invalid_row_is_refused_by_line(archive, row, sentence):
     write_index(archive, [*ROWS, row])
     with pytest.raises(
         ValueError if "not a file" not in sentence else FileNotFoundError, match=sentence
