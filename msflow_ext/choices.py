@@ -1,4 +1,4 @@
-"""The words that an argument may be: in a recipe, in a model and on the command line."""
+"""List the allowed values of arguments in recipes, in models and on the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRECISIONS = ("float32", "bfloat16")
 SCHEDULES = ("steps", "cosine")
 SCORES = ("paper", "log", "nll", "map")
 
-#: By the name of the argument.
+#: Allowed values by the name of the argument.
 CHOICES: dict[str, tuple[str, ...]] = {
     "anomaly_map": ANOMALY_MAPS,
     "cache": CACHES,

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: processors, memory, devices, instructions; and versions."""
+"""Query the processors, memory, devices and instructions of the machine, and package versions."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import torch
 
 
 def has_amx() -> bool:
-    """Whether it has matrix units for bfloat16."""
+    """Return whether the CPU has AMX, matrix units for bfloat16."""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def has_bfloat16() -> bool:
-    """Whether PyTorch convolves in bfloat16 by instructions; by others it is up to 50 times slower than in float32.
+    """Return whether PyTorch has bfloat16 instructions for convolutions, or True if unknown.
 
-    True where PyTorch does not tell.
+    Without them, bfloat16 is up to 50 times slower than float32.
     """
     return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)())
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """``device``, or the GPU if there is one, else the CPU; ValueError if it is not here."""
+    """Return ``device``, by default the GPU if there is one; raise a ValueError if it is not available."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
     return versions
 
 
-#: Files with limit and use of a container, by the second and the first version of Linux's control groups.
+#: Files with the memory limit and use of a container, in versions 2 and 1 of Linux control groups.
 GROUPS = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -54,13 +54,13 @@ GROUPS = (
 
 
 def cores() -> int:
-    """How many processors."""
+    """Return the number of processors that this process may use."""
     affinity: Any = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that the machine has available and the container grants; None where the system does not tell."""
+    """Return the available bytes within the limit of the container, or None if unknown."""
     found = []
     available = re.search(r"MemAvailable:\s*(\d+) kB", _text(root / "proc/meminfo"))
     if available:
