@@ -45,30 +45,30 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
     return run
 
 
-def compile_in_vain() -> str:
+def compile_with_error() -> str:
     """Act as scikit-build-core when the compiler fails: pack the log into a pure Python wheel."""
-    os.system("echo 'kernel.cpp:1: error: out of letters'; echo to stderr >&2")
+    os.system("echo 'kernel.cpp:1: error: invented'; echo to stderr >&2")
     print("*** CMake build failed - retrying due to override...", flush=True)
     Path("packed.txt").write_text(LOG.read_text())
     return "msflow_ext-0-py3-none-any.whl"
 
 
-def compile_well() -> str:
+def compile_without_error() -> str:
     return "msflow_ext-0-cp311-cp311-linux_x86_64.whl"
 
 
 def test_messages_of_the_compiler_are_shown_and_packed(build: Any, capfd: Any) -> None:
-    assert build("build_wheel", compile_in_vain) == "msflow_ext-0-py3-none-any.whl"
-    said = "kernel.cpp:1: error: out of letters\nto stderr\n"
-    assert Path("packed.txt").read_text().startswith(said)
-    assert said in capfd.readouterr().out
+    assert build("build_wheel", compile_with_error) == "msflow_ext-0-py3-none-any.whl"
+    messages = "kernel.cpp:1: error: invented\nto stderr\n"
+    assert Path("packed.txt").read_text().startswith(messages)
+    assert messages in capfd.readouterr().out
     assert not LOG.exists()
 
 
 def test_an_editable_install_keeps_the_compiler_log_until_a_build_succeeds(build: Any) -> None:
-    build("build_editable", compile_in_vain)
-    assert "out of letters" in LOG.read_text()
-    build("build_editable", compile_well)
+    build("build_editable", compile_with_error)
+    assert "invented" in LOG.read_text()
+    build("build_editable", compile_without_error)
     assert not LOG.exists()
 
 
@@ -80,7 +80,7 @@ def test_a_build_that_fails_leaves_no_log(build: Any) -> None:
         with pytest.raises(SystemExit):
             build(hook, fail)
     assert os.write(1, b"") == 0  # stdout is restored
-    build("build_wheel", compile_well)
+    build("build_wheel", compile_without_error)
     assert not LOG.exists()
 
 
@@ -88,7 +88,7 @@ def test_info_and_status_show_the_messages_of_the_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = tmp_path / "compile_log.txt"
-    lines = [f"line {i}" for i in range(50)] + ["kernel.cpp:1: error: out of letters", "*** failed"]
+    lines = [f"line {i}" for i in range(50)] + ["kernel.cpp:1: error: invented", "*** failed"]
     log.write_text("\n".join(lines) + " - retrying due to override...\n*** Making wheel...\n")
     monkeypatch.setattr(_backend, "_COMPILE_LOG", log)
     assert testing.info()["compiler"] == lines[-20:]

@@ -114,11 +114,11 @@ def check_dataset(
         seen = list(pool.map(lambda item: _inspect(item, size, fit), items))
     faults = [str(fault) for fault in dataset.faults]
     faults += [] if dataset.train else ["there are no images to train on"]
-    warnings = list(_one_sided(dataset.test))
+    warnings = list(_one_class(dataset.test))
     for each in seen:
         faults += each.faults
         warnings += each.warnings
-    warnings += _doubtful(items, seen, size)
+    warnings += _unusual(items, seen, size)
     warnings += _duplicates(dataset, (each.digest for each in seen))
     left = unread(dataset)
     warnings += [summary(left)] if left else []
@@ -142,10 +142,10 @@ class _Seen:
     digest: bytes | None = None
     images: int = 1  # in the file
     brightest: int | None = None  # level in 0..255 of a 16-bit image
-    # Of the mask:
+    # The rest concerns the mask:
     soft: bool = False
     inverted: bool = False
-    askew: bool = False
+    unrotated: bool = False
     lost: int = 0  # regions
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -168,8 +168,8 @@ def _inspect(item: Item, size: int | None, fit: str) -> _Seen:
             mask = decode_mask(item.mask)
             if picture is not None:
                 check_size(mask, item.mask, picture, item.image)
-            _judge(item, mask, seen)
-            seen.askew = picture is not None and picture.turned and not mask.turned
+            _check_mask(item, mask, seen)
+            seen.unrotated = picture is not None and picture.turned and not mask.turned
             if size is not None:
                 height, width = mask.marks.shape
                 rows, columns = placed(width, height, size, fit)
@@ -180,7 +180,7 @@ def _inspect(item: Item, size: int | None, fit: str) -> _Seen:
     return seen
 
 
-def _judge(item: Item, mask: Mask, seen: _Seen) -> None:
+def _check_mask(item: Item, mask: Mask, seen: _Seen) -> None:
     share = mask.marks.mean()
     if item.label == 1 and not share:
         seen.warnings.append(f"the mask of the defective image {item.name} is empty")
@@ -189,7 +189,7 @@ def _judge(item: Item, mask: Mask, seen: _Seen) -> None:
     seen.soft, seen.inverted = mask.soft, item.label == 1 and bool(share > 0.5)
 
 
-def _doubtful(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) -> Iterator[str]:
+def _unusual(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) -> Iterator[str]:
     """Yield a sentence for each unusual encoding that was found, with the names of the images."""
     deep = [each.brightest for each in seen if each.brightest is not None]
     brightest = max(deep, default=255)
@@ -215,7 +215,7 @@ def _doubtful(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) ->
         ),
         (
             "images are rotated by EXIF and their masks are not; a mask must fit the rotated image",
-            lambda s: s.askew,
+            lambda s: s.unrotated,
         ),
         (f"masks have regions smaller than a pixel at size {size}", lambda s: s.lost),
     ):
@@ -224,7 +224,7 @@ def _doubtful(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) ->
             yield f"{len(names)} {sentence}: {few(names)}"
 
 
-def _one_sided(test: Sequence[Item]) -> Iterator[str]:
+def _one_class(test: Sequence[Item]) -> Iterator[str]:
     labels = {item.label for item in test}
     if not test:
         yield "there are no images to test on, so no metrics will be computed"

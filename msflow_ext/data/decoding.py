@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["load_bytes", "load_image", "read_mask"]
 
 log = logging.getLogger(__name__)
-_said = Event()  # set once a file with several images was logged
+_logged = Event()  # set once a file with several images was logged
 
 
 def load_image(source: Source) -> Image.Image:
@@ -48,8 +48,8 @@ def load_image(source: Source) -> Image.Image:
         ((6, 4), 'RGB', (255, 255, 255))
     """
     picture, name = decode(source), source_name(source)
-    if picture.images > 1 and not _said.is_set():
-        _said.set()
+    if picture.images > 1 and not _logged.is_set():
+        _logged.set()
         text = "%s holds %d images, of which the first is read (logged once)"
         log.warning(text, name, picture.images)
     return to_rgb(picture, name)

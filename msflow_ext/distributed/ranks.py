@@ -46,7 +46,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and reports."""
+        """True on the process that writes files and reports."""
         return self.rank == 0
 
     def own(self, images: int) -> Tensor:

@@ -63,7 +63,7 @@ def test_a_valid_mask_of_a_broken_image_is_not_a_second_fault(tmp_path):
     assert "broken.png is not an image" in fault
 
 
-def doubts(item, **options):
+def warnings_of(item, **options):
     """Return the warnings of one defect, beside a good image to train on and one to test on."""
     images = (np.full((4, 4), gray, np.uint8) for gray in (1, 2))
     train, good = (Item(f"good/{i}", 0, "good", image) for i, image in enumerate(images))
@@ -81,7 +81,7 @@ SPOT[4:12, 4:12] = True
 def test_a_hard_mask_of_the_right_size_gives_no_warning(tmp_path):
     Image.fromarray(SPOT * np.uint8(255)).save(tmp_path / "m.png")
     for mask in (SPOT, tmp_path / "m.png"):
-        assert doubts(Item("scar/0", 1, "scar", NOISE, mask), size=24) == []
+        assert warnings_of(Item("scar/0", 1, "scar", NOISE, mask), size=24) == []
 
 
 @pytest.mark.family("image files")
@@ -92,7 +92,7 @@ def test_a_file_of_several_images_is_warned_of_by_name(tmp_path, name):
     first.save(tmp_path / name, save_all=True, append_images=more)
     item = Item("scar/0", 1, "scar", tmp_path / name, SPOT)
     sentence = "1 files hold several images, of which the first is read: "
-    assert doubts(item) == [f"{sentence}{tmp_path / name} (3)"]
+    assert warnings_of(item) == [f"{sentence}{tmp_path / name} (3)"]
 
 
 @pytest.mark.family("image files")
@@ -104,9 +104,9 @@ def test_16_bit_files_that_hold_fewer_bits_are_warned_of(tmp_path, bits):
     share = {10: "1.6%", 12: "6.3%"}[bits]
     sentence = f"1 images have 16 bits (65535 is white) and reach at most {share} of white: scar/0"
     for image in (levels, tmp_path / "a.png"):
-        assert doubts(Item("scar/0", 1, "scar", image, SPOT)) == [sentence]
+        assert warnings_of(Item("scar/0", 1, "scar", image, SPOT)) == [sentence]
     for bright in (levels << (16 - bits), NOISE // np.uint8(16)):  # 8 bits may be dark
-        assert doubts(Item("scar/0", 1, "scar", bright, SPOT)) == []
+        assert warnings_of(Item("scar/0", 1, "scar", bright, SPOT)) == []
 
 
 @pytest.mark.family("image files")
@@ -114,7 +114,7 @@ def test_16_bit_colors_that_hold_fewer_bits_are_warned_of(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     levels = RNG.integers(0, 4096, (24, 24, 3), dtype=np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", levels, photometric="rgb")
-    (warning,) = doubts(Item("scar/0", 1, "scar", tmp_path / "a.tif", SPOT))
+    (warning,) = warnings_of(Item("scar/0", 1, "scar", tmp_path / "a.tif", SPOT))
     assert warning.startswith("1 images have 16 bits (65535 is white) and reach at most 5.9% of")
 
 
@@ -124,13 +124,13 @@ def test_a_mask_that_is_cut_at_half_is_warned_of(tmp_path):
     sentence = (
         "1 masks have soft outlines, which are cut at half of the mask's largest level: scar/0"
     )
-    assert doubts(Item("scar/0", 1, "scar", NOISE, tmp_path / "m.jpg")) == [sentence]
+    assert warnings_of(Item("scar/0", 1, "scar", NOISE, tmp_path / "m.jpg")) == [sentence]
 
 
 @pytest.mark.family("masks")
 def test_an_inverted_mask_is_warned_of():
     sentence = "1 masks mark more than half of their image; black must mean normal: scar/0"
-    assert doubts(Item("scar/0", 1, "scar", NOISE, ~SPOT)) == [sentence]
+    assert warnings_of(Item("scar/0", 1, "scar", NOISE, ~SPOT)) == [sentence]
 
 
 @pytest.mark.family("masks")
@@ -145,8 +145,8 @@ def test_an_image_rotated_by_exif_without_its_mask_is_warned_of(tmp_path, orient
         "1 images are rotated by EXIF and their masks are not; a mask must fit the rotated image: "
         "scar/0"
     )
-    assert doubts(turned) == [sentence] * (orientation > 1)
-    assert doubts(Item("scar/0", 1, "scar", tmp_path / "i.png", tmp_path / "m.png")) == []
+    assert warnings_of(turned) == [sentence] * (orientation > 1)
+    assert warnings_of(Item("scar/0", 1, "scar", tmp_path / "i.png", tmp_path / "m.png")) == []
 
 
 @pytest.mark.family("masks")
@@ -154,9 +154,9 @@ def test_a_defect_smaller_than_a_pixel_of_the_model_is_warned_of():
     thin = np.zeros((24, 24), bool)
     thin[:, 0] = True
     item = Item("scar/0", 1, "scar", NOISE, thin)
-    assert doubts(item) == doubts(item, size=24) == []
+    assert warnings_of(item) == warnings_of(item, size=24) == []
     sentence = "1 masks have regions smaller than a pixel at size 6: scar/0"
-    assert doubts(item, size=6) == doubts(item, size=6, fit="pad") == [sentence]
+    assert warnings_of(item, size=6) == warnings_of(item, size=6, fit="pad") == [sentence]
     for options in ({"size": 0}, {"size": 6, "fit": "crop"}):
         with pytest.raises(ValueError, match=r"^(size|fit) must be"):
-            doubts(item, **options)
+            warnings_of(item, **options)

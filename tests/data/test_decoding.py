@@ -167,7 +167,7 @@ SEVERAL = {
 
 @pytest.mark.family("image files")
 def test_the_first_of_several_images_is_read_and_logged_once(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(decoding, "_said", Event())
+    monkeypatch.setattr(decoding, "_logged", Event())
     first, second = Image.new("L", (16, 16), 200), Image.new("L", (16, 16), 50)
     for name, options in SEVERAL.items():
         first.save(tmp_path / name, save_all=True, append_images=[second], **options)

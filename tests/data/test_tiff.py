@@ -143,7 +143,7 @@ def test_every_other_layout_is_refused_with_its_description(dtype):
 
 
 @pytest.mark.parametrize(
-    ("array", "options", "told"),
+    ("array", "options", "described"),
     [
         (pixels("int16", 1)[1], {}, r"1 x int16 a pixel \(gray, one plane, compression 1\)"),
         (pixels("float16", 1)[1], {}, r"1 x float16 a pixel \(gray"),
@@ -170,13 +170,13 @@ def test_every_other_layout_is_refused_with_its_description(dtype):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_refused_file_is_described(tmp_path, array, options, told):
+def test_a_refused_file_is_described(tmp_path, array, options, described):
     path = tmp_path / "part.tif"
     if "colormap" in options:
         options = {**options, "colormap": options["colormap"].astype(np.uint16)}
     path.write_bytes(written(array, **{"photometric": "minisblack", **options}))
     for read in (load_image, lambda file: load_mask(file, 8)):
-        with pytest.raises(ValueError, match=rf"part\.tif cannot be read: TIFF with .*{told}"):
+        with pytest.raises(ValueError, match=rf"part\.tif cannot be read: TIFF with .*{described}"):
             read(path)
 
 

@@ -82,8 +82,8 @@ def test_a_sub_folder_without_read_permission_is_named_first(tmp_path, monkeypat
     monkeypatch.setattr(os, "scandir", refusing)
     found = walk(tmp_path)
     assert list(found.files) == ["a.png"]
-    said = "10 passed over: locked/ (Permission denied), 0.txt, 1.txt, 2.txt, 3.txt and 5 more"
-    assert summary(found.passed_over) == said
+    logged = "10 passed over: locked/ (Permission denied), 0.txt, 1.txt, 2.txt, 3.txt and 5 more"
+    assert summary(found.passed_over) == logged
     with pytest.raises(PermissionError):
         walk(tmp_path / "locked")
 
@@ -115,18 +115,18 @@ def test_names_of_any_bytes_are_found_and_reported_on_one_line(tmp_path):
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/." + name)).write_bytes(b"1")
     found = walk(tmp_path)
     assert sorted(os.fsencode(name) for name in found.files) == sorted(names)
-    said = summary(found.passed_over)
-    assert said.isprintable() and said.isascii()
-    assert r".Gu\udcdf.png" in said and r".a\n\r\tb.png" in said
+    logged = summary(found.passed_over)
+    assert logged.isprintable() and logged.isascii()
+    assert r".Gu\udcdf.png" in logged and r".a\n\r\tb.png" in logged
 
 
 def test_files_passed_over_are_one_line_in_the_log(tmp_path, monkeypatch):
-    said: list[str] = []
+    logged: list[str] = []
     log = logging.getLogger("msflow_ext.data.walk")
-    monkeypatch.setattr(log, "warning", lambda text, *names: said.append(text % names))
+    monkeypatch.setattr(log, "warning", lambda text, *names: logged.append(text % names))
     touch(tmp_path, "a.png", "._a.png", "b.gif")
     assert [name for name, _ in images_of(tmp_path)] == ["a.png"]
-    assert said == [f"{tmp_path}: 2 passed over: ._a.png, b.gif"]
+    assert logged == [f"{tmp_path}: 2 passed over: ._a.png, b.gif"]
 
 
 def test_a_folder_of_written_pictures_is_accepted_beside_others(tmp_path):
@@ -194,9 +194,9 @@ def test_a_folder_in_another_is_read_without_it_and_the_same_folder_twice_is_ref
 def test_every_layout_passes_hidden_files_over_and_a_strict_one_logs_what_is_not_read(
     tmp_path, save, monkeypatch
 ):
-    said: list[str] = []
+    logged: list[str] = []
     log = logging.getLogger("msflow_ext.data")
-    monkeypatch.setattr(log, "warning", lambda text, *names: said.append(text % names))
+    monkeypatch.setattr(log, "warning", lambda text, *names: logged.append(text % names))
     for name in (
         "train/good/0.png",
         "test/good/0.png",
@@ -206,7 +206,7 @@ def test_every_layout_passes_hidden_files_over_and_a_strict_one_logs_what_is_not
         save(tmp_path / "cup" / name)
     touch(tmp_path / "cup", "train/good/._0.png", "ground_truth/bad/0/._0.png", "test/bad/0.gif")
     data = open_dataset(tmp_path, "mvtec", "cup")
-    assert said == [
+    assert logged == [
         "mvtec cup: 3 passed over: ground_truth/bad/0/._0.png, test/bad/0.gif, train/good/._0.png"
     ]
     assert check_dataset(data).faults == ()

@@ -39,11 +39,11 @@ def script() -> Any:
 
 @pytest.fixture(scope="module")
 def folder(script, tmp_path_factory) -> Path:
-    """Train in one process, in ``alone``, and in two, in ``pair``; tests must not write to the folder."""
+    """Train in one process, in ``single``, and in two, in ``pair``; tests must not write to the folder."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "alone").mkdir()
+    (folder / "single").mkdir()
     (folder / "pair").mkdir()
-    script.run_all(folder / "alone", Ranks())
+    script.run_all(folder / "single", Ranks())
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(folder)]
     pair = [
@@ -57,8 +57,8 @@ def folder(script, tmp_path_factory) -> Path:
         for rank in range(2)
     ]
     for process in pair:
-        _, said = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == 0, said
+        _, stderr = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, stderr
     return folder
 
 
@@ -97,7 +97,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 def test_two_processes_train_the_same_model_as_one(folder, script, case):
     assert set(CASES) == set(script.CASES)
     exact = 1e-5 if case == "standardized" else 1e-10  # its statistics are kept in float32
-    assert_same(folder / "pair" / case, folder / "alone" / case, exact)
+    assert_same(folder / "pair" / case, folder / "single" / case, exact)
 
 
 def test_one_process_resumes_an_interrupted_run_of_two(folder, script, tmp_path):
@@ -105,11 +105,11 @@ def test_one_process_resumes_an_interrupted_run_of_two(folder, script, tmp_path)
     assert read_checkpoint(tmp_path / "interrupted/uneven/model.safetensors")[0]["epoch"] == 2
     (tmp_path / "interrupted/uneven/features-training-1.cache").touch()  # as after kill -9
     script.run_case("uneven", tmp_path / "interrupted", Ranks(), resume=True)
-    assert_resumed(tmp_path / "interrupted/uneven", folder / "alone/uneven")
+    assert_resumed(tmp_path / "interrupted/uneven", folder / "single/uneven")
 
 
 def test_two_processes_resume_an_interrupted_run_of_one(folder):
-    assert_resumed(folder / "pair/resumed/uneven", folder / "alone/uneven")
+    assert_resumed(folder / "pair/resumed/uneven", folder / "single/uneven")
 
 
 def assert_resumed(run: Path, other: Path) -> None:
@@ -125,12 +125,12 @@ def test_an_error_in_one_process_stops_both_with_its_message(folder):
     first, second = (
         json.loads((folder / "pair" / f"failures-{rank}.json").read_text()) for rank in range(2)
     )
-    alone = json.loads((folder / "alone" / "failures-0.json").read_text())
+    single = json.loads((folder / "single" / "failures-0.json").read_text())
     stopped = first["infinite_loss"]
     assert stopped.startswith(
         "TrainingDiverged: training stopped in epoch 2: the loss is inf in step 1"
     )
-    assert stopped == alone["infinite_loss"].replace("/alone/", "/pair/")
+    assert stopped == single["infinite_loss"].replace("/single/", "/pair/")
     assert second["infinite_loss"] == stopped.replace(
         "TrainingDiverged: ", "ProcessFailed: process 0 of 2: "
     )
@@ -212,10 +212,10 @@ def start(arguments: list[str], cwd: Path, *launcher: str) -> subprocess.Popen[s
 
 def test_devices_trains_in_that_many_processes_and_one_reports(plates, tmp_path):
     process = start(command(plates, tmp_path / "run", "--epochs", "1", "--devices", "2"), tmp_path)
-    printed, said = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0, said
+    printed, stderr = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, stderr
     assert printed.count("mvtec plate") == 1
-    assert said.count("features of 5 + 2 images") == said.count("report.html") == 1
+    assert stderr.count("features of 5 + 2 images") == stderr.count("report.html") == 1
     assert (tmp_path / "run" / "metrics.json").exists()
     assert (tmp_path / "run" / "scores.csv").read_text().count("\n") == 3
 
@@ -225,9 +225,9 @@ def test_under_torchrun_an_error_of_all_processes_is_printed_once(plates, tmp_pa
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", "2", "-m", "msflow_ext"]
     wrong = command(plates, tmp_path / "run", "--epochs", "1", flag, "nonsense")
-    _, said = (process := start(wrong, tmp_path, *launcher)).communicate(timeout=TIMEOUT)
+    _, stderr = (process := start(wrong, tmp_path, *launcher)).communicate(timeout=TIMEOUT)
     assert process.returncode != 0
-    assert said.count("msflow: error: ") == said.count("got 'nonsense'") == 1
+    assert stderr.count("msflow: error: ") == stderr.count("got 'nonsense'") == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are found by /proc")
@@ -264,12 +264,12 @@ def test_a_killed_process_is_named_and_the_others_are_stopped(plates, tmp_path):
         ranks = {rank_of(child): child for child in children(process.pid)}
         began = time.monotonic()
         os.kill(ranks["1"], signal.SIGKILL)
-        _, said = process.communicate(timeout=TIMEOUT)
+        _, stderr = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     assert time.monotonic() - began < 60
     assert process.returncode == 2
-    assert "msflow: error: process 1 of 2 was ended by SIGKILL" in said
+    assert "msflow: error: process 1 of 2 was ended by SIGKILL" in stderr
     wait_until(lambda: not Path(f"/proc/{ranks['0']}").exists())
     assert read_checkpoint(run / "model.safetensors")[0]["epoch"] > 0
 
@@ -290,13 +290,14 @@ def test_a_process_reports_that_the_others_have_ended(tmp_path):
             assert process.stdout is not None
             assert process.stdout.readline() == "met\n"
         other.kill()
-        _, said = one.communicate(timeout=TIMEOUT)
+        _, stderr = one.communicate(timeout=TIMEOUT)
     finally:
         for process in (one, other):
             process.kill()
             process.communicate()
     assert (
-        "ConnectionError: process 0 of 2 has lost its connection: another process has ended" in said
+        "ConnectionError: process 0 of 2 has lost its connection: another process has ended"
+        in stderr
     )
 
 

@@ -177,7 +177,7 @@ def main(folder: Path, rank: int, size: int) -> None:
     pair = folder / "pair"
     run_all(pair, join())
     if rank == 0:
-        shutil.copytree(folder / "alone" / "interrupted", pair / "resumed")
+        shutil.copytree(folder / "single" / "interrupted", pair / "resumed")
     dist.barrier()
     run_case("uneven", pair / "resumed", join(), resume=True)
     dist.destroy_process_group()  # gloo's threads would outlive the interpreter and abort the process

@@ -64,8 +64,8 @@ def test_every_item_decodes_and_every_mask_fits(root):
 
 
 def test_the_category_folder_itself_can_be_the_data(root):
-    alone = open_dataset(root / "bottle", "mvtec")
-    assert alone == open_dataset(root, "mvtec", "bottle")
+    category = open_dataset(root / "bottle", "mvtec")
+    assert category == open_dataset(root, "mvtec", "bottle")
 
 
 @pytest.mark.parametrize("category", ["botle", None, "..", "bottle/train"])
