@@ -1,4 +1,4 @@
-"""The words that an argument may be, once each: as a type for Python, and as a tuple for checks and for flags."""
+"""List the allowed values of arguments in recipes, in models and on the command line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 SCORES: tuple[Score, ...] = get_args(Score)
 
-#: By the name of the argument.
+#: Allowed values by the name of the argument.
 CHOICES: dict[str, tuple[str, ...]] = {
     "anomaly_map": ANOMALY_MAPS,
     "cache": CACHES,

@@ -1,13 +1,17 @@
-"""Errors that end a command with one sentence."""
+"""Errors that a command prints as one sentence."""
 
 from __future__ import annotations
 
-#: Exceptions that end a command, or one run of a series, with one sentence.
+#: Types of errors that end a command, or one run of a series, with one sentence.
 FAILURES = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError)
 
 
-class ProcessFailed(RuntimeError):  # noqa: N818  (it says what happened)
-    """Another process of this training failed. ``here``: that process runs on this machine."""
+class ProcessFailed(RuntimeError):  # noqa: N818  (the name says what happened)
+    """Raised when another process of this training failed.
+
+    Attributes:
+        here: whether that process runs on this machine.
+    """
 
     def __init__(self, what: str, here: bool = True) -> None:
         super().__init__(what)
@@ -15,7 +19,7 @@ class ProcessFailed(RuntimeError):  # noqa: N818  (it says what happened)
 
 
 def sentence(error: Exception) -> str:
-    """Return the message of an error on one line, with the name of its file."""
+    """Return an error on one line, with the name of the file that it concerns."""
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"

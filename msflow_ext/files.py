@@ -1,4 +1,4 @@
-"""Atomic writes, and folders that only one process writes at a time."""
+"""Write files atomically, and lock folders so that one process at a time writes into them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-#: Name of the lock file in a folder; readers of run folders and archives skip it.
+#: Name of the lock file in a folder that a process writes. Readers ignore it.
 LOCK = ".msflow.lock"
-#: Error codes of a full disk, quota or limit.
+#: Error codes for a full disk, quota or file size limit.
 FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
-_UNFINISHED = ".msflow.tmp"  # suffix of folders in which files are prepared
+_UNFINISHED = ".msflow.tmp"  # suffix of the folders in which files are written
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Lend a path whose file takes the place of ``path`` when the block ends without an error.
+    """Yield a temporary path whose file replaces ``path`` if the block ends without an error.
 
-    A reader, or a process killed at any moment, sees the old file or the new one, never a part. The file has the mode
-    that the umask gives, whatever mode its writer chose. The lent path lies in a hidden folder of its own: with it goes
-    what else a writer leaves beside its file, now or, after a kill, when ``path`` is written or its folder locked again.
+    A reader sees the old file or the new one, never a part, even if this process is killed. The file has the mode that
+    the umask gives, whatever mode its writer chose. The temporary path is in a hidden folder, which is removed with
+    everything that a writer leaves in it. After a kill, the next write or lock removes it.
     """
     folder = path.with_name(f".{path.name}{_UNFINISHED}")
     temporary = folder / "new"
@@ -34,20 +34,20 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(folder)
         folder.mkdir()
-        mode = _usual_mode(temporary)
+        mode = _default_mode(temporary)
         yield temporary
         os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno is None:  # the error has a message already
+        if error.errno is None:  # its message is already a sentence
             raise
         raise OSError(f"{path} cannot be written: {error.strerror}") from error
     finally:
         with contextlib.suppress(OSError):
             _remove(folder)
-    # The new name itself must reach the disk, too, where the platform can flush a folder.
+    # The new name must reach the disk too, on platforms that can flush a folder.
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(path.parent, os.O_DIRECTORY)
         try:
@@ -57,15 +57,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove what is there, if anything: a folder, or a file or link in its place, which is not followed."""
+    """Remove a folder if it exists, or the file or link in its place; links are not followed."""
     if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
     else:
         folder.unlink(missing_ok=True)
 
 
-def _usual_mode(path: Path) -> int:
-    """Return the permissions that a new file at ``path`` gets; the file is removed again."""
+def _default_mode(path: Path) -> int:
+    """Return the permissions of a new file at ``path``, which is removed again."""
     file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         return stat.S_IMODE(os.fstat(file).st_mode)
@@ -76,14 +76,15 @@ def _usual_mode(path: Path) -> int:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[Path]:
-    """Write into ``folder``, which is made if it is not there, while no other process does.
+    """Lock ``folder`` for writing, and create it if it does not exist.
 
-    What killed processes left unfinished right inside it is removed.
-    The operating system holds the lock for the process and lets go of it when that ends, however it ends. It is kept
-    between machines as far as the file system does so; where it knows no locks, there is a warning.
+    Unfinished files of killed processes directly inside it are removed. The operating system releases the lock when the
+    process ends, however it ends. Between machines, the lock depends on the file system. If that has no locks, a
+    warning says so.
 
     Raises:
-        BlockingIOError: another process, or another part of this one, writes into it. OSError: it cannot be written.
+        BlockingIOError: another process, or another part of this one, writes into the folder.
+        OSError: the folder cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -102,17 +103,17 @@ def locked(folder: Path) -> Iterator[Path]:
             _remove(unfinished)
         yield folder
     finally:
-        # While it is held: who waits for a file that has lost its name notices, and takes the next one.
+        # Unlink before the release: a process that waits for this file notices, and opens the next one.
         with contextlib.suppress(OSError):
             os.unlink(folder / LOCK)
         lock.release(force=True)
         if new:
-            with contextlib.suppress(OSError):  # something was written
+            with contextlib.suppress(OSError):  # the folder is not empty
                 folder.rmdir()
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError if no file can be written into ``folder``. Leave nothing behind."""
+    """Raise an OSError if ``folder`` cannot be created or written. Nothing is left behind."""
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     try:
         with tempfile.TemporaryFile(dir=there) as file:
@@ -128,7 +129,7 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically; names of files in it need not be valid Unicode."""
+    """Write UTF-8 text atomically. File names in it need not be valid Unicode."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
@@ -136,7 +137,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it holds something else, or is damaged.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or holds another kind of value.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")

@@ -1,4 +1,4 @@
-"""Resources of this process: processors, memory, devices, instruction sets and versions."""
+"""Query the processors, memory, devices and instructions of the machine, and package versions."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import torch
 
 
 def has_amx() -> bool:
-    """Return whether the processor has matrix units (AMX) for bfloat16."""
+    """Return whether the CPU has AMX, matrix units for bfloat16."""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def has_bfloat16() -> bool:
-    """Return whether PyTorch's bfloat16 convolutions use native instructions; without, they are up to 50x slower.
+    """Return whether PyTorch has bfloat16 instructions for convolutions, or True if unknown.
 
-    True where PyTorch does not tell.
+    Without them, bfloat16 is up to 50 times slower than float32.
     """
     return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)())
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """Return ``device``, or by default the GPU if there is one, else the CPU."""
+    """Return ``device``, by default the GPU if there is one; raise a ValueError if it is not available."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
     return versions
 
 
-#: Files with limit and use of a container, by the second and the first version of Linux's control groups.
+#: Files with the memory limit and use of a container, in versions 2 and 1 of Linux control groups.
 GROUPS = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -60,7 +60,7 @@ def cores() -> int:
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes of memory left on the machine and in the container; None if unknown."""
+    """Return the available bytes within the limit of the container, or None if unknown."""
     found = []
     available = re.search(r"MemAvailable:\s*(\d+) kB", _text(root / "proc/meminfo"))
     if available:

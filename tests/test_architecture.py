@@ -1,4 +1,4 @@
-"""The import law: which room may import which, in Python and in C++, and where the parts of an op live."""
+"""Import rules: which room may import which, in Python and C++, and where the parts of an op are."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "msflow_ext"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 BENCHMARK_SOURCES = sorted((ROOT / "benchmarks").rglob("*.py"))
-CONTENTS = {"data", "files", "hardware", "metrics", "models", "runs"}  # what most upper rooms need
+CONTENTS = {"data", "files", "hardware", "metrics", "models", "runs"}  # most upper rooms need these
 
-#: What a room may import of ours. A room that is missing here fails a test, and so does a line that allows too much.
+#: The rooms that a room may import. A missing room fails a test, and so does a rule that allows too much.
 MAY_IMPORT: dict[str, set[str]] = {
     "ops": set(),
     "choices": set(),
@@ -79,16 +79,16 @@ MODULES: dict[str, set[str]] = rooms.imports()
 ROOMS: dict[str, set[str]] = rooms.rooms(MODULES)
 
 
-def test_every_room_has_its_line_in_the_law() -> None:
+def test_every_room_has_an_import_rule() -> None:
     assert ROOMS.keys() - {"__init__"} == MAY_IMPORT.keys()
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
-def test_a_room_imports_what_the_law_allows_and_the_law_allows_no_more(name: str) -> None:
+def test_a_room_imports_exactly_what_its_rule_allows(name: str) -> None:
     assert ROOMS[name] == MAY_IMPORT[name]
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_there_are_no_import_cycles() -> None:
     heights = rooms.floors(MODULES)
     assert heights["msflow_ext.ops._C"] == 1 < heights["msflow_ext.cli"]
 
@@ -112,9 +112,7 @@ SNIPPETS = {
 
 
 @pytest.mark.parametrize(("text", "expected"), SNIPPETS.items(), ids=SNIPPETS)
-def test_every_way_to_write_an_import_is_seen(
-    text: str, expected: set[str], tmp_path: Path
-) -> None:
+def test_every_form_of_import_is_found(text: str, expected: set[str], tmp_path: Path) -> None:
     package = tmp_path / "msflow_ext"
     (package / "ops").mkdir(parents=True)
     for file in ("__init__.py", "ops/__init__.py", "ops/norm.py"):
@@ -123,7 +121,7 @@ def test_every_way_to_write_an_import_is_seen(
     assert rooms.rooms(rooms.imports(package))["mine"] == expected
 
 
-def test_a_circle_is_refused() -> None:
+def test_an_import_cycle_is_refused() -> None:
     with pytest.raises(CycleError):
         rooms.floors({"a": {"b"}, "b": {"a"}})
 
@@ -135,9 +133,9 @@ def test_the_table_of_rooms_is_up_to_date() -> None:
 @pytest.mark.parametrize(
     "path", [*SOURCES, *BENCHMARK_SOURCES], ids=lambda p: str(p.relative_to(ROOT))
 )
-def test_a_file_begins_with_a_sentence_that_says_what_it_is(path: Path) -> None:
+def test_a_module_begins_with_a_one_sentence_docstring(path: Path) -> None:
     sentence = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
-    assert sentence.endswith("."), "a module begins with one sentence"
+    assert sentence.endswith("."), "the docstring of a module must begin with one sentence"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +153,7 @@ def test_a_file_has_at_most_400_lines(path: Path) -> None:
 # ---- benchmarks ----
 
 BENCHMARKS = ROOT / "benchmarks"
-BENCHMARK_ROOMS: dict[str, set[str]] = {  # and the rooms that each may import
+BENCHMARK_ROOMS: dict[str, set[str]] = {  # each with the rooms that it may import
     "campaigns": set(),
     "end_to_end": set(),
     "gpu": {"kernels"},
@@ -168,7 +166,7 @@ def test_nothing_in_the_package_imports_the_benchmarks() -> None:
     assert not {path for path in SOURCES if set(rooms._imported(path, PACKAGE, known))}
 
 
-def test_the_benchmarks_import_downwards_and_their_rooms_hardly_each_other() -> None:
+def test_the_benchmarks_have_no_import_cycles_and_follow_their_rules() -> None:
     modules = rooms.imports(BENCHMARKS)
     rooms.floors(modules)
     graph = rooms.rooms(modules)
@@ -178,7 +176,7 @@ def test_the_benchmarks_import_downwards_and_their_rooms_hardly_each_other() -> 
         assert imported & BENCHMARK_ROOMS.keys() == BENCHMARK_ROOMS.get(name, set()), name
 
 
-# ---- C++; an installed package has none ----
+# ---- C++, which an installed package does not have ----
 
 CSRC = ROOT / "csrc"
 OPS = sorted(p.name for p in CSRC.glob("[!.]*") if p.is_dir() and p.name != "common")
@@ -198,14 +196,14 @@ def test_an_op_has_one_name_in_kernels_functions_and_tests(op: str) -> None:
 @pytest.mark.parametrize("path", CPP, ids=lambda p: str(p.relative_to(CSRC)))
 def test_a_kernel_includes_neither_torch_nor_another_op(path: Path) -> None:
     text = path.read_text()
-    assert text.startswith("// "), "a file opens with what it is"
+    assert text.startswith("// "), "a file must begin with a comment that says what it is"
     included = re.findall(r'#include\s+["<]([^">]+)[">]', text)
     folder = path.relative_to(CSRC).parts[0]
     for header in included:
         assert not re.match(r"(torch|ATen|c10)/", header), header
         if path.name != "bindings.cpp":
             assert not header.startswith(("pybind11/", "Python.h")), header
-            if "/" in header and path.parent != CSRC:  # what stands there knows every op
+            if "/" in header and path.parent != CSRC:  # files there include every op
                 assert header.split("/")[0] in ("common", folder), header
 
 

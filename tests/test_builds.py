@@ -1,4 +1,4 @@
-"""A build without kernels is seen: the compiler's last lines, the sentence at run time, and where it is refused."""
+"""A build without kernels keeps the compiler's messages, warns at run time, and is refused for wheels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOG = Path("msflow_ext/ops/compile_log.txt")
 
 @pytest.fixture
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """``build(hook, during)``: the backend's hook, in a folder where scikit-build-core runs ``during()``."""
+    """Return ``build(hook, during)``, which runs the backend's hook with ``during()`` as scikit-build-core."""
     monkeypatch.chdir(tmp_path)
     LOG.parent.mkdir(parents=True)
 
@@ -45,50 +45,50 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
     return run
 
 
-def compile_in_vain() -> str:
-    """What scikit-build-core does where the compiler fails: it packs the log into a pure wheel."""
-    os.system("echo 'kernel.cpp:1: error: out of letters'; echo to stderr >&2")
+def compile_with_error() -> str:
+    """Act as scikit-build-core when the compiler fails: pack the log into a pure Python wheel."""
+    os.system("echo 'kernel.cpp:1: error: invented'; echo to stderr >&2")
     print("*** CMake build failed - retrying due to override...", flush=True)
     Path("packed.txt").write_text(LOG.read_text())
     return "msflow_ext-0-py3-none-any.whl"
 
 
-def compile_well() -> str:
+def compile_without_error() -> str:
     return "msflow_ext-0-cp311-cp311-linux_x86_64.whl"
 
 
-def test_what_the_compiler_says_is_shown_and_packed(build: Any, capfd: Any) -> None:
-    assert build("build_wheel", compile_in_vain) == "msflow_ext-0-py3-none-any.whl"
-    said = "kernel.cpp:1: error: out of letters\nto stderr\n"
-    assert Path("packed.txt").read_text().startswith(said)
-    assert said in capfd.readouterr().out
+def test_messages_of_the_compiler_are_shown_and_packed(build: Any, capfd: Any) -> None:
+    assert build("build_wheel", compile_with_error) == "msflow_ext-0-py3-none-any.whl"
+    messages = "kernel.cpp:1: error: invented\nto stderr\n"
+    assert Path("packed.txt").read_text().startswith(messages)
+    assert messages in capfd.readouterr().out
     assert not LOG.exists()
 
 
-def test_a_package_in_the_tree_keeps_what_the_compiler_said_until_it_works(build: Any) -> None:
-    build("build_editable", compile_in_vain)
-    assert "out of letters" in LOG.read_text()
-    build("build_editable", compile_well)
+def test_an_editable_install_keeps_the_compiler_log_until_a_build_succeeds(build: Any) -> None:
+    build("build_editable", compile_with_error)
+    assert "invented" in LOG.read_text()
+    build("build_editable", compile_without_error)
     assert not LOG.exists()
 
 
-def test_a_build_that_ends_in_an_error_leaves_nothing(build: Any) -> None:
+def test_a_build_that_fails_leaves_no_log(build: Any) -> None:
     def fail() -> str:
         raise SystemExit(1)
 
     for hook in ("build_wheel", "build_editable"):
         with pytest.raises(SystemExit):
             build(hook, fail)
-    assert os.write(1, b"") == 0  # the outputs are back
-    build("build_wheel", compile_well)
+    assert os.write(1, b"") == 0  # stdout is restored
+    build("build_wheel", compile_without_error)
     assert not LOG.exists()
 
 
-def test_info_and_status_say_what_the_compiler_said(
+def test_info_and_status_show_the_messages_of_the_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = tmp_path / "compile_log.txt"
-    lines = [f"line {i}" for i in range(50)] + ["kernel.cpp:1: error: out of letters", "*** failed"]
+    lines = [f"line {i}" for i in range(50)] + ["kernel.cpp:1: error: invented", "*** failed"]
     log.write_text("\n".join(lines) + " - retrying due to override...\n*** Making wheel...\n")
     monkeypatch.setattr(_backend, "_COMPILE_LOG", log)
     assert testing.info().get("compiler") == lines[-20:]
@@ -109,7 +109,7 @@ def test_the_warning_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> No
         ops.half_square_norm(torch.ones(1, 2, 3))
 
 
-def test_a_wheel_without_kernels_is_for_users_alone() -> None:
+def test_a_wheel_without_kernels_is_built_for_local_installs_only() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]
     (override,) = settings["overrides"]
     required = ("CIBUILDWHEEL", "CONDA_BUILD", "MSFLOW_EXT_REQUIRE_NATIVE")

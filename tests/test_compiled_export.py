@@ -1,4 +1,4 @@
-"""What is exported as machine code computes what the run does, in Python and in the C++ example of the documentation."""
+"""A compiled export gives the results of its run, in Python and in the C++ example of the documentation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A folder with the checkpoint of an untrained model; tests must not write to it."""
+    """Return a folder with the checkpoint of an untrained model; tests must not write to it."""
     folder = tmp_path_factory.mktemp("run")
     small: dict[str, Any] = {"image_size": 32, "steps": 1, "pretrained": False, "seed": 1}
     model = mx.FastFlow("test_resnet", **small)
@@ -53,7 +53,7 @@ def package(run, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def score(tmp_path_factory) -> Score:
-    """Runs the C++ example, once built."""
+    """Build the C++ example once, and return a function that runs it."""
     cmake = shutil.which("cmake", path=TOOLS)
     if cmake is None:
         pytest.skip("no CMake")
@@ -107,7 +107,7 @@ torch.save([tuple(model(images)) for images in torch.load(given)], result)
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.family("exports")
-def test_the_package_carries_what_deployment_needs(run, package):
+def test_the_package_contains_the_metadata_for_deployment(run, package):
     from torch._inductor import aoti_load_package
 
     found = aoti_load_package(str(package)).get_metadata()
@@ -117,11 +117,11 @@ def test_the_package_carries_what_deployment_needs(run, package):
 
 @needs_compiler
 @pytest.mark.slow
-def test_the_example_in_cpp_says_of_images_what_the_run_says(run, package, score, tmp_path):
+def test_the_example_in_cpp_gives_the_results_of_the_run(run, package, score, tmp_path):
     images = [ppm(tmp_path / f"{seed}.ppm", seed=seed) for seed in range(3)]
     done = score(package, *images)
     assert done.returncode == 0, done.stderr
-    pixels = [np.asarray(Image.open(path)) for path in images]  # PPM is no kind that predict reads
+    pixels = [np.asarray(Image.open(path)) for path in images]  # predict does not read PPM files
     results, lines = mx.load(run, "cpu").predict(pixels), done.stdout.splitlines()
     for path, line, expected in zip(images, lines, results, strict=True):
         parts = re.fullmatch(LINE, line)
@@ -134,7 +134,7 @@ def test_the_example_in_cpp_says_of_images_what_the_run_says(run, package, score
 
 @needs_compiler
 @pytest.mark.slow
-def test_the_example_in_cpp_refuses_in_a_sentence(run, package, score, tmp_path):
+def test_the_example_in_cpp_refuses_invalid_input_with_one_line(run, package, score, tmp_path):
     graph = tmp_path / "graph.pt2"
     export.export(run, "torch", graph)
     good, other = ppm(tmp_path / "good.ppm"), tmp_path / "other.ppm"
@@ -159,7 +159,7 @@ def test_the_example_in_cpp_refuses_in_a_sentence(run, package, score, tmp_path)
         assert line.startswith("msflow_score: ") and sentence in line
 
 
-def test_without_a_compiler_it_is_named_before_any_work(run, tmp_path, capsys, monkeypatch):
+def test_a_missing_compiler_is_named_before_any_work(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "absent-c++ -O1")
     out = ["--format", "aoti", "--out", str(tmp_path / "m.pt2")]
     assert cli.main(["export", "--run", str(run), *out]) == 2

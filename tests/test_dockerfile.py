@@ -1,4 +1,4 @@
-"""The Dockerfile names files, flags, extras and paths that exist; no Docker is needed to know that."""
+"""The Dockerfile names files, flags, extras and paths that exist, as checked without Docker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Keyword and arguments of each instruction, continued lines joined."""
+    """Return keyword and arguments of each instruction, with continued lines joined."""
     lines = re.sub(r"^\s*#.*\n", "", SOURCE, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
     found = (line.strip().partition(" ") for line in lines if line.strip())
     return [(keyword, rest.strip()) for keyword, _, rest in found]
@@ -36,7 +36,7 @@ def only(keyword: str) -> str:
 
 
 def ignored(path: str) -> bool:
-    """Whether .dockerignore holds a path out of the build: the last pattern that fits decides."""
+    """Return whether .dockerignore excludes a path from the build; the last matching pattern decides."""
     verdict = False
     for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
         pattern = line.removeprefix("!")
@@ -58,13 +58,13 @@ def test_the_entry_point_is_a_command_that_serves_the_mounted_run_to_other_machi
     assert str(options.port) == only("EXPOSE")
 
 
-def test_flags_that_follow_the_name_of_the_image_are_understood():
+def test_flags_after_the_name_of_the_image_are_parsed():
     _, *flags = json.loads(only("ENTRYPOINT"))
     more = ["--allow-host", "inspection.example", "--precision", "bfloat16", "--grace", "8"]
     assert cli.parser().parse([*flags, *more]).allow_host == ["inspection.example"]
 
 
-def test_the_health_check_asks_a_path_that_answers_without_a_token():
+def test_the_health_check_requests_a_path_that_needs_no_token():
     python, flag, script = json.loads(only("HEALTHCHECK").partition("CMD")[2])
     (address,) = (
         n.value
@@ -93,7 +93,7 @@ def test_the_extras_and_settings_of_the_build_exist():
     assert required in override["if"]["env"]
 
 
-def test_the_images_of_both_stages_have_a_python_that_the_package_supports():
+def test_both_stages_have_a_supported_python():
     versions = [re.search(r"python:3\.(\d+)-slim", r) for k, r in instructions() if k == "FROM"]
     lowest = int(PROJECT["project"]["requires-python"].rpartition(".")[2])
     assert len(versions) == 2
@@ -115,7 +115,7 @@ def test_the_service_does_not_run_as_root():
         "msflow_ext/reports/templates/serve.html",
     ],
 )
-def test_the_build_gets_what_the_wheel_is_made_of(path):
+def test_the_build_gets_the_sources_of_the_wheel(path):
     assert (ROOT / path).is_file()
     assert not ignored(path)
 

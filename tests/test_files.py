@@ -1,4 +1,4 @@
-"""Files are whole or absent and have the umask's mode; a folder has one writer at a time."""
+"""Files are complete or absent and have the mode of the umask; a folder has one writer at a time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def mode(path: Path) -> int:
 @pytest.mark.family("run files")
 @pytest.mark.skipif(sys.platform == "win32", reason="no umask")
 @pytest.mark.parametrize("value", [0o002, 0o022, 0o077], ids=oct)
-def test_a_file_has_the_mode_that_the_umask_gives(tmp_path, value):
+def test_a_file_has_the_mode_of_the_umask(tmp_path, value):
     with umask(value):
         write_bytes(tmp_path / "new/bytes", b"1")
         with replacing(tmp_path / "weights") as temporary:
@@ -52,14 +52,14 @@ def test_a_file_has_the_mode_that_the_umask_gives(tmp_path, value):
         with replacing(tmp_path / "closed") as temporary:
             temporary.write_bytes(b"2")
             temporary.chmod(0o400)
-    assert writer & 0o077 == 0, "a writer that needs to be corrected"
+    assert writer & 0o077 == 0, "the writer must choose another mode for this test"
     for name in ("new/bytes", "weights", "closed"):
         assert mode(tmp_path / name) == 0o666 & ~value
     assert mode(tmp_path / "new") == 0o777 & ~value
 
 
 @pytest.mark.family("run files")
-def test_what_a_writer_leaves_beside_its_file_goes_with_the_next_write(tmp_path):
+def test_leftovers_of_an_interrupted_write_are_removed(tmp_path):
     def interrupted() -> None:
         with replacing(tmp_path / "a.bin") as temporary:
             temporary.with_name("weights.data").write_bytes(b"part")
@@ -79,7 +79,7 @@ def test_what_a_writer_leaves_beside_its_file_goes_with_the_next_write(tmp_path)
 
 
 @pytest.mark.family("run files")
-@pytest.mark.skipif(sys.platform == "win32", reason="links need a right")
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a permission")
 def test_a_link_in_the_place_of_the_temporary_folder_is_not_followed(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -91,7 +91,7 @@ def test_a_link_in_the_place_of_the_temporary_folder_is_not_followed(tmp_path):
 
 
 @pytest.mark.family("writers")
-def test_a_folder_that_is_being_written_is_refused_and_free_again_at_the_end(tmp_path):
+def test_a_folder_has_one_writer_until_its_lock_is_released(tmp_path):
     folder = tmp_path / "new" / "run"
     with locked(folder):
         expected = r"run is being written by another process: wait"
@@ -100,7 +100,9 @@ def test_a_folder_that_is_being_written_is_refused_and_free_again_at_the_end(tmp
         with locked(tmp_path):
             pass
         assert [path.name for path in folder.iterdir()] == [LOCK]
-    assert list((tmp_path / "new").iterdir()) == [], "of a folder in which nothing was written"
+    assert list((tmp_path / "new").iterdir()) == [], (
+        "a new folder in which nothing was written is removed"
+    )
     with locked(folder):
         write_text(folder / "a.txt", "kept")
     assert [path.name for path in folder.iterdir()] == ["a.txt"]
@@ -109,7 +111,7 @@ def test_a_folder_that_is_being_written_is_refused_and_free_again_at_the_end(tmp
 @pytest.mark.family("writers")
 @pytest.mark.parametrize("ending", ["SIGKILL", "SIGTERM"])
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_a_process_that_is_killed_lets_go_of_its_folder(tmp_path, ending):
+def test_a_killed_process_releases_its_folder(tmp_path, ending):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -124,7 +126,7 @@ def test_a_process_that_is_killed_lets_go_of_its_folder(tmp_path, ending):
 
 @pytest.mark.family("crafted files")
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "[1]", '{"a": 1', "\ufeff"])
-def test_json_that_is_damaged_or_nests_without_end_is_refused(tmp_path, text):
+def test_damaged_or_deeply_nested_json_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.json (is damaged|must hold a JSON object)"):
         read_json(tmp_path / "a.json")

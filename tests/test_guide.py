@@ -1,4 +1,4 @@
-"""A stranger who pastes the README's lines gets what it says, and the examples of docstrings give what they say."""
+"""The lines of the README give the results that it shows, and the examples in docstrings run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 HOME = "https://github.com/msflow-ext/msflow_ext"
 NOT_PASTED = ("git ", "python3 -m venv ", ". .venv/bin/activate", "pip install ")
-#: Extras of those who change the package.
+#: Extras for developers of the package.
 DEVELOPERS = {"test", "dev", "docs"}
 
 
@@ -36,17 +36,17 @@ def blocks(language: str) -> list[str]:
 
 
 def lines() -> list[str]:
-    """Every line that the README tells the reader to type."""
+    """Return every line of shell in the README."""
     return [line for line in "".join(blocks("sh")).splitlines() if line.strip()]
 
 
 def commands() -> list[str]:
-    """The lines that run msflow."""
+    """Return the lines that run msflow."""
     return [line for line in lines() if line.startswith("msflow ")]
 
 
 def paste(line: str) -> int | str | None:
-    """The exit status of a line of msflow."""
+    """Run a line of msflow, and return its exit status."""
     program, *arguments = shlex.split(line, comments=True)
     assert program == "msflow"
     try:
@@ -57,7 +57,7 @@ def paste(line: str) -> int | str | None:
 
 @dataclass(frozen=True)
 class Visit:
-    """What a stranger has done: the folder, and what each line printed."""
+    """The result of running the README's lines: the folder, the output and the environment."""
 
     folder: Path
     printed: str
@@ -80,8 +80,8 @@ def photos(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def visit(tmp_path_factory: pytest.TempPathFactory) -> Visit:
-    """The README's lines pasted one after another into a shell, by someone with 30 good photos and no network."""
-    folder, bin_folder = (tmp_path_factory.mktemp(name) for name in ("stranger", "bin"))
+    """Run the README's lines one after another in a shell, with 30 good photos and no network."""
+    folder, bin_folder = (tmp_path_factory.mktemp(name) for name in ("user", "bin"))
     photos(folder)
     program = bin_folder / "msflow"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m msflow_ext "$@"\n')
@@ -105,7 +105,7 @@ def visit(tmp_path_factory: pytest.TempPathFactory) -> Visit:
 
 
 @pytest.mark.slow
-def test_the_lines_of_the_readme_make_a_report_predictions_and_an_onnx_file(visit: Visit) -> None:
+def test_the_lines_of_the_readme_write_a_report_predictions_and_an_onnx_file(visit: Visit) -> None:
     promised = re.search(r"^You now have (.*)$", README, re.MULTILINE)
     assert promised
     names = re.findall(r"`([^`]+)`", promised[1])
@@ -113,7 +113,7 @@ def test_the_lines_of_the_readme_make_a_report_predictions_and_an_onnx_file(visi
     for name in names:
         found = visit.folder / name
         assert found.stat().st_size > 0
-        assert not found.is_dir() or len(list(found.iterdir())) == 2, name  # as many as photos
+        assert not found.is_dir() or len(list(found.iterdir())) == 2, name  # one for each photo
     scores = (visit.folder / "results" / "scores.csv").read_text()
     assert "large.jpg" in scores and "small.png" in scores
 
@@ -156,21 +156,21 @@ def test_the_python_of_the_readme_runs_after_its_lines(visit: Visit) -> None:
         "msflow predict --run runs/none photos --out results",
     ],
 )
-def test_a_line_that_does_not_work_is_found(
+def test_a_line_that_fails_is_detected(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert paste(line) not in (0, None)
 
 
-def test_every_line_is_run_here_or_known() -> None:
+def test_every_line_is_run_here_or_listed() -> None:
     for line in lines():
         assert line.startswith(("msflow ", *NOT_PASTED)), line
     assert {line.split()[1] for line in commands()} >= {"info", "train", "predict", "export"}
 
 
 @pytest.mark.parametrize("line", [line for line in lines() if ".venv/bin/msflow " in line])
-def test_the_demo_has_the_flags_that_the_readme_gives_it(
+def test_the_demo_has_the_flags_in_the_readme(
     line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = line.partition(".venv/bin/msflow ")[2]
@@ -182,11 +182,11 @@ def test_the_demo_has_the_flags_that_the_readme_gives_it(
         assert re.search(rf"{flag}\b(?!-)", known), flag
 
 
-# ---- what cannot be run here: installations ----
+# ---- installations, which are not run here ----
 
 
 def extras() -> set[str]:
-    """The extras that pyproject.toml defines."""
+    """Return the extras that pyproject.toml defines."""
     table = PROJECT.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
     return set(re.findall(r"^([a-z-]+) = ", table, re.MULTILINE))
 
@@ -196,12 +196,12 @@ def test_the_readme_installs_extras_that_exist() -> None:
     assert {"demo", "export"} <= named <= extras()
 
 
-def test_the_table_of_extras_has_each_one_that_a_user_may_want() -> None:
+def test_the_table_of_extras_lists_every_extra_for_users() -> None:
     rows = re.findall(r"^\| (`[a-z`, ]+`) \| ", README, re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"`(.+?)`", row)} == extras() - DEVELOPERS
 
 
-def test_ci_runs_the_command_of_the_readme_that_passes_the_tests() -> None:
+def test_ci_runs_the_test_command_of_the_readme() -> None:
     (command,) = (line for line in lines() if "pytest" in line)
     run = ROOT / ".ci" / "run"
     if not run.is_file():
@@ -213,7 +213,7 @@ def test_ci_runs_the_command_of_the_readme_that_passes_the_tests() -> None:
 
 
 def addresses() -> Iterator[str]:
-    """Where the README's links and pictures lead."""
+    """Yield the targets of the README's links and pictures."""
     return (match[1] for match in re.finditer(r"\]\(([^)]+)\)", README))
 
 
@@ -246,7 +246,7 @@ def test_every_page_that_the_readme_links_to_exists() -> None:
 
 @pytest.fixture(scope="module")
 def documented(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the docstrings assume it: ``runs/mine``, and two photos."""
+    """Return a folder as the docstrings assume it: with ``runs/mine`` and two photos."""
     folder = tmp_path_factory.mktemp("documented")
     photos(folder)
     flags = (
@@ -259,7 +259,7 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_examples_of_the_docstrings_give_what_they_say(
+def test_the_examples_in_the_docstrings_run(
     documented: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(documented)

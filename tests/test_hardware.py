@@ -1,11 +1,11 @@
-"""What this process may use of the machine is what machine and container leave."""
+"""Free memory is limited by the machine and by the container."""
 
 from __future__ import annotations
 
 from msflow_ext.hardware import free_memory
 
 
-def test_free_memory_is_what_machine_and_container_leave(tmp_path):
+def test_free_memory_is_the_smaller_of_machine_and_container(tmp_path):
     assert free_memory(tmp_path) is None
     files = {
         "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    4000 kB\n",

@@ -1,4 +1,4 @@
-"""Importing the package costs nothing: no heavy dependency, hardly any time, no work at import."""
+"""Importing the package is quick and loads no heavy dependency."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import msflow_ext
 from msflow_ext.ops import _backend
 
 HEAVY = ("timm", "sklearn", "scipy", "skimage", "matplotlib", "PIL", "pandas", "torchvision")
-HEAVY += ("torch._dynamo", "sympy", "triton")  # compiling graphs: as long to import as torch
+HEAVY += ("torch._dynamo", "sympy", "triton")  # for compiled graphs; as slow to import as torch
 
 
-# One after the other in one interpreter: what each may load must not have been loaded by one before it.
+# Run in one interpreter, so a step counts only the modules that earlier steps have not loaded.
 STEPS = (
     "import msflow_ext",
     "import msflow_ext.ops, msflow_ext.flows, msflow_ext.metrics, msflow_ext.testing",
@@ -38,7 +38,7 @@ for step in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def steps() -> dict[str, tuple[list[str], float]]:
-    """Modules that each step loads beyond torch, and the seconds of processor time that it takes."""
+    """Return the modules that each step loads beyond torch, and its seconds of processor time."""
     command = [sys.executable, "-W", "error", "-c", SCRIPT, *STEPS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -55,7 +55,7 @@ def test_an_import_is_quick_and_loads_nothing_heavy(
     assert seconds < 1
 
 
-def test_the_package_alone_loads_its_version_only(
+def test_importing_the_package_loads_only_its_version(
     steps: dict[str, tuple[list[str], float]],
 ) -> None:
     loaded, _ = steps[STEPS[0]]
@@ -63,7 +63,7 @@ def test_the_package_alone_loads_its_version_only(
     assert own == ["msflow_ext", "msflow_ext.version"]
 
 
-def test_every_public_name_is_there_and_listed() -> None:
+def test_every_public_name_exists_and_is_listed() -> None:
     for name in msflow_ext.__all__:
         assert getattr(msflow_ext, name) is not None
     assert set(msflow_ext.__all__) <= set(dir(msflow_ext))
@@ -82,7 +82,7 @@ def test_a_constant_is_marked_as_torch_marks_it() -> None:
     assert vars(_backend.cuda_problem) == vars(marked) != {}
 
 
-def test_recipe_presets_and_layouts_are_there_without_torch() -> None:
+def test_recipe_presets_and_layouts_need_no_torch() -> None:
     script = (
         "import sys\n"
         "from msflow_ext.training import PRESETS, Recipe\n"

@@ -1,4 +1,4 @@
-"""The table of fault families in RELIABILITY.md names the tests that are there."""
+"""The table of fault families in RELIABILITY.md lists the tests that exist."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def test_the_table_of_families_is_up_to_date() -> None:
         "pytestmark = [pytest.mark.slow, pytest.mark.family('masks')]\ndef test_a(): ...",
     ],
 )
-def test_every_way_to_mark_a_test_is_seen(text: str) -> None:
+def test_every_form_of_mark_is_found(text: str) -> None:
     module = families["ast"].parse(text)
     assert list(families["_marked"](module)) == [("masks", "test_a")]

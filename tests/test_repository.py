@@ -1,4 +1,4 @@
-"""What several files of the repository say is the same: version, Pythons, commands, extras, workflows, citation."""
+"""Files of the repository agree on version, Pythons, commands, extras, workflows and citation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read(path: str | Path) -> str:
 
 
 def texts() -> Iterator[tuple[Path, str]]:
-    """Every text that may name an extra, a group or an address."""
+    """Yield every text that may name an extra, a group or an address."""
     folders = ("msflow_ext", "docs", "benchmarks", "csrc", "tests", "examples", ".ci", ".github")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     for path in [*ROOT.iterdir(), *paths]:
@@ -54,14 +54,14 @@ def each_job() -> Iterator[tuple[str, Job]]:
 
 
 def rows(job: Job) -> list[dict[str, str]]:
-    """The rows of a job's matrix: one without values where it has none."""
+    """Return the rows of a job's matrix, or one empty row if it has no matrix."""
     matrix = dict(job.get("strategy", {}).get("matrix", {}))
     added = matrix.pop("include", [])
     return [dict(zip(matrix, row, strict=True)) for row in product(*matrix.values())] + added
 
 
 def commands(job: Job) -> set[str]:
-    """The commands that a job runs, with the values of its matrix put in."""
+    """Return the commands of a job, with the values of its matrix inserted."""
     found = set()
     for row, step in product(rows(job), job["steps"]):
         line = step.get("run", "")
@@ -125,7 +125,7 @@ def test_no_group_asks_an_index_for_this_package() -> None:
         assert {each["include-group"] for each in group if isinstance(each, dict)} <= GROUPS.keys()
 
 
-def test_every_extra_and_group_that_a_text_names_is_there() -> None:
+def test_every_extra_and_group_that_a_text_names_exists() -> None:
     count = 0
     for path, text in texts():
         lists = re.findall(r"(?:msflow-ext|[\"' ]\.)\[([a-z,]+)\]", text)
@@ -147,7 +147,7 @@ def test_continuous_integration_ends_with_the_test_command_of_the_readme() -> No
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_runs_says_what_it_does_and_is_called(name: str) -> None:
+def test_a_script_is_executable_described_and_called(name: str) -> None:
     head = r"#!/usr/bin/env bash\n(# .+\n)+set -euo pipefail\n"
     assert re.match(head, SCRIPTS[name].read_text())
     assert os.access(SCRIPTS[name], os.X_OK)
@@ -157,7 +157,7 @@ def test_a_script_runs_says_what_it_does_and_is_called(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "system", "said"),
+    ("arguments", "system", "expected"),
     [
         ("lowest gcc", "", "gcc g++ torch==2.10.* python3 .venv/bin/pip .venv/bin/pytest"),
         ("newest clang", "", "clang clang++ python3 .venv/bin/pip .venv/bin/pytest"),
@@ -168,8 +168,8 @@ def test_a_script_runs_says_what_it_does_and_is_called(name: str) -> None:
         ),
     ],
 )
-def test_the_test_command_takes_platform_torch_and_compiler(
-    arguments: str, system: str, said: str, tmp_path: Path
+def test_the_test_command_adapts_to_platform_torch_and_compiler(
+    arguments: str, system: str, expected: str, tmp_path: Path
 ) -> None:
     (tmp_path / ".ci").mkdir()
     (tmp_path / ".ci/test").write_text(SCRIPTS["test"].read_text())
@@ -179,7 +179,7 @@ def test_the_test_command_takes_platform_torch_and_compiler(
     environment = {"PATH": os.environ["PATH"], "OS": system, "TMPDIR": str(tmp_path)}
     command = ["bash", ".ci/test", *arguments.split()]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.stdout.strip(), done.stderr) == (said, "")
+    assert (done.stdout.strip(), done.stderr) == (expected, "")
 
 
 # ---- workflows ----
@@ -201,7 +201,7 @@ def test_the_checks_are_those_that_run_before_the_tests() -> None:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_an_action_is_pinned_to_a_commit_and_its_version_stands_beside_it(path: Path) -> None:
+def test_an_action_is_pinned_to_a_commit_with_its_version_in_a_comment(path: Path) -> None:
     used = re.findall(r"uses: (.*)", path.read_text())
     assert used
     for each in used:
@@ -227,7 +227,7 @@ def test_only_jobs_that_publish_may_write() -> None:
                 assert step["with"] == {"persist-credentials": False}
 
 
-def test_wheels_are_published_for_tags_alone() -> None:
+def test_wheels_are_published_only_for_tags() -> None:
     publish = jobs(ROOT / ".github/workflows/wheels.yml")["publish"]
     assert "startsWith(github.ref, 'refs/tags/v')" in publish["if"]
     assert set(publish["needs"]) == {"wheels", "sdist"}

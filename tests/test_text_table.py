@@ -1,4 +1,4 @@
-"""The columns of a table of text are aligned, whatever its cells hold."""
+"""The columns of a text table are aligned, whatever its cells hold."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ ROWS = st.integers(1, 4).flatmap(
 
 
 @given(ROWS, st.integers(0, 5))
-def test_every_cell_ends_or_begins_where_the_others_of_its_column_do(
-    rows: list[list[str]], left: int
-) -> None:
+def test_the_cells_of_a_column_are_aligned(rows: list[list[str]], left: int) -> None:
     lines = text_table(rows, left=left, between=" | ")
     assert len(lines) == len(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -32,7 +30,7 @@ def test_every_cell_ends_or_begins_where_the_others_of_its_column_do(
             begin = end + len(" | ")
 
 
-def test_two_spaces_stand_between_the_columns_and_numbers_are_aligned_to_the_right() -> None:
+def test_columns_are_separated_by_two_spaces_and_aligned_right_by_default() -> None:
     rows = [("images", "good", "crack"), ("train", "209", "0"), ("test", "20", "")]
     assert text_table(rows) == [
         "images  good  crack",
@@ -47,5 +45,5 @@ def test_no_rows_give_no_lines() -> None:
 
 
 def test_rows_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"rows must have one number of cells, got \[2, 1\]"):
+    with pytest.raises(ValueError, match=r"rows must have the same number of cells, got \[2, 1\]"):
         text_table([("a", "b"), ("c",)])

@@ -33,7 +33,7 @@ __all__ = [
     "open_dataset",
 ]
 
-# Names are resolved on first use: the command line needs the layouts, and not torch.
+# Names are resolved on first use: the command line needs the layouts without importing torch.
 _HOME = {
     "DataSet": "dataset",
     "Frame": "dataset",
@@ -45,14 +45,10 @@ _HOME = {
     "load_mask": "images",
 }
 
-#: Installed data sets; each is a module of ``msflow_ext.data.datasets``, like each of ``LAYOUTS``.
+#: Data sets in installed packages, and layouts of folders. Each has a module in ``msflow_ext.data.datasets``.
 PACKAGED = ("elpv", "textures")
-FIXED = (
-    "mvtec",
-    "visa",
-    "btad",
-    "mstc",
-)  # layouts with a fixed split into training and test images
+LAYOUTS = ("mvtec", "visa", "btad", "mtd", "mstc", "folder")
+FIXED = ("mvtec", "visa", "btad", "mstc")  # layouts with their own test images
 
 log = logging.getLogger(__name__)
 
@@ -75,32 +71,36 @@ def open_dataset(
     csv: str | Path | None = None,
     strict: bool = True,
 ) -> DataSet:
-    """Find the images of a data set with their labels and masks, without decoding any.
+    """List the images of a data set with their labels and masks, without decoding them.
 
     Args:
-        data: ``"elpv"`` or ``"textures"``, which are packages, or a folder. (A folder of such a
-            name is ``"./elpv"``.) None if ``normal`` says all.
+        data: a folder, or ``"elpv"`` or ``"textures"``, which come from installed packages. A
+            folder that has one of these names is given as ``"./elpv"``. None if ``normal`` is
+            given.
         layout: how a folder is laid out: ``"mvtec"``, ``"visa"``, ``"btad"``, ``"mtd"``, ``"mstc"``
-            or ``"folder"``, each a module of this package that says what it reads.
-        category: which part of the set; see there.
-        split_seed: seeds the split of good images where the set has no fixed one.
-        normal, abnormal, masks: folders, for layout ``"folder"`` only; see there.
-        csv: a list of the images, for layout ``"folder"`` only; see there.
-        strict: raise the first fault of the folders. Else all of them are in ``DataSet.faults``,
+            or ``"folder"``. The module of that name in ``msflow_ext.data.datasets`` describes it.
+        category: the part of the data set to read, such as ``"bottle"``.
+        split_seed: seed of the split of good images, where the layout has no test images.
+        normal, abnormal, masks: folders, for layout ``"folder"`` only.
+        csv: a CSV file that lists the images, for layout ``"folder"`` only.
+        strict: raise the first fault of the folders. Otherwise ``DataSet.faults`` holds all faults,
             and `check_dataset` reports them.
 
     Raises:
-        ValueError: an unknown layout or category, a folder without images, a defect without mask,
-            a mask without image, two files of one name, a path that leaves the folder.
+        ValueError: the layout or the category is unknown, a folder holds no images, a defect has no
+            mask, a mask has no image, two files have one name, or a path leaves the folder.
         FileNotFoundError: a folder or a file is missing.
-        ModuleNotFoundError: the package that holds the data, or decodes it, is not installed.
+        ModuleNotFoundError: the package that holds or decodes the data is not installed.
 
     Examples:
-        >>> dataset = open_dataset(None, "folder", normal="normal", abnormal="odd")
-        >>> len(dataset.train), len(dataset.test)  # a fifth of the normal images is tested, too
-        (24, 10)
-        >>> dataset.test[-1].name, dataset.test[-1].label
-        ('abnormal/3', 1)
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> root = Path(tempfile.mkdtemp())
+        >>> (root / "normal").mkdir()
+        >>> Image.new("L", (8, 8)).save(root / "normal" / "a.png")
+        >>> dataset = open_dataset(root, "folder")
+        >>> [item.name for item in dataset.train]
+        ['train/good/a']
     """
     if not isinstance(split_seed, int) or split_seed < 0:
         raise ValueError(f"split_seed must be a whole number from 0 up, got {split_seed!r}")
@@ -114,17 +114,25 @@ def open_dataset(
         return dataset
     if dataset.faults:
         first, more = dataset.faults[0], len(dataset.faults) - 1
-        raise type(first)(f"{first} ({more} more: msflow data check)") if more else first
+        raise type(first)(f"{first} ({more} more: run msflow data check)") if more else first
     _log_unread(dataset)
     return dataset
 
 
-def list_categories(data: str | Path, layout: Layout | None = None) -> list[str]:
-    """Return the categories that `open_dataset` can read; an empty list if the set has none.
+def list_categories(data: str | Path, layout: str | None = None) -> list[str]:
+    """Return the categories that `open_dataset` can read, none if the data set has no parts.
+
+    Args:
+        data: a folder, or ``"elpv"`` or ``"textures"``.
+        layout: how a folder is laid out, as for `open_dataset`.
 
     Raises:
-        ValueError: an unknown layout.
+        ValueError: the layout is unknown.
         FileNotFoundError: a folder is missing.
+
+    Examples:
+        >>> list_categories("textures")
+        ['brick', 'grass', 'gravel']
     """
     reader, root = _reader(data, layout)
     return list(reader.categories(*root))
@@ -133,9 +141,9 @@ def list_categories(data: str | Path, layout: Layout | None = None) -> list[str]
 def _reader(
     data: str | Path | None, layout: Layout | None, *, folders: bool = False
 ) -> tuple[ModuleType, list[Path | None]]:
-    """Return the module that reads ``data``, and the folder to read if it needs one.
+    """Return the module that reads ``data``, and the folder to give it, if it needs one.
 
-    ``folders`` may stand for ``data``.
+    With ``folders``, ``data`` may be None: the caller names the folders one by one.
     """
     if isinstance(data, str) and data in PACKAGED:
         if layout is not None:

@@ -18,20 +18,31 @@ from msflow_ext.data.pictures import decode, source_name, to_rgb
 from msflow_ext.data.walk import few, summary
 from msflow_ext.text_table import one_line, text_table
 
-DARK = 64  # of 255: 16-bit images that are all darker than this hold values of fewer bits
+DARK = 64  # of 255: 16-bit images that are all darker hold values of fewer bits
 
 
 @dataclass(frozen=True)
 class Report:
-    """Contents and faults of a data set; ``str`` gives a table.
+    """The contents of a data set and what is wrong with it. ``str(report)`` is a table.
 
     Attributes:
-        name, category, split: of the data set; see :class:`DataSet`.
-        counts: images by kind of defect, ``{"train": {"good": 209}, "test": {"good": 20, ...}}``.
-        sizes: images by ``(width, height)`` in pixels.
-        modes: images by Pillow's name of how their pixels are stored, such as ``L`` or ``RGB``.
-        faults: what keeps a model from being trained and tested, a sentence each.
-        warnings: what can be trained with, but may spoil the results.
+        name, category, split: those of the :class:`DataSet`.
+        counts: number of images by kind of defect,
+            ``{"train": {"good": 209}, "test": {"good": 20, ...}}``.
+        sizes: number of images by ``(width, height)`` in pixels.
+        modes: number of images by the Pillow mode of their pixels, such as ``L`` or ``RGB``.
+        faults: sentences about errors that prevent training or testing.
+        warnings: sentences about problems that may spoil the results.
+
+    Examples:
+        >>> report = Report("mine", "part", "0" * 12, {"train": {"good": 9}}, {(8, 8): 9}, {"L": 9}, (), ())
+        >>> print(report)
+        mine part, split 000000000000
+        images  good
+        train      9
+        sizes  8x8 (9)
+        modes  L (9)
+        faults: 0, warnings: 0
     """
 
     name: str
@@ -64,33 +75,51 @@ class Report:
 def check_dataset(
     dataset: DataSet, workers: int = 2, *, size: int | None = None, fit: Fit = "resize"
 ) -> Report:
-    """Decode every image and mask of a data set that was opened with ``strict=False``.
+    """Decode every image and mask of a data set and report faults and warnings.
 
-    Faults: those of the reader; no image to train on; an image or a mask that cannot be decoded; a
-    mask of another size than its image. Warnings: images of the same pixels; a mask that marks
-    nothing on a defect, or something on a good image; what :func:`_doubtful` lists; test images of one
-    class only; defects without masks; files and folders that are passed over.
+    Faults are:
+
+    - the faults of the reader;
+    - no image to train on;
+    - an image or a mask that cannot be decoded;
+    - a mask whose size differs from that of its image.
+
+    Warnings are:
+
+    - images with the same pixels;
+    - an empty mask of a defective image, or a mask of a good image that is not empty;
+    - an unusual encoding: several images in a file, dark 16-bit images, soft or inverted masks;
+    - a mask that EXIF does not rotate as it does its image;
+    - test images of one class only, and defects without masks;
+    - files and folders that are not read.
 
     Args:
-        workers: threads that decode.
-        size, fit: of a model's images, see :class:`msflow_ext.data.Images`, at which defects may become
-            smaller than a pixel; None for no such warning.
+        dataset: a data set, opened with ``strict=False`` to report all of its faults.
+        workers: number of threads that decode.
+        size, fit: those of the model, as for :class:`msflow_ext.data.Images`. With a size, masks
+            with regions smaller than a pixel at that size are warned of.
 
     Raises:
-        ValueError: no such size or fit.
+        ValueError: ``size`` or ``fit`` is invalid.
+
+    Examples:
+        >>> from msflow_ext.data import DataSet, Item, check_dataset
+        >>> train = (Item("train/good/0", 0, "good", np.zeros((8, 8), np.uint8)),)
+        >>> check_dataset(DataSet("mine", "part", train, test=())).warnings
+        ('there are no images to test on, so no metrics will be computed',)
     """
     items = (*dataset.train, *dataset.test)
     if size is not None:
-        Images(items, size, fit)  # raises ValueError for a wrong size or fit
+        Images(items, size, fit)  # raises if size or fit is invalid
     with ThreadPoolExecutor(workers) as pool:
-        seen = list(pool.map(lambda item: _look(item, size, fit), items))
+        seen = list(pool.map(lambda item: _inspect(item, size, fit), items))
     faults = [str(fault) for fault in dataset.faults]
     faults += [] if dataset.train else ["there are no images to train on"]
-    warnings = list(_one_sided(dataset.test))
+    warnings = list(_one_class(dataset.test))
     for each in seen:
         faults += each.faults
         warnings += each.warnings
-    warnings += _doubtful(items, seen, size)
+    warnings += _unusual(items, seen, size)
     warnings += _duplicates(dataset, (each.digest for each in seen))
     left = unread(dataset)
     warnings += [summary(left)] if left else []
@@ -113,16 +142,17 @@ class _Seen:
     mode: str = ""
     digest: bytes | None = None
     images: int = 1  # in the file
-    brightest: int | None = None  # level in 0..255 of an image of 16 bits
-    soft: bool = False  # the mask, as all below
+    brightest: int | None = None  # level in 0..255 of a 16-bit image
+    # The rest concerns the mask:
+    soft: bool = False
     inverted: bool = False
-    askew: bool = False
+    unrotated: bool = False
     lost: int = 0  # regions
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
-def _look(item: Item, size: int | None, fit: Fit) -> _Seen:
+def _inspect(item: Item, size: int | None, fit: str) -> _Seen:
     seen, picture = _Seen(), None
     try:
         picture = decode(item.image)
@@ -139,8 +169,8 @@ def _look(item: Item, size: int | None, fit: Fit) -> _Seen:
             mask = decode_mask(item.mask)
             if picture is not None:
                 check_size(mask, item.mask, picture, item.image)
-            _judge(item, mask, seen)
-            seen.askew = picture is not None and picture.turned and not mask.turned
+            _check_mask(item, mask, seen)
+            seen.unrotated = picture is not None and picture.turned and not mask.turned
             if size is not None:
                 height, width = mask.marks.shape
                 rows, columns = placed(width, height, size, fit)
@@ -151,17 +181,17 @@ def _look(item: Item, size: int | None, fit: Fit) -> _Seen:
     return seen
 
 
-def _judge(item: Item, mask: Mask, seen: _Seen) -> None:
+def _check_mask(item: Item, mask: Mask, seen: _Seen) -> None:
     share = mask.marks.mean()
     if item.label == 1 and not share:
-        seen.warnings.append(f"the mask of the defect {item.name} marks nothing")
+        seen.warnings.append(f"the mask of the defective image {item.name} is empty")
     if item.label == 0 and share:
-        seen.warnings.append(f"the mask of the good image {item.name} marks something")
+        seen.warnings.append(f"the mask of the good image {item.name} is not empty")
     seen.soft, seen.inverted = mask.soft, item.label == 1 and bool(share > 0.5)
 
 
-def _doubtful(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) -> Iterator[str]:
-    """Yield a warning for each kind of suspicious image or mask, with the names of the images."""
+def _unusual(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) -> Iterator[str]:
+    """Yield a sentence for each unusual encoding that was found, with the names of the images."""
     deep = [each.brightest for each in seen if each.brightest is not None]
     brightest = max(deep, default=255)
     several = [
@@ -173,7 +203,7 @@ def _doubtful(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) ->
         yield f"{len(several)} files hold several images, of which the first is read: {few(several)}"
     for sentence, flag in (
         (
-            f"images have 16 bits, but their largest value is only {brightest / 255:.1%} of white (65535)",
+            f"images have 16 bits (65535 is white) and reach at most {brightest / 255:.1%} of white",
             lambda s: s.brightest is not None and brightest < DARK,
         ),
         (
@@ -181,12 +211,12 @@ def _doubtful(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) ->
             lambda s: s.soft,
         ),
         (
-            "masks mark more than half of their image; every pixel that is not black counts as a defect",
+            "masks mark more than half of their image; black must mean normal",
             lambda s: s.inverted,
         ),
         (
-            "images are turned as their EXIF says, unlike their masks, which must fit the turned image",
-            lambda s: s.askew,
+            "images are rotated by EXIF and their masks are not; a mask must fit the rotated image",
+            lambda s: s.unrotated,
         ),
         (f"masks have regions that are smaller than a pixel at size {size}", lambda s: s.lost),
     ):
@@ -195,20 +225,20 @@ def _doubtful(items: Sequence[Item], seen: Sequence[_Seen], size: int | None) ->
             yield f"{len(names)} {sentence}: {few(names)}"
 
 
-def _one_sided(test: Sequence[Item]) -> Iterator[str]:
+def _one_class(test: Sequence[Item]) -> Iterator[str]:
     labels = {item.label for item in test}
     if not test:
-        yield "there are no images to test on, so nothing will be measured"
+        yield "there are no images to test on, so no metrics will be computed"
     elif labels == {0}:
-        yield "all test images are good, so nothing will be measured"
+        yield "all test images are good, so no metrics will be computed"
     elif labels == {1}:
-        yield "all test images are defective, so no images will be measured"
+        yield "all test images are defective, so no image metrics will be computed"
     defects = [item for item in test if item.label == 1]
     bare = [item.name for item in defects if item.mask is None]
     if bare:
         which = f" ({few(bare)})" if len(bare) < len(defects) else ""
         part = f"{len(bare)} of {len(defects)}"
-        yield f"{part} defects have no mask{which}, so no pixels will be measured"
+        yield f"{part} defects have no mask{which}, so no pixel metrics will be computed"
 
 
 def _duplicates(dataset: DataSet, digests: Iterable[bytes | None]) -> Iterator[str]:
@@ -220,4 +250,4 @@ def _duplicates(dataset: DataSet, digests: Iterable[bytes | None]) -> Iterator[s
     for same in (group for group in groups.values() if len(group) > 1):
         parts = " and ".join(dict.fromkeys(part for part, _ in same))
         names = few([item.name for _, item in same])
-        yield f"{len(same)} images of the same pixels in {parts}: {names}"
+        yield f"{len(same)} images with the same pixels in {parts}: {names}"

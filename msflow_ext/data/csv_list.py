@@ -1,4 +1,4 @@
-"""Lists of images in CSV files. Paths must stay inside the data folder."""
+"""Read lists of images from CSV files, whose paths must stay in the folder of the data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Entry:
-    """An image that a row names; ``split`` is ``train``, ``test`` or, where no row has one, ``""``."""
+    """The image of one row; ``split`` is ``train``, ``test``, or ``""`` if no row has one."""
 
     place: str
     image: Path
@@ -36,8 +36,8 @@ def rows(table: Path, columns: Sequence[str], faults: Faults) -> list[Row]:
     """Return the lines of a CSV file below its header, which must name ``columns``.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is not text, or a column is missing.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not text, or a column is missing.
     """
     if not table.is_file():
         raise FileNotFoundError(f"{table} is not a file")
@@ -49,11 +49,13 @@ def rows(table: Path, columns: Sequence[str], faults: Faults) -> list[Row]:
             for column in columns:
                 if column not in header:
                     had = ", ".join(header)
-                    raise ValueError(f"{table} has no column {column!r}, its first line is {had!r}")
+                    raise ValueError(
+                        f"{table} must have a column {column!r}, got the header {had!r}"
+                    )
             for cells in lines:
                 place = f"{table}, line {lines.line_num}"
                 if cells.pop(None, None) is not None:
-                    faults.append(ValueError(f"{place}: more cells than the first line has"))
+                    faults.append(ValueError(f"{place}: more cells than the header"))
                 else:
                     found.append(Row(place, {key: cell.strip() for key, cell in cells.items()}))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -64,9 +66,12 @@ def rows(table: Path, columns: Sequence[str], faults: Faults) -> list[Row]:
 def entries(table: Iterable[Row], root: Path, faults: Faults, image: str = "path") -> list[Entry]:
     """Return the images that rows name in the columns ``image``, ``label``, ``mask`` and ``split``.
 
-    Faults, whose rows are left out: a file that is not there or leaves ``root``, no label, a split
-    that is not train or test or that only some rows have, a defect to train on, and a defect
-    without a mask where others have one.
+    A row with a fault is left out. Faults are:
+
+    - a file that is missing or outside ``root``;
+    - an empty label, or an invalid split, or one that only some rows have;
+    - a defect to train on;
+    - a defect without a mask, if other defects have one.
     """
     found: list[Entry] = []
     for row in table:
@@ -79,18 +84,24 @@ def entries(table: Iterable[Row], root: Path, faults: Faults, image: str = "path
     kept = []
     for each in found:
         if split and not each.split:
-            faults.append(ValueError(f"{each.place}: no split, which other rows have"))
+            faults.append(
+                ValueError(f"{each.place}: split must be train or test, as in other rows, got ''")
+            )
         elif each.defect != "good" and each.split == "train":
-            faults.append(ValueError(f"{each.place}: {each.image} is defective, but to train on"))
+            faults.append(
+                ValueError(f"{each.place}: a training image must be good, got {each.image}")
+            )
         elif masks and each.defect != "good" and not each.mask:
-            faults.append(ValueError(f"{each.place}: {each.image} has no mask, other defects have"))
+            faults.append(
+                ValueError(f"{each.place}: {each.image} must have a mask, as other defects do")
+            )
         else:
             kept.append(each)
     return kept
 
 
 def unique(parts: Iterable[Iterable[Item]], faults: Faults) -> list[tuple[Item, ...]]:
-    """Return each part without items that repeat an earlier name; each of these is a fault."""
+    """Return the parts without repeated names, which are faults; the first item of a name is kept."""
     found: dict[str, Item] = {}
     for item in chain.from_iterable(parts := [list(part) for part in parts]):
         other = found.setdefault(item.name, item)
@@ -103,18 +114,18 @@ def inside(root: Path, path: str) -> Path:
     """Return the file ``path`` in ``root``.
 
     Raises:
-        ValueError: it leaves ``root``: an absolute path, one with ``..``, or a link.
-        FileNotFoundError: it is not a file.
+        ValueError: the path leaves ``root``: it is absolute, contains ``..``, or is a link.
+        FileNotFoundError: the path is not a file.
     """
     readings = PurePosixPath(path), PureWindowsPath(path)
     if any(p.is_absolute() or ".." in p.parts for p in readings):
-        raise ValueError(f"path {path!r} may leave the folder {root}: it is absolute or has ..")
+        raise ValueError(f"path must be relative to {root} and without .., got {path!r}")
     try:
         found = (root / path).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null character
-        raise ValueError(f"path {path!r} leads nowhere: {error}") from error
+        raise ValueError(f"path {path!r} cannot be resolved: {error}") from error
     if not found.is_relative_to(root.resolve()):
-        raise ValueError(f"path {path!r} leaves the folder {root}: it is a link to {found}")
+        raise ValueError(f"path must stay in {root}, got {path!r}, a link to {found}")
     if not found.is_file():
         raise FileNotFoundError(f"{root / path} is not a file")
     return root / path
@@ -125,7 +136,7 @@ def _entry(row: Row, root: Path, image: str) -> Entry:
     try:
         for column in (image, "label"):
             if not row.cells[column]:
-                raise ValueError(f"no {column}")
+                raise ValueError(f"{column} must not be empty")
         if split not in ("", "train", "test"):
             raise ValueError(f"split must be train or test, got {split!r}")
         path = inside(root, row.cells[image])

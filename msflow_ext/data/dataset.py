@@ -1,4 +1,4 @@
-"""Data sets: named images with labels and masks, and how they are found in folders."""
+"""Data sets and their items: named images with labels and masks, and how folders hold them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ import numpy as np
 
 from msflow_ext.data.walk import APART, SUFFIXES, Found, walk
 
-Faults = list[Exception]  # errors that do not stop a reader
+Faults = list[Exception]  # errors that a reader collects while it continues
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One image of a video; ``index`` counts from 0."""
+    """One image of a video.
+
+    Attributes:
+        video: the file.
+        index: the frame's number, counted from 0.
+
+    Examples:
+        >>> print(Frame(Path("01_001.avi"), 5))
+        01_001.avi frame 5
+    """
 
     video: Path
     index: int
@@ -31,11 +40,16 @@ class Item:
 
     Attributes:
         name: unique within its set and safe as a relative file name, such as ``scar/006``.
-        label: 0 good, 1 defective, None unknown.
-        defect: the kind of defect, ``good`` where there is none.
+        label: 0 for a good image, 1 for a defective one, None if unknown.
+        defect: the kind of defect, ``good`` if there is none.
         image: a file, a frame of a video, or an ``(H, W)`` or ``(H, W, 3)`` array.
-        mask: a file or an ``(H, W)`` array, above 0 where the defect is, or a folder of such files
-            that together mark it; None where none is known.
+        mask: a file or an ``(H, W)`` array that is above 0 on the defect, or a folder of such files
+            whose union marks it. None if the defect is not marked.
+
+    Examples:
+        >>> item = Item("scar/006", 1, "scar", Path("test/scar/006.png"))
+        >>> item.listed_name
+        'scar/006.png'
     """
 
     name: str
@@ -46,7 +60,7 @@ class Item:
 
     @property
     def listed_name(self) -> str:
-        """The name with the suffix of its file, as tables of scores have it: ``scar/006.png``."""
+        """The name with the suffix of its file, as in tables of scores: ``scar/006.png``."""
         return self.name + (self.image.suffix if isinstance(self.image, Path) else "")
 
 
@@ -54,8 +68,20 @@ class Item:
 class DataSet:
     """One category of a data set: good images to train on, and labelled images to test on.
 
-    ``faults`` are the errors that its reader met; what they concern is left out of the items.
-    ``folders`` are those that hold the files of the items and should hold no others.
+    Attributes:
+        name: the layout or the package, such as ``mvtec``.
+        category: the part of the data set.
+        train: the good images to train on.
+        test: the images to test on.
+        faults: the errors that the reader found. Files with faults are left out of the items.
+        folders: the folders that hold the files of the items and should hold no others.
+
+    Examples:
+        >>> image = np.zeros((8, 8), np.uint8)
+        >>> train = (Item("train/good/0", 0, "good", image),)
+        >>> dataset = DataSet("mine", "part", train, test=())
+        >>> dataset.split
+        'bb4031f4ad0f'
     """
 
     name: str
@@ -67,7 +93,7 @@ class DataSet:
 
     @property
     def split(self) -> str:
-        """Identity of the split: 12 hex digits of a SHA-256 of the names of training and test images."""
+        """Identify the split: 12 hex digits of a SHA-256 of the names in train and test."""
         parts = [[item.name for item in part] for part in (self.train, self.test)]
         return hashlib.sha256(repr((self.name, self.category, parts)).encode()).hexdigest()[:12]
 
@@ -80,12 +106,12 @@ def list_images(
     deep: bool = False,
     apart: Iterable[Path] = (),
 ) -> list[Path]:
-    """Return the images in ``folder``, sorted by name; with ``deep`` also those in its sub-folders.
+    """Return the images directly in ``folder``, sorted by name; with ``deep``, also those below it.
 
-    What is passed over, and ``apart``: see :func:`msflow_ext.data.walk.walk`.
+    :func:`msflow_ext.data.walk.walk` describes which files are passed over, and ``apart``.
 
-    Faults: there is no such folder, it cannot be read, it holds no image, or two whose names differ
-    by the suffix only (the first is taken).
+    Faults: the folder does not exist, cannot be read or holds no image; or two names differ only in
+    the suffix, of which the first is kept.
     """
     found = _found(folder, faults, suffixes, deep, apart)
     if found is None:
@@ -105,12 +131,12 @@ def match_masks(
     within: Path | None = None,
     apart: Iterable[Path] = (),
 ) -> list[Path | None]:
-    """For each image its mask in ``folder``: ``NAME_mask`` or ``NAME``, a file or a folder of files.
+    """Return each image's mask in ``folder``: ``NAME_mask`` or ``NAME``, a file or a folder of files.
 
-    With ``within``, the folder whose sub-folders were searched for images, a name is the path from
-    there on, and the masks lie in sub-folders of the same names.
+    ``within`` is the folder whose sub-folders were searched for images. A name is then the path
+    relative to it, and the masks are in sub-folders of the same names.
 
-    Faults: there is no such folder, an image has no mask there, a mask has no image.
+    Faults: the folder does not exist, an image has no mask there, or a mask has no image.
     """
     found = _found(folder, faults, suffixes, within is not None, apart)
     if found is None:
@@ -130,21 +156,22 @@ def match_masks(
     used = {mask for mask in masks if mask is not None}
     for name, mask in sorted(marks.items()):
         if PurePosixPath(name) not in of_images and used.isdisjoint((mask, *mask.parents)):
-            faults.append(ValueError(f"mask {mask} has no image of its name"))
-            used.add(mask)  # and with it all that is in it
+            faults.append(ValueError(f"mask {mask} has no image of the same name"))
+            used.add(mask)  # and, if it is a folder, everything in it
     return masks
 
 
 def stem_in(folder: Path, path: Path) -> str:
-    """Return the name of a file in ``folder`` or its sub-folders: the path from there on, no suffix."""
+    """Return the path of a file relative to ``folder``, without the suffix."""
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def subfolders(parent: Path) -> list[str]:
-    """Return the names of the folders in ``parent``, sorted; hidden ones are passed over.
+    """Return the sorted names of the folders in ``parent``, without hidden ones.
 
     Raises:
-        FileNotFoundError: there is no such folder. OSError: it cannot be read.
+        FileNotFoundError: the folder does not exist.
+        OSError: it cannot be read.
     """
     if not parent.is_dir():
         raise FileNotFoundError(f"{parent} is not a folder")
@@ -152,7 +179,7 @@ def subfolders(parent: Path) -> list[str]:
 
 
 def unread(dataset: DataSet) -> dict[str, str]:
-    """Return the files in the folders of a data set that are not read, with the reason if it is known."""
+    """Return the files and folders of a data set that are not read, each with the reason or ``""``."""
     items = (*dataset.train, *dataset.test)
     read = {path for item in items for path in (item.image, item.mask) if isinstance(path, Path)}
     holders = {parent for path in read for parent in path.parents}
@@ -189,7 +216,7 @@ def _found(
 
 
 def _by_stem(walked: Found, faults: Faults) -> dict[str, Path]:
-    """Return the files that were found, by their names without the suffix."""
+    """Index the files that were found by their names without the suffix."""
     found: dict[str, Path] = {}
     for path in walked.paths:
         other = found.setdefault(stem_in(walked.folder, path), path)

@@ -1,4 +1,4 @@
-"""Decode images of any usual kind at their own size."""
+"""Decode images and masks of all common formats, without resizing them."""
 
 from __future__ import annotations
 
@@ -16,45 +16,50 @@ if TYPE_CHECKING:
 __all__ = ["load_bytes", "load_image", "read_mask"]
 
 log = logging.getLogger(__name__)
-_said = Event()  # warn once that a file holds several images
+_logged = Event()  # set once a file with several images was logged
 
 
 def load_image(source: Source) -> Image.Image:
     """Decode a file, a frame of a video or an array into an 8-bit RGB image.
 
-    Gray is repeated, a palette is looked up, an alpha channel is dropped (the colours under it are
-    kept), the EXIF orientation is applied, and of several pages or frames the first is taken, which
-    is logged once.
-
-    Of 16 bits 65535 is white: gray is divided by 257, of colours the high byte is taken. Values of
-    10 or 12 bits in such a file come out dark: scale them before. ``msflow data check`` finds them.
+    - Gray is repeated, and a palette is looked up.
+    - An alpha channel is dropped; the colors under it are kept.
+    - The EXIF orientation is applied.
+    - The first of several pages or frames is read, which is logged once.
+    - In 16-bit files 65535 is white: gray is divided by 257, and colors keep their high byte. Values
+      of 10 or 12 bits come out dark, so scale them first. ``msflow data check`` finds such files.
 
     Args:
-        source: a file, a frame, or an array: ``(H, W)`` bool, uint8 or uint16, or ``(H, W, 3)`` or
-            ``(H, W, 4)`` uint8 in the order RGB. OpenCV's arrays are BGR: ``array[..., ::-1]``. A
-            file is PNG, JPEG, BMP, TIFF or WebP, whatever its name.
+        source: a file, a frame or an array. A file is PNG, JPEG, BMP, TIFF or WebP, whatever its
+            suffix. An array is bool, uint8 or uint16 ``(H, W)``, or uint8 ``(H, W, 3)`` or
+            ``(H, W, 4)`` in RGB order. Arrays from OpenCV are BGR: pass ``array[..., ::-1]``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty, cut off, damaged, of another kind, or so large that Pillow takes
-            it for a decompression bomb; a TIFF file of signed, floating point or more than 16 bits,
-            of 16 bits in separate planes, or of colours other than gray, RGB, CMYK, YCbCr and
-            palettes; an array has another shape.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is empty, truncated, damaged or of another format, or Pillow refuses it
+            as a decompression bomb; the encoding of a TIFF file is not supported; or an array has
+            another shape.
         TypeError: an array has another dtype.
+
+    Examples:
+        >>> import numpy as np
+        >>> image = load_image(np.full((4, 6), 65535, np.uint16))
+        >>> image.size, image.mode, image.getpixel((0, 0))
+        ((6, 4), 'RGB', (255, 255, 255))
     """
     picture, name = decode(source), source_name(source)
-    if picture.images > 1 and not _said.is_set():
-        _said.set()
-        text = "%s holds %d images, of which the first is read; other files may, too"
+    if picture.images > 1 and not _logged.is_set():
+        _logged.set()
+        text = "%s holds %d images, of which the first is read (logged once)"
         log.warning(text, name, picture.images)
     return to_rgb(picture, name)
 
 
 def load_bytes(content: bytes, max_pixels: int) -> Image.Image:
-    """Decode the bytes of an untrusted image file, as `load_image` decodes a file.
+    """Decode an image file that was received over the network, as `load_image` does.
 
     Raises:
-        ValueError: as `load_image`; or there are more than ``max_pixels`` pixels, which is seen
-            before they are decoded.
+        ValueError: as for `load_image`; or the image has more than ``max_pixels`` pixels, which is
+            checked before they are decoded.
     """
     return to_rgb(decode_file(BytesIO(content), "the body", max_pixels), "the image")

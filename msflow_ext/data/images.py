@@ -1,4 +1,4 @@
-"""Images and masks of a data set as square tensors, the input of the models."""
+"""Turn the images and masks of a data set into the square tensors that models see."""
 
 from __future__ import annotations
 
@@ -23,15 +23,29 @@ Box = tuple[slice, slice]
 
 
 class Images(torch.utils.data.Dataset[torch.Tensor]):
-    """Items as float32 ``(3, size, size)`` tensors, RGB in 0..1, resized with Lanczos.
+    """A PyTorch data set of images as float32 tensors, RGB in 0..1, resized with Lanczos.
 
-    The whole image is seen, nothing is cropped. With ``fit="resize"`` it fills the square, whatever
-    its aspect. With ``fit="pad"`` its longer side does, and black fills what is left on both sides
-    of the shorter one: not the image's border, so that no defect is seen twice.
+    The whole image is seen; nothing is cropped. With ``fit="resize"`` it is stretched to the square.
+    With ``fit="pad"`` it keeps its aspect ratio: the longer side has ``size`` pixels, and black fills
+    the rest. The border is not repeated, so that no defect appears twice.
+
+    Args:
+        items: the images.
+        size: side of the square in pixels.
+        fit: ``"resize"`` or ``"pad"``.
+
+    Shape:
+        - Output: ``(3, size, size)`` for each index.
 
     Raises:
-        ValueError: ``size`` is not a positive whole number, or no such ``fit``; on access, a file
+        ValueError: ``size`` is not a positive integer, or ``fit`` is unknown. On access: a file
             cannot be decoded.
+
+    Examples:
+        >>> from msflow_ext.data import Images, Item
+        >>> images = Images([Item("a", 0, "good", np.full((20, 30), 255, np.uint8))], size=16)
+        >>> images[0].shape, images[0].max().item()
+        (torch.Size([3, 16, 16]), 1.0)
     """
 
     def __init__(self, items: Sequence[Item], size: int, fit: Fit = "resize") -> None:
@@ -48,12 +62,15 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
         return levels.to(torch.float32, memory_format=torch.contiguous_format) / 255
 
     def mask(self, index: int) -> np.ndarray | None:
-        """Return a bool mask ``(size, size)``, True on the defect; None if the item has no mask.
+        """Return the mask of an image, True on the defect, or None if the defect is not marked.
 
-        It is fitted as its image is; padding is no defect.
+        The mask is resized or padded as its image is. Padding counts as normal.
+
+        Shape:
+            - Output: bool ``(size, size)``.
 
         Raises:
-            ValueError: the mask is of another size than its image, or cannot be decoded.
+            ValueError: the mask cannot be decoded, or its size differs from that of its image.
         """
         item = self.items[index]
         if item.label == 0:
@@ -63,9 +80,13 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
         return load_mask(item.mask, self.size, item.image, self.fit)
 
     def shown(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the image ``(h, w, 3)`` uint8 and the mask ``(h, w)`` bool, or None, for display.
+        """Return an image and its mask for display, in the aspect ratio of the file.
 
-        They keep the image's own aspect, whatever the fit: the longer side is ``size``.
+        The longer side has ``size`` pixels, whatever ``fit`` is.
+
+        Shape:
+            - Image: uint8 ``(H, W, 3)``.
+            - Mask: bool ``(H, W)``, or None if the defect is not marked.
         """
         image = load_image(self.items[index].image)
         box = placed(*image.size, self.size, "pad")
@@ -83,21 +104,31 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
 def load_mask(
     source: Source, size: int, image: Source | None = None, fit: Fit = "resize"
 ) -> np.ndarray:
-    """Decode a mask into bool ``(size, size)``, as :func:`msflow_ext.data.masks.decode_mask` says.
+    """Decode a mask, and resize it to the nearest pixel without losing a region.
 
-    It is resized to the nearest pixel, and every region keeps at least one, see
-    :func:`msflow_ext.data.masks.resize`.
+    :func:`msflow_ext.data.masks.decode_mask` describes which pixels are marked. Each region keeps at
+    least one pixel, as :func:`msflow_ext.data.masks.resize` describes.
 
     Args:
-        source: a file, a folder of files, which together are the mask, or a bool or integer
-            ``(H, W)`` array.
-        image: what the mask belongs to; given, both must have the same size.
-        fit: ``"resize"`` or ``"pad"``, as in :class:`Images`.
+        source: a file, a folder of files whose union is the mask, or a bool or integer ``(H, W)``
+            array.
+        size: side of the square in pixels.
+        image: the image of the mask. If given, both must have the same size.
+        fit: ``"resize"`` or ``"pad"``, as for :class:`Images`.
+
+    Shape:
+        - Output: bool ``(size, size)``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the mask is of another size than its image, or cannot be decoded.
+        FileNotFoundError: the file does not exist.
+        ValueError: the mask cannot be decoded, or its size differs from that of its image.
         TypeError: an array is neither bool nor integer.
+
+    Examples:
+        >>> mask = np.zeros((64, 64), bool)
+        >>> mask[10:20, 10:20] = True
+        >>> load_mask(mask, size=32).sum().item()
+        25
     """
     _checked_size(size)
     _checked_fit(fit)
@@ -109,8 +140,8 @@ def load_mask(
     return square
 
 
-def placed(width: int, height: int, size: int, fit: Fit) -> Box:
-    """Return the rows and columns of a square of ``size`` that show an image of ``width`` x ``height``."""
+def placed(width: int, height: int, size: int, fit: str) -> Box:
+    """Return the rows and columns of a square of ``size`` that show a ``width`` x ``height`` image."""
     longer = max(width, height)
     extents = (
         size if fit == "resize" else max(1, round(size * side / longer)) for side in (height, width)
@@ -147,7 +178,7 @@ def _checked_fit(fit: Fit) -> Fit:
 
 
 def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize an image ``(H, W, 3)`` uint8, an anomaly map ``(H, W)`` float or a mask ``(H, W)`` bool."""
+    """Resize a uint8 image ``(H, W, 3)``, a float anomaly map ``(H, W)`` or a bool mask ``(H, W)``."""
     from PIL import Image
 
     if values.dtype == np.bool_:
@@ -160,13 +191,13 @@ def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def in_aspect(height: int, width: int, longer: int) -> tuple[int, int]:
-    """Return height and width of the same aspect whose longer side is ``longer``."""
+    """Return height and width of the same aspect ratio, the longer side being ``longer``."""
     rows, columns = placed(width, height, longer, "pad")
     return rows.stop - rows.start, columns.stop - columns.start
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
-    """Convert ``(3, H, W)``, float in 0..1 or uint8, to ``(H, W, 3)`` uint8."""
+    """Convert ``(3, H, W)``, float in 0..1 or uint8, to uint8 ``(H, W, 3)``."""
     if image.dtype != torch.uint8:
         image = (image * 255).round().clamp(0, 255).byte()
     return image.permute(1, 2, 0).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Masks: the marked pixels, and how regions survive resizing."""
+"""Decode masks: which pixels are marked, and how regions survive resizing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from msflow_ext.data.walk import walk
 
 @dataclass(frozen=True)
 class Mask:
-    """What a mask marks, bool ``(H, W)``; whether EXIF turned it, and whether it was cut at half."""
+    """A decoded mask.
+
+    Attributes:
+        marks: bool ``(H, W)``, True on the defect.
+        turned: whether EXIF rotated it.
+        soft: whether its outlines were soft, so that it was cut at half of its largest level.
+    """
 
     marks: np.ndarray
     turned: bool = False
@@ -22,13 +28,13 @@ class Mask:
 
 
 def read_mask(source: Source, image: Source | None = None) -> np.ndarray:
-    """Decode a mask into bool ``(H, W)``, as :func:`decode_mask` says.
+    """Decode a mask into bool ``(H, W)``, as :func:`decode_mask` does.
 
     Args:
-        image: what the mask belongs to; given, both must have the same size.
+        image: the image of the mask. If given, both must have the same size.
 
     Raises:
-        ValueError: the mask is of another size than its image, or cannot be decoded.
+        ValueError: the mask cannot be decoded, or its size differs from that of its image.
         TypeError: an array is neither bool nor integer.
     """
     mask = decode_mask(source)
@@ -38,23 +44,24 @@ def read_mask(source: Source, image: Source | None = None) -> np.ndarray:
 
 
 def decode_mask(source: Source) -> Mask:
-    """Decode a mask and mark what its maker marked.
+    """Decode a mask, whatever its encoding.
 
-    Any level above black marks: 0/1, 0/255, numbers of classes, 16 bits, 1 bit, palettes (by their
-    colours) and colours (by the largest of them) all work. There are two exceptions:
+    Every level above black is marked. Masks with 0/1, 0/255, class numbers, 16 bits or 1 bit work,
+    and so do palettes (by their colors) and colors (by their largest channel). There are two
+    exceptions:
 
-    - Soft outlines. A mask is soft if it was compressed with losses (JPEG), or if some pixels are about
-      as far from black as from its largest level, and no such level fills 3 x 3 pixels, as a class
-      would. It is cut at half of its largest level; regions below half, at a quarter.
-    - Alpha. It counts where the colours mark all pixels or none, and itself varies.
+    - Soft outlines. A mask is soft if its compression is lossy (JPEG), or if some pixels lie about
+      midway between black and the largest level, and no such level fills 3 x 3 pixels, as a class
+      would. A soft mask is cut at half of its largest level; regions below half, at a quarter.
+    - Alpha. The alpha channel is the mask if it varies and the colors mark all pixels or none.
 
     Args:
-        source: a file, a folder of files, which together are the mask, or a bool or integer
-            ``(H, W)`` array.
+        source: a file, a folder of files whose union is the mask, or a bool or integer ``(H, W)``
+            array.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`msflow_ext.data.load_image`; files of a folder differ
-            in size.
+        FileNotFoundError: the file does not exist.
+        ValueError: a file cannot be decoded, or the files of a folder differ in size.
         TypeError: an array is neither bool nor integer.
     """
     if isinstance(source, np.ndarray):
@@ -65,24 +72,24 @@ def decode_mask(source: Source) -> Mask:
 
 
 def check_size(mask: Mask, source: Source, picture: Picture, image: Source) -> None:
-    """Raise ValueError unless a mask and the picture of its image have one size; both are named."""
+    """Raise a ValueError that names both files unless a mask and its image have the same size."""
     (height, width), size = mask.marks.shape, picture.pixels.size
     if (width, height) != size:
-        turned = ", turned as its EXIF says" if picture.turned else ""
+        turned = " (rotated by EXIF)" if picture.turned else ""
         raise ValueError(
-            f"mask {source_name(source)} is {width}x{height} pixels, "
-            f"its image {source_name(image)} is {size[0]}x{size[1]}{turned}"
+            f"mask {source_name(source)} must have the size of its image {source_name(image)}, "
+            f"{size[0]}x{size[1]} pixels{turned}, got {width}x{height}"
         )
 
 
 def resize(marks: np.ndarray, height: int, width: int) -> tuple[np.ndarray, int]:
-    """Resize to the nearest pixel, as the published evaluations do, without loss of a region.
+    """Resize to the nearest pixel, as published evaluations do, without losing a region.
 
-    A region (8-connected) that has no pixel left then marks every pixel of the result in which it
-    lies. There is one for each region, unless two share it.
+    If an 8-connected region has no pixel left, it marks every pixel of the result that it touches.
+    So each region keeps at least one pixel, which it may share with another region.
 
     Returns:
-        bool ``(height, width)``, and how many regions had none left.
+        The mask, bool ``(height, width)``, and the number of regions that had no pixel left.
     """
     from PIL import Image
     from scipy import ndimage
@@ -111,7 +118,9 @@ def _of_array(array: np.ndarray) -> Mask:
 def _union(folder: Path) -> Mask:
     masks = [_of_picture(decode(path)) for path in walk(folder, deep=False).paths]
     if len({mask.marks.shape for mask in masks}) != 1:
-        raise ValueError(f"mask {folder} is a folder of {len(masks)} images, not all of one size")
+        raise ValueError(
+            f"mask {folder} must be a folder of images of one size, got {len(masks)} images"
+        )
     return reduce(
         lambda a, b: Mask(a.marks | b.marks, a.turned or b.turned, a.soft or b.soft), masks
     )
@@ -141,14 +150,14 @@ def _is_soft(levels: np.ndarray) -> bool:
 
     largest = int(levels.max())
     if levels.dtype.kind != "u" or 2 * largest < np.iinfo(levels.dtype).max:
-        return False  # numbers of classes
+        return False  # class numbers
     between = (levels > largest / 8) & (levels < largest - largest / 8)
     flat = ndimage.maximum_filter(levels, 3) == ndimage.minimum_filter(levels, 3)
     return bool(between.any() and not (between & flat).any())
 
 
 def _cut(levels: np.ndarray) -> np.ndarray:
-    """Return where a soft mask is above half of its largest level, and regions that are not, above a quarter."""
+    """Cut a soft mask at half of its largest level, and fainter regions at a quarter."""
     from scipy import ndimage
 
     largest = int(levels.max())

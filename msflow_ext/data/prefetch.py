@@ -13,7 +13,7 @@ Decoded = TypeVar("Decoded")
 def decoded(
     decode: Callable[[Any], Decoded], chunks: Iterable[list[Any]], workers: int
 ) -> Iterator[list[Decoded]]:
-    """Yield ``decode(source)`` of each chunk of sources, on threads, one chunk ahead of the caller.
+    """Yield ``decode(source)`` for each chunk of sources, decoded one chunk ahead on threads.
 
     If a source fails, the results before it in its chunk are yielded first; then the error is raised.
     """

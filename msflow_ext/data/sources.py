@@ -1,4 +1,4 @@
-"""Named images from paths, arrays, tensors and iterables of them."""
+"""Yield the images in files, folders, arrays and tensors one by one, each with its name."""
 
 from __future__ import annotations
 
@@ -15,32 +15,25 @@ from torch import Tensor
 from msflow_ext.data import load_image
 from msflow_ext.data.walk import APART, OURS, SUFFIXES, summary, walk
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from msflow_ext.data.dataset import Frame
-
-#: Sources of images, see :func:`images_of`.
-Source: TypeAlias = "str | Path | Frame | Image.Image | np.ndarray | Tensor | Iterable[Source]"
-#: Types that are iterable, but do not hold images.
+#: Iterable types that do not hold images.
 _NO_SOURCES = (bytes, bytearray, memoryview, io.IOBase, Mapping)
 
 
 class Named(NamedTuple):
-    """An image, or its file, and the name that its result gets."""
+    """An image or its file, with the name of its result."""
 
     name: str
     image: Any
 
 
 def listed(paths: Sequence[str | Path], *, apart: Iterable[Path] = ()) -> dict[str, Path]:
-    """Return the images in files and folders by name, without reading them.
+    """List every image of files and folders by its name, without reading one.
 
     Args:
-        apart: folders to pass over, see :func:`msflow_ext.data.walk.walk`.
+        apart: folders to pass over, as for :func:`msflow_ext.data.walk.walk`.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a file does not exist.
         ValueError: there are no images, or one is given twice.
     """
     found: dict[str, Path] = {}
@@ -62,14 +55,14 @@ def images_of(
     one: bool = True,
     apart: Iterable[Path] = (),
 ) -> Iterator[Named]:
-    """Yield every image in ``source`` with its name: a path, an array or a tensor.
+    """Yield every image in ``source`` with its name, as a path, an array or a tensor.
 
-    The name of an image in a folder is its path from there on, or with that of the folder if this
-    is not the ``one`` source: images of the same name in two folders are told apart.
+    An image in a folder is named by its path relative to the folder. If there are several sources
+    (``one`` is False), the name includes the folder, so that names are unique.
 
-    Folders are searched by :func:`msflow_ext.data.walk.walk`, which says what ``apart`` is; one line
-    in the log says what is passed over. A folder without images is an error, but beside other
-    sources not one that holds pictures of this package.
+    Folders are searched by :func:`msflow_ext.data.walk.walk`; one line in the log names the files
+    passed over. A folder without images is an error, except among several sources if it holds
+    pictures that this package wrote.
     """
     from PIL import Image
 
@@ -87,8 +80,8 @@ def images_of(
     elif isinstance(source, (str, Path)):
         if not Path(source).exists() and not {"*", "?", "["}.isdisjoint(str(source)):
             raise FileNotFoundError(
-                f"{source} is not a file, and patterns are not expanded: give a folder, or the files "
-                "(pathlib.Path(...).glob(...), or the pattern without quotes in a shell)"
+                f"{source} is not a file; patterns are not expanded. Give a folder or the files "
+                "(pathlib.Path(...).glob(...), or the pattern without quotes in a shell)."
             )
         yield Named(str(source), Path(source))
     elif isinstance(source, Image.Image):
@@ -106,7 +99,7 @@ def images_of(
 
 
 def own_size(named: tuple[str, Any]) -> Tensor:
-    """Return a named image at its own size, ``(3, H, W)``: uint8, or the given float tensor."""
+    """Return a named image without resizing, ``(3, H, W)``: uint8, or a tensor as it was given."""
     name, image = named
     if not isinstance(image, Tensor):
         return torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1)
@@ -119,7 +112,7 @@ def own_size(named: tuple[str, Any]) -> Tensor:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """Return a PIL image as an array that :func:`msflow_ext.data.load_image` reads without loss."""
+    """Convert a PIL image to an array that :func:`msflow_ext.data.load_image` reads without loss."""
     from PIL import ImageOps
 
     upright = ImageOps.exif_transpose(image)

@@ -1,8 +1,8 @@
-"""Seeded defects on gray photographs, each with the exact mask of the pixels that it changed.
+"""Draw seeded defects on gray photographs, each with the exact mask of the changed pixels.
 
 A kind of defect is a function of an image, uint8 ``(H, W)``, and a random generator; it returns
-the changed copy and its bool ``(H, W)`` mask. Sizes grow with the image's shorter side. They are
-drawn blindly, so a defect may come out faint: `draw` repeats until one can be seen.
+the changed copy and its bool ``(H, W)`` mask. Sizes grow with the image's shorter side. A random
+defect may be too faint to see, so `draw` repeats until one is visible.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def draw(
     """Draw ``defect`` until it has at least 30 pixels that change by 8 gray levels on average.
 
     Raises:
-        ValueError: ``image`` is not ``(H, W)``, or none of the tries could be seen.
+        ValueError: ``image`` is not ``(H, W)``, or none of the tries gave a visible defect.
         TypeError: ``image`` is not uint8.
     """
     if image.dtype != np.uint8:
         raise TypeError(f"image must be uint8, got {image.dtype}")
     if image.ndim != 2:
-        raise ValueError(f"image must be (H, W), got {image.shape}")
+        raise ValueError(f"image must have shape (H, W), got {image.shape}")
     for _ in range(tries):
         changed, mask = defect(image, rng)
         change = np.abs(changed[mask].astype(float) - image[mask])
@@ -41,20 +41,20 @@ def draw(
 
 
 def scar(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return a thin strip of the image, turned, darkened or brightened, and laid down elsewhere."""
+    """Paste a thin strip of the image elsewhere, rotated, and darker or brighter."""
     side = min(image.shape)
     length, width = rng.uniform(0.15, 0.4) * side, rng.uniform(0.015, 0.045) * side
     return _cut_paste(image, rng, length, width, _dark_or_bright(rng, 0.15, 0.45))
 
 
 def patch(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return a rectangle of the image, turned and laid down elsewhere at almost the same brightness."""
+    """Paste a rectangle of the image elsewhere, rotated, at almost the same brightness."""
     length, width = rng.uniform(0.08, 0.19, size=2) * min(image.shape)
     return _cut_paste(image, rng, length, width, rng.uniform(0.95, 1.05))
 
 
 def blur(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return a smeared spot, masked where there was something to smear: not on flat ground."""
+    """Blur a spot. The mask leaves out flat pixels, which blurring does not change visibly."""
     side = min(image.shape)
     blurred = _smooth(image, rng.uniform(0.025, 0.04) * side)
     visible = _smooth(np.abs(blurred - image), 0.01 * side) >= 5
@@ -62,7 +62,7 @@ def blur(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
 
 
 def blob(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return a darker or brighter spot with a wavy outline: a stain."""
+    """Draw a stain: a darker or brighter spot with a wavy outline."""
     spot = _spot(image, rng, rng.uniform(0.045, 0.12) * min(image.shape))
     return _change(image, spot, image * _dark_or_bright(rng, 0.3, 0.5))
 
@@ -70,13 +70,13 @@ def blob(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
 def perlin(
     image: np.ndarray, rng: np.random.Generator, foreign: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Flecks of another texture, ``foreign`` of the image's shape, cut out by Perlin noise."""
+    """Draw flecks of another texture, ``foreign`` of the image's shape, cut out by Perlin noise."""
     side = min(image.shape)
     rows, columns = _offsets(image, rng)
     near = np.exp(-(rows**2 + columns**2) / (2 * (0.12 * side) ** 2))
     height = near * (1 + _perlin_noise(image.shape, rng.uniform(0.08, 0.16) * side, rng))
     flecks = height > np.quantile(height, 1 - rng.uniform(0.005, 0.03))
-    flecks = _smooth(flecks, 0.01 * side) > 0.5  # no crumbs
+    flecks = _smooth(flecks, 0.01 * side) > 0.5  # removes single pixels
     opacity = rng.uniform(0.6, 1.0)
     return _change(image, flecks, opacity * foreign + (1 - opacity) * image)
 
@@ -108,19 +108,19 @@ def _cut_paste(
 
 
 def _dark_or_bright(rng: np.random.Generator, least: float, most: float) -> float:
-    """Return a factor of brightness that differs from 1 by ``least`` to ``most``."""
+    """Draw a factor of brightness that differs from 1 by ``least`` to ``most``."""
     return 1 + rng.choice((-1, 1)) * rng.uniform(least, most)
 
 
 def _offsets(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return each pixel's row and column, counted from a random point off the margin."""
+    """Return each pixel's row and column relative to a random point away from the border."""
     row, column = rng.uniform(0.1, 0.9, size=2) * image.shape
     rows, columns = np.indices(image.shape)
     return rows - row, columns - column
 
 
 def _spot(image: np.ndarray, rng: np.random.Generator, radius: float) -> np.ndarray:
-    """Return a disc whose radius waves by up to a third around it."""
+    """Return a disc whose radius varies by up to a third along its outline."""
     rows, columns = _offsets(image, rng)
     angle, waves = np.arctan2(rows, columns), rng.integers(2, 6)
     outline = 1 + rng.uniform(0, 0.33) * np.cos(waves * angle + rng.uniform(0, 2 * np.pi))
@@ -128,7 +128,7 @@ def _spot(image: np.ndarray, rng: np.random.Generator, radius: float) -> np.ndar
 
 
 def _smooth(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian smoothing; at the border the weights that are left sum to one."""
+    """Smooth with a Gaussian whose weights are normalized at the border."""
     down, across = (
         np.exp(-0.5 * (np.subtract.outer(np.arange(n), np.arange(n)) / sigma) ** 2)
         for n in image.shape
@@ -138,7 +138,7 @@ def _smooth(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _perlin_noise(shape: tuple[int, ...], cell: float, rng: np.random.Generator) -> np.ndarray:
-    """Gradient noise with one random direction a lattice point, about -0.7..0.7."""
+    """Return gradient noise, about -0.7..0.7, with one random direction per lattice point."""
     rows, columns = (np.arange(n) / cell for n in shape)
     top, left = np.ix_(rows.astype(int), columns.astype(int))
     down, right = np.ix_(rows % 1, columns % 1)

@@ -1,4 +1,4 @@
-"""Find out from the tags whether Pillow reads a TIFF file correctly; it misreads some without an error."""
+"""Refuse TIFF files that Pillow would misread silently, by their tags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TAGS = (
 _TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}
 _MOST_ENTRIES, _MOST_VALUES = 4096, 3 * 2**16
 
-Tags = dict[int, tuple[int, ...]]  # those above that a file has
+Tags = dict[int, tuple[int, ...]]  # the tags above that a file has
 
 _WHITE_IS_ZERO, _GRAY, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _NAMES = {
@@ -34,7 +34,7 @@ _NAMES = {
     _CMYK: "CMYK",
     _YCBCR: "YCbCr",
 }
-#: Bits of a sample, and samples of a pixel, that are read right in one plane.
+#: Bits per sample, and samples per pixel, that Pillow reads correctly in one plane.
 _READ = {
     _WHITE_IS_ZERO: {(1, 1), (2, 1), (4, 1), (8, 1)},
     _GRAY: {(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 2)},
@@ -51,14 +51,16 @@ _FORMATS = {1: "uint", 2: "int", 3: "float"}
 
 
 def read_tags(file: BinaryIO) -> Tags | None:
-    """Return the readable tags of the first image of a TIFF file; None for any other file.
+    """Return the readable tags of the first image of a TIFF file, or None for another kind of file.
 
-    Pillow reads every tag, however long, and tells none of a file that it does not know.
+    Pillow would read every tag, however long, and returns no tags of a file that it cannot decode.
     """
     file.seek(0)
     header = file.read(16).ljust(16, b"\0")
     order = {b"II": "<", b"MM": ">"}.get(header[:2])
-    if order is None or not {42, 43} & set(header[2:4]):  # in either order: Pillow takes both
+    if order is None or not {42, 43} & set(
+        header[2:4]
+    ):  # in either byte order: Pillow accepts both
         return None
     start, count, entry = (8, "Q", "HHQ8s") if 43 in header[2:4] else (4, "H", "HHI4s")
     tags: Tags = {}
@@ -75,16 +77,16 @@ def read_tags(file: BinaryIO) -> Tags | None:
 
 
 def refuse_misread(tags: Tags, name: str) -> None:
-    """Raise ValueError unless Pillow reads the pixels of a file with these tags right."""
+    """Raise a ValueError unless Pillow reads the pixels of a file with these tags correctly."""
     if not _is_read(tags):
         raise ValueError(
-            f"{name} is a TIFF file of {_described(tags)}, which is not read: save it as PNG, or as TIFF "
-            "of 8 or 16 unsigned bits, gray or RGB, in one plane, without premultiplied alpha"
+            f"{name} cannot be read: TIFF with {_described(tags)} is not supported. Save it as PNG, or as "
+            "TIFF of 8 or 16 unsigned bits, gray or RGB, in one plane, without premultiplied alpha."
         )
 
 
 def is_lossy(tags: Tags) -> bool:
-    """Return whether the pixels are compressed with losses."""
+    """Return whether the compression of the pixels is lossy."""
     return _one(tags, _COMPRESSION, _RAW) in (_JPEG, _WEBP)
 
 
@@ -98,7 +100,7 @@ def _is_read(tags: Tags) -> bool:
         and set(tags.get(_SAMPLE_FORMAT, (1,))) == {1}
         and tags.get(_EXTRA_SAMPLES, ()) in ((), (0,), (2,))  # (1,): premultiplied
         and compression in _COMPRESSIONS
-        and not (photometric == _YCBCR and compression == _RAW)  # subsampled, perhaps
+        and not (photometric == _YCBCR and compression == _RAW)  # may be subsampled
         and not (photometric == _PALETTE and 0 < max(tags.get(_COLOUR_MAP, (0,))) < 256)  # 8 bits
     )
 
@@ -108,11 +110,11 @@ def _described(tags: Tags) -> str:
     bits = sorted(set(tags.get(_BITS, (1,))))
     pixel = f"{_one(tags, _SAMPLES, 1)} x {'/'.join(sorted(formats))}{'/'.join(map(str, bits))}"
     photometric = _one(tags, _PHOTOMETRIC)
-    colours = _NAMES.get(photometric, f"photometric interpretation {photometric}")
+    colors = _NAMES.get(photometric, f"photometric interpretation {photometric}")
     planes = "separate planes" if _one(tags, _PLANES, 1) == 2 else "one plane"
     alpha = ", premultiplied alpha" if 1 in tags.get(_EXTRA_SAMPLES, ()) else ""
     compression = _one(tags, _COMPRESSION, _RAW)
-    return f"{pixel} a pixel ({colours}, {planes}, compression {compression}{alpha})"
+    return f"{pixel} a pixel ({colors}, {planes}, compression {compression}{alpha})"
 
 
 def _one(tags: Tags, tag: int, default: int = -1) -> int:
@@ -120,7 +122,7 @@ def _one(tags: Tags, tag: int, default: int = -1) -> int:
 
 
 def _values(file: BinaryIO, order: str, kind: str, length: int, value: bytes) -> tuple[int, ...]:
-    """Return the numbers of a tag: from its entry if they fit, else from the offset in it."""
+    """Return the numbers of a tag: from its entry if they fit, else from where that points."""
     layout = f"{order}{length}{kind}"
     if struct.calcsize(layout) <= len(value):
         return struct.unpack_from(layout, value)
@@ -133,7 +135,7 @@ def _values(file: BinaryIO, order: str, kind: str, length: int, value: bytes) ->
 
 def _seek(file: BinaryIO, place: int) -> None:
     if place > file.seek(0, os.SEEK_END):
-        raise struct.error(f"nothing is at {place}")
+        raise struct.error(f"offset {place} is past the end")
     file.seek(place)
 
 

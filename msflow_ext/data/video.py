@@ -1,4 +1,4 @@
-"""Videos, through the optional package imageio; all but GIF also need PyAV."""
+"""Decode videos with the optional package imageio, and PyAV for all formats except GIF."""
 
 from __future__ import annotations
 
@@ -12,37 +12,34 @@ import numpy as np
 
 from msflow_ext.data.dataset import Frame
 
-#: By suffix, what a file must hold: others could open further files, or start programs.
+#: The container format required for each suffix: others could open further files or start programs.
 KINDS = {".avi": "avi", ".mp4": "mp4", ".mkv": "matroska", ".mov": "mov", ".gif": "gif"}
 SUFFIXES = tuple(KINDS)
 
 
 def frames(video: Path) -> list[Frame]:
-    """Return every frame of a video, none of them decoded.
+    """List every frame of a video without decoding one.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: it cannot be decoded.
-        ModuleNotFoundError: the package is not installed.
+        ModuleNotFoundError: imageio or PyAV is not installed.
     """
     return [Frame(video, index) for index in range(_decoded(video, _count))]
 
 
 def load_frame(frame: Frame) -> np.ndarray:
-    """Return a frame as ``(H, W)`` or ``(H, W, 3)`` uint8.
+    """Decode a frame into uint8 ``(H, W)`` or ``(H, W, 3)``.
 
-    Frames that are read in their order come one after the other; for others, the video is searched from the last
-    key frame on. Each thread keeps the video that it read last open.
-
-    Raises:
-        As :func:`frames`.
+    Reading frames in order is fastest; for other frames, the decoder starts at the last key frame.
+    Each thread keeps the video that it read last open. Raises as :func:`frames`.
     """
     return _decoded(frame.video, lambda video: video.read(index=frame.index))
 
 
 def _count(video: Any) -> int:
     claimed = video.properties(index=...).n_images
-    return claimed or sum(1 for _ in video.iter())  # some containers do not say
+    return claimed or sum(1 for _ in video.iter())  # some containers do not store the number
 
 
 def _decoded(path: Path, read: Callable[[Any], Any]) -> Any:
@@ -54,7 +51,7 @@ def _decoded(path: Path, read: Callable[[Any], Any]) -> Any:
         raise ModuleNotFoundError(
             f"video {path} needs the packages imageio and av: pip install imageio av"
         ) from error
-    except Exception as error:  # each plugin raises its own
+    except Exception as error:  # each plugin raises its own types
         _last.close()
         raise ValueError(f"video {path} cannot be decoded: {error}") from error
 
@@ -68,18 +65,18 @@ def _opened(path: Path) -> Any:
         return imageio.v3.imopen(path, "r", **options)
     from PIL import Image
 
-    with Image.open(path, formats=("GIF",)):  # or an error: imageio takes any kind
+    with Image.open(path, formats=("GIF",)):  # raises for other formats, which imageio would accept
         return imageio.v3.imopen(path, "r", plugin="pillow")
 
 
 class _Last(threading.local):
-    """The last video of each thread, kept open: closing one takes imageio half a second."""
+    """The video that a thread read last, kept open because closing it takes imageio half a second."""
 
     key: Any = None
     video: Any = None
 
     def opened(self, path: Path) -> Any:
-        key = (os.getpid(), path, path.stat().st_mtime_ns)  # a forked process opens it anew
+        key = (os.getpid(), path, path.stat().st_mtime_ns)  # a forked process opens it again
         if key != self.key:
             self.close()
             self.video, self.key = _opened(path), key

@@ -1,4 +1,4 @@
-"""Walk a folder: find its images, and note what is skipped."""
+"""Walk a folder: which files are read, and which are passed over."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from msflow_ext.text_table import one_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp")
 
-#: Folders of pictures that this package writes, where one of these files lies beside them.
+#: Folders of pictures that this package writes, recognized by one of the files beside them.
 PICTURES = ("maps", "masks")
 BESIDE_PICTURES = ("scores.csv", "model.safetensors")
 
-#: Why folders that the caller names and folders of pictures are passed over.
-APART = "used otherwise by this command"
+#: Reasons to pass over folders that the caller names, and folders of written pictures.
+APART = "this command uses it for something else"
 OURS = "written by msflow"
 
 SHOWN = 5  # names in one line
@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Found:
-    """What lies in a folder; names are paths from the folder on, with ``/``.
+    """The contents of a folder. Names are paths relative to the folder, with ``/``.
 
     Attributes:
         folder: the folder.
-        files: the files that were asked for and their status, sorted by folder and name.
-        folders: names of the folders that were met, none of them hidden.
-        passed_over: everything else by its name, with the reason where the name does not show it;
-            a folder's name ends in ``/`` and stands for all that is in it.
+        files: the matching files and their status, sorted by folder and name.
+        folders: names of the sub-folders that are not hidden.
+        passed_over: everything else by name, with the reason, or ``""`` if the name shows it. The
+            name of a folder ends in ``/`` and stands for its whole contents.
     """
 
     folder: Path
@@ -49,7 +49,7 @@ class Found:
         return [self.folder / name for name in self.files]
 
     def log_passed_over(self) -> None:
-        """Log one line with the number and the first names of what is passed over, if anything is."""
+        """Log one line with the number and the first names of the files passed over, if there are any."""
         if self.passed_over:
             log.warning("%s: %s", one_line(str(self.folder)), summary(self.passed_over))
 
@@ -61,21 +61,21 @@ def walk(
     deep: bool = True,
     apart: Iterable[str | Path] = (),
 ) -> Found:
-    """Find the files in ``folder`` and in its sub-folders whose suffixes, in any case, are asked for.
+    """Find the files in ``folder`` and its sub-folders that have one of the suffixes, in any case.
 
-    Everything that reads a folder of images follows these rules.
+    All commands that read a folder of images follow these rules:
 
     * Hidden files and folders, whose names begin with a dot, are passed over.
-    * Links are followed. A folder that was met before, such as one that a link leads back to, is
-      passed over, so that every walk ends. Folders are entered before links to folders.
+    * Links are followed. A folder that was met before, for example through a link, is passed over,
+      so that every walk ends. Folders are entered before links to folders.
     * Heat maps and masks that this package wrote are passed over: folders ``maps`` and ``masks``
       beside a ``scores.csv`` or a ``model.safetensors``.
-    * A sub-folder that may not be read and a link to nowhere are passed over.
+    * A sub-folder without read permission and a broken link are passed over.
 
     Args:
         suffixes: in lower case, with the dot.
-        deep: whether to search sub-folders; if not, they are in ``folders`` only.
-        apart: folders to pass over, which may not exist.
+        deep: whether to search sub-folders. If not, they are listed in ``folders`` only.
+        apart: folders to pass over, which need not exist.
 
     Raises:
         OSError: ``folder`` cannot be read.
@@ -86,13 +86,13 @@ def walk(
 
 
 def few(words: Sequence[str]) -> str:
-    """Return the first words, and how many more there are."""
+    """Join the first words, and say how many more there are."""
     more = len(words) - SHOWN
     return ", ".join(words[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def summary(passed_over: Mapping[str, str]) -> str:
-    """Return how many files and folders are passed over and the first names, those with a reason first."""
+    """Return the number of files passed over and the first names, those with a reason first."""
     names = sorted(passed_over, key=lambda name: (not passed_over[name], name))
     reasons = [f" ({passed_over[name]})" if passed_over[name] else "" for name in names]
     listed = few([name + reason for name, reason in zip(names, reasons, strict=True)])
@@ -121,7 +121,7 @@ class _Walk:
         self.found.folders.sort()
 
     def _enter(self, name: str) -> None:
-        """Scan a sub-folder, or say why not."""
+        """Scan a sub-folder, or note why it is passed over."""
         reason = ""
         try:
             identity = _identity(self.found.folder / name)
@@ -147,7 +147,7 @@ class _Walk:
         for entry in entries:
             name = prefix + entry.name
             if entry.name == LOCK:
-                continue  # of a command that writes here, this one perhaps
+                continue  # of the command that writes here, which may be this one
             if entry.name.startswith("."):
                 self.found.passed_over[name + "/" * _is_folder(entry)] = ""
             elif _is_folder(entry):
@@ -158,10 +158,10 @@ class _Walk:
                 else:
                     self.found.folders.append(name)
             else:
-                self._take(name, entry)
+                self._note(name, entry)
 
-    def _take(self, name: str, entry: os.DirEntry[str]) -> None:
-        """Note a file, or what else is no folder."""
+    def _note(self, name: str, entry: os.DirEntry[str]) -> None:
+        """Record a file, or why it is passed over."""
         reason = ""
         matches = os.path.splitext(entry.name)[1].lower() in self.suffixes
         try:
@@ -175,14 +175,14 @@ class _Walk:
             if not entry.is_symlink():  # gone meanwhile
                 return
             gone = isinstance(error, FileNotFoundError)
-            reason = "a link to nowhere" if gone else str(error.strerror)
+            reason = "a broken link" if gone else str(error.strerror)
         self.found.passed_over[name] = reason
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle, or into a folder that may not be read
+    except OSError:  # a circular link, or one into a folder without read permission
         return False
 
 

@@ -1,1 +1,1 @@
-"""Several processes that train together, and workers that do many tasks."""
+"""Train in several processes, and run many tasks on workers."""

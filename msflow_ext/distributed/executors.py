@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-#: A task, and its result or its error.
+#: A task, its result, and the error if it failed.
 Outcome = tuple[Any, Any, Exception | None]
-#: Calls ``work(task)`` for each task and yields outcomes as they are ready. Close it after use.
+#: Runs ``work(task)`` for each task and yields outcomes as they are ready. Must be closed after use.
 Engine = Callable[[Callable[[Any], Any], Iterable[Any]], Generator[Outcome, None, None]]
 
-RETRIES = 5  # of a task whose worker died
-QUEUE = 1000  # tasks that Ray is told of at a time
-STORE_BYTES = 100 * 2**20  # of Ray's shared memory: results are small
+RETRIES = 5  # for a task whose worker died
+QUEUE = 1000  # most tasks that are submitted to Ray at a time
+STORE_BYTES = 100 * 2**20  # size of Ray's shared memory; results are small
 CONNECT_SECONDS = 30.0
 _CONNECT = """
 import ray, sys
@@ -35,12 +35,12 @@ except Exception as error:
 log = logging.getLogger(__name__)
 
 
-class TaskLost(RuntimeError):  # noqa: N818  (it says what happened)
-    """A task was given up: its workers died repeatedly, or the engine cancelled it."""
+class TaskLost(RuntimeError):  # noqa: N818  (the name says what happened)
+    """Raised when the workers of a task died repeatedly, or the engine gave up the task."""
 
 
 def one_by_one(work: Callable[[Any], Any], tasks: Iterable[Any]) -> Generator[Outcome, None, None]:
-    """Run tasks in this process, in order: the engine ``local``."""
+    """Run tasks in this process, one after the other: the engine ``local``."""
     for task in tasks:
         result, error = None, None
         try:
@@ -57,22 +57,23 @@ def on_ray(
     cpus: int = 1,
     gpus: float = 0.0,
 ) -> Engine:
-    """Run tasks in parallel in worker processes: the engine ``ray``. A task whose worker dies is repeated.
+    """Return the engine ``ray``, which runs tasks in parallel worker processes.
 
-    ``work`` and tasks are pickled. Workers take this process's working folder, which must be there on
-    every machine, as must all files that tasks name; torch computes with ``cpus`` threads.
+    A task is repeated if its worker dies. ``work`` and the tasks are pickled. Workers use this
+    process's working folder. The folder, and all files that tasks name, must exist on every machine.
+    PyTorch uses ``cpus`` threads.
 
     Args:
-        address: of a running cluster, ``HOST:PORT`` or ``auto``; by default the
-            Ray that this process is connected to or, if none, one on this machine that ends with
-            the tasks.
-        at_once: tasks that run at the same time, at most; by default as many as there is room for.
-        cpus, gpus: that a task keeps for itself.
+        address: a running cluster, ``HOST:PORT`` or ``auto``. By default, the Ray that this process
+            is connected to. If there is none, one is started on this machine and stopped after the
+            tasks.
+        at_once: most tasks that run at the same time. By default, as many as there is room for.
+        cpus, gpus: number of each that one task reserves.
 
     Raises:
-        ValueError: a number is too small or, when tasks begin, more than the machine has.
+        ValueError: a number is too small or, when tasks begin, larger than the machine allows.
         ModuleNotFoundError: Ray is not installed.
-        ConnectionError: when tasks begin: no cluster answers at ``address`` within 30 seconds.
+        ConnectionError: when tasks begin, no cluster answers at ``address`` within 30 seconds.
     """
     for name, value, least in (("at_once", at_once, 1), ("cpus", cpus, 1), ("gpus", gpus, 0)):
         if value is not None and value < least:
@@ -102,12 +103,14 @@ def on_ray(
 
 @contextmanager
 def session(address: str | None = None) -> Iterator[Any]:
-    """Connect to Ray and lend its module; processes started here end with the block."""
-    # Disable Ray's usage reports, and its advice on variables that are not used here.
+    """Connect to Ray and yield its module. Processes that are started here end with the block."""
+    # Turn off usage reports, and advice about variables that this package does not set.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address is None and "ray" not in sys.modules:  # which reads the following when imported
-        # Ray executes what its port receives, so accept connections from this machine only.
+    if (
+        address is None and "ray" not in sys.modules
+    ):  # which reads these variables when it is imported
+        # Ray listens on all interfaces and runs any task it receives, so accept tasks of this process only.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
@@ -129,22 +132,22 @@ def session(address: str | None = None) -> Iterator[Any]:
 
 
 def _check_address(address: str) -> None:
-    """ConnectionError if no cluster takes us in; asked by a process that can be stopped, as Ray waits long."""
+    """Raise a ConnectionError if no cluster answers, checked in a process that a timeout can stop."""
     command = [sys.executable, "-c", _CONNECT, address]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=CONNECT_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        reason = f"no Ray answered within {CONNECT_SECONDS:.0f} seconds"
+        reason = f"no cluster answered within {CONNECT_SECONDS:.0f} seconds"
         raise ConnectionError(f"--address {address}: {reason}") from None
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["Ray ended without an error message"])[-1]
+        last = (done.stderr.strip().splitlines() or ["Ray exited without a message"])[-1]
         raise ConnectionError(f"--address {address}: {last}")
 
 
 def _check_room(ray: Any, address: str | None, required: dict[str, float]) -> None:
-    """Raise ValueError if no machine can ever run a task; a cluster may still grow."""
+    """Raise a ValueError if no machine has room for a task. For a cluster, which may grow, warn."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(all(node.get(n, 0) >= count for n, count in required.items()) for node in nodes):
         return
@@ -153,10 +156,10 @@ def _check_room(ray: Any, address: str | None, required: dict[str, float]) -> No
         ", ".join(f"{each.get(name, 0):g} {name}s" for name in required)
         for each in (required, most)
     )
-    sentence = "a task needs {} (--cpus-per-task, --gpus-per-task), the largest machine has {}"
+    sentence = "a task needs {} (--cpus-per-task, --gpus-per-task), but the largest machine has {}"
     if address is None:
         raise ValueError(sentence.format(*texts))
-    log.warning("%s: tasks wait for a larger one", sentence.format(*texts))
+    log.warning("%s: tasks wait for a larger machine", sentence.format(*texts))
 
 
 def _on_worker(work: Callable[[Any], Any], task: Any, folder: str, threads: int) -> Any:
@@ -171,9 +174,9 @@ def _result(ray: Any, reference: Any) -> tuple[Any, Exception | None]:
     except ray.exceptions.RayTaskError as error:
         if not isinstance(error.cause, Exception):
             return None, TaskLost(str(error))
-        error.cause.__cause__ = error  # it holds the traceback, as text
+        error.cause.__cause__ = error  # which holds the traceback as text
         return None, error.cause
     except ray.exceptions.WorkerCrashedError:
         return None, TaskLost(f"its worker died {RETRIES + 1} times")
     except ray.exceptions.RayError as error:
-        return None, TaskLost(f"Ray cancelled it: {str(error).strip().splitlines()[0]}")
+        return None, TaskLost(f"Ray gave up the task: {str(error).strip().splitlines()[0]}")

@@ -1,4 +1,4 @@
-"""Start a command once per device, here or on several machines, by torch's elastic launcher."""
+"""Start a command once per device, on one or several machines, with PyTorch's elastic launcher."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from msflow_ext.distributed.ranks import started
 def processes_to_start(
     devices: int | None, num_nodes: int | None, rendezvous: str | None, device: str | None
 ) -> int:
-    """Return how many processes to start; 0 if this process trains itself, alone or as one of several.
+    """Return the number of processes to start, or 0 if this process shall train.
+
+    The arguments are the flags of these names.
 
     Raises:
-        ValueError: the flags, whose names these are, contradict each other, the machine or ``torchrun``.
+        ValueError: the flags contradict each other, the machine or ``torchrun``.
     """
     import torch
 
@@ -31,41 +33,44 @@ def processes_to_start(
         ):
             if value not in (None, found):
                 raise ValueError(
-                    f"{flag} is {value}, but torchrun started {found} {what}: leave the flag out"
+                    f"{flag} must be {found}, as torchrun started {found} {what}, got {value}. "
+                    "Leave the flag out."
                 )
         return 0
     devices, num_nodes = devices or 1, num_nodes or 1
     if num_nodes > 1 and not rendezvous:
         raise ValueError(
             f"--num-nodes {num_nodes} needs --rendezvous HOST:PORT, one of the machines and a free "
-            "port there, the same on all"
+            "port there. Give the same on all machines."
         )
     if rendezvous and num_nodes == 1:
-        raise ValueError("--rendezvous is for training on several machines and needs --num-nodes")
+        raise ValueError("--rendezvous needs --num-nodes, the number of machines that meet there")
     _check(devices, device)
     gpus = torch.cuda.device_count()
     if devices > gpus and str(device or ("cuda" if gpus else "cpu")) == "cuda":
-        raise ValueError(f"--devices is {devices}, this machine has {gpus} GPUs")
+        raise ValueError(
+            f"--devices must be at most {gpus}, the number of GPUs of this machine, got {devices}"
+        )
     return devices if devices * num_nodes > 1 else 0
 
 
 def launch(
     arguments: Sequence[str], devices: int, num_nodes: int | None, rendezvous: str | None
 ) -> int:
-    """Run ``msflow`` with these arguments in ``devices`` processes, and return its exit status.
+    """Run ``msflow`` with these arguments in ``devices`` processes, and return the exit status.
 
-    If one of them fails, all others are ended; so are all by a signal to this one.
+    If one process fails, all processes are stopped. A signal to this process stops them too.
 
     Raises:
-        ChildProcessError: one has ended without a word, such as by a signal; it is named.
-        ConnectionError: the machines do not meet, or the one where they met is gone.
+        ChildProcessError: a process was ended by a signal, so that it printed no error.
+        ConnectionError: the machines do not meet at the rendezvous, or lose it.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in ("", ".agent.server.api"):  # the second sets a level of its own
+    for name in ("", ".agent.server.api"):  # the second logger sets its own level
         logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     machines = num_nodes or 1
@@ -82,14 +87,14 @@ def launch(
         elastic_launch(config, sys.executable)("-m", "msflow_ext", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:  # and it has said why
+        if failure.exitcode > 0:  # the process has printed its error
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
         raise ChildProcessError(
-            f"process {rank} of {devices * machines} was ended by {name}, and the others with it"
+            f"process {rank} of {devices * machines} was ended by {name}, so all processes were stopped"
         ) from None
     except RendezvousError as error:
-        raise ConnectionError(f"--rendezvous {rendezvous} does not answer: {error}") from None
+        raise ConnectionError(f"--rendezvous {rendezvous} cannot be reached: {error}") from None
     except SignalException as error:
         return 2 if error.sigval == signal.SIGINT else 128 + error.sigval
     return 0
@@ -97,4 +102,6 @@ def launch(
 
 def _check(processes: int, device: str | None) -> None:
     if processes > 1 and device and ":" in device:
-        raise ValueError(f"--device {device} is one device, for {processes} processes")
+        raise ValueError(
+            f"--device must not be a single GPU for {processes} processes, got {device}"
+        )

@@ -1,4 +1,4 @@
-"""Training in several processes: shares of a batch, sums over processes, and a common end."""
+"""Train in several processes: divide images, exchange sums and values, and stop together."""
 
 from __future__ import annotations
 
@@ -17,23 +17,28 @@ from torch import Tensor, nn
 
 from msflow_ext.errors import ProcessFailed
 
-#: How long a process waits for the others; the longest wait is for the first one's metrics and report.
+#: How long a process waits for the others. The longest wait is for the metrics and the report of the first.
 TIMEOUT = timedelta(minutes=30)
-ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and others set
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun and others
 
 Value = TypeVar("Value")
 
 
 class Ranks:
-    """The processes that train together, of which this one is number ``rank`` of ``size``.
+    """A group of processes that train together; this one is number ``rank`` of ``size``.
 
-    All of them call the same methods in the same order. Alone, a process exchanges nothing.
+    All processes call the same methods in the same order. A single process exchanges nothing.
 
-    The gradients are averaged here and not by torch's ``DistributedDataParallel``: shares of a batch
-    differ and may be empty, and the mean is to be that of one process.
+    Gradients are averaged here and not by ``DistributedDataParallel``, because the shares of a batch
+    differ in size and may be empty, and the mean must equal that of one process.
+
+    Args:
+        rank: the number of this process, counted from 0.
+        size: the number of processes.
 
     Raises:
-        ConnectionError: any method, if another process has ended or says nothing for ``TIMEOUT``.
+        ConnectionError: by any method, if another process has ended or does not answer within
+            ``TIMEOUT``.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -41,15 +46,15 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and reports."""
+        """True on the process that writes files and reports."""
         return self.rank == 0
 
     def own(self, images: int) -> Tensor:
-        """Return the indices ``(N,)`` int64 of this process's images: every ``size``-th one."""
+        """Return the indices of this process's images, ``(N,)`` int64: every ``size``-th image."""
         return torch.arange(images)[self.rank :: self.size]
 
     def total(self, part: Tensor) -> Tensor:
-        """Return the sum of all processes' tensors of one shape."""
+        """Return the sum over all processes of a tensor of one shape."""
         if self.size == 1:
             return part
         whole = part.clone()
@@ -57,10 +62,15 @@ class Ranks:
         return whole
 
     def average(self, parameters: Iterable[nn.Parameter], loss: Tensor, images: int) -> Tensor:
-        """Average gradients and loss over the whole batch; those of this process are means over ``images``.
+        """Average gradients, in place, and the loss over the whole batch.
+
+        Args:
+            parameters: those whose gradients are averaged.
+            loss: this process's mean over ``images`` images, as are its gradients.
+            images: size of this process's share. With 0, its values do not count.
 
         Returns:
-            the loss; the gradients are changed in place, those of a process with 0 images do not count.
+            The loss of the whole batch.
         """
         if self.size == 1:
             return loss
@@ -78,7 +88,7 @@ class Ranks:
         return flat[-2]
 
     def gather(self, rows: np.ndarray, images: int) -> np.ndarray:
-        """On the first process the rows of all ``images``, from those of each one's own; else ``rows``."""
+        """Return the rows of all ``images`` on the first process, and ``rows`` on the others."""
         if self.size == 1:
             return rows
         if not self.first:
@@ -94,19 +104,19 @@ class Ranks:
         return whole
 
     def move(self, tensor: Tensor, source: int, target: int) -> None:
-        """Fill the target's tensor with the source's; other processes have nothing to do."""
+        """Copy a tensor from process ``source`` to process ``target``; other processes do nothing."""
         if self.rank == source != target:
             self._call(dist.send, tensor, target)
         elif self.rank == target != source:
             self._call(dist.recv, tensor, source)
 
     def broadcast(self, value: Value) -> Value:
-        """Return the first process's value, anything that can be pickled."""
+        """Return the first process's value, which can be any object that can be pickled."""
         return self._from(0, value)
 
     @torch.no_grad()
     def synchronize(self, model: nn.Module) -> None:
-        """Give the first process's parameters and buffers to all."""
+        """Copy the first process's parameters and buffers to all processes."""
         if self.size == 1:
             return
         for tensor in model.state_dict().values():
@@ -116,10 +126,10 @@ class Ranks:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """What fails inside, where nothing may be exchanged, fails on all processes.
+        """Make an error inside the block, which must not exchange data, an error of all processes.
 
         Raises:
-            ProcessFailed: where it did not fail itself, or another one speaks for it.
+            ProcessFailed: on each process except the first that failed, which raises its own error.
         """
         if self.size == 1:
             yield
@@ -129,9 +139,9 @@ class Ranks:
             yield
         except Exception as error:
             failure = error
-        speaker = torch.tensor(self.rank if failure else self.size)
-        self._call(dist.all_reduce, speaker, dist.ReduceOp.MIN)
-        number = int(speaker)
+        first_failed = torch.tensor(self.rank if failure else self.size)
+        self._call(dist.all_reduce, first_failed, dist.ReduceOp.MIN)
+        number = int(first_failed)
         if number == self.size:
             return
         what, machine = self._from(number, (str(failure), _machine()))
@@ -152,9 +162,10 @@ class Ranks:
 
 
 def even_shares(owners: Tensor, size: int) -> list[Tensor]:
-    """Return the places in a batch of each of ``size`` processes; their numbers differ by at most one.
+    """Divide a batch evenly among ``size`` processes, and return the places in it of each.
 
-    Each takes images of its own, by ``owners (N,)``, as far as they are not too many; so few are moved.
+    A process keeps as many images that it owns, by ``owners (N,)``, as fit into its share. So few
+    images are moved.
     """
     most = -(-len(owners) // size)
     own = [(owners == rank).nonzero().squeeze(1) for rank in range(size)]
@@ -168,37 +179,37 @@ def even_shares(owners: Tensor, size: int) -> list[Tensor]:
 
 
 def started() -> bool:
-    """Return whether this process was started as one of several, by ``torchrun`` or otherwise."""
+    """Return whether a launcher such as ``torchrun`` started this process as one of several."""
     if not dist.is_available():
         return False
     return dist.is_initialized() or all(name in os.environ for name in ENVIRONMENT)
 
 
 def local_rank() -> int:
-    """Return the number of this process among those on this machine that were started with it."""
+    """Return the number of this process among those on this machine."""
     return int(os.environ.get("LOCAL_RANK", 0)) if started() else 0
 
 
 def own_device(device: str | torch.device | None) -> str | torch.device | None:
-    """Return ``device``, or this process's own GPU where several processes are to use all of them."""
+    """Return ``device``, or this process's GPU if several processes share the GPUs of a machine."""
     if started() and str(device or "cuda") == "cuda" and torch.cuda.is_available():
         return f"cuda:{local_rank()}"
     return device
 
 
 def join(device: str | torch.device | None = None) -> Ranks:
-    """Return the processes that were started with this one, connected; this one alone if there are none.
+    """Connect to the processes that were started with this one, if there are any.
+
+    The caller must end a group that it has made, with ``torch.distributed.destroy_process_group``.
+    A group made here is ended before the interpreter, which gloo's threads need to release tensors.
 
     Args:
-        device: where they compute: what is there is exchanged by NCCL, what is in memory by gloo.
-
-    A group that the caller has made is the caller's to end, by ``torch.distributed.destroy_process_group``;
-    one made here is ended before the interpreter is: gloo's threads let go of tensors, which needs it.
+        device: where the processes compute. NCCL exchanges CUDA tensors, and gloo CPU tensors.
     """
     if not started():
         return Ranks()
     if not dist.is_initialized():
-        # Torchvision imports it too, and its functions' defaults hold a group that there is then for ever.
+        # Import this before there is a group, which its default arguments would keep alive. Torchvision imports it too.
         from torch.distributed.nn import functional  # noqa: F401
 
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -221,11 +232,11 @@ def _leave() -> None:
 def _connected(rank: int, size: int) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # what torch raises has no better type in common
+    except RuntimeError as error:  # the only common type of what torch raises
         reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
         raise ConnectionError(
-            f"process {rank} of {size} has lost the others: one has ended, or did not answer within "
-            f"{TIMEOUT.total_seconds():.0f} s ({reason})"
+            f"process {rank} of {size} has lost its connection: another process has ended, or did "
+            f"not answer within {TIMEOUT.total_seconds():.0f} s ({reason})"
         ) from error
 
 

@@ -74,7 +74,7 @@ def test_each_broken_image_is_logged_and_has_a_row_and_the_status_is_1(
     assert said.out == f"5 images: {out / 'scores.csv'}\n"
     assert "3 of 5 have no score, see column error" in said.err
     for row in rows:
-        wrong = f"{photos / row.name} is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP"
+        wrong = f"{photos / row.name} is not an image of the formats PNG, JPEG, BMP, TIFF, WEBP"
         assert row.error == ("" if row.name in ("a.png", "c.png") else wrong)
         assert (f"{row.name} is skipped: {wrong}" in said.err) == bool(row.error)
     assert {name for name in pictures(out) if "maps" in name} == {"maps/a.png", "maps/c.png"}

@@ -1,4 +1,4 @@
-"""What the tests of the data share: small pictures on disk, and one that is far too large."""
+"""Fixtures for the tests of the data: small pictures on disk, and one that is too large."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Save = Callable[..., Path]
 
 @pytest.fixture
 def save() -> Save:
-    """``save(path, value=100, size=(8, 8))``: a flat gray picture, in folders made for it."""
+    """Return ``save(path, value=100, size=(8, 8))``, which writes a flat gray picture and its folders."""
 
     def picture(path: Path, value: int = 100, size: tuple[int, int] = (8, 8)) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def save() -> Save:
 
 @pytest.fixture
 def bomb() -> bytes:
-    """A PNG's header of 60000x60000 pixels and hardly anything behind it."""
+    """Return a PNG whose header says 60000x60000 pixels, with empty data."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         crc = zlib.crc32(kind + body)

@@ -1,4 +1,4 @@
-"""`msflow data check` finds every fault of a tree at once, and says what is in it."""
+"""`msflow data check` reports the contents of a tree and all of its faults."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 
 
 def save(path, size=(12, 10), mode="L"):
-    """A picture of noise, unlike any other."""
+    """Save a picture of noise, so that no two are equal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(RNG.integers(0, 256, size[::-1], dtype=np.uint8)).convert(mode).save(path)
     return path
@@ -29,7 +29,7 @@ def save_mask(path, size=(12, 10), value=255):
 
 @pytest.fixture
 def root(tmp_path):
-    """Two sound categories in the layout of MVTec AD."""
+    """Write two valid categories in the layout of MVTec AD."""
     for category in ("bottle", "cable"):
         for i in range(4):
             save(tmp_path / f"{category}/train/good/{i:03}.png")
@@ -44,7 +44,7 @@ def checked(*arguments, **options):
     return check_dataset(open_dataset(*arguments, strict=False, **options))
 
 
-def test_a_sound_set_has_counts_sizes_and_modes_and_nothing_else(root):
+def test_a_valid_data_set_gives_counts_sizes_and_modes_without_faults(root):
     report = checked(root, "mvtec", "bottle")
     assert report.counts == {"train": {"good": 4}, "test": {"crack": 3, "good": 1}}
     assert report.sizes == {(12, 10): 7, (20, 10): 1}
@@ -62,7 +62,7 @@ def test_a_sound_set_has_counts_sizes_and_modes_and_nothing_else(root):
 
 
 def damage(bottle, bomb):
-    """Plant one fault of every kind; return what each report must say: faults, then warnings."""
+    """Plant one fault of every kind; return the expected faults and warnings."""
     train, test, truth = bottle / "train/good", bottle / "test", bottle / "ground_truth"
     save(train / "000.bmp")
     (train / "001.png").write_bytes(b"")
@@ -94,24 +94,24 @@ def damage(bottle, bomb):
         r"train.good.005\.png is not an image",
         r"train.good.006\.png cannot be decoded: ",
         r"crack.000\.png has no mask: ",
-        r"mask .*crack.009_mask\.png has no image of its name",
-        r"mask .*001_mask\.png is 10x12 pixels, its image .*001\.png is 12x10$",
+        r"mask .*crack.009_mask\.png has no image of the same name",
+        r"mask .*001_mask\.png must have the size of its image .*001\.png, 12x10 pixels, got 10x12$",
         r"crack.003_mask\.png is not an image",
         r"ground_truth.stain is not a folder",
         r"test.empty holds no images",
         r"masks .*hole have no images: .*test.hole is not a folder",
     ], [
-        r"2 images of the same pixels in train: train/good/002, train/good/007",
-        r"2 images of the same pixels in train and test: train/good/003, good/001",
-        r"the mask of the defect crack/002 marks nothing",
-        r"2 of 5 defects have no mask \(crack/000, stain/000\), so no pixels will be measured",
-        r"8 passed over: train/good/009\.png \(a link to nowhere\), "
+        r"2 images with the same pixels in train: train/good/002, train/good/007",
+        r"2 images with the same pixels in train and test: train/good/003, good/001",
+        r"the mask of the defective image crack/002 is empty",
+        r"2 of 5 defects have no mask \(crack/000, stain/000\), so no pixel metrics will be computed",
+        r"8 passed over: train/good/009\.png \(a broken link\), "
         r"ground_truth/crack/009_mask\.png, ground_truth/hole/000_mask\.png, train/crack/000\.png, "
         r"train/good/\.trash/ and 3 more",
     ]
 
 
-def test_every_planted_fault_is_found_and_nothing_more(root, bomb):
+def test_exactly_the_planted_faults_are_found(root, bomb):
     faults, warnings = damage(root / "bottle", bomb)
     report = checked(root, "mvtec", "bottle")
     for expected, found in ((faults, report.faults), (warnings, report.warnings)):
@@ -138,17 +138,17 @@ def test_the_command_prints_every_category_and_fails_if_one_has_faults(root, bom
         assert capsys.readouterr().out == printed
 
 
-def test_a_category_without_training_images_is_not_passed_over(root, capsys):
+def test_a_category_without_training_images_is_a_fault(root, capsys):
     shutil.rmtree(root / "cable/train")
     assert cli.main(["data", "check", str(root), "--layout", "mvtec"]) == 2
     assert f"fault: {root / 'cable/train/good'} is not a folder" in capsys.readouterr().out
 
 
-def test_warnings_alone_do_not_fail_the_command(root, capsys):
+def test_only_faults_fail_the_command(root, capsys):
     shutil.rmtree(root / "cable/test/crack")
     shutil.rmtree(root / "cable/ground_truth")
     assert cli.main(["data", "check", str(root / "cable"), "--layout", "mvtec"]) == 0
-    assert "all test images are good, so nothing will be measured" in capsys.readouterr().out
+    assert "all test images are good, so no metrics will be computed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_warnings_alone_do_not_fail_the_command(root, capsys):
         (["ROOT", "--layout", "folder", "--csv", "a.csv"], "a.csv is not a file"),
     ],
 )
-def test_what_cannot_be_opened_is_one_sentence(root, capsys, arguments, sentence):
+def test_a_data_set_that_cannot_be_opened_is_one_line_of_error(root, capsys, arguments, sentence):
     found = cli.main(["data", "check", *(str(root) if a == "ROOT" else a for a in arguments)])
     assert found == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -170,7 +170,7 @@ def test_what_cannot_be_opened_is_one_sentence(root, capsys, arguments, sentence
 
 
 @pytest.mark.family("masks")
-def test_the_command_looks_at_the_size_of_the_model(root, capsys):
+def test_the_command_warns_of_regions_smaller_than_a_pixel(root, capsys):
     arguments = ["data", "check", str(root / "bottle"), "--layout", "mvtec"]
     assert cli.main(arguments) == 0
     assert "smaller than a pixel" not in capsys.readouterr().out

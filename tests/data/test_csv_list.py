@@ -1,4 +1,4 @@
-"""A CSV lists images of any folders; its paths stay in the folder of the data."""
+"""A CSV file lists images in any folders below the folder of the data."""
 
 from typing import Any
 
@@ -63,13 +63,13 @@ def test_without_splits_a_seeded_fifth_of_the_good_images_is_tested_with_the_def
     assert len({opened(root, *lines, split_seed=seed).split for seed in range(8)}) > 1
 
 
-def test_good_images_alone_all_train(root):
+def test_without_defects_all_good_images_are_trained_on(root):
     data = opened(root, "label,path", "good,line/good 0.png", "good,line/good 1.png")
     assert [item.name for item in data.train] == ["line/good 0", "line/good 1"]
     assert data.test == ()
 
 
-def test_quotes_empty_lines_and_a_byte_order_mark_do_no_harm(root, save):
+def test_quotes_empty_lines_and_a_byte_order_mark_are_accepted(root, save):
     save(root / "a, b.png")
     lines = "path, label", "", '"a, b.png" , good', "line/good 0.png,good", ""
     write(root, *lines, encoding="utf-8-sig")
@@ -77,7 +77,7 @@ def test_quotes_empty_lines_and_a_byte_order_mark_do_no_harm(root, save):
     assert [item.name for item in data.train] == ["a, b", "line/good 0"]
 
 
-def test_cells_that_a_line_lacks_are_empty(root):
+def test_missing_cells_at_the_end_of_a_line_are_empty(root):
     data = opened(root, "path,label,mask", "line/good 0.png,good", "line/good 1.png,good,")
     assert [(item.name, item.mask) for item in data.train] == [
         ("line/good 0", None),
@@ -85,22 +85,26 @@ def test_cells_that_a_line_lacks_are_empty(root):
     ]
 
 
-def test_defects_alone_and_an_empty_list_are_refused(root):
-    with pytest.raises(ValueError, match="lists no good images, on which alone a model trains"):
+def test_a_list_without_good_images_is_refused(root):
+    with pytest.raises(ValueError, match="must list good images to train on, got none"):
         opened(root, "path,label", "line/bad0.bmp,scratch")
-    with pytest.raises(ValueError, match="lists no good images"):
+    with pytest.raises(ValueError, match="must list good images"):
         opened(root, "path,label")
-    with pytest.raises(ValueError, match="lists one good image, too few to train on some and test"):
+    with pytest.raises(
+        ValueError, match="must hold 2 or more good images, to train on and to test on"
+    ):
         opened(root, "path,label", GOOD[0], "line/bad0.bmp,scratch")
 
 
-def test_a_csv_needs_a_data_folder_and_no_others(root):
+def test_a_csv_excludes_other_folders_than_data(root):
     write(root, "path,label", *GOOD)
-    with pytest.raises(ValueError, match="csv needs data, the folder that its paths are in"):
+    with pytest.raises(ValueError, match="csv needs data, the folder of its paths"):
         open_dataset(None, "folder", csv=root / "index.csv")
     others: list[dict[str, Any]] = [{"normal": "a"}, {"abnormal": "a"}, {"masks": "a"}]
     for other in others:
-        with pytest.raises(ValueError, match=r"csv needs data, .* and no other folder"):
+        with pytest.raises(
+            ValueError, match=r"csv needs data, .* without normal, abnormal or masks"
+        ):
             open_dataset(root, "folder", csv="index.csv", **other)
     with pytest.raises(ValueError, match="csv can only be given with layout 'folder'"):
         open_dataset(root, "mvtec", csv="index.csv")

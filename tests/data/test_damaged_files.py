@@ -1,4 +1,4 @@
-"""A file that is no sound image is refused in one sentence that names it."""
+"""A damaged image file is refused with an error that names it."""
 
 import numpy as np
 import pytest
@@ -30,13 +30,13 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, suffix):
         (b"", r"bad\.png is empty$"),
         (
             b"just some text, no pixels",
-            r"bad\.png is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP$",
+            r"bad\.png is not an image of the formats PNG, JPEG, BMP, TIFF, WEBP$",
         ),
         (None, r"bad\.png cannot be decoded: .*decompression bomb"),
     ],
     ids=["empty", "text", "bomb"],
 )
-def test_a_file_that_is_no_sound_image_is_refused_by_name(tmp_path, bomb, content, message):
+def test_an_invalid_image_file_is_refused_by_name(tmp_path, bomb, content, message):
     (tmp_path / "bad.png").write_bytes(bomb if content is None else content)
     with pytest.raises(ValueError, match=message):
         load_image(tmp_path / "bad.png")

@@ -1,4 +1,4 @@
-"""Images of every usual encoding decode to the RGB that models see."""
+"""Images of all common encodings decode to RGB."""
 
 import os
 from io import BytesIO
@@ -48,7 +48,7 @@ LOSSLESS = {
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-def test_a_lossless_file_of_this_mode_decodes_to_its_colours(tmp_path, name):
+def test_a_lossless_file_of_this_mode_decodes_to_its_colors(tmp_path, name):
     image, expected = LOSSLESS[name]
     image.save(tmp_path / name)
     decoded = load_image(tmp_path / name)
@@ -56,7 +56,7 @@ def test_a_lossless_file_of_this_mode_decodes_to_its_colours(tmp_path, name):
     np.testing.assert_array_equal(np.asarray(decoded), expected)
 
 
-def test_a_palette_with_transparent_entries_keeps_its_colours(tmp_path):
+def test_a_palette_with_transparent_entries_keeps_its_colors(tmp_path):
     palette_image().save(tmp_path / "p.png", transparency=b"\x00\x80\xff\x10")
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "p.png")), PALETTE)
     nearest = Image.fromarray(GRAY % 4).resize((9, 9), Image.Resampling.NEAREST)
@@ -64,7 +64,7 @@ def test_a_palette_with_transparent_entries_keeps_its_colours(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])
-def test_a_lossy_file_decodes_to_about_its_colours(tmp_path, suffix):
+def test_a_lossy_file_decodes_to_about_its_colors(tmp_path, suffix):
     Image.new("RGB", (16, 12), (200, 100, 50)).save(tmp_path / f"i.{suffix}")
     decoded = np.asarray(load_image(tmp_path / f"i.{suffix}")).astype(int)
     assert decoded.shape == (12, 16, 3)
@@ -109,7 +109,7 @@ def test_bytes_decode_as_a_file_does_up_to_the_limit_of_pixels():
         load_bytes(content, 53)
 
 
-OTHER_KINDS = {  # of each, how it begins
+OTHER_KINDS = {  # the first bytes of each format
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n",
     "ppm": b"P6 1 1 255 abc",
     "gif": b"GIF89a" + bytes(20),
@@ -122,9 +122,9 @@ OTHER_KINDS = {  # of each, how it begins
 
 @pytest.mark.family("image files")
 @pytest.mark.parametrize("kind", OTHER_KINDS)
-def test_a_kind_that_is_not_listed_is_refused_whatever_its_name(tmp_path, kind):
+def test_another_file_format_is_refused_whatever_its_suffix(tmp_path, kind):
     (tmp_path / "part.png").write_bytes(OTHER_KINDS[kind])
-    sentence = "is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP"
+    sentence = "is not an image of the formats PNG, JPEG, BMP, TIFF, WEBP"
     with pytest.raises(ValueError, match=rf"part\.png {sentence}"):
         load_image(tmp_path / "part.png")
     with pytest.raises(ValueError, match=rf"part\.png {sentence}"):
@@ -135,7 +135,7 @@ def test_a_kind_that_is_not_listed_is_refused_whatever_its_name(tmp_path, kind):
 
 @pytest.mark.family("image files")
 def test_no_program_is_started_for_a_file(tmp_path, monkeypatch):
-    """Pillow hands EPS files to Ghostscript, in whichever file they are."""
+    """Pillow passes EPS files to Ghostscript, whatever their suffix."""
     for program in ("gs", "gswin64c", "gswin32c"):
         (tmp_path / program).write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
         (tmp_path / program).chmod(0o755)
@@ -148,7 +148,7 @@ def test_no_program_is_started_for_a_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.family("image files")
-def test_16_bits_of_a_colour_are_its_high_byte(tmp_path):
+def test_16_bit_colors_keep_their_high_byte(tmp_path):
     cv2 = pytest.importorskip("cv2")
     deep = RNG.integers(0, 65536, (6, 9, 4), dtype=np.uint16)
     for channels in (3, 4):
@@ -166,8 +166,8 @@ SEVERAL = {
 
 
 @pytest.mark.family("image files")
-def test_of_several_images_the_first_is_read_and_one_file_is_logged(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(decoding, "_said", Event())
+def test_the_first_of_several_images_is_read_and_logged_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(decoding, "_logged", Event())
     first, second = Image.new("L", (16, 16), 200), Image.new("L", (16, 16), 50)
     for name, options in SEVERAL.items():
         first.save(tmp_path / name, save_all=True, append_images=[second], **options)
@@ -178,7 +178,7 @@ def test_of_several_images_the_first_is_read_and_one_file_is_logged(tmp_path, mo
 
 
 @pytest.mark.family("image files")
-def test_a_pattern_is_no_file_and_is_not_expanded(tmp_path):
+def test_a_pattern_is_not_expanded(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "a.png")
     with pytest.raises(
         FileNotFoundError, match=r"\*\.png is not a file; patterns are not expanded"
@@ -197,13 +197,13 @@ def test_a_missing_file_is_not_found(tmp_path):
         (
             np.zeros((4, 4), np.float32),
             TypeError,
-            r"bool, uint8 or uint16, got float32; of floats in 0\.\.1 give \(255",
+            r"bool, uint8 or uint16, got float32\. Convert floats in 0\.\.1 with \(255",
         ),
         (np.zeros((4, 4, 2), np.uint8), ValueError, r"\(4, 4, 2\)"),
         (np.zeros((4, 4, 3), np.uint16), ValueError, r"\(4, 4, 3\) of uint16"),
         (np.zeros((0, 4), np.uint8), ValueError, r"\(0, 4\)"),
     ],
 )
-def test_an_array_that_is_no_image_is_refused(array, error, message):
+def test_an_array_of_another_shape_or_dtype_is_refused(array, error, message):
     with pytest.raises(error, match=message):
         load_image(array)

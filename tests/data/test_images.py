@@ -17,7 +17,7 @@ MASK = np.zeros((8, 8), dtype=bool)
 MASK[2:4, 2:6] = True
 
 
-def test_images_are_float_rgb_in_0_to_1_of_the_size_asked_for():
+def test_images_are_float_rgb_in_0_to_1_of_the_requested_size():
     images = Images([Item("a", 0, "good", RGB), Item("b", 0, "good", SIXTEEN)], 5)
     assert len(images) == 2
     for image in (images[0], images[1]):
@@ -35,13 +35,13 @@ def test_an_image_of_the_right_size_keeps_its_levels():
     )
 
 
-def test_resizing_takes_lanczos():
+def test_resizing_uses_lanczos():
     resized = Image.fromarray(RGB).resize((4, 4), Image.Resampling.LANCZOS)
     ours = Images([Item("a", 0, "good", RGB)], 4)[0].permute(1, 2, 0) * 255
     np.testing.assert_array_equal(ours.round().numpy(), np.asarray(resized))
 
 
-def test_good_items_have_empty_masks_and_unmarked_ones_have_none():
+def test_good_items_have_empty_masks_and_unmarked_items_have_none():
     items = [
         Item("good", 0, "good", RGB),
         Item("bad", 1, "scar", RGB),
@@ -66,7 +66,7 @@ def test_one_pixel_is_the_smallest_size():
 
 
 @pytest.mark.parametrize("size", [0, -3, 2.5, True, "8"])
-def test_a_size_that_is_no_positive_whole_number_is_refused(size):
+def test_a_size_that_is_not_a_positive_integer_is_refused(size):
     sentence = f"size must be a positive whole number of pixels, got {re.escape(repr(size))}"
     with pytest.raises(ValueError, match=sentence):
         Images([], size)
@@ -119,7 +119,7 @@ def test_the_box_of_a_padded_image_holds_the_image_and_nothing_else(shape, box):
 @pytest.mark.family("pages")
 @pytest.mark.parametrize("fit", ["resize", "pad"])
 @pytest.mark.parametrize(("height", "width"), [(30, 60), (60, 30), (1, 90), (20, 20)])
-def test_people_are_shown_an_image_and_its_mask_in_its_own_aspect(height, width, fit):
+def test_shown_keeps_the_aspect_ratio_of_image_and_mask(height, width, fit):
     image = np.zeros((height, width, 3), np.uint8)
     image[:, : width // 2] = 200
     marked = image[..., 0] > 0
@@ -135,7 +135,7 @@ def test_people_are_shown_an_image_and_its_mask_in_its_own_aspect(height, width,
     assert empty is not None and not empty.any()
 
 
-def test_values_of_any_kind_are_resized_to_the_height_and_width_asked_for():
+def test_images_maps_and_masks_are_resized_to_a_height_and_width():
     rng = np.random.default_rng(0)
     for values in (
         rng.integers(0, 256, (6, 9, 3), np.uint8),

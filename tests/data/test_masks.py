@@ -1,4 +1,4 @@
-"""A mask of every usual encoding marks the same pixels, and bad ones are refused in one sentence."""
+"""Masks of all common encodings mark the same pixels, and invalid masks are refused."""
 
 import numpy as np
 import pytest
@@ -14,9 +14,9 @@ MASK = np.zeros((8, 8), dtype=bool)
 MASK[2:4, 2:6] = True
 
 
-def palette_mask(indices, colours):
+def palette_mask(indices, colors):
     image = Image.fromarray(indices.astype(np.uint8))
-    image.putpalette(colours)
+    image.putpalette(colors)
     return image
 
 
@@ -61,7 +61,7 @@ def test_a_mask_array_is_resized_to_the_nearest_pixel(dtype):
     np.testing.assert_array_equal(load_mask(doubled.astype(dtype), 8), MASK)
 
 
-def test_a_mask_array_that_is_none_is_refused():
+def test_a_mask_array_of_another_shape_or_dtype_is_refused():
     with pytest.raises(TypeError, match="bool or integer, got float64"):
         load_mask(MASK.astype(float), 8)
     with pytest.raises(ValueError, match=r"\(H, W\), got \(8, 8, 1\)"):
@@ -75,7 +75,9 @@ def test_a_mask_of_another_size_than_its_image_is_refused_naming_both(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "image.png")
     Image.fromarray(MASK).save(tmp_path / "mask.png")
     item = Item("scar/0", 1, "scar", tmp_path / "image.png", tmp_path / "mask.png")
-    sentence = r"mask .*mask\.png is 8x8 pixels, its image .*image\.png is 9x6$"
+    sentence = (
+        r"mask .*mask\.png must have the size of its image .*image\.png, 9x6 pixels, got 8x8$"
+    )
     with pytest.raises(ValueError, match=sentence):
         Images([item], 8).mask(0)
 
@@ -88,19 +90,19 @@ def turned_by(path, orientation, image):
 
 
 @pytest.mark.family("masks")
-def test_a_mask_fits_an_image_that_exif_turns_if_it_is_turned_too(tmp_path):
+def test_a_mask_must_be_rotated_by_exif_as_its_image_is(tmp_path):
     image = turned_by(tmp_path / "i.png", 6, RGB)
     on_screen = np.zeros((9, 6), bool)
     on_screen[:2, :3] = True
     np.testing.assert_array_equal(read_mask(on_screen, image), on_screen)
-    stored = np.rot90(on_screen)  # as its file holds it
+    stored = np.rot90(on_screen)  # as the file stores it
     mask = turned_by(tmp_path / "m.png", 6, stored * np.uint8(255))
     np.testing.assert_array_equal(read_mask(mask, image), on_screen)
-    with pytest.raises(ValueError, match=r"i\.png is 6x9, turned as its EXIF says$"):
+    with pytest.raises(ValueError, match=r"i\.png, 6x9 pixels \(rotated by EXIF\), got 9x6$"):
         read_mask(stored, image)
 
 
-def test_a_mask_folder_marks_what_any_of_its_files_marks(tmp_path):
+def test_a_mask_folder_is_the_union_of_its_files(tmp_path):
     left, right = MASK.copy(), MASK.copy()
     left[:, 4:], right[:, :4] = False, False
     for i, part in enumerate((left, right)):
@@ -109,17 +111,17 @@ def test_a_mask_folder_marks_what_any_of_its_files_marks(tmp_path):
     np.testing.assert_array_equal(load_mask(tmp_path, 8), MASK)
 
 
-def test_a_mask_folder_that_makes_no_mask_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"is a folder of 0 images"):
+def test_a_mask_folder_without_files_of_one_size_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must be a folder of images of one size, got 0 images"):
         load_mask(tmp_path, 8)
     Image.new("L", (8, 8)).save(tmp_path / "0.png")
     Image.new("L", (8, 9)).save(tmp_path / "1.png")
-    with pytest.raises(ValueError, match=r"is a folder of 2 images, not all of one size"):
+    with pytest.raises(ValueError, match=r"must be a folder of images of one size, got 2 images"):
         load_mask(tmp_path, 8)
 
 
 def drawn(scale):
-    """Two shapes, one of them thin, at 8 times the size and smoothed down to ``64 * scale``."""
+    """Draw two shapes, one of them thin, at 8 times ``64 * scale`` pixels, to be scaled down."""
     image = Image.new("L", (512 * scale, 512 * scale))
     draw = ImageDraw.Draw(image)
     draw.ellipse([x * scale for x in (80, 60, 250, 300)], fill=255)
@@ -156,7 +158,7 @@ def test_a_mask_with_soft_outlines_is_cut_at_half(tmp_path, kind):
 @pytest.mark.family("masks")
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])
 @pytest.mark.parametrize("quality", [50, 75, 90])
-def test_what_a_lossy_format_adds_is_no_defect(tmp_path, suffix, quality):
+def test_compression_artifacts_are_not_marked(tmp_path, suffix, quality):
     sharp = drawn(2).resize((128, 128), Image.Resampling.NEAREST)
     sharp.save(tmp_path / f"m.{suffix}", quality=quality)
     mask = decode_mask(tmp_path / f"m.{suffix}")
@@ -199,11 +201,11 @@ CLASSES = {
 
 @pytest.mark.family("masks")
 @pytest.mark.parametrize("kind", CLASSES)
-def test_every_class_of_a_mask_of_several_counts(tmp_path, kind):
+def test_every_class_of_a_mask_is_marked(tmp_path, kind):
     levels = np.zeros((30, 40), np.uint16)
     for i, level in enumerate(CLASSES[kind]):
         levels[3 + 9 * i : 10 + 9 * i, 5:30] = level
-    levels[3:30, 34] = CLASSES[kind][0]  # a thin one
+    levels[3:30, 34] = CLASSES[kind][0]  # a thin region
     image = levels.astype(np.uint8) if levels.max() < 256 else levels
     Image.fromarray(image).save(tmp_path / "m.png")
     mask = decode_mask(tmp_path / "m.png")
@@ -212,15 +214,15 @@ def test_every_class_of_a_mask_of_several_counts(tmp_path, kind):
 
 
 @pytest.mark.family("masks")
-def test_a_palette_of_many_colours_holds_classes(tmp_path):
+def test_a_palette_of_many_colors_holds_classes(tmp_path):
     indices = np.zeros((20, 20), np.uint8)
     indices[2:18:2, 2:18] = np.arange(1, 17)
-    colours = [0, 0, 0] + [8 * i for i in range(1, 17) for _ in range(3)]
-    palette_mask(indices, colours).save(tmp_path / "m.png")
+    colors = [0, 0, 0] + [8 * i for i in range(1, 17) for _ in range(3)]
+    palette_mask(indices, colors).save(tmp_path / "m.png")
     np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), indices > 0)
 
 
-ALPHA = {  # colours where the shape is and elsewhere
+ALPHA = {  # colors inside and outside the shape
     "white": ((255, 255, 255), (255, 255, 255)),
     "black": ((0, 0, 0), (0, 0, 0)),
     "red on white": ((255, 0, 0), (255, 255, 255)),
@@ -228,16 +230,16 @@ ALPHA = {  # colours where the shape is and elsewhere
 
 
 @pytest.mark.family("masks")
-@pytest.mark.parametrize("colours", ALPHA)
-def test_the_shape_is_in_the_alpha_channel_if_the_colours_hold_none(tmp_path, colours):
-    inside, outside = ALPHA[colours]
+@pytest.mark.parametrize("colors", ALPHA)
+def test_the_alpha_channel_is_the_mask_if_the_colors_are_flat(tmp_path, colors):
+    inside, outside = ALPHA[colors]
     rgb = np.where(MASK[..., None], inside, outside).astype(np.uint8)
     Image.fromarray(np.dstack([rgb, MASK * np.uint8(255)])).save(tmp_path / "m.png")
     np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), MASK)
 
 
 @pytest.mark.family("masks")
-def test_alpha_does_not_count_where_the_colours_hold_a_shape_or_it_is_flat(tmp_path):
+def test_alpha_is_ignored_if_the_colors_hold_a_shape_or_it_is_flat(tmp_path):
     other = np.zeros((8, 8), np.uint8)
     other[5:] = 200
     for alpha in (other, other[::-1]):
@@ -250,7 +252,7 @@ def test_alpha_does_not_count_where_the_colours_hold_a_shape_or_it_is_flat(tmp_p
 
 
 @pytest.mark.family("masks")
-def test_a_region_that_the_nearest_pixels_miss_keeps_its_place():
+def test_a_region_between_the_nearest_pixels_keeps_its_place():
     scratch = np.zeros((1024, 1024), bool)
     scratch[200:800, 401:410] = True  # between two of 96 columns
     blob = np.zeros((1024, 1024), bool)
@@ -293,9 +295,9 @@ def test_every_region_keeps_a_pixel_and_the_others_are_the_nearest(shape, fit):
 
 
 @pytest.mark.family("masks")
-def test_a_mask_array_of_floats_is_refused_and_so_is_a_file(tmp_path):
+def test_a_mask_of_floats_is_refused(tmp_path):
     with pytest.raises(TypeError, match="a mask array must be bool or integer, got float32"):
         read_mask(MASK.astype(np.float32))
     Image.fromarray(MASK.astype(np.float32)).save(tmp_path / "m.tif")
-    with pytest.raises(ValueError, match=r"m\.tif is a TIFF file of 1 x float32"):
+    with pytest.raises(ValueError, match=r"m\.tif cannot be read: TIFF with 1 x float32"):
         read_mask(tmp_path / "m.tif")

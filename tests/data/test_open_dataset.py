@@ -1,4 +1,4 @@
-"""`open_dataset` refuses what it does not know, and says what it does."""
+"""`open_dataset` refuses unknown names, and lists the known ones."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def test_a_missing_folder_is_named(tmp_path):
         open_dataset(tmp_path / "nowhere", "mvtec", "bottle")
 
 
-def test_no_data_at_all_is_refused():
+def test_missing_data_is_refused():
     with pytest.raises(ValueError, match="data must be a folder, got None"):
         open_dataset(None, "folder")
 
@@ -51,7 +51,7 @@ def test_folder_options_belong_to_layout_folder(tmp_path, layout):
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5])
-def test_a_split_seed_that_is_no_whole_number_is_refused(seed):
+def test_a_split_seed_that_is_not_a_whole_number_is_refused(seed):
     with pytest.raises(
         ValueError, match=f"split_seed must be a whole number from 0 up, got {seed}"
     ):
@@ -73,12 +73,12 @@ def test_the_first_fault_is_raised_and_the_others_are_counted(tmp_path, save):
     for name in ("train/good/0.png", "train/good/0.bmp", "test/scar/1.png", "test/scar/2.png"):
         save(tmp_path / name)
     (tmp_path / "ground_truth/scar").mkdir(parents=True)
-    sentence = r"both 0\.bmp and 0\.png; .* renamed \(2 more: msflow data check\)$"
+    sentence = r"both 0\.bmp and 0\.png; .* renamed \(2 more: run msflow data check\)$"
     with pytest.raises(ValueError, match=sentence):
         open_dataset(tmp_path, "mvtec")
 
 
-def test_a_lenient_reader_keeps_what_is_sound_and_all_faults(tmp_path, save):
+def test_without_strict_valid_items_and_all_faults_are_kept(tmp_path, save):
     for name in ("train/good/0.png", "test/scar/1.png", "test/scar/2.png"):
         save(tmp_path / name)
     mask = save(tmp_path / "ground_truth/scar/2_mask.png", 255)

@@ -1,4 +1,4 @@
-"""Seeded defects change exactly the pixels of their masks, and can be seen."""
+"""Seeded defects are visible, and change exactly the pixels of their masks."""
 
 import functools
 
@@ -68,7 +68,7 @@ RECORDED = {  # pixels, their mean row and column, their mean level, over the se
 
 @pytest.mark.parametrize("kind", DEFECTS)
 def test_a_seed_draws_the_recorded_defect(kind):
-    """So that metrics on these images can be compared between versions; three pixels may differ."""
+    """Metrics on these images stay comparable between versions; three pixels may differ."""
     drawn = [DEFECTS[kind](PHOTO, np.random.default_rng(seed)) for seed in range(5)]
     changed, masks = (np.stack(each) for each in zip(*drawn, strict=True))
     pixels, row, column, level = RECORDED[kind]
@@ -78,7 +78,7 @@ def test_a_seed_draws_the_recorded_defect(kind):
     assert changed[masks].mean() == pytest.approx(level, abs=0.3)
 
 
-def test_faint_draws_are_drawn_again():
+def test_faint_defects_are_drawn_again():
     sizes = iter([5, 6, 20])
 
     def square(image, rng):
@@ -92,7 +92,7 @@ def test_faint_draws_are_drawn_again():
     assert mask.sum() == 400
 
 
-def test_an_image_with_nothing_to_blur_is_refused():
+def test_blurring_a_flat_image_is_refused():
     flat = np.full((64, 64), 90, np.uint8)
     with pytest.raises(ValueError, match=r"no visible defect: the image \(64, 64\) is too small"):
         synthetic.draw(synthetic.blur, flat, np.random.default_rng(0))
@@ -115,7 +115,7 @@ def test_thirty_pixels_that_change_by_eight_levels_can_be_seen(pixels, change, d
     assert len(calls) == drawn
 
 
-def test_a_blur_on_flat_ground_is_not_marked():
+def test_a_blur_of_flat_pixels_is_not_marked():
     half = PHOTO.copy()
     half[:, :60] = 100
     masks = [synthetic.blur(half, np.random.default_rng(seed))[1] for seed in range(20)]
@@ -123,15 +123,15 @@ def test_a_blur_on_flat_ground_is_not_marked():
     assert not np.any(masks, 0)[:, :56].any()
 
 
-def test_a_pixel_that_keeps_its_level_moves_by_one():
+def test_a_pixel_that_would_keep_its_level_changes_by_one():
     image = np.array([[0, 127, 128, 255]], np.uint8)
     changed, _ = synthetic._change(image, np.ones((1, 4), bool), image)
     assert changed.tolist() == [[1, 128, 127, 254]]
 
 
-def test_only_gray_uint8_images_are_drawn_on():
+def test_an_image_that_is_not_gray_uint8_is_refused():
     rng = np.random.default_rng(0)
     with pytest.raises(TypeError, match="image must be uint8, got float64"):
         synthetic.draw(synthetic.scar, PHOTO / 255, rng)
-    with pytest.raises(ValueError, match=r"image must be \(H, W\), got \(96, 120, 1\)"):
+    with pytest.raises(ValueError, match=r"image must have shape \(H, W\), got \(96, 120, 1\)"):
         synthetic.draw(synthetic.scar, PHOTO[..., None], rng)

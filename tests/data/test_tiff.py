@@ -16,8 +16,10 @@ tifffile = pytest.importorskip("tifffile")
 pytestmark = pytest.mark.family("image files")
 
 RNG = np.random.default_rng(0)
-HEIGHT, WIDTH = 21, 37  # of no whole number of tiles
-REFUSED = r"is a TIFF file of .*, which is not read: save it as PNG, or as TIFF of 8 or 16 unsigned"
+HEIGHT, WIDTH = 21, 37  # not multiples of the tile size
+REFUSED = (
+    r"cannot be read: TIFF with .* is not supported\. Save it as PNG, or as TIFF of 8 or 16 unsig"
+)
 
 COMPRESSIONS = (None, "zlib", "lzw", "packbits", "zstd", "lzma")
 TILES = (None, (16, 16))
@@ -26,7 +28,7 @@ PLANES = ("contig", "separate")
 
 
 def pixels(dtype, samples, planes="contig"):
-    """Random pixels ``(H, W, samples)``, and the array to write."""
+    """Return random pixels ``(H, W, samples)``, and the array to write."""
     kind = np.dtype(dtype)
     shape = HEIGHT, WIDTH, samples
     if kind.kind == "f":
@@ -48,7 +50,7 @@ def written(array, **options):
 
 
 def shown(values, photometric):
-    """What RGB values of uint8 or uint16 are by the documented rules, without Pillow."""
+    """Convert uint8 or uint16 values to RGB by the documented rules, without Pillow."""
     if values.dtype == bool:
         values = values * np.uint8(255)
     if values.dtype == np.uint16:
@@ -60,8 +62,8 @@ def shown(values, photometric):
     if photometric == "separated":
         black = 255 - values[..., 3:]
         return black - np.rint(values[..., :3] * black / 255)
-    colours = values[..., :1] if values.shape[2] < 3 else values[..., :3]
-    return np.broadcast_to(colours, (HEIGHT, WIDTH, 3))
+    colors = values[..., :1] if values.shape[2] < 3 else values[..., :3]
+    return np.broadcast_to(colors, (HEIGHT, WIDTH, 3))
 
 
 READ = [  # dtype, photometric interpretation, samples, planes
@@ -93,7 +95,7 @@ def options_of(photometric, samples, planes):
 
 
 @pytest.mark.parametrize(("dtype", "photometric", "samples", "planes"), READ)
-def test_a_layout_that_is_read_keeps_its_pixels_in_every_compression_tiling_and_order(
+def test_a_supported_layout_keeps_its_pixels_in_every_compression_tiling_and_byte_order(
     dtype, photometric, samples, planes
 ):
     values, array = pixels(dtype, samples, planes)
@@ -122,7 +124,7 @@ PHOTOMETRIC = ("minisblack", "miniswhite", "rgb", "separated", "linear_raw", "ci
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_other_layout_is_refused_and_told(dtype):
+def test_every_other_layout_is_refused_with_its_description(dtype):
     refused = 0
     for photometric, samples, planes in itertools.product(PHOTOMETRIC, range(1, 6), PLANES):
         if (dtype, photometric, samples, planes) in READ or (samples == 1 and planes == "separate"):
@@ -132,7 +134,7 @@ def test_every_other_layout_is_refused_and_told(dtype):
             try:
                 options = options_of(photometric, samples, planes)
                 content = written(array, compression=compression, tile=tile, **options)
-            except ValueError:  # tifffile knows no such file
+            except ValueError:  # tifffile cannot write such a file
                 continue
             with pytest.raises(ValueError, match=f"^the body {REFUSED}"):
                 load_bytes(content, HEIGHT * WIDTH)
@@ -141,7 +143,7 @@ def test_every_other_layout_is_refused_and_told(dtype):
 
 
 @pytest.mark.parametrize(
-    ("array", "options", "told"),
+    ("array", "options", "described"),
     [
         (pixels("int16", 1)[1], {}, r"1 x int16 a pixel \(gray, one plane, compression 1\)"),
         (pixels("float16", 1)[1], {}, r"1 x float16 a pixel \(gray"),
@@ -168,13 +170,13 @@ def test_every_other_layout_is_refused_and_told(dtype):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_refused_says_what_it_is(tmp_path, array, options, told):
+def test_a_refused_file_is_described(tmp_path, array, options, described):
     path = tmp_path / "part.tif"
     if "colormap" in options:
         options = {**options, "colormap": options["colormap"].astype(np.uint16)}
     path.write_bytes(written(array, **{"photometric": "minisblack", **options}))
     for read in (load_image, lambda file: load_mask(file, 8)):
-        with pytest.raises(ValueError, match=rf"part\.tif is a TIFF file of .*{told}"):
+        with pytest.raises(ValueError, match=rf"part\.tif cannot be read: TIFF with .*{described}"):
             read(path)
 
 
@@ -192,10 +194,10 @@ def test_gray_of_few_bits_spans_black_to_white(bits, photometric):
 @pytest.mark.parametrize("tile", TILES)
 def test_a_palette_of_16_bits_is_looked_up(compression, tile):
     _, array = pixels("uint8", 1)
-    colours = RNG.integers(0, 65536, (3, 256), np.uint16)
-    how = {"photometric": "palette", "colormap": colours, "compression": compression}
+    colors = RNG.integers(0, 65536, (3, 256), np.uint16)
+    how = {"photometric": "palette", "colormap": colors, "compression": compression}
     found = np.asarray(load_bytes(written(array, tile=tile, **how), HEIGHT * WIDTH))
-    np.testing.assert_array_equal(found, np.moveaxis(colours[:, array] >> 8, 0, -1))
+    np.testing.assert_array_equal(found, np.moveaxis(colors[:, array] >> 8, 0, -1))
 
 
 @pytest.mark.parametrize("photometric", ["rgb", "ycbcr"])
@@ -226,7 +228,7 @@ def test_a_bigtiff_is_read_or_refused(order):
     values, array = pixels("uint8", 3)
     content = written(array, photometric="rgb", bigtiff=True, byteorder=order)
     if order == ">":
-        with pytest.raises(ValueError, match=r"is not an image of the kinds|cannot be decoded"):
+        with pytest.raises(ValueError, match=r"is not an image of the formats|cannot be decoded"):
             load_bytes(content, HEIGHT * WIDTH)
     else:
         found = np.asarray(load_bytes(content, HEIGHT * WIDTH))
@@ -247,18 +249,21 @@ def test_the_orientation_is_applied_once(orientation):
     np.testing.assert_array_equal(found, np.rot90(flipped, turns))
 
 
-def test_a_tag_that_points_nowhere_does_not_hide_a_layout():
+def test_a_dangling_tag_does_not_hide_an_unsupported_layout():
     content = bytearray(written(pixels("uint16", 3, "separate")[1], photometric="rgb"))
-    bits = content.index(bytes((2, 1, 3, 0)))  # of a sample: three numbers, elsewhere in the file
+    bits = content.index(
+        bytes((2, 1, 3, 0))
+    )  # the tag of bits per sample: three numbers, stored elsewhere in the file
     content[bits + 8 : bits + 12] = (2**31).to_bytes(4, "little")
-    with pytest.raises(ValueError, match=r"is a TIFF file|cannot be decoded"):
+    with pytest.raises(ValueError, match=r"cannot be (read: TIFF|decoded)"):
         load_bytes(bytes(content), HEIGHT * WIDTH)
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        b"MM+\0\0\0\xff\xff\x1c\x01" + bytes(8),  # a BigTIFF whose tags lie beyond any file
+        b"MM+\0\0\0\xff\xff\x1c\x01"
+        + bytes(8),  # a BigTIFF whose tags lie beyond the end of any file
         b"II+\0\x08\0\0\0" + b"\xff" * 8,
         b"II*\0" + b"\xff" * 4,
     ],
@@ -272,7 +277,7 @@ def test_tags_that_lie_beyond_any_file_are_refused(content, tmp_path):
 
 @pytest.mark.parametrize("tag", [258, 259, 262, 277, 284, 320, 338, 339])
 def test_a_tag_without_values_counts_as_missing(tag):
-    entries = {258: 1, 262: 1} | {tag: 0}  # how many values each has
+    entries = {258: 1, 262: 1} | {tag: 0}  # number of values of each tag
     content = b"II*\0" + struct.pack("<IH", 8, len(entries))
     content += b"".join(struct.pack("<HHII", each, 3, count, 1) for each, count in entries.items())
     assert tiff.read_tags(io.BytesIO(content)) == {each: (1,) for each in entries if each != tag}

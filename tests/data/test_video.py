@@ -1,4 +1,4 @@
-"""Videos are decoded through imageio, and what keeps them from it is named."""
+"""Videos are decoded with imageio, and errors name the file or the missing package."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from msflow_ext.data import Frame, Images, load_image, open_dataset
 
 @pytest.fixture
 def videos(tmp_path):
-    """The folder of training videos of a set."""
+    """Return the folder of the training videos of a data set."""
     folder = tmp_path / "training/videos"
     folder.mkdir(parents=True)
     return folder
@@ -34,7 +34,7 @@ def test_a_video_gives_the_items_that_a_folder_of_its_frames_gives(tmp_path, vid
 
 @pytest.fixture
 def fresh_imageio(monkeypatch):
-    """Imports imageio and its plugins anew."""
+    """Make the test import imageio and its plugins again."""
     for module in list(sys.modules):
         if module.split(".")[0] == "imageio":
             monkeypatch.delitem(sys.modules, module)
@@ -74,7 +74,7 @@ def test_frames_of_a_compressed_video_come_in_any_order_and_from_many_threads(vi
 
 def test_a_video_that_cannot_be_decoded_is_named(tmp_path, videos):
     pytest.importorskip("imageio.v3")
-    (videos / "03_001.gif").write_bytes(b"GIF89a, but no more")
+    (videos / "03_001.gif").write_bytes(b"GIF89a, cut off")
     with pytest.raises(ValueError, match=r"video .*03_001\.gif cannot be decoded: "):
         open_dataset(tmp_path, "mstc", "03")
     with pytest.raises(FileNotFoundError, match=r"gone\.avi is not a file"):
@@ -94,8 +94,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 
 @pytest.mark.family("image files")
 @pytest.mark.parametrize("suffix", ["avi", "mp4", "mkv", "mov"])
-def test_a_list_of_videos_that_has_the_name_of_a_video_is_refused(tmp_path, suffix):
-    """FFmpeg would open what the list names."""
+def test_a_playlist_with_the_suffix_of_a_video_is_refused(tmp_path, suffix):
+    """FFmpeg would open the files that the playlist names."""
     pytest.importorskip("av")
     imageio = pytest.importorskip("imageio.v3")
     frames = np.zeros((4, 16, 16, 3), np.uint8)
@@ -107,7 +107,7 @@ def test_a_list_of_videos_that_has_the_name_of_a_video_is_refused(tmp_path, suff
 
 
 @pytest.mark.family("image files")
-def test_a_gif_of_another_kind_than_its_name_is_refused(tmp_path):
+def test_another_image_format_with_the_suffix_gif_is_refused(tmp_path):
     pytest.importorskip("imageio.v3")
     Image.new("L", (8, 8)).save(tmp_path / "clip.png")
     (tmp_path / "clip.png").rename(tmp_path / "clip.gif")

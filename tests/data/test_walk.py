@@ -1,4 +1,4 @@
-"""A folder is walked by one rule, and what is passed over has a name and, where it does not show it, a reason."""
+"""All folders are walked by the same rules, and files passed over are reported with a reason."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ def test_images_of_every_suffix_in_any_case_are_found_in_the_order_of_their_fold
     assert found.folders == ["a", "a/b"]
 
 
-def test_hidden_files_and_folders_are_passed_over_and_said(tmp_path):
+def test_hidden_files_and_folders_are_passed_over_and_reported(tmp_path):
     found = walk(touch(tmp_path, "a.png", "._a.png", ".ipynb_checkpoints/a.png", "b/.c.png", LOCK))
     assert list(found.files) == ["a.png"]
     assert list(found.passed_over) == ["._a.png", ".ipynb_checkpoints/", "b/.c.png"]
@@ -40,7 +40,7 @@ def test_links_are_followed_and_every_walk_ends(tmp_path):
     touch(tmp_path, "box/real/a.png", "elsewhere/b.png", "elsewhere/deep/c.png")
     box = tmp_path / "box"
     for name, target in (
-        ("0", box / "real"),  # before it in the order of names
+        ("0", box / "real"),  # sorts before the folder that it links to
         ("line", tmp_path / "elsewhere"),
         ("again", tmp_path / "elsewhere/deep"),
         ("real/loop", box),
@@ -57,8 +57,8 @@ def test_links_are_followed_and_every_walk_ends(tmp_path):
         "0/": "the same folder as real",
         "real/loop/": "the same folder as .",
         "line/deep/": "the same folder as again",
-        "gone": "a link to nowhere",
-        "gone.png": "a link to nowhere",
+        "gone": "a broken link",
+        "gone.png": "a broken link",
     }
 
 
@@ -70,7 +70,7 @@ def test_folders_that_link_to_one_another_do_not_take_forever(tmp_path):
     assert len(walk(tmp_path).files) == 14
 
 
-def test_a_sub_folder_that_may_not_be_read_is_named_first(tmp_path, monkeypatch):
+def test_a_sub_folder_without_read_permission_is_named_first(tmp_path, monkeypatch):
     touch(tmp_path, "a.png", *(f"{i}.txt" for i in range(9)), "locked/b.png")
     scan = os.scandir
 
@@ -82,14 +82,14 @@ def test_a_sub_folder_that_may_not_be_read_is_named_first(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "scandir", refusing)
     found = walk(tmp_path)
     assert list(found.files) == ["a.png"]
-    said = "10 passed over: locked/ (Permission denied), 0.txt, 1.txt, 2.txt, 3.txt and 5 more"
-    assert summary(found.passed_over) == said
+    logged = "10 passed over: locked/ (Permission denied), 0.txt, 1.txt, 2.txt, 3.txt and 5 more"
+    assert summary(found.passed_over) == logged
     with pytest.raises(PermissionError):
         walk(tmp_path / "locked")
 
 
 @pytest.mark.parametrize("beside", ["scores.csv", "model.safetensors"])
-def test_pictures_that_were_written_are_passed_over(tmp_path, beside):
+def test_pictures_that_msflow_wrote_are_passed_over(tmp_path, beside):
     touch(tmp_path, "a.png", "old/maps/a.png.png", "old/masks/a.png.png", "old/b.png")
     touch(tmp_path, "mine/maps/c.png")
     assert "old/maps/a.png.png" in walk(tmp_path).files
@@ -100,7 +100,7 @@ def test_pictures_that_were_written_are_passed_over(tmp_path, beside):
     assert list(walk(tmp_path / "old/maps").files) == ["a.png.png"]
 
 
-def test_folders_that_the_caller_names_are_passed_over_by_any_name(tmp_path):
+def test_folders_that_the_caller_excludes_are_passed_over_by_any_name(tmp_path):
     touch(tmp_path, "a.png", "out/b.png")
     (tmp_path / "link").symlink_to("out")
     found = walk(tmp_path, apart=[tmp_path / "link", tmp_path / "absent"])
@@ -108,28 +108,28 @@ def test_folders_that_the_caller_names_are_passed_over_by_any_name(tmp_path):
     assert found.passed_over == {"out/": APART, "link/": APART}
 
 
-def test_names_of_any_bytes_are_found_and_are_said_on_one_line(tmp_path):
+def test_names_of_any_bytes_are_found_and_reported_on_one_line(tmp_path):
     names = [b"Gu\xdf.png", b"a\n\r\tb.png", b"=1+2.png"]
     for name in names:
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"1")
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/." + name)).write_bytes(b"1")
     found = walk(tmp_path)
     assert sorted(os.fsencode(name) for name in found.files) == sorted(names)
-    said = summary(found.passed_over)
-    assert said.isprintable() and said.isascii()
-    assert r".Gu\udcdf.png" in said and r".a\n\r\tb.png" in said
+    logged = summary(found.passed_over)
+    assert logged.isprintable() and logged.isascii()
+    assert r".Gu\udcdf.png" in logged and r".a\n\r\tb.png" in logged
 
 
-def test_what_is_passed_over_is_one_line_in_the_log(tmp_path, monkeypatch):
-    said: list[str] = []
+def test_files_passed_over_are_one_line_in_the_log(tmp_path, monkeypatch):
+    logged: list[str] = []
     log = logging.getLogger("msflow_ext.data.walk")
-    monkeypatch.setattr(log, "warning", lambda text, *names: said.append(text % names))
+    monkeypatch.setattr(log, "warning", lambda text, *names: logged.append(text % names))
     touch(tmp_path, "a.png", "._a.png", "b.gif")
     assert [name for name, _ in images_of(tmp_path)] == ["a.png"]
-    assert said == [f"{tmp_path}: 2 passed over: ._a.png, b.gif"]
+    assert logged == [f"{tmp_path}: 2 passed over: ._a.png, b.gif"]
 
 
-def test_a_folder_of_our_pictures_is_no_error_beside_others(tmp_path):
+def test_a_folder_of_written_pictures_is_accepted_beside_others(tmp_path):
     touch(tmp_path, "in/a.png", "out/scores.csv", "out/maps/b.png")
     (tmp_path / "empty").mkdir()
     found = images_of([tmp_path / "in", tmp_path / "out"])
@@ -139,8 +139,8 @@ def test_a_folder_of_our_pictures_is_no_error_beside_others(tmp_path):
             list(images_of(source))
 
 
-def test_a_pattern_is_refused_by_name_and_a_file_of_such_a_name_is_not(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"\*\.png is not a file, and patterns are not exp"):
+def test_a_pattern_is_refused_unless_a_file_has_that_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"\*\.png is not a file; patterns are not exp"):
         list(images_of(str(tmp_path / "*.png")))
     touch(tmp_path, "[1].png")
     assert len(list(images_of(str(tmp_path / "[1].png")))) == 1
@@ -166,7 +166,7 @@ def test_layout_folder_searches_sub_folders_and_pairs_masks_in_sub_folders_of_th
     assert "1 passed over: normal/b.gif" in check_dataset(data).warnings
     save(tmp_path / "masks/y/1.png", 255)
     (fault,) = open_dataset(tmp_path, "folder", strict=False).faults
-    assert str(fault) == f"mask {tmp_path / 'masks/y'} has no image of its name"
+    assert str(fault) == f"mask {tmp_path / 'masks/y'} has no image of the same name"
 
 
 def test_a_folder_in_another_is_read_without_it_and_the_same_folder_twice_is_refused(
@@ -194,9 +194,9 @@ def test_a_folder_in_another_is_read_without_it_and_the_same_folder_twice_is_ref
 def test_every_layout_passes_hidden_files_over_and_a_strict_one_logs_what_is_not_read(
     tmp_path, save, monkeypatch
 ):
-    said: list[str] = []
+    logged: list[str] = []
     log = logging.getLogger("msflow_ext.data")
-    monkeypatch.setattr(log, "warning", lambda text, *names: said.append(text % names))
+    monkeypatch.setattr(log, "warning", lambda text, *names: logged.append(text % names))
     for name in (
         "train/good/0.png",
         "test/good/0.png",
@@ -206,7 +206,7 @@ def test_every_layout_passes_hidden_files_over_and_a_strict_one_logs_what_is_not
         save(tmp_path / "cup" / name)
     touch(tmp_path / "cup", "train/good/._0.png", "ground_truth/bad/0/._0.png", "test/bad/0.gif")
     data = open_dataset(tmp_path, "mvtec", "cup")
-    assert said == [
+    assert logged == [
         "mvtec cup: 3 passed over: ground_truth/bad/0/._0.png, test/bad/0.gif, train/good/._0.png"
     ]
     assert check_dataset(data).faults == ()

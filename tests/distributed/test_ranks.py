@@ -1,4 +1,4 @@
-"""Several processes train what one would, and none waits for another that is gone."""
+"""Several processes train the same model as one, and none waits for another that has ended."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from msflow_ext.training.recipe import Recipe
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(__file__).with_name("training_together.py")
 CASES = ("uneven", "often-empty", "always-empty", "standardized")
-PATIENCE = 240.0  # seconds for what takes a few
+TIMEOUT = 240.0  # seconds; a few are enough on a quiet machine
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,11 @@ def script() -> Any:
 
 @pytest.fixture(scope="module")
 def folder(script, tmp_path_factory) -> Path:
-    """What one process trained, in ``alone``, and two of them, in ``pair``; tests must not write to it."""
+    """Train in one process, in ``single``, and in two, in ``pair``; tests must not write to the folder."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "alone").mkdir()
+    (folder / "single").mkdir()
     (folder / "pair").mkdir()
-    script.run_all(folder / "alone", Ranks())
+    script.run_all(folder / "single", Ranks())
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(folder)]
     pair = [
@@ -57,13 +57,13 @@ def folder(script, tmp_path_factory) -> Path:
         for rank in range(2)
     ]
     for process in pair:
-        _, said = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, said
+        _, stderr = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, stderr
     return folder
 
 
 def assert_same(run: Path, other: Path, relative: float = 1e-10) -> None:
-    """Parameters, scores and all metrics are the same but for rounding."""
+    """Assert that parameters, scores and metrics differ by rounding only."""
     (state, found), (_, expected) = (read_checkpoint(r / "model.safetensors") for r in (run, other))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -77,16 +77,16 @@ def assert_same(run: Path, other: Path, relative: float = 1e-10) -> None:
         assert flat(one.get(part)) == pytest.approx(flat(two.get(part)), rel=1e-6)
     rows, others = ((r / "scores.csv").read_text().splitlines() for r in (run, other))
     assert len(rows) == len(others) == 1 + 5
-    for row, wished in zip(rows[1:], others[1:], strict=True):
-        assert row.split(",")[:3] == wished.split(",")[:3]
-        wanted_score = pytest.approx(float(wished.split(",")[3]), rel=max(relative, 1e-7))
-        assert float(row.split(",")[3]) == wanted_score
+    for row, other_row in zip(rows[1:], others[1:], strict=True):
+        assert row.split(",")[:3] == other_row.split(",")[:3]
+        score = pytest.approx(float(other_row.split(",")[3]), rel=max(relative, 1e-7))
+        assert float(row.split(",")[3]) == score
     assert state["epoch"] == len(one["losses"])
     assert {p.name for p in run.rglob("*")} == {p.name for p in other.rglob("*")}
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """All numbers in dictionaries and lists, by their paths."""
+    """Return all numbers in nested dictionaries and lists, by their paths."""
     if not isinstance(value, dict | list):
         return {name: -1 if value is None else value} if not isinstance(value, str) else {}
     parts = value.items() if isinstance(value, dict) else enumerate(value)
@@ -94,22 +94,22 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_end_where_one_does(folder, script, case):
+def test_two_processes_train_the_same_model_as_one(folder, script, case):
     assert set(CASES) == set(script.CASES)
     exact = 1e-5 if case == "standardized" else 1e-10  # its statistics are kept in float32
-    assert_same(folder / "pair" / case, folder / "alone" / case, exact)
+    assert_same(folder / "pair" / case, folder / "single" / case, exact)
 
 
-def test_one_process_goes_on_where_two_were_interrupted(folder, script, tmp_path):
+def test_one_process_resumes_an_interrupted_run_of_two(folder, script, tmp_path):
     shutil.copytree(folder / "pair" / "interrupted", tmp_path / "interrupted")
     assert read_checkpoint(tmp_path / "interrupted/uneven/model.safetensors")[0]["epoch"] == 2
     (tmp_path / "interrupted/uneven/features-training-1.cache").touch()  # as after kill -9
     script.run_case("uneven", tmp_path / "interrupted", Ranks(), resume=True)
-    assert_resumed(tmp_path / "interrupted/uneven", folder / "alone/uneven")
+    assert_resumed(tmp_path / "interrupted/uneven", folder / "single/uneven")
 
 
-def test_two_processes_go_on_where_one_was_interrupted(folder):
-    assert_resumed(folder / "pair/resumed/uneven", folder / "alone/uneven")
+def test_two_processes_resume_an_interrupted_run_of_one(folder):
+    assert_resumed(folder / "pair/resumed/uneven", folder / "single/uneven")
 
 
 def assert_resumed(run: Path, other: Path) -> None:
@@ -121,16 +121,16 @@ def assert_resumed(run: Path, other: Path) -> None:
     assert not list(run.glob("*.cache"))
 
 
-def test_what_fails_in_one_process_ends_both_with_its_sentence(folder):
+def test_an_error_in_one_process_stops_both_with_its_message(folder):
     first, second = (
         json.loads((folder / "pair" / f"failures-{rank}.json").read_text()) for rank in range(2)
     )
-    alone = json.loads((folder / "alone" / "failures-0.json").read_text())
+    single = json.loads((folder / "single" / "failures-0.json").read_text())
     stopped = first["infinite_loss"]
     assert stopped.startswith(
         "TrainingDiverged: training stopped in epoch 2: the loss is inf in step 1"
     )
-    assert stopped == alone["infinite_loss"].replace("/alone/", "/pair/")
+    assert stopped == single["infinite_loss"].replace("/single/", "/pair/")
     assert second["infinite_loss"] == stopped.replace(
         "TrainingDiverged: ", "ProcessFailed: process 0 of 2: "
     )
@@ -147,7 +147,7 @@ def test_what_fails_in_one_process_ends_both_with_its_sentence(folder):
     assert not list((folder / "pair").rglob("*.cache"))
 
 
-def test_alone_nothing_is_exchanged_and_nothing_changed():
+def test_a_single_process_exchanges_and_changes_nothing():
     ranks, loss = Ranks(), torch.ones(())
     parameter = nn.Parameter(torch.ones(2))
     assert ranks.average([parameter], loss, 3) is loss
@@ -159,7 +159,7 @@ def test_alone_nothing_is_exchanged_and_nothing_changed():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 9])
-def test_shares_of_a_batch_are_even_and_make_it_up(size):
+def test_shares_of_a_batch_are_even_and_complete(size):
     owners = torch.tensor([4, 1, 3, 8, 6, 0, 2, 12]) % size
     shares = even_shares(owners, size)
     assert sorted(torch.cat(shares).tolist()) == list(range(8))
@@ -172,7 +172,7 @@ def test_shares_of_a_batch_are_even_and_make_it_up(size):
     )
 
 
-def test_the_parts_of_a_batch_carry_its_noise():
+def test_parts_of_a_batch_have_the_noise_of_the_whole_batch():
     recipe, whole = Recipe(noise=0.5), torch.zeros(3, 2, 4, 4)
     ((expected,),) = recipe.disturbed(0, [[whole]])
     for places in (torch.tensor([2]), torch.tensor([0, 1])):
@@ -185,7 +185,7 @@ def test_the_parts_of_a_batch_carry_its_noise():
 
 @pytest.fixture(scope="module")
 def plates(tmp_path_factory) -> Path:
-    """A category ``plate`` in the layout of MVTec AD, of good images alone but for one."""
+    """Write a category ``plate`` in the layout of MVTec AD, with one defective image."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     names = [f"train/good/{i}" for i in range(5)] + ["test/good/0", "test/hole/0"]
     for name in (*names, "ground_truth/hole/0_mask"):
@@ -215,29 +215,29 @@ def start(arguments: list[str], cwd: Path, *launcher: str) -> subprocess.Popen[s
     )
 
 
-def test_devices_trains_in_as_many_processes_of_which_one_reports(plates, tmp_path):
+def test_devices_trains_in_that_many_processes_and_one_reports(plates, tmp_path):
     process = start(command(plates, tmp_path / "run", "--epochs", "1", "--devices", "2"), tmp_path)
-    printed, said = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, said
+    printed, stderr = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, stderr
     assert printed.count("mvtec plate") == 1
-    assert said.count("features of 5 + 2 images") == said.count("report.html") == 1
+    assert stderr.count("features of 5 + 2 images") == stderr.count("report.html") == 1
     assert (tmp_path / "run" / "metrics.json").exists()
     assert (tmp_path / "run" / "scores.csv").read_text().count("\n") == 3
 
 
 @pytest.mark.parametrize("flag", ["--layout", "--category"])  # parsed, and read from the folder
-def test_torchrun_trains_and_an_error_of_all_is_told_once(plates, tmp_path, flag):
+def test_under_torchrun_an_error_of_all_processes_is_printed_once(plates, tmp_path, flag):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", "2", "-m", "msflow_ext"]
     wrong = command(plates, tmp_path / "run", "--epochs", "1", flag, "nonsense")
-    _, said = (process := start(wrong, tmp_path, *launcher)).communicate(timeout=PATIENCE)
+    _, stderr = (process := start(wrong, tmp_path, *launcher)).communicate(timeout=TIMEOUT)
     assert process.returncode != 0
-    assert said.count("msflow: error: ") == said.count("got 'nonsense'") == 1
+    assert stderr.count("msflow: error: ") == stderr.count("got 'nonsense'") == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are found by /proc")
-def test_no_thread_of_a_group_made_here_outlives_it(tmp_path):
-    """One that lets go of a tensor while the interpreter ends has the process aborted."""
+def test_no_thread_of_gloo_outlives_its_process_group(tmp_path):
+    """A thread that releases a tensor while the interpreter ends would abort the process."""
     lines = (
         "import atexit, os",
         "threads = lambda: [open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')]",
@@ -245,23 +245,23 @@ def test_no_thread_of_a_group_made_here_outlives_it(tmp_path):
         "from msflow_ext.distributed.ranks import join",
         "join()",
         "print(sum('gloo' in name for name in threads()))",
-        "import torchvision",  # as a backbone does
+        "import torchvision",  # as backbones do
     )
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     ended = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)],
         cwd=tmp_path,
-        env={**os.environ, **alone},
+        env={**os.environ, **one},
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
     )
     before, after = map(int, ended.stdout.split())
     assert before > 0 == after == ended.returncode, ended.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found by /proc")
-def test_a_killed_process_ends_the_others_and_is_named(plates, tmp_path):
+def test_a_killed_process_is_named_and_the_others_are_stopped(plates, tmp_path):
     run = tmp_path / "run"
     process = start(command(plates, run, "--epochs", "100000", "--devices", "2"), tmp_path)
     try:
@@ -269,18 +269,18 @@ def test_a_killed_process_ends_the_others_and_is_named(plates, tmp_path):
         ranks = {rank_of(child): child for child in children(process.pid)}
         began = time.monotonic()
         os.kill(ranks["1"], signal.SIGKILL)
-        _, said = process.communicate(timeout=PATIENCE)
+        _, stderr = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     assert time.monotonic() - began < 60
     assert process.returncode == 2
-    assert "msflow: error: process 1 of 2 was ended by SIGKILL" in said
+    assert "msflow: error: process 1 of 2 was ended by SIGKILL" in stderr
     wait_until(lambda: not Path(f"/proc/{ranks['0']}").exists())
     assert read_checkpoint(run / "model.safetensors")[0]["epoch"] > 0
 
 
-def test_a_process_whose_others_are_killed_says_so_itself(tmp_path):
-    """As under a scheduler that ends nobody."""
+def test_a_process_reports_that_the_others_have_ended(tmp_path):
+    """No launcher stops the process here, as under some schedulers."""
     lines = (
         "import sys, torch, torch.distributed as dist; from msflow_ext.distributed.ranks import join",
         "store, rank = sys.argv[1:]",
@@ -295,16 +295,19 @@ def test_a_process_whose_others_are_killed_says_so_itself(tmp_path):
             assert process.stdout is not None
             assert process.stdout.readline() == "met\n"
         other.kill()
-        _, said = one.communicate(timeout=PATIENCE)
+        _, stderr = one.communicate(timeout=TIMEOUT)
     finally:
         for process in (one, other):
             process.kill()
             process.communicate()
-    assert "ConnectionError: process 0 of 2 has lost the others: one has ended" in said
+    assert (
+        "ConnectionError: process 0 of 2 has lost its connection: another process has ended"
+        in stderr
+    )
 
 
 def wait_until(fulfilled: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not fulfilled():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -326,14 +329,14 @@ def rank_of(process: int) -> str | None:
         (["--devices", "0"], "--devices must be a whole number of 1 or more, got '0'"),
         (["--num-nodes", "-1"], "--num-nodes must be a whole number of 1 or more, got '-1'"),
         (["--num-nodes", "2"], "--num-nodes 2 needs --rendezvous HOST:PORT"),
-        (["--rendezvous", "here:1"], "--rendezvous is for training on several machines"),
+        (["--rendezvous", "here:1"], "--rendezvous needs --num-nodes, the number of machines"),
         (
             ["--devices", "2", "--device", "cuda:0"],
-            "--device cuda:0 is one device, for 2 processes",
+            "--device must not be a single GPU for 2 processes, got cuda:0",
         ),
     ],
 )
-def test_flags_that_contradict_each_other_are_named(plates, tmp_path, capsys, flags, sentence):
+def test_contradicting_flags_are_refused(plates, tmp_path, capsys, flags, sentence):
     assert cli.main(command(plates, tmp_path / "run", *flags)) == 2
     assert capsys.readouterr().err.startswith(f"msflow: error: {sentence}")
     assert not (tmp_path / "run").exists()
@@ -342,21 +345,25 @@ def test_flags_that_contradict_each_other_are_named(plates, tmp_path, capsys, fl
 def test_more_devices_than_the_machine_has_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert launch.processes_to_start(2, None, None, None) == 2
-    with pytest.raises(ValueError, match="--devices is 3, this machine has 2 GPUs"):
+    with pytest.raises(
+        ValueError, match=r"--devices must be at most 2, the number of GPUs .*, got 3"
+    ):
         launch.processes_to_start(3, None, None, "cuda")
     assert launch.processes_to_start(3, None, None, "cpu") == 3
     assert launch.processes_to_start(None, None, None, None) == 0
 
 
-def test_flags_that_torchrun_contradicts_are_named(monkeypatch):
+def test_flags_that_contradict_torchrun_are_refused(monkeypatch):
     addresses = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     numbers = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
     for name, value in (addresses | numbers).items():
         monkeypatch.setenv(name, value)
     assert launch.processes_to_start(2, 2, None, "cpu") == 0
     with pytest.raises(
-        ValueError, match="--devices is 3, but torchrun started 2 processes on each"
+        ValueError, match=r"--devices must be 2, as torchrun started 2 processes on each .*, got 3"
     ):
         launch.processes_to_start(3, None, None, "cpu")
-    with pytest.raises(ValueError, match="--num-nodes is 3, but torchrun started 2 machines"):
+    with pytest.raises(
+        ValueError, match="--num-nodes must be 2, as torchrun started 2 machines, got 3"
+    ):
         launch.processes_to_start(None, 3, None, "cpu")

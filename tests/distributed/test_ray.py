@@ -1,4 +1,4 @@
-"""On Ray, trainings and bulk scores are those of one process, although workers are killed."""
+"""On Ray, trainings and bulk scores equal those of one process, even if workers are killed."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One Ray for all these tests: the commands take the one that is there."""
+    """Start one Ray for all these tests: commands use a running one."""
     with pytest.MonkeyPatch.context() as patch:
-        # Workers import from where Ray begins: not beside the sources, which would hide the installed package.
+        # Workers import from the folder where Ray starts: beside the sources, these would hide the installed package.
         patch.chdir(tmp_path_factory.mktemp("elsewhere"))
         with executors.session() as module:
             yield module
@@ -47,7 +47,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @contextmanager
 def killing(count: int) -> Iterator[list[int]]:
-    """Kill -9 of ``count`` workers, each as soon as it is seen at a task; their process ids."""
+    """Kill ``count`` workers with SIGKILL, each as soon as it runs a task; yield their process ids."""
     killed: list[int] = []
     done = threading.Event()
 
@@ -68,7 +68,7 @@ def killing(count: int) -> Iterator[list[int]]:
 
 
 def working() -> list[int]:
-    """The workers of this process's Ray that are at a task."""
+    """Return the ids of the workers of this process's Ray that run a task."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -84,7 +84,9 @@ def outcomes(work: Callable[[Any], Any], count: int, **options: Any) -> dict[int
     return {task: (result, error) for task, result, error in found}
 
 
-def test_results_errors_and_folder_are_those_of_the_task(ray, tmp_path, monkeypatch):
+def test_a_task_returns_its_result_or_error_and_runs_in_the_working_folder(
+    ray, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
 
     def work(task: int) -> tuple[int, str, int]:
@@ -101,7 +103,7 @@ def test_results_errors_and_folder_are_those_of_the_task(ray, tmp_path, monkeypa
     assert "in work" in str(error.__cause__)  # the worker's traceback
 
 
-def test_a_task_whose_worker_dies_is_done_again_and_given_up_at_last(ray, tmp_path, monkeypatch):
+def test_a_task_whose_worker_dies_is_repeated_a_few_times(ray, tmp_path, monkeypatch):
     monkeypatch.setattr(executors, "RETRIES", 2)
     monkeypatch.chdir(tmp_path)
 
@@ -118,16 +120,16 @@ def test_a_task_whose_worker_dies_is_done_again_and_given_up_at_last(ray, tmp_pa
     assert str(found[0][1]) == "its worker died 3 times"
 
 
-def test_a_task_larger_than_the_machine_is_refused(ray):
+def test_a_task_that_needs_more_than_the_machine_is_refused(ray):
     with pytest.raises(ValueError, match=r"a task needs 4096 CPUs, 0 GPUs \(--cpus-per-task"):
         outcomes(str, 1, cpus=4096)
 
 
-def test_an_address_where_no_cluster_answers_is_refused_in_time(ray, monkeypatch):
+def test_an_address_without_a_cluster_is_refused_within_the_timeout(ray, monkeypatch):
     monkeypatch.setattr(executors, "CONNECT_SECONDS", 3.0)
     began = time.monotonic()
     with pytest.raises(
-        ConnectionError, match=r"--address 127\.0\.0\.1:1: no Ray answered within 3 s"
+        ConnectionError, match=r"--address 127\.0\.0\.1:1: no cluster answered within 3 s"
     ):
         outcomes(str, 1, address="127.0.0.1:1")
     assert time.monotonic() - began < 30
@@ -161,9 +163,7 @@ def written(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_bulk_scores_are_the_same_files_although_workers_are_killed(
-    ray, run, photos, tmp_path, capsys
-):
+def test_bulk_scores_are_the_same_files_when_workers_are_killed(ray, run, photos, tmp_path, capsys):
     pytest.importorskip("pyarrow")
     assert cli.main(predict(run, photos, tmp_path / "here", "--engine", "local")) == 1
     with killing(2) as killed:
@@ -176,7 +176,7 @@ def test_bulk_scores_are_the_same_files_although_workers_are_killed(
 
 
 @pytest.mark.slow
-def test_a_worker_may_die_before_it_names_a_shard_and_before_it_says_so(ray, run, photos, tmp_path):
+def test_a_worker_may_die_before_and_after_a_shard_gets_its_name(ray, run, photos, tmp_path):
     pytest.importorskip("pyarrow")
 
     def dying(work: Callable[[Any], Any], tasks: Any) -> Any:
@@ -202,13 +202,13 @@ def test_a_worker_may_die_before_it_names_a_shard_and_before_it_says_so(ray, run
 
 
 @pytest.mark.slow
-def test_the_command_starts_a_ray_and_leaves_no_process(run, photos, tmp_path):
+def test_the_command_starts_ray_and_leaves_no_process(run, photos, tmp_path):
     pytest.importorskip("pyarrow")
     mark = uuid4().hex
     command = [sys.executable, "-m", "msflow_ext", *predict(run, photos, tmp_path / "out")]
     done = subprocess.run(
         [*command, "--engine", "ray", "--tasks-at-once", "1"],
-        cwd=tmp_path,  # not beside the sources, which would hide the installed package
+        cwd=tmp_path,  # beside the sources, these would hide the installed package
         env={**os.environ, "MSFLOW_TEST_MARK": mark},
         capture_output=True,
         text=True,
@@ -231,7 +231,7 @@ def test_the_command_starts_a_ray_and_leaves_no_process(run, photos, tmp_path):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Two categories in the layout of MVTec AD, one with a damaged image."""
+    """Write three categories in the layout of MVTec AD, one with a damaged image."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for i, name in enumerate(["train/good"] * 4 + ["test/good"] * 2 + ["test/square"] * 2):
         pixels = rng.integers(90, 110, (64, 64), dtype=np.uint8)
@@ -251,7 +251,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def results(out: Path, category: str) -> dict[str, Any]:
-    """All of a run that must not depend on where it was trained."""
+    """Return everything in a run that must not depend on where it was trained."""
     header, tensors = read_checkpoint(out / category / "model.safetensors")
     metrics = json.loads((out / category / "metrics.json").read_text())
     del header["seconds"], metrics["seconds"]
@@ -261,7 +261,7 @@ def results(out: Path, category: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_trainings_on_ray_end_with_the_bits_of_those_one_by_one(ray, data, tmp_path, capsys):
+def test_trainings_on_ray_and_in_one_process_agree_bit_for_bit(ray, data, tmp_path, capsys):
 
     def train(engine: str, *more: str) -> list[str]:
         chosen = ["train", "--data", str(data), "--layout", "mvtec", "--category", "all"]
@@ -291,7 +291,7 @@ def test_trainings_on_ray_end_with_the_bits_of_those_one_by_one(ray, data, tmp_p
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_one_training_needs_no_ray(data, tmp_path, capsys):
+def test_engine_ray_is_refused_for_a_single_training(data, tmp_path, capsys):
     chosen = ["train", "--data", str(data), "--layout", "mvtec", "--category", "cup"]
     assert cli.main([*chosen, "--out", str(tmp_path / "out"), "--engine", "ray"]) == 2
     assert "--engine must be local for a single training, got ray" in capsys.readouterr().err

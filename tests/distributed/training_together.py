@@ -1,6 +1,6 @@
-"""Trains a tiny model in float64, alone or as one of several processes; a script of test_ranks.py.
+"""Train a tiny model in float64, in one process or as one of several; a script of test_ranks.py.
 
-``python training_together.py FOLDER RANK SIZE`` runs all cases into FOLDER, and meets the others by a file there.
+``python training_together.py FOLDER RANK SIZE`` runs all cases into FOLDER. The processes meet through a file there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # before there is a group: its functions' defaults would hold it
+import torch.distributed.nn.functional  # before there is a group, which its default arguments would keep alive
 from torch import Tensor
 
 from msflow_ext import MSFlow
@@ -33,7 +33,7 @@ SIZE = 48  # pixels
 BASE = Recipe(
     epochs=3, batch_size=4, eval_every=1, lr=1e-3, warmup=0.0, noise=0.1, weight_decay=1e-3
 )
-#: Of 7 training images, by number over two processes: 4 and 3, so that the second batch is uneven.
+#: Two processes have 4 and 3 of the 7 training images, so that the second batch is uneven.
 CASES: dict[str, tuple[dict[str, Any], Recipe]] = {
     "uneven": ({"anomaly_map": "clamped"}, BASE),
     "often-empty": ({}, replace(BASE, batch_size=2, cache="disk", hold_out=0.3, false_alarms=0.4)),
@@ -43,11 +43,11 @@ CASES: dict[str, tuple[dict[str, Any], Recipe]] = {
 
 
 class Interrupted(BaseException):
-    """Nothing in a run may catch this."""
+    """An interruption that no code in a run may catch."""
 
 
 def build(**options: Any) -> MSFlow:
-    """The same model each time, in float64, whose features of an image do not depend on its batch."""
+    """Return the same model each time, in float64, with features that are independent of the batch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         small: dict[str, Any] = {"blocks": (1, 1, 2), "cond_channels": 8, "seed": 1, **options}
@@ -67,7 +67,7 @@ def build(**options: Any) -> MSFlow:
 
 
 def toy_data(bad: Path | None = None) -> DataSet:
-    """Gray noise; the defective images have a white square, which is their mask."""
+    """Return images of gray noise; defective ones have a white square, which is their mask."""
     rng = np.random.default_rng(0)
     mask = np.zeros((SIZE, SIZE), bool)
     mask[8:20, 4:16] = True
@@ -75,7 +75,7 @@ def toy_data(bad: Path | None = None) -> DataSet:
     for image in images[10:]:
         image[mask] = 255
     if bad:
-        images[1] = bad  # the first of the second process
+        images[1] = bad  # the first image of the second process
     good = [Item(f"good/{i}", 0, "good", image) for i, image in enumerate(images[:10])]
     defective = [
         Item(f"square/{i}", 1, "square", image, mask) for i, image in enumerate(images[10:])
@@ -83,8 +83,8 @@ def toy_data(bad: Path | None = None) -> DataSet:
     return DataSet("squares", "white", tuple(good[:7]), (*good[7:], *defective))
 
 
-def run_case(name: str, folder: Path, ranks: Ranks, **more: Any) -> Metrics:
-    """Train one of ``CASES`` into a folder of its name."""
+def run_case(name: str, folder: Path, ranks: Ranks, **more: Any) -> dict[str, Any]:
+    """Train one of ``CASES`` into the folder of its name."""
     options, recipe = CASES[name]
     with torch.random.fork_rng(devices=[]):
         return train(
@@ -93,7 +93,7 @@ def run_case(name: str, folder: Path, ranks: Ranks, **more: Any) -> Metrics:
 
 
 def run_all(folder: Path, ranks: Ranks) -> None:
-    """All of ``CASES``, one that is interrupted after two epochs, and all that must fail."""
+    """Run all ``CASES``, one case that is interrupted after two epochs, and all that must fail."""
     for name in CASES:
         run_case(name, folder, ranks, baseline=name == "uneven")
     with interrupted_after(2):
@@ -104,7 +104,7 @@ def run_all(folder: Path, ranks: Ranks) -> None:
 
 @contextmanager
 def interrupted_after(epochs: int) -> Iterator[None]:
-    """Trainings inside end after so many epochs as if they were killed."""
+    """End trainings in the block after ``epochs`` epochs, as if they were killed."""
     real, calls = loop.train_epoch, []
 
     def counted(*args: Any, **options: Any) -> Any:
@@ -123,7 +123,7 @@ def interrupted_after(epochs: int) -> Iterator[None]:
 
 
 def infinite_loss(folder: Path, ranks: Ranks) -> None:
-    """The loss of good/1, which only one process sees, is not finite in the second epoch."""
+    """Make the loss of one process infinite in the second epoch."""
     model, calls = build(), []
     real = model.head.loss
 
@@ -138,14 +138,14 @@ def infinite_loss(folder: Path, ranks: Ranks) -> None:
 
 
 def broken_image(folder: Path, ranks: Ranks) -> None:
-    """An image that only one process reads cannot be decoded."""
+    """Train with a damaged image, which only one process reads."""
     path = folder.parent / "broken.png"
     path.write_bytes(b"")
     train(build(), toy_data(path), folder / "broken", BASE, device="cpu", ranks=ranks)
 
 
 def other_data(folder: Path, ranks: Ranks) -> None:
-    """The last process has fewer images than the first."""
+    """Train with fewer images in the last process than in the first."""
     data = toy_data()
     if ranks.rank:
         data = replace(data, train=data.train[1:])
@@ -153,7 +153,7 @@ def other_data(folder: Path, ranks: Ranks) -> None:
 
 
 def too_few(folder: Path, ranks: Ranks) -> None:
-    """There is one image to train on."""
+    """Train on a single image."""
     data = replace(toy_data(), train=toy_data().train[:1])
     train(build(), data, folder / "few", replace(BASE, epochs=1), device="cpu", ranks=ranks)
 
@@ -162,7 +162,7 @@ FAILURES = {f.__name__: f for f in (infinite_loss, broken_image, other_data, too
 
 
 def failure(name: str, folder: Path, ranks: Ranks) -> str | None:
-    """The type and the text of the error that a case ends with."""
+    """Return the type and the text of the error of a case."""
     try:
         FAILURES[name](folder, ranks)
     except Exception as error:
@@ -178,10 +178,10 @@ def main(folder: Path, rank: int, size: int) -> None:
     pair = folder / "pair"
     run_all(pair, join())
     if rank == 0:
-        shutil.copytree(folder / "alone" / "interrupted", pair / "resumed")
+        shutil.copytree(folder / "single" / "interrupted", pair / "resumed")
     dist.barrier()
     run_case("uneven", pair / "resumed", join(), resume=True)
-    dist.destroy_process_group()  # gloo's threads that outlive the interpreter end the process by SIGABRT
+    dist.destroy_process_group()  # gloo's threads would outlive the interpreter and abort the process
 
 
 if __name__ == "__main__":

@@ -99,7 +99,9 @@ def test_a_damaged_image_has_a_row_with_its_error_and_its_batch_is_scored(whole)
     wrong = [row for row in rows(whole) if row["error"] is not None]
     (row,) = wrong
     assert row["path"].endswith(DAMAGED)
-    assert row["error"] == f"{row['path']} is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP"
+    assert (
+        row["error"] == f"{row['path']} is not an image of the formats PNG, JPEG, BMP, TIFF, WEBP"
+    )
     assert {row[name] for name in schema().names[1:-1]} == {None}
     assert sum(row["score"] is not None for row in rows(whole)) == COUNT - 1
 

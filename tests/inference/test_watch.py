@@ -122,7 +122,7 @@ def test_a_file_that_is_passed_over_is_logged_once(tmp_path, monkeypatch):
     assert names(tmp_path, *later, idle, idle) == []
     assert said == [
         f"{tmp_path}: 1 passed over: notes.txt",
-        f"{tmp_path}: 1 passed over: gone.png (a link to nowhere)",
+        f"{tmp_path}: 1 passed over: gone.png (a broken link)",
     ]
 
 
@@ -304,7 +304,7 @@ def test_a_folder_is_watched_until_a_signal_and_continued_later(run, tmp_path, c
         started.kill()
     assert started.returncode == 1
     assert said == f"3 images: {out / 'scores.csv'}\n"
-    wrong = f"{folder / 'broken.png'} is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP"
+    wrong = f"{folder / 'broken.png'} is not an image of the formats PNG, JPEG, BMP, TIFF, WEBP"
     assert [line for line in errors.splitlines() if "broken" in line] == [
         f"broken.png is skipped: {wrong}"
     ]

@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests of pages, spoken to through two pipes: no driver, no port, no network."""
+"""A headless Chromium for the tests of pages, controlled through two pipes without driver or network."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
-# The browser reads from descriptor 3 and writes to 4; a fork that runs Python to arrange that is unsafe.
+# The browser reads from descriptor 3 and writes to 4. A new Python sets them up, since code after a fork is unsafe.
 LAUNCHER = "import os, sys; _, i, o, *a = sys.argv; os.dup2(int(i), 3); os.dup2(int(o), 4); os.execvp(a[0], a)"
-PATIENCE = 60.0  # seconds for one answer, on a busy machine
+TIMEOUT = 60.0  # seconds for one answer, on a busy machine
 
 
 class Browser:
@@ -61,7 +61,7 @@ class Browser:
     def open(
         self, page: Path | str, width: int = 1280, height: int = 900, dark: bool = False
     ) -> None:
-        """Load a file, or the address of a service; what it writes to the console as an error is kept in ``errors``."""
+        """Load a file or the address of a service; errors in its console are kept in ``errors``."""
         self.errors, self._loaded = [], False
         self.ask(
             "Emulation.setDeviceMetricsOverride",
@@ -78,7 +78,7 @@ class Browser:
             self._receive()
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression in the page, after a promise if it is one."""
+        """Return the value of a JavaScript expression in the page, of a promise once it is resolved."""
         answer = self.ask(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
         )
@@ -98,13 +98,13 @@ class Browser:
             )
 
     def screenshot(self) -> bytes:
-        """PNG of what is in view, once it is drawn."""
+        """Return the visible part of the page as PNG, once it is drawn."""
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         answer = self.ask("Page.captureScreenshot")
         return base64.b64decode(answer["data"])
 
     def pdf(self) -> bytes:
-        """The page as it is printed."""
+        """Return the page as it is printed."""
         answer = self.ask("Page.printToPDF", printBackground=False, preferCSSPageSize=True)
         return base64.b64decode(answer["data"])
 
@@ -123,16 +123,16 @@ class Browser:
         os.close(self._write)
         os.close(self._read)
         self._process.terminate()
-        self._process.wait(PATIENCE)
+        self._process.wait(TIMEOUT)
 
     def _receive(self) -> dict[str, Any]:
-        """The next message; errors and the end of loading are noted."""
-        until = time.monotonic() + PATIENCE
+        """Return the next message, and record errors and the end of loading."""
+        until = time.monotonic() + TIMEOUT
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], max(0.0, until - time.monotonic()))
             part = os.read(self._read, 1 << 20) if ready else b""
             if not part:
-                raise TimeoutError(f"the browser said nothing for {PATIENCE:g} s, or ended")
+                raise TimeoutError(f"the browser sent nothing for {TIMEOUT:g} s, or ended")
             self._buffer += part
         first, _, self._buffer = self._buffer.partition(b"\0")
         message = json.loads(first)
@@ -154,7 +154,7 @@ class Browser:
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """A browser for the whole session; tests open their pages in it one after the other."""
+    """Start a browser for the whole session; tests open their pages in it one after the other."""
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         reason = f"no browser: none of {', '.join(NAMES)} is on the PATH"
@@ -167,7 +167,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def _pipe() -> tuple[int, int]:
-    """A pipe whose ends are none of the descriptors that the browser takes."""
+    """Return a pipe whose ends differ from the descriptors that the browser uses."""
     ends = os.pipe()
     high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
     for end in ends:

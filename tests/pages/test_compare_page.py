@@ -1,4 +1,4 @@
-"""In a browser a comparison opens without an error, in light, dark, narrow and in print."""
+"""In a browser, a comparison opens without an error in light, dark and narrow windows and in print."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msflow_ext.runs.score_table import Row, write_scores
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three runs on 60 images, on most of which they disagree."""
+    """Write the comparison of three runs on 60 images, on most of which they disagree."""
     root, rng = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
     names = [f"n{i}" for i in range(60)]
     labels = [int(i >= 30) for i in range(60)]
@@ -39,7 +39,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("width", "dark"), [(1280, False), (1280, True), (360, False)], ids=["light", "dark", "narrow"]
 )
-def test_it_opens_without_an_error_and_without_scrolling_sideways(browser, page, width, dark):
+def test_the_page_opens_without_errors_or_horizontal_scrolling(browser, page, width, dark):
     browser.open(page, width=width, dark=dark)
     assert browser.errors == []
     assert browser.run("document.documentElement.scrollWidth") == width
@@ -48,10 +48,10 @@ def test_it_opens_without_an_error_and_without_scrolling_sideways(browser, page,
     assert np.ptp(drawn) > 180
 
 
-def test_it_shows_a_curve_for_each_run_and_a_dot_for_each_image(browser, page):
+def test_the_page_shows_a_curve_for_each_run_and_a_dot_for_each_image(browser, page):
     browser.open(page)
-    colours = "new Set([...document.querySelectorAll('polyline[class^=run-]')].map(p => getComputedStyle(p).stroke)).size"
-    assert browser.run(colours) == 3
+    colors = "new Set([...document.querySelectorAll('polyline[class^=run-]')].map(p => getComputedStyle(p).stroke)).size"
+    assert browser.run(colors) == 3
     assert browser.run("document.querySelectorAll('circle').length") == 2 * 60
     sizes = "[...document.images].map(i => i.decode().then(() => i.naturalWidth))"
     assert browser.run(f"Promise.all({sizes})") == [32] * 24 * 4

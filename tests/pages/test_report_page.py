@@ -1,4 +1,4 @@
-"""In a browser a report opens without an error, obeys buttons and keys, and prints."""
+"""In a browser, a report opens without an error, responds to buttons and keys, and prints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHOOSE = "(() => {{ const s = document.getElementById('{}'); s.value = '{}'; s.d
 
 
 class Pictures(Sequence):
-    """Noise; every image has a mask with the same square, empty for the first half."""
+    """Images of noise, all with the same square as mask, or an empty mask in the first half."""
 
     def __init__(self, count: int, size: tuple[int, int]) -> None:
         rng = np.random.default_rng(0)
@@ -41,7 +41,7 @@ class Pictures(Sequence):
 
 
 def write(path: Path, count: int, size: tuple[int, int] = (64, 64)) -> Path:
-    """A report on ``count`` images, half of them defective; some are mistakes."""
+    """Write a report on ``count`` images, half of them defective, with some mistakes."""
     labels = [int(i >= count // 2) for i in range(count)]
     scores = [(i * 37 % count) / count + 0.6 * label for i, label in enumerate(labels)]
     run = run_report.ReportedRun(
@@ -77,14 +77,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("width", "dark"), [(1280, False), (1280, True), (360, False)], ids=["light", "dark", "narrow"]
 )
-def test_it_opens_without_an_error_and_without_scrolling_sideways(browser, page, width, dark):
+def test_the_page_opens_without_errors_or_horizontal_scrolling(browser, page, width, dark):
     browser.open(page, width=width, dark=dark)
     assert browser.errors == []
     assert browser.run("document.documentElement.scrollWidth") == width
     drawn = np.asarray(Image.open(io.BytesIO(browser.screenshot())).convert("L")).astype(int)
     assert drawn.shape == (900, width)
     assert (np.median(drawn) < 40) == dark
-    assert np.ptp(drawn) > 180  # text on paper
+    assert np.ptp(drawn) > 180  # there is text on the background
     browser.run("document.getElementById('cards').scrollIntoView()")
     assert np.unique(np.asarray(Image.open(io.BytesIO(browser.screenshot())))).size > 100
 
@@ -98,7 +98,7 @@ def test_every_picture_in_view_is_decoded(browser, page):
 
 
 @pytest.mark.family("pages")
-def test_a_button_shows_the_image_the_heat_map_or_the_outline_in_all_cards(browser, page):
+def test_buttons_switch_all_cards_between_image_heat_map_and_outline(browser, page):
     browser.open(page)
     kinds = "['image', 'heat', 'line'].filter(k => getComputedStyle(document.querySelector(`.layers:has(.line) .${k}`)).visibility === 'visible')"
     assert browser.run(kinds) == ["heat"]
@@ -111,7 +111,7 @@ def test_a_button_shows_the_image_the_heat_map_or_the_outline_in_all_cards(brows
 
 
 @pytest.mark.family("pages")
-def test_a_click_or_a_key_enlarges_a_picture_beside_its_heat_map(browser, page):
+def test_a_click_or_a_key_enlarges_a_picture_with_its_heat_map(browser, page):
     browser.open(page)
     for start in ("click()", "focus()"):
         browser.run(f"document.querySelector('.layers:has(.line)').{start}")
@@ -127,14 +127,14 @@ def test_a_click_or_a_key_enlarges_a_picture_beside_its_heat_map(browser, page):
 
 
 @pytest.mark.family("pages")
-def test_pictures_have_their_own_aspect(browser, tmp_path):
+def test_pictures_keep_their_aspect_ratio(browser, tmp_path):
     browser.open(write(tmp_path / "report.html", 4, size=(32, 80)))
     shapes = "[...document.querySelectorAll('.card img')].map(i => i.getBoundingClientRect()).map(r => r.height / r.width)"
     assert browser.run(shapes) == pytest.approx([0.4] * len(browser.run(shapes)), abs=0.02)
 
 
 @pytest.mark.family("pages")
-def test_on_a_narrow_screen_captions_wrap_and_a_wide_table_scrolls_in_its_own_box(browser, page):
+def test_on_a_narrow_screen_captions_wrap_and_wide_tables_scroll(browser, page):
     browser.open(page, width=360)
     over = "[...document.querySelectorAll('p, figcaption')].filter(e => e.getBoundingClientRect().right > 360).map(e => e.textContent)"
     assert browser.run(over) == []
@@ -184,7 +184,7 @@ def test_every_control_is_reached_by_tab_and_shows_its_focus(browser, page):
     ]
 
 
-def test_printed_it_shows_image_and_heat_map_side_by_side_of_the_first_60(browser, page):
+def test_in_print_the_first_60_images_are_beside_their_heat_maps(browser, page):
     browser.open(page)
     assert browser.pdf().startswith(b"%PDF")
     browser.ask("Emulation.setEmulatedMedia", media="print")
@@ -197,7 +197,7 @@ def test_printed_it_shows_image_and_heat_map_side_by_side_of_the_first_60(browse
     assert browser.run(f"{shown}.length") == 60
 
 
-def test_without_scripts_all_layers_are_in_view_and_no_dead_control(browser, page):
+def test_without_scripts_all_layers_are_visible_and_controls_are_hidden(browser, page):
     browser.ask("Emulation.setScriptExecutionDisabled", value=True)
     try:
         browser.open(page)
@@ -233,7 +233,7 @@ def test_two_thousand_images_stay_usable(browser, tmp_path):
     )
     assert len(browser.run(NAMES)) == 2000
     assert megabytes < 30
-    # Generous: seconds at most on a quiet machine, and CI's is not.
+    # Generous limits, because CI machines are busy; a quiet machine needs seconds at most.
     assert written - began < 120
     assert opened - written < 30
     assert moved < 2000

@@ -1,4 +1,4 @@
-"""In a browser the page of the service judges what is dropped or chosen, and shows image, heat map and refusals."""
+"""In a browser, the page of the service scores dropped and chosen images, and shows results and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msflow_ext.inference.result import Result
 
 pytestmark = pytest.mark.family("service")
 
-# A picture that the page itself draws, and a file that is none.
+# An image that the page draws itself, and a file that is not an image.
 FILES = """(async () => {{
   const canvas = document.createElement('canvas');
   canvas.width = canvas.height = 32;
@@ -41,7 +41,7 @@ STATUS = "document.getElementById('status').textContent"
 
 
 class Judge(Detector):
-    """A model that finds the left half of every image defective, more or less so."""
+    """A model that finds the left half of every image defective, with a chosen score."""
 
     def __init__(self, score: float = 1.25, threshold: float | None = 1.0) -> None:
         pixels = None if threshold is None else 0.5
@@ -71,7 +71,7 @@ def cards(browser, count: int = 2) -> list[list[str]]:
 
 
 REFUSED = ["card not-scored", "notes.png"]
-REFUSED += ["not scored: the body is not an image of the kinds PNG, JPEG, BMP, TIFF, WEBP"]
+REFUSED += ["not scored: the body is not an image of the formats PNG, JPEG, BMP, TIFF, WEBP"]
 EXPECTED = [
     ["card fail", "FAIL", "plate <b>7</b>.png", "score 1.250, p-value 0.020"],
     REFUSED,
@@ -79,19 +79,19 @@ EXPECTED = [
 
 
 def choose(layer: str) -> str:
-    """The script that presses a segment."""
+    """Return the script that selects a layer."""
     return f"[...document.querySelectorAll('#layers label')].find(l => l.textContent === '{layer}').click()"
 
 
 @pytest.mark.parametrize("script", [DROP, CHOOSE], ids=["drop", "choose"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_images_are_judged_and_refusals_are_shown(browser, start, script, dark):
+def test_images_are_scored_and_errors_are_shown(browser, start, script, dark):
     browser.open(start(serving.application(Judge(), name="plates")), dark=dark)
     assert browser.run("document.querySelector('h1').textContent") == "plates"
     browser.run(script)
     assert cards(browser) == EXPECTED
     assert browser.run(STATUS) == "2 images: 1 FAIL, 1 not scored"
-    errors = [each for each in browser.errors if "400" not in each]  # the refusal's own
+    errors = [each for each in browser.errors if "400" not in each]  # the one of the refused file
     assert not errors and len(browser.errors) == 1
 
 
@@ -110,7 +110,7 @@ def test_pass_and_fail_differ_in_word_border_and_totals(browser, start):
     assert (browser.run(CARDS), browser.run(STATUS)) == ([], "")
 
 
-def test_a_run_without_threshold_promises_no_verdict_and_says_how_to_get_one(browser, start):
+def test_without_a_threshold_the_page_gives_no_verdict_and_says_how_to_get_one(browser, start):
     browser.open(start(serving.application(Judge(threshold=None))))
     text = browser.run("document.querySelector('header').textContent")
     assert "no threshold" in text and "--hold-out" in text and "cyan" not in text
@@ -128,7 +128,7 @@ def test_a_run_without_threshold_promises_no_verdict_and_says_how_to_get_one(bro
 WIDE = DROP.replace("canvas.width = canvas.height = 32", "canvas.width = 64; canvas.height = 32")
 
 
-def test_the_image_stands_beside_its_heat_map_in_its_own_aspect(browser, start):
+def test_an_image_and_its_heat_map_keep_their_aspect_ratio(browser, start):
     browser.open(start(serving.application(Judge())))
     browser.run(WIDE)
     cards(browser)
@@ -146,7 +146,7 @@ def test_the_image_stands_beside_its_heat_map_in_its_own_aspect(browser, start):
     pixels = """(async () => { const i = document.querySelector('.card [data-layer="3"] img'); await i.decode();
       const c = document.createElement('canvas').getContext('2d'); c.drawImage(i, 0, 0);
       return [[1, 16], [12, 16], [48, 16]].map(([x, y]) => c.getImageData(x, y, 1, 1).data[1] > 120) })()"""
-    assert browser.run(pixels) == [True, False, False]  # cyan at the edge of the left half alone
+    assert browser.run(pixels) == [True, False, False]  # cyan only at the edge of the left half
 
 
 def test_a_picture_is_enlarged_by_click_and_by_key(browser, start):
@@ -162,7 +162,7 @@ def test_a_picture_is_enlarged_by_click_and_by_key(browser, start):
     assert browser.run("document.querySelector('.card button').tabIndex") == 0
 
 
-def test_a_kind_that_the_browser_does_not_show_is_shown_as_the_model_saw_it(browser, start):
+def test_a_format_that_browsers_do_not_support_is_shown_as_decoded(browser, start):
     browser.open(start(serving.application(Judge())))
     written = io.BytesIO()
     Image.new("RGB", (48, 24), (200, 0, 0)).save(written, "TIFF")

@@ -1,1 +1,1 @@
-"""Readers of data sets, one a file: ``read`` and ``categories``."""
+"""Read data sets: one module for each, with ``read`` and ``categories``."""

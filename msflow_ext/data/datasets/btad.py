@@ -1,4 +1,4 @@
-"""BTAD, the beanTech set: the tree of MVTec AD, whose images are ``ok`` or ``ko``."""
+"""BTAD (beanTech): the layout of MVTec AD with the folders ``ok`` and ``ko``."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ __all__ = ["categories", "read"]
 def read(root: Path, category: str | None, split_seed: int = 0) -> DataSet:
     """Read ``train/ok``, ``test/ok``, ``test/ko`` and ``ground_truth/ko`` of ``01``, ``02`` or ``03``.
 
-    Images and masks are ``.bmp`` or ``.png`` and may differ in that.
+    Images and masks are ``.bmp`` or ``.png``; a mask may have another suffix than its image.
 
     Args:
-        root: the folder of all categories, or with ``category=None`` that of one.
-        split_seed: unused; this layout says itself what is trained and tested.
+        root: the folder of all categories, or of one category with ``category=None``.
+        split_seed: unused, because this layout has its own test images.
 
     Raises:
-        ValueError: no such category.
-    Source: Mishra et al., "VT-ADL: A Vision Transformer Network for Image Anomaly Detection and
+        ValueError: the category does not exist.
+
+    References:
+        Mishra et al., "VT-ADL: A Vision Transformer Network for Image Anomaly Detection and
         Localization", ISIE 2021.
     """
     return read_tree("btad", root, category, good="ok")

@@ -12,20 +12,23 @@ CATEGORIES = {"mono": ("mono",), "poly": ("poly",), "both": ("mono", "poly")}
 
 
 def read(category: str | None, split_seed: int = 0) -> DataSet:
-    """Mono- or polycrystalline cells, 300x300 gray, some of them defective; no masks.
+    """Read mono- or polycrystalline cells: 300x300 gray images, without masks.
 
-    Experts gave each of the 2,624 cells a probability of being defective. Of those with 0
-    (functional), a seeded 80% of each type train and the others are tested; those with 1 are the
-    defective ones; the doubtful ones, 1/3 and 2/3, are left out. Cells of one solar module can be
-    on both sides of the split. The images are CC BY-NC-SA 4.0 and stay in their package.
+    Experts gave each of the 2,624 cells a probability of being defective. Cells with probability 0
+    are good: a seeded 80% of each type are trained on, and the others are tested. Cells with
+    probability 1 are defective. Doubtful cells, with 1/3 and 2/3, are left out. Cells of one solar
+    module can be on both sides of the split. The images are licensed CC BY-NC-SA 4.0.
 
     Args:
         category: ``mono``, ``poly`` or ``both``.
+        split_seed: seed of the split of good cells.
 
     Raises:
-        ValueError: no such category.
-        ModuleNotFoundError: the package is not installed.
-    Source: Deitsch et al., "Automatic classification of defective photovoltaic module cells in
+        ValueError: the category does not exist.
+        ModuleNotFoundError: ``elpv-dataset`` is not installed.
+
+    References:
+        Deitsch et al., "Automatic classification of defective photovoltaic module cells in
         electroluminescence images", Solar Energy 185 (2019).
     """
     if category not in CATEGORIES:
@@ -39,7 +42,10 @@ def read(category: str | None, split_seed: int = 0) -> DataSet:
     rng = np.random.default_rng(split_seed)
     train: list[Item] = []
     test: list[Item] = []
-    for kind in ("mono", "poly"):  # always both, so that poly alone is split as in both
+    for kind in (
+        "mono",
+        "poly",
+    ):  # draws for both, so that each type has the same split in every category
         good, bad = cells[kind, 0.0], cells[kind, 1.0]
         trained, held_out = hold_out(len(good), rng)
         if kind in CATEGORIES[category]:
@@ -50,7 +56,7 @@ def read(category: str | None, split_seed: int = 0) -> DataSet:
 
 
 def categories() -> list[str]:
-    """Return what `read` knows."""
+    """Return the categories of `read`."""
     return list(CATEGORIES)
 
 

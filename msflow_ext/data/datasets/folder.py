@@ -1,4 +1,4 @@
-"""The plainest layout: folders of normal and abnormal images and of masks, or a CSV that lists them."""
+"""Read folders of normal images, abnormal images and masks, or a CSV file that lists them."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ def read(
     masks: str | Path | None = None,
     csv: str | Path | None = None,
 ) -> DataSet:
-    """Read ``normal``, ``abnormal`` and ``masks``, or ``csv``; all are taken relative to ``root``.
+    """Read ``normal``, ``abnormal`` and ``masks``, or ``csv``, with paths relative to ``root``.
 
-    Folders are searched with their sub-folders (:func:`msflow_ext.data.walk.walk`); one may lie in
-    another, which is then read without it. If none of them is given, the folders ``normal``,
-    ``abnormal`` and ``masks`` inside ``root`` are, where they exist. Without abnormal images all
-    normal ones train and nothing is tested; with them, a seeded 80% of the normal ones train and
-    the others are tested. A mask is called as its image is, or ``NAME_mask``, in a sub-folder of
-    the same name where its image is in one.
+    Folders are searched with their sub-folders (:func:`msflow_ext.data.walk.walk`). A given folder
+    inside another is not part of the outer one. By default, the folders ``normal``, ``abnormal``
+    and ``masks`` in ``root`` are read if they exist. Without abnormal images, all normal images are
+    trained on and none are tested. With them, a seeded 80% of the normal images are trained on, and
+    the others are tested. A mask has the name of its image, or ``NAME_mask``, and is in a sub-folder
+    of the same name.
 
-    A CSV has a first line with the columns ``path`` and ``label``, and perhaps ``mask`` and
-    ``split``. Paths are relative to ``root`` and stay in it. A label is ``good``, ``normal``,
-    ``ok`` or ``0``, or else the kind of the defect, or ``1``. A split is ``train`` or ``test``;
-    without that column the images are split as those of folders are.
+    The header of a CSV file has the columns ``path`` and ``label``, and optionally ``mask`` and
+    ``split``. Paths are relative to ``root`` and stay in it. The label of a good image is ``good``,
+    ``normal``, ``ok`` or ``0``; that of another is the kind of its defect, or ``1``. A split is
+    ``train`` or ``test``. Without that column, images are split as those of folders.
 
     Raises:
-        ValueError: options that do not fit together, a CSV that cannot be read, or a category,
-            which there is not.
-        FileNotFoundError: no such CSV.
+        ValueError: the options contradict each other, the CSV file is invalid, or a category is
+            given.
+        FileNotFoundError: the CSV file does not exist.
     """
     if category is not None:
         raise ValueError(f"layout folder has no categories, got category {category!r}")
     if csv is not None:
         if root is None or normal or abnormal or masks:
             raise ValueError(
-                "csv needs data, the folder that its paths are in, and no other folder"
+                "csv needs data, the folder of its paths, without normal, abnormal or masks"
             )
         return _listed(root, root / csv, split_seed)
     given = {"normal": normal, "abnormal": abnormal, "masks": masks}
@@ -72,15 +72,15 @@ def read(
 
 
 def categories(root: Path) -> list[str]:
-    """Return an empty list: there is one folder."""
+    """Return no categories: this layout has none."""
     return []
 
 
 def _searched(name: str, places: Mapping[str, Path], seed: int) -> DataSet:
-    """Return the images of the folders ``normal``, ``abnormal`` and ``masks``, of which the first must be given."""
+    """Return the images of the folders ``normal`` (required), ``abnormal`` and ``masks``."""
     faults: Faults = []
     if "masks" in places and "abnormal" not in places:
-        lost = f"masks {places['masks']} belong to abnormal images, of which there are none"
+        lost = f"masks {places['masks']} need abnormal, the folder of the images that they mark"
         faults.append(ValueError(lost))
 
     def images(name: str) -> list[Path]:
@@ -89,8 +89,8 @@ def _searched(name: str, places: Mapping[str, Path], seed: int) -> DataSet:
     def stem(name: str, path: Path) -> str:
         return stem_in(places[name], path)
 
-    one = f"{places['normal']} holds one image"
-    trained, held_out = _split(images("normal"), "abnormal" in places, seed, one, faults)
+    tested, normal = "abnormal" in places, places["normal"]
+    trained, held_out = _split(images("normal"), tested, seed, normal, faults)
     train = [Item(f"train/good/{stem('normal', p)}", 0, "good", p) for p in trained]
     test = [Item(f"good/{stem('normal', p)}", 0, "good", p) for p in held_out]
     if "abnormal" in places:
@@ -112,7 +112,7 @@ def _others(places: Mapping[str, Path], name: str) -> list[Path]:
 
 
 def _check_different(places: Mapping[str, Path]) -> None:
-    """Raise ValueError if two options name one folder, whose images would be of both kinds."""
+    """Raise a ValueError if two options name one folder, whose images would be of both kinds."""
     for (name, path), (other, same) in combinations(places.items(), 2):
         if path.exists() and same.exists() and path.samefile(same):
             raise ValueError(f"{name} and {other} must be different folders, got {path} and {same}")
@@ -127,10 +127,8 @@ def _listed(root: Path, table: Path, seed: int) -> DataSet:
         train, test = ([each for each in found if each.split == part] for part in ("train", "test"))
     else:
         if not good and not faults:
-            faults.append(
-                ValueError(f"{table} lists no good images, on which alone a model trains")
-            )
-        train, test = _split(good, bool(bad), seed, f"{table} lists one good image", faults)
+            faults.append(ValueError(f"{table} must list good images to train on, got none"))
+        train, test = _split(good, bool(bad), seed, table, faults)
         test += bad
     parts = ([_item(root, each) for each in part] for part in (train, test))
     trained, tested = unique(parts, faults)
@@ -143,12 +141,16 @@ def _item(root: Path, entry: Entry) -> Item:
 
 
 def _split(
-    good: list[Any], tested: bool, seed: int, where: str, faults: Faults
+    good: list[Any], tested: bool, seed: int, source: Path, faults: Faults
 ) -> tuple[list[Any], list[Any]]:
-    """Return the good images to train on and, if there is something to tell them from, those to test on."""
+    """Split good images into those to train on and, if ``tested``, those to test on."""
     if not tested:
         return good, []
     if len(good) == 1:
-        faults.append(ValueError(f"{where}, too few to train on some and test some"))
+        faults.append(
+            ValueError(
+                f"{source} must hold 2 or more good images, to train on and to test on, got 1"
+            )
+        )
     train, held_out = hold_out(len(good), np.random.default_rng(seed))
     return [good[i] for i in train], [good[i] for i in held_out]

@@ -18,20 +18,23 @@ def read(root: Path, category: str | None, split_seed: int = 0) -> DataSet:
     """Read a scene, ``01`` to ``13``: the videos whose names begin with it, such as ``01_0014``.
 
     A video is a folder of frames, ``training/frames/VIDEO`` or ``testing/frames/VIDEO``, or a file
-    in a folder ``videos`` there; of each, frames 0, 5, 10, ... are taken. ``testing`` holds
-    ``test_frame_mask/VIDEO.npy``, ``(frames,)``, and perhaps ``test_pixel_mask/VIDEO.npy``,
-    ``(frames, H, W)``, bool or integer, above 0 where something is abnormal.
+    in ``training/videos`` or ``testing/videos``. Frames 0, 5, 10, ... are read. ``testing`` holds
+    ``test_frame_mask/VIDEO.npy``, ``(frames,)``, and optionally ``test_pixel_mask/VIDEO.npy``,
+    ``(frames, H, W)``. These are bool or integer arrays, above 0 on anomalies.
 
     Args:
         root: the folder with ``training`` and ``testing``.
-        split_seed: unused; this layout says itself what is trained and tested.
+        category: the scene.
+        split_seed: unused, because this layout has its own test images.
 
     Raises:
-        ValueError: no such scene, or no videos at all.
-        FileNotFoundError: no folder ``training``.
-        ModuleNotFoundError: there are videos, and no package that decodes them.
-    Source: Liu et al., "Future Frame Prediction for Anomaly Detection", CVPR 2018; every fifth
-        frame as in Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022.
+        ValueError: the scene does not exist, or there are no videos.
+        FileNotFoundError: the folder ``training`` does not exist.
+        ModuleNotFoundError: there are video files, and the packages to decode them are missing.
+
+    References:
+        Liu et al., "Future Frame Prediction for Anomaly Detection", CVPR 2018. Every fifth frame as
+        in Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022.
     """
     scenes = categories(root)
     if category is None or category not in scenes:
@@ -48,7 +51,7 @@ def read(root: Path, category: str | None, split_seed: int = 0) -> DataSet:
     for name, clip in tested.items():
         test += _tested(root / "testing", name, _frames(clip, faults), faults)
     faults += [
-        ValueError(f"mask {mask} has no video of its name")
+        ValueError(f"mask {mask} has no video of the same name")
         for mask in sorted((root / "testing").glob("test_*_mask/*.npy"))
         if _scene(mask.stem) == category and mask.stem not in tested
     ]
@@ -67,7 +70,7 @@ def categories(root: Path) -> list[str]:
 
 
 def _videos(part: Path, scene: str | None = None) -> dict[str, Path]:
-    """Return where the frames of each video are, by its name; a folder is preferred to a file."""
+    """Return the folder or file of each video by name; a folder is preferred to a file."""
     found: dict[str, Path] = {}
     if (part / "videos").is_dir():
         files = walk(part / "videos", video.SUFFIXES, deep=False).paths
@@ -111,7 +114,7 @@ def _tested(folder: Path, name: str, frames: Sequence[Path | Frame], faults: Fau
 
 
 def _masks(path: Path, axes: int, frames: int, faults: Faults) -> np.ndarray | None:
-    """Return the array in a file, mapped: only the masks that are looked at are read."""
+    """Map the array in a file into memory, so that only the masks in use are read."""
     try:
         masks = np.load(path, mmap_mode="r")
     except FileNotFoundError:
@@ -120,7 +123,7 @@ def _masks(path: Path, axes: int, frames: int, faults: Faults) -> np.ndarray | N
     except (EOFError, OSError, ValueError) as error:
         faults.append(ValueError(f"{path} cannot be read: {error}"))
         return None
-    if not isinstance(masks, np.ndarray):  # what np.load makes of an archive
+    if not isinstance(masks, np.ndarray):  # an archive of arrays
         faults.append(ValueError(f"{path} must hold one array, got several"))
         return None
     if masks.ndim == axes and len(masks) == frames and masks.dtype.kind in "biu":

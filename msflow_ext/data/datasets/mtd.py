@@ -16,13 +16,20 @@ SPLITS = Path(__file__).with_name("mtd_splits.json")
 def read(root: Path, category: str | None = None, split_seed: int = 0) -> DataSet:
     """Read ``MT_Free/Imgs`` and ``MT_KIND/Imgs``: ``NAME.jpg`` is a tile, ``NAME.png`` its mask.
 
-    A seeded 80% of the free tiles train; the others and all defects are tested. There is no
-    published split, so report the mean of the seeds 0 to 4: for all 952 free tiles these are
-    recorded in ``mtd_splits.json``, and any split is identified by :attr:`DataSet.split`.
+    A seeded 80% of the free tiles are trained on; the others and all defects are tested. There is
+    no published split, so report the mean of the seeds 0 to 4. Their splits of all 952 free tiles are
+    recorded in ``mtd_splits.json``, and :attr:`DataSet.split` identifies any split.
+
+    Args:
+        root: the folder with ``MT_Free`` and the folders of defects.
+        category: None, because this layout has no categories.
+        split_seed: seed of the split of free tiles.
 
     Raises:
-        ValueError: a category, which there is not.
-    Source: Huang et al., "Surface defect saliency of magnetic tile", The Visual Computer 36 (2020).
+        ValueError: a category is given.
+
+    References:
+        Huang et al., "Surface defect saliency of magnetic tile", The Visual Computer 36 (2020).
     """
     if category is not None:
         raise ValueError(f"layout mtd has no categories, got category {category!r}")
@@ -43,12 +50,12 @@ def read(root: Path, category: str | None = None, split_seed: int = 0) -> DataSe
 
 
 def categories(root: Path) -> list[str]:
-    """Return an empty list: all tiles are of one kind."""
+    """Return no categories: all tiles are of one kind."""
     return []
 
 
 def split(tiles: int, seed: int) -> tuple[list[int], list[int]]:
-    """Return which of the free tiles, sorted by name, train and which are tested: the recorded split if any."""
+    """Split the free tiles, sorted by name, to train and test on, as recorded if possible."""
     recorded = json.loads(SPLITS.read_text())
     if tiles != recorded["tiles"] or seed >= len(recorded["tested"]):
         return hold_out(tiles, np.random.default_rng(seed))

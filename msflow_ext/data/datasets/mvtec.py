@@ -1,4 +1,4 @@
-"""The layout of MVTec AD: a folder a category, with train, test and ground_truth inside."""
+"""MVTec AD: one folder per category, with train, test and ground_truth inside."""
 
 from __future__ import annotations
 
@@ -10,29 +10,34 @@ from msflow_ext.data.dataset import DataSet, Faults, Item, list_images, match_ma
 def read(root: Path, category: str | None, split_seed: int = 0) -> DataSet:
     """Read ``train/good``, ``test/KIND`` and ``ground_truth/KIND/NAME_mask`` of a category.
 
-    A mask may also be called as its image is. Without a ``ground_truth`` folder no item has one.
-    MVTec LOCO AD, where a mask is a folder of files, and MVTec AD 2, where ``test_public`` stands
-    for ``test`` and holds the ``ground_truth``, are read too; ``validation`` and the private test
-    images, which have no labels, are left alone.
+    A mask may also have the name of its image. Without a ``ground_truth`` folder there are no masks.
+    MVTec LOCO AD, where a mask is a folder of files, is read too. So is MVTec AD 2, where
+    ``test_public`` replaces ``test`` and holds the ``ground_truth``. ``validation`` and the private
+    test images, which have no labels, are not read.
 
     Args:
-        root: the folder of all categories, or with ``category=None`` that of one.
-        split_seed: unused; this layout says itself what is trained and tested.
+        root: the folder of all categories, or of one category with ``category=None``.
+        category: the name of a folder in ``root``.
+        split_seed: unused, because this layout has its own test images.
 
     Raises:
-        ValueError: no such category.
+        ValueError: the category does not exist.
+
+    References:
+        Bergmann et al., "MVTec AD: A Comprehensive Real-World Dataset for Unsupervised Anomaly
+        Detection", CVPR 2019.
     """
     return read_tree("mvtec", root, category)
 
 
 def categories(root: Path) -> list[str]:
-    """Return the folders with a ``train`` or a ``test`` inside; none if ``root`` is a category itself."""
+    """Return the folders with ``train`` or ``test`` inside; none if ``root`` is a category itself."""
     parts = ("train", "test")
     return [name for name in subfolders(root) if any((root / name / p).is_dir() for p in parts)]
 
 
 def read_tree(layout: str, root: Path, category: str | None, good: str = "good") -> DataSet:
-    """Read a tree like that of MVTec AD, whose folders of normal images are called ``good``."""
+    """Read a tree like that of MVTec AD, with ``good`` as the name of the folders of normal images."""
     faults: Faults = []
     folder = _category_folder(root, category, good)
     train = list_images(folder / "train" / good, faults)
@@ -80,7 +85,7 @@ def _category_folder(root: Path, category: str | None, good: str) -> Path:
     names = categories(root)
     if not names:
         raise ValueError(
-            f"{root} holds no category, that is a folder with train/{good} and test inside"
+            f"{root} must hold categories, folders with train/{good} and test inside"
             + (f", got category {category!r}" if category is not None else "")
         )
     raise ValueError(f"category of {root} must be one of {', '.join(names)}, got {category!r}")

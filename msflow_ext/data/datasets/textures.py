@@ -1,4 +1,4 @@
-"""Textures: photographs that scikit-image ships, with seeded defects and exact masks."""
+"""Textures: photographs from scikit-image, with seeded defects and exact masks."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ def read(
     good: int = 40,
     defects: int = 12,
 ) -> DataSet:
-    """Crops of one 512x512 gray CC0 photograph, mirrored and lit at random.
+    """Cut crops from a 512x512 gray CC0 photograph, with random mirroring and brightness.
 
-    Training crops come from the upper rows, test crops from the lower ones. Defects are those of
+    Training crops come from the upper rows, test crops from the lower rows. Defects are those of
     `synthetic`: scar, patch, blur, blob and perlin (flecks of the other two textures).
 
     Args:
         category: ``brick``, ``grass`` or ``gravel``.
-        split_seed: seeds the crops and the defects.
+        split_seed: seed of the crops and the defects.
         size: side of a crop in pixels, at most 192.
-        train, good, defects: how many crops to train on, good ones to test, and each defect's.
+        train: number of good crops to train on.
+        good: number of good crops to test on.
+        defects: number of test crops with each kind of defect.
 
     Raises:
-        ValueError: no such category, or ``size`` out of range.
+        ValueError: the category does not exist, or ``size`` is out of range.
         ModuleNotFoundError: scikit-image is not installed.
     """
     if category not in CATEGORIES:
@@ -68,7 +70,7 @@ def read(
 
 
 def categories() -> list[str]:
-    """Return what `read` knows."""
+    """Return the categories of `read`."""
     return list(CATEGORIES)
 
 
@@ -79,7 +81,7 @@ def _cut(photo: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _lit(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Up to 8% more or less contrast and 8 gray levels of brightness."""
+    """Change the contrast by up to 8%, and the brightness by up to 8 gray levels."""
     mean = crop.mean()
     lit = mean + rng.uniform(-8, 8) + rng.uniform(0.92, 1.08) * (crop - mean)
     return np.clip(np.rint(lit), 0, 255).astype(np.uint8)

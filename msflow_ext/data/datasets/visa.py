@@ -1,4 +1,4 @@
-"""VisA: twelve categories of one-class images, as its archive holds them or re-arranged."""
+"""VisA: twelve categories, in the layout of its archive or rearranged."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ COLUMNS = ("object", "split", "label", "image", "mask")
 
 
 def read(root: Path, category: str | None, split_seed: int = 0) -> DataSet:
-    """Read a category; both layouts give items of the same names.
+    """Read a category. Both layouts give items with the same names.
 
-    As its archive holds it, ``root`` has ``split_csv/1cls.csv``, which says what is trained and
-    tested. Re-arranged, it is the tree of MVTec AD, perhaps in a folder ``1cls``: ``train/good``,
-    ``test/good``, ``test/bad`` and ``ground_truth/bad``, where a mask is called as its image is.
+    In the archive, ``split_csv/1cls.csv`` lists the images to train and to test on. Rearranged, the
+    data set has the tree of MVTec AD, optionally in a folder ``1cls``: ``train/good``,
+    ``test/good``, ``test/bad`` and ``ground_truth/bad``. A mask has the name of its image.
 
     Args:
-        root: the folder of all categories; re-arranged, with ``category=None`` that of one.
-        split_seed: unused; this layout says itself what is trained and tested.
+        root: the folder of all categories. If rearranged, also that of one with ``category=None``.
+        category: the object, such as ``candle``.
+        split_seed: unused, because this layout has its own test images.
 
     Raises:
-        ValueError: no such category, or a CSV that cannot be read.
-    Source: Zou et al., "SPot-the-Difference Self-Supervised Pre-training for Anomaly Detection and
+        ValueError: the category does not exist, or the CSV file is invalid.
+
+    References:
+        Zou et al., "SPot-the-Difference Self-Supervised Pre-training for Anomaly Detection and
         Segmentation", ECCV 2022.
     """
     if not (root / INDEX).is_file():
@@ -46,7 +49,7 @@ def read(root: Path, category: str | None, split_seed: int = 0) -> DataSet:
 
 
 def categories(root: Path) -> list[str]:
-    """Return the objects of the CSV, or the categories of the tree."""
+    """Return the objects of the CSV file, or the categories of the tree."""
     if not (root / INDEX).is_file():
         return mvtec.categories(_arranged(root))
     return sorted({row.cells["object"] for row in rows(root / INDEX, COLUMNS, [])})

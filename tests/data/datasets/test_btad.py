@@ -1,4 +1,4 @@
-"""The BTAD layout: ok and ko, bmp and png."""
+"""The layout of BTAD has the folders ok and ko, and files of bmp and png."""
 
 import pytest
 
@@ -36,11 +36,11 @@ def test_the_products_are_the_categories(root):
 
 def test_a_mask_without_its_image_is_named(root):
     (root / "01/test/ko/0002.png").unlink()
-    with pytest.raises(ValueError, match=r"mask .*0002\.bmp has no image of its name$"):
+    with pytest.raises(ValueError, match=r"mask .*0002\.bmp has no image of the same name$"):
         open_dataset(root, "btad", "01")
 
 
-def test_a_tree_of_mvtec_is_not_one_of_btad(tmp_path, save):
+def test_a_tree_of_mvtec_is_not_read_as_btad(tmp_path, save):
     save(tmp_path / "01/train/good/0.png")
     save(tmp_path / "01/test/good/0.png")
     with pytest.raises(FileNotFoundError, match=r"train.ok is not a folder"):

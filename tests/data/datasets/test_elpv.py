@@ -1,4 +1,4 @@
-"""The ELPV cells are split as the recorded protocol has it."""
+"""The ELPV cells are split as recorded."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ GOLDEN = json.loads((Path(__file__).parents[2] / "golden/elpv_split_0.json").rea
 
 
 def names(prefix, kind, part):
-    """The recorded indices count the cells from 0, their files from 1."""
+    """Return item names: recorded indices count from 0, files from 1."""
     return [f"{prefix}/cell{index + 1:04}" for index in GOLDEN[kind][part]]
 
 
@@ -30,7 +30,7 @@ def test_seed_0_gives_the_recorded_split(category):
     assert (data.name, data.category) == ("elpv", category)
 
 
-def test_both_is_mono_and_poly_together():
+def test_both_joins_mono_and_poly():
     pytest.importorskip("elpv_dataset")
     both, mono, poly = (open_dataset("elpv", category=c) for c in ("both", "mono", "poly"))
     assert both.train == mono.train + poly.train
@@ -38,7 +38,7 @@ def test_both_is_mono_and_poly_together():
     assert len({item.name for item in both.train + both.test}) == len(both.train + both.test)
 
 
-def test_another_seed_splits_otherwise_but_keeps_the_defective_cells():
+def test_another_seed_changes_the_split_but_not_the_defective_cells():
     pytest.importorskip("elpv_dataset")
     zero, one = (open_dataset("elpv", category="mono", split_seed=seed) for seed in (0, 1))
     assert zero.train != one.train

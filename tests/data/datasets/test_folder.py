@@ -1,4 +1,4 @@
-"""A folder of normal images trains; abnormal ones and masks, where given, are tested."""
+"""Layout folder trains on normal images and tests on abnormal images, with optional masks."""
 
 import pytest
 from PIL import Image
@@ -20,7 +20,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_normal_images_alone_all_train(tmp_path):
+def test_without_abnormal_images_all_normal_images_are_trained_on(tmp_path):
     fill(tmp_path / "pictures", 3)
     data = open_dataset(None, "folder", normal=tmp_path / "pictures")
     assert [item.name for item in data.train] == [f"train/good/0{i}" for i in range(3)]
@@ -96,7 +96,7 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_one_normal_image_cannot_be_split(tmp_path):
     fill(tmp_path / "normal", 1)
     fill(tmp_path / "abnormal", 1)
-    with pytest.raises(ValueError, match=r"normal holds one image, too few"):
+    with pytest.raises(ValueError, match=r"normal must hold 2 or more good images"):
         open_dataset(tmp_path, "folder")
 
 
@@ -104,16 +104,19 @@ def test_one_normal_image_cannot_be_split(tmp_path):
     ("options", "message"),
     [
         ({"abnormal": "abnormal"}, "needs normal"),
-        ({"normal": "normal", "masks": "masks"}, "masks .* belong to abnormal images"),
+        (
+            {"normal": "normal", "masks": "masks"},
+            "masks .* need abnormal, the folder of the images",
+        ),
         ({"category": "bottle"}, "has no categories, got category 'bottle'"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(root, options, message):
+def test_contradicting_options_are_refused(root, options, message):
     with pytest.raises(ValueError, match=message):
         open_dataset(root, "folder", **options)
 
 
 def test_a_mask_without_its_image_is_named(root):
     (root / "abnormal/02.png").unlink()
-    with pytest.raises(ValueError, match=r"mask .*masks.02\.png has no image of its name"):
+    with pytest.raises(ValueError, match=r"mask .*masks.02\.png has no image of the same name"):
         open_dataset(root, "folder")

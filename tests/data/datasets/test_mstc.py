@@ -1,4 +1,4 @@
-"""Of every video each fifth frame is taken, with the labels and masks of that frame."""
+"""Every fifth frame of each video is read, with the label and mask of that frame."""
 
 import re
 
@@ -15,7 +15,7 @@ PIXELS[5:, 2:4, 3:6] = 1
 
 @pytest.fixture
 def root(tmp_path, save):
-    """Scene 01: two training videos and a test video of folders; scene 02: one training video."""
+    """Write scene 01 with two training videos and a test video, and scene 02 with a training video."""
     for name in ("01_001", "01_002", "02_001"):
         for i in range(FRAMES):
             save(tmp_path / f"training/frames/{name}/{i:03}.jpg", 100 + i, (8, 6))
@@ -27,7 +27,7 @@ def root(tmp_path, save):
     return tmp_path
 
 
-def test_every_fifth_frame_of_each_video_of_the_scene_is_taken(root):
+def test_every_fifth_frame_of_each_video_of_the_scene_is_read(root):
     data = open_dataset(root, "mstc", "01")
     assert (data.name, data.category) == ("mstc", "01")
     numbers = [f"{i:04}" for i in (0, 5, 10)]
@@ -105,7 +105,7 @@ def test_masks_that_do_not_fit_their_video_are_named(root, folder, array, senten
         open_dataset(root, "mstc", "01")
 
 
-def test_masks_of_a_video_that_is_not_there_are_named(root):
+def test_masks_of_a_missing_video_are_named(root):
     for folder in ("test_frame_mask", "test_pixel_mask"):
         np.save(root / "testing" / folder / "01_0099.npy", LABELS)
     dataset = open_dataset(root, "mstc", "01", strict=False)
@@ -114,7 +114,7 @@ def test_masks_of_a_video_that_is_not_there_are_named(root):
     assert len(dataset.faults) == 2
 
 
-def test_a_scene_that_is_only_tested_is_a_category_without_training_images(root):
+def test_a_scene_with_only_test_videos_has_no_training_images(root):
     (root / "testing/frames/01_0014").rename(root / "testing/frames/03_0014")
     assert list_categories(root, "mstc") == ["01", "02", "03"]
     dataset = open_dataset(root, "mstc", "03", strict=False)
@@ -124,11 +124,14 @@ def test_a_scene_that_is_only_tested_is_a_category_without_training_images(root)
 def test_a_mask_of_another_size_than_its_frame_is_named_by_its_file(root):
     np.save(root / "testing/test_pixel_mask/01_0014.npy", PIXELS[:, :, :4])
     images = Images(open_dataset(root, "mstc", "01").test, 8)
-    with pytest.raises(ValueError, match=r"mask .*01_0014\.npy is 4x6 pixels, its image .* is 8x6"):
+    with pytest.raises(
+        ValueError,
+        match=r"mask .*01_0014\.npy must have the size of its image .*, 8x6 pixels, got 4x6",
+    ):
         images.mask(1)
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_a_folder_of_another_layout_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"training is not a folder"):
         open_dataset(tmp_path, "mstc", "01")
     (tmp_path / "training").mkdir()
@@ -136,7 +139,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         open_dataset(tmp_path, "mstc", "01")
 
 
-def test_an_executable_pickle_is_not_run(root):
+def test_a_pickle_is_not_executed(root):
     path = root / "testing/test_frame_mask/01_0014.npy"
     np.save(path, np.array([{"a": 1}] * FRAMES, dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"01_0014\.npy cannot be read: "):

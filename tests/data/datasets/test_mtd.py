@@ -1,4 +1,4 @@
-"""Magnetic tiles lie beside their masks, and are split by seed."""
+"""Magnetic tiles are read with the masks beside them, and split by seed."""
 
 import hashlib
 import json

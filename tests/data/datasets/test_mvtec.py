@@ -1,4 +1,4 @@
-"""The MVTec layout is read in order, and what is missing from it is named."""
+"""The layout of MVTec AD is read in sorted order, and missing files are named."""
 
 import shutil
 
@@ -17,7 +17,7 @@ def save(path, value=100, size=(8, 8)):
 
 @pytest.fixture
 def root(tmp_path):
-    """Two categories; the images of `bottle` have suffixes of all kinds."""
+    """Write two categories; the images of `bottle` have all kinds of suffixes."""
     bottle = tmp_path / "bottle"
     for name in ("002.png", "000.PNG", "001.jpg"):
         save(bottle / "train/good" / name)
@@ -64,8 +64,8 @@ def test_every_item_decodes_and_every_mask_fits(root):
 
 
 def test_the_category_folder_itself_can_be_the_data(root):
-    alone = open_dataset(root / "bottle", "mvtec")
-    assert alone == open_dataset(root, "mvtec", "bottle")
+    category = open_dataset(root / "bottle", "mvtec")
+    assert category == open_dataset(root, "mvtec", "bottle")
 
 
 @pytest.mark.parametrize("category", ["botle", None, "..", "bottle/train"])
@@ -74,8 +74,8 @@ def test_an_unknown_category_lists_those_that_exist(root, category):
         open_dataset(root, "mvtec", category)
 
 
-def test_a_folder_of_no_category_says_what_one_is(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no category.*, got category 'bottle'"):
+def test_a_folder_without_categories_is_refused_with_their_description(tmp_path):
+    with pytest.raises(ValueError, match=r"must hold categories.*, got category 'bottle'"):
         open_dataset(tmp_path, "mvtec", "bottle")
 
 
@@ -119,7 +119,9 @@ def test_two_images_of_one_stem_are_refused(root):
 
 def test_a_mask_without_its_image_is_named(root):
     save(root / "bottle/ground_truth/crack/007_mask.png", 255)
-    with pytest.raises(ValueError, match=r"mask .*crack.007_mask\.png has no image of its name"):
+    with pytest.raises(
+        ValueError, match=r"mask .*crack.007_mask\.png has no image of the same name"
+    ):
         open_dataset(root, "mvtec", "bottle")
 
 
@@ -131,7 +133,7 @@ def test_masks_of_an_unknown_kind_of_defect_are_named(root):
         open_dataset(root, "mvtec", "bottle")
 
 
-def test_masks_of_good_images_are_passed_over(root):
+def test_masks_of_good_images_are_not_read(root):
     save(root / "bottle/ground_truth/good/000_mask.png", 0)
     assert open_dataset(root, "mvtec", "bottle").test[2].name == "good/000"
 

@@ -1,4 +1,4 @@
-"""The layouts of MVTec LOCO AD and MVTec AD 2 follow the idea of MVTec AD."""
+"""The layouts of MVTec LOCO AD and MVTec AD 2 are read as layout mvtec."""
 
 import numpy as np
 

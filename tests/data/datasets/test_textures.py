@@ -1,4 +1,4 @@
-"""The packaged textures: counts, seeds, masks, and no pixel both trained on and tested."""
+"""The packaged textures have fixed counts and exact masks, and share no pixel between train and test."""
 
 import collections
 import sys
@@ -35,7 +35,7 @@ def test_a_set_has_the_documented_parts():
 
 
 @pytest.mark.parametrize("category", textures.CATEGORIES)
-def test_every_defect_is_marked_and_nothing_else(category):
+def test_exactly_the_defects_are_marked(category):
     images = Images(textures.read(category, 3, train=1, good=2, defects=2).test, 192)
     for i, item in enumerate(images.items):
         mask = images.mask(i)
@@ -62,7 +62,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not():
     ],
 )
 def test_a_seed_gives_crops_of_the_recorded_mean_levels(category, levels):
-    """So that metrics on these images can be compared between versions."""
+    """Metrics on these images stay comparable between versions."""
     dataset = textures.read(category, 0, train=3, good=2, defects=1)
     found = [np.asarray(item.image).mean() for item in dataset.train + dataset.test]
     assert found == pytest.approx(levels, abs=0.05)
@@ -78,7 +78,7 @@ def test_training_and_test_crops_share_no_row(monkeypatch):
     assert 192 <= test.min() <= test.max() <= 208
 
 
-def test_crops_are_mildly_lit_and_mirrored(monkeypatch):
+def test_crops_vary_in_brightness_and_mirroring(monkeypatch):
     ramp = np.tile(np.linspace(40, 200, 512).astype(np.uint8), (512, 1))
     monkeypatch.setattr(data, "brick", lambda: ramp)
     lit = textures.read("brick", train=30, defects=0)
@@ -102,7 +102,7 @@ def test_a_crop_of_one_pixel_is_the_smallest():
 
 
 @pytest.mark.parametrize("size", [0, 193])
-def test_a_crop_that_cannot_be_cut_is_refused(size):
+def test_a_crop_size_out_of_range_is_refused(size):
     with pytest.raises(ValueError, match=rf"size must be in 1\.\.192, got {size}"):
         textures.read("brick", size=size)
 

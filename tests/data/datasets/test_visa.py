@@ -1,4 +1,4 @@
-"""VisA is read alike from its archive's layout and from the re-arranged one."""
+"""VisA gives the same items in the layout of its archive and in the rearranged one."""
 
 import pytest
 
@@ -75,22 +75,25 @@ def test_an_unknown_category_lists_those_that_exist(archive, category):
     [
         (
             ("candle", "test", "normal", "../secret.png", ""),
-            r"line 7: path '../secret\.png' may leave",
+            r"line 7: path must be relative to .*, got '../secret\.png'",
         ),
         (("candle", "test", "normal", "candle/9.JPG", ""), r"line 7: .*9\.JPG is not a file"),
         (
             ("candle", "test", "anomaly", ROWS[3][3], ""),
-            r"line 7: .* has no mask, other defects have",
+            r"line 7: .* must have a mask, as other defects do",
         ),
         (
             ("candle", "train", "anomaly", ROWS[3][3], ""),
-            r"line 7: .* is defective, but to train on",
+            r"line 7: a training image must be good, got .*",
         ),
-        (("candle", "", "normal", ROWS[3][3], ""), r"line 7: no split, which other rows have"),
+        (
+            ("candle", "", "normal", ROWS[3][3], ""),
+            r"line 7: split must be train or test, as in other rows, got ''",
+        ),
         (ROWS[0], r"are both called train/good/0002"),
     ],
 )
-def test_a_row_that_cannot_be_meant_is_named(archive, row, sentence):
+def test_an_invalid_row_is_refused_by_line(archive, row, sentence):
     write_index(archive, [*ROWS, row])
     with pytest.raises(
         ValueError if "not a file" not in sentence else FileNotFoundError, match=sentence
