@@ -45,9 +45,8 @@ _HOME = {
     "load_mask": "images",
 }
 
-#: Data sets in installed packages, and layouts of folders. Each has a module in ``msflow_ext.data.datasets``.
+#: Data sets in installed packages. Each has a module in ``msflow_ext.data.datasets``, like each of ``LAYOUTS``.
 PACKAGED = ("elpv", "textures")
-LAYOUTS = ("mvtec", "visa", "btad", "mtd", "mstc", "folder")
 FIXED = ("mvtec", "visa", "btad", "mstc")  # layouts with their own test images
 
 log = logging.getLogger(__name__)
@@ -119,7 +118,7 @@ def open_dataset(
     return dataset
 
 
-def list_categories(data: str | Path, layout: str | None = None) -> list[str]:
+def list_categories(data: str | Path, layout: Layout | None = None) -> list[str]:
     """Return the categories that `open_dataset` can read, none if the data set has no parts.
 
     Args:

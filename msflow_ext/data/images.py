@@ -140,7 +140,7 @@ def load_mask(
     return square
 
 
-def placed(width: int, height: int, size: int, fit: str) -> Box:
+def placed(width: int, height: int, size: int, fit: Fit) -> Box:
     """Return the rows and columns of a square of ``size`` that show a ``width`` x ``height`` image."""
     longer = max(width, height)
     extents = (

@@ -15,6 +15,13 @@ from torch import Tensor
 from msflow_ext.data import load_image
 from msflow_ext.data.walk import APART, OURS, SUFFIXES, summary, walk
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from msflow_ext.data.dataset import Frame
+
+#: Sources of images, see :func:`images_of`.
+Source: TypeAlias = "str | Path | Frame | Image.Image | np.ndarray | Tensor | Iterable[Source]"
 #: Iterable types that do not hold images.
 _NO_SOURCES = (bytes, bytearray, memoryview, io.IOBase, Mapping)
 

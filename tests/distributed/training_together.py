@@ -83,7 +83,7 @@ def toy_data(bad: Path | None = None) -> DataSet:
     return DataSet("squares", "white", tuple(good[:7]), (*good[7:], *defective))
 
 
-def run_case(name: str, folder: Path, ranks: Ranks, **more: Any) -> dict[str, Any]:
+def run_case(name: str, folder: Path, ranks: Ranks, **more: Any) -> Metrics:
     """Train one of ``CASES`` into the folder of its name."""
     options, recipe = CASES[name]
     with torch.random.fork_rng(devices=[]):
