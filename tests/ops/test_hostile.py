@@ -303,5 +303,5 @@ def test_a_coupling_of_no_channels_is_empty(native: None) -> None:
 
 
 def test_a_complex_kernel_is_no_weight_for_winograd() -> None:
-    with pytest.raises(TypeError, match="weight must be floating, got"):
+    with pytest.raises(TypeError, match="weight must have a floating-point dtype, got"):
         ops.winograd_weight(torch.zeros(1, 1, 3, 3, dtype=torch.complex64), 2)

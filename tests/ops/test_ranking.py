@@ -53,7 +53,7 @@ def equal(size: int, dtype: type) -> np.ndarray:
 
 
 def tiny(size: int, dtype: type) -> np.ndarray:
-    """Neighbours of zero on both sides, subnormal."""
+    """Return subnormal numbers on both sides of zero."""
     return (np.arange(size) - size // 2).astype(dtype) * np.finfo(dtype).smallest_subnormal
 
 
@@ -118,7 +118,13 @@ def test_other_floating_dtypes_are_counted_too(dtype):
 
 
 REFUSED = {
-    "integers": ([1], [1], [False], TypeError, "one floating dtype and ignored be bool, got int64"),
+    "integers": (
+        [1],
+        [1],
+        [False],
+        TypeError,
+        "same floating-point dtype, and ignored must be bool, got int64",
+    ),
     "two dtypes": (
         np.ones(1, np.float32),
         [1.0],
@@ -132,23 +138,31 @@ REFUSED = {
         [1.0, 2.0],
         [False],
         ValueError,
-        "have one shape, got (1,), (2,) and (1,)",
+        "have the same shape, got (1,), (2,) and (1,)",
     ),
-    "matrix of thresholds": ([[1.0]], [1.0], [False], ValueError, "thresholds must be (D,)"),
-    "rising": ([1.0, 2.0], [1.0], [False], ValueError, "thresholds must fall strictly"),
-    "equal": ([1.0, 1.0], [1.0], [False], ValueError, "thresholds must fall strictly"),
-    "nan": ([1.0, np.nan], [1.0], [False], ValueError, "thresholds must fall strictly"),
+    "matrix of thresholds": (
+        [[1.0]],
+        [1.0],
+        [False],
+        ValueError,
+        "thresholds must have shape (D,)",
+    ),
+    "rising": ([1.0, 2.0], [1.0], [False], ValueError, "thresholds must be strictly decreasing"),
+    "equal": ([1.0, 1.0], [1.0], [False], ValueError, "thresholds must be strictly decreasing"),
+    "nan": ([1.0, np.nan], [1.0], [False], ValueError, "thresholds must be strictly decreasing"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_input_is_named(case):
+def test_arguments_that_do_not_fit_are_refused(case):
     thresholds, scores, ignored, error, message = REFUSED[case]
-    with pytest.raises(error, match=f"^ranking: .*{re.escape(message)}"):
+    with pytest.raises(error, match=re.escape(message)):
         ranking(np.array(thresholds), np.array(scores), np.array(ignored))
 
 
 def test_more_scores_than_the_counters_hold_are_refused():
     many = np.broadcast_to(np.float32(0), 2**31)
-    with pytest.raises(ValueError, match="fewer than 2\\*\\*31 scores are counted, got 2147483648"):
+    with pytest.raises(
+        ValueError, match=r"must hold fewer than 2\*\*31 numbers, got 1 and 2147483648"
+    ):
         ranking(np.zeros(1, np.float32), many, np.broadcast_to(False, many.shape))

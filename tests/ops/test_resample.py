@@ -150,7 +150,11 @@ def test_derivatives_are_those_of_finite_differences(
 
 X = torch.zeros
 REFUSED: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
-    "no map": (lambda: ops.pool_and_concatenate([], (2, 2)), ValueError, "x holds no map"),
+    "no map": (
+        lambda: ops.pool_and_concatenate([], (2, 2)),
+        ValueError,
+        "x must hold at least one map, got none",
+    ),
     "size 0": (
         lambda: ops.pool_and_concatenate([X(1, 1, 2, 2)], (2, 0)),
         ValueError,
@@ -159,27 +163,27 @@ REFUSED: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
     "other batches": (
         lambda: ops.pool_and_concatenate([X(1, 1, 2, 2), X(2, 1, 2, 2)], (2, 2)),
         ValueError,
-        r"of one N, none empty, got \[\(1, 1, 2, 2\), \(2, 1, 2, 2\)\]",
+        r"with equal N, got \[\(1, 1, 2, 2\), \(2, 1, 2, 2\)\]",
     ),
     "mixed dtypes": (
         lambda: ops.pool_and_concatenate([X(1, 1, 2, 2), X(1, 1, 2, 2, dtype=F64)], (2, 2)),
         TypeError,
-        "of one floating dtype",
+        "same floating-point dtype for all maps",
     ),
     "mixed devices": (
         lambda: ops.pool_and_concatenate([X(1, 1, 2, 2), X(1, 1, 2, 2, device="meta")], (2, 2)),
         ValueError,
-        "on one device",
+        "on the same device for all maps",
     ),
     "vectors": (
         lambda: ops.upsample_and_add(X(1, 1), X(1, 1)),
         ValueError,
-        r"of one N and C, got \(1, 1\) and \(1, 1\)",
+        r"with equal N and C, got \(1, 1\) and \(1, 1\)",
     ),
     "other channels": (
         lambda: ops.upsample_and_add(X(1, 2, 4, 4), X(1, 3, 2, 2)),
         ValueError,
-        "of one N and C",
+        "with equal N and C",
     ),
     "empty map": (
         lambda: ops.upsample_and_add(X(1, 2, 4, 4), X(1, 2, 0, 2)),
@@ -189,18 +193,18 @@ REFUSED: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
     "whole numbers": (
         lambda: ops.upsample_and_add(*[X(1, 2, 2, 2, dtype=torch.int64)] * 2),
         TypeError,
-        "one floating dtype, .* got torch.int64",
+        "same floating-point dtype, .* got torch.int64",
     ),
     "elsewhere": (
         lambda: ops.upsample_and_add(X(1, 2, 4, 4), X(1, 2, 2, 2, device="meta")),
         ValueError,
-        "on one device, got cpu and meta",
+        "on the same device, got cpu and meta",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_it_refuses(each_backend: str, case: str) -> None:
+def test_arguments_that_do_not_fit_are_refused(each_backend: str, case: str) -> None:
     call, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         call()

@@ -246,7 +246,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "5x5": (
         lambda: ops.winograd_weight(X(5, 2, 5, 5), 2),
         ValueError,
-        r"weight must be \(C_out, C_in, 3, 3\), got \(5, 2, 5, 5\)",
+        r"weight must have shape \(C_out, C_in, 3, 3\), got \(5, 2, 5, 5\)",
     ),
     "tile 5": (lambda: ops.winograd_weight(X(5, 2, 3, 3), 5), ValueError, "tile must be 2, 3 or 4"),
     "tile 4 of bfloat16": (
@@ -262,7 +262,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "too small": (
         lambda: ops.winograd_conv2d(X(1, 2, 2, 4), VALUES, X(5), padding=(0, 1)),
         ValueError,
-        r"of at least 3x3 with its padding, got \(1, 2, 2, 4\) and padding \(0, 1\)",
+        r"at least 3x3 with its padding, got \(1, 2, 2, 4\) and padding \(0, 1\)",
     ),
     "negative padding": (
         lambda: ops.winograd_conv2d(X(1, 2, 9, 9), VALUES, X(5), padding=(0, -1)),
@@ -272,12 +272,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "plain weight": (
         lambda: ops.winograd_conv2d(X(1, 2, 4, 4), X(5, 2, 3, 3), X(5)),
         ValueError,
-        r"winograd_weight's \(16, 25 or 36, 1, 2, 32, 1\) for 2 channels in and 5 out",
+        r"winograd_weight's shape \(16, 25 or 36, 1, 2, 32, 1\) for 2 input and 5 output channels",
     ),
     "other channels": (
         lambda: ops.winograd_conv2d(X(1, 3, 4, 4), VALUES, X(5)),
         ValueError,
-        "for 3 channels in",
+        "for 3 input and 5 output channels",
     ),
     "other dtype": (
         lambda: ops.winograd_conv2d(X(1, 2, 4, 4, dtype=F64), VALUES, X(5, dtype=F64)),
@@ -287,7 +287,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bias of half": (
         lambda: ops.winograd_conv2d(X(1, 2, 4, 4), VALUES, X(5, dtype=BF16)),
         TypeError,
-        r"bias must be torch.float32 \(C_out,\), got torch.bfloat16 \(5,\)",
+        r"bias must be torch.float32 of shape \(C_out,\), got torch.bfloat16 \(5,\)",
     ),
     "no bias": (
         lambda: ops.winograd_conv2d(X(1, 2, 4, 4), VALUES, X(0)),
@@ -297,17 +297,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "gradient of other size": (
         lambda: ops.winograd_weight_grad(X(2, 2, 4, 6), X(2, 5, 4, 5)),
         ValueError,
-        r"winograd_weight_grad: grad must be \(2, C_out, 4, 6\), got \(2, 5, 4, 5\)",
+        r"grad must have shape \(2, C_out, 4, 6\), got \(2, 5, 4, 5\)",
     ),
     "gradient of too small": (
         lambda: ops.winograd_weight_grad(X(1, 2, 2, 4), X(1, 5, 0, 4), padding=(0, 1)),
         ValueError,
-        r"winograd_weight_grad: x must be .* of at least 3x3 with its padding",
+        "x must have .* at least 3x3 with its padding",
     ),
     "gradient of other dtype": (
         lambda: ops.winograd_weight_grad(X(1, 2, 4, 6), X(1, 5, 4, 6, dtype=BF16)),
         TypeError,
-        "x and grad must be of one floating dtype, got torch.float32 and torch.bfloat16",
+        "x and grad must have the same floating-point dtype, got torch.float32 and torch.bfloat16",
     ),
     "gradient elsewhere": (
         lambda: ops.winograd_weight_grad(X(1, 2, 4, 6), X(1, 5, 4, 6, device="meta")),
@@ -323,7 +323,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_it_refuses(case: str) -> None:
+def test_arguments_that_do_not_fit_are_refused(case: str) -> None:
     call, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         call()
