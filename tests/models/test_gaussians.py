@@ -158,7 +158,7 @@ def test_images_to_learn_are_whitened_by_the_others(cache: str) -> None:
 
 def test_two_images_are_too_few_to_whiten_by_each_other() -> None:
     model = MSFlow(**SMALL, standardize=True, whiten=True)
-    with pytest.raises(ValueError, match="whiten needs 3 training images or more, got 2"):
+    with pytest.raises(ValueError, match="whiten must have at least 3 training images, got 2"):
         Features(model, Images(noise().train[:2], 64)).standardize()
 
 
