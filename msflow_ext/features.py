@@ -170,8 +170,8 @@ class Features:
         """
         sums: list[Tensor] = []
         for batch in self.batches(batch_size):
-            wide = [x.double() for x in batch]
-            moments = [torch.stack([(x**k).sum((0, 2, 3)) for k in (0, 1, 2)]) for x in wide]
+            doubles = [x.double() for x in batch]
+            moments = [torch.stack([(x**k).sum((0, 2, 3)) for k in (0, 1, 2)]) for x in doubles]
             sums = [a + b for a, b in zip(sums, moments, strict=True)] if sums else moments
         sums = [self.ranks.total(each) for each in sums]
         means = [first / count for count, first, _ in sums]

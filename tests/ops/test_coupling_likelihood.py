@@ -58,10 +58,10 @@ def make(
     """Return x1, x2, a, scale and offset."""
     n, c1, c2, positions = SHAPES[shape]
     x, a = dtypes
-    wide = ops.accumulation_dtype(x)
+    accumulation = ops.accumulation_dtype(x)
     halves = [normal(n, c, *positions, dtype=x) for c in (c1, c2)]
     subnet = 6 * normal(n, 2 * c2, *positions, dtype=a)
-    vectors = [normal(c1 + c2, dtype=wide).exp(), normal(c1 + c2, dtype=wide)]
+    vectors = [normal(c1 + c2, dtype=accumulation).exp(), normal(c1 + c2, dtype=accumulation)]
     return [*map(layout, (*halves, subnet)), *vectors]
 
 
@@ -116,7 +116,7 @@ def test_the_results_are_not_rounded_to_half_precision(
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30], ids=str)
 @pytest.mark.parametrize("where", [0, 1])
-def test_non_finite_results_do_what_they_do_in_the_reference(
+def test_non_finite_values_affect_only_their_position(
     each_backend: str, normal: Normal, value: float, where: int, memory_format: Layout
 ) -> None:
     operands = [memory_format(normal(2, c, 3, 4)) for c in (3, 2, 4)]
@@ -127,7 +127,7 @@ def test_non_finite_results_do_what_they_do_in_the_reference(
     assert bool(got[0].isfinite().all()) and int(got.isfinite().sum()) == got.numel() - 1
 
 
-def test_first_and_second_derivatives_are_those_of_finite_differences(
+def test_first_and_second_derivatives_equal_finite_differences(
     native: None, normal: Normal, memory_format: Layout
 ) -> None:
     operands = [memory_format(normal(2, c, 2, 2, dtype=F64)).requires_grad_() for c in (2, 1, 2)]

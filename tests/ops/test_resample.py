@@ -1,4 +1,4 @@
-"""Properties of the fusion flow's resampling: kernels equal the reference, which is torch's pooling and interpolation."""
+"""Properties of the resampling: kernels equal the reference, which equals torch's pooling and interpolation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Layout = Callable[[Tensor], Tensor]
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
-# Sizes of a scale and of the coarsest one.
+# Sizes of a map and of the result of pooling.
 SIZES = {
     "whole-windows": ((8, 12), (4, 3)),
     "overlapping-windows": ((7, 11), (3, 4)),
@@ -31,7 +31,7 @@ SIZES = {
 }
 
 
-# Element types of a map and of the coarse one that is added.
+# Dtypes of a map and of the coarse map that is added.
 PAIRS = {
     "float32": (F32, F32),
     "float64": (F64, F64),
@@ -75,7 +75,7 @@ def test_upsampling_kernels_equal_the_reference(
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_they_are_the_pooling_and_interpolation_of_torch(
+def test_results_equal_the_pooling_and_interpolation_of_torch(
     each_backend: str, normal: Normal, size: str
 ) -> None:
     high, low = SIZES[size]
@@ -99,7 +99,7 @@ def test_maps_of_different_layouts_give_the_format_of_the_first(
     assert relative_error(got, expected) <= tolerance(F32, 4)
 
 
-def test_onto_a_wider_map_results_and_gradients_have_the_bits_of_casts(
+def test_adding_to_float32_equals_casts_bit_for_bit(
     each_backend: str, normal: Normal, layout: Layout
 ) -> None:
     x = layout(normal(2, 19, 7, 11)).requires_grad_()
@@ -113,12 +113,12 @@ def test_onto_a_wider_map_results_and_gradients_have_the_bits_of_casts(
     assert all(map(torch.equal, (y, *got), (cast, *expected)))
 
 
-def test_a_gradient_that_is_not_finite_reaches_only_what_its_result_was_made_of(
+def test_a_non_finite_gradient_reaches_only_the_inputs_of_its_result(
     native: None, normal: Normal, memory_format: Layout
 ) -> None:
     x, low = (memory_format(normal(1, 8, n, n)).requires_grad_() for n in (16, 4))
     upstream = memory_format(x.new_zeros(1, 8, 16, 16))
-    upstream[:, :, 6, 6] = math.inf  # between the second and the third low pixel, of both axes
+    upstream[:, :, 6, 6] = math.inf  # between the second and the third low pixel, along both axes
     _, got = torch.autograd.grad(ops.upsample_and_add(x, low), (x, low), upstream)
     reached = torch.zeros(4, 4, dtype=torch.bool)
     reached[1:3, 1:3] = True
@@ -139,7 +139,7 @@ def test_an_empty_batch_stays_empty(each_backend: str) -> None:
     assert x.grad is not None and x.grad.shape == x.shape
 
 
-def test_derivatives_are_those_of_finite_differences(
+def test_derivatives_equal_finite_differences(
     native: None, normal: Normal, memory_format: Layout
 ) -> None:
     x, y = (memory_format(normal(2, 2, *s, dtype=F64)).requires_grad_() for s in ((5, 3), (2, 2)))
