@@ -52,7 +52,7 @@ def recomputed(
 
 
 class _Recipe:
-    """Hooks that pack views of ``x`` as the inputs that it is made from, and leave all other tensors as they are."""
+    """Hooks that pack views of ``x`` as the inputs that it is made from, and save other tensors as autograd does."""
 
     def __init__(self, make: Callable[..., Tensor], x: Tensor, inputs: Sequence[Tensor | None]):
         self.make = make

@@ -8,8 +8,8 @@ All values are fractions in 0..1. ``labels`` and ``masks`` hold 0 (normal) and 1
 and maps are higher where more anomalous, in any range and any real dtype. An infinity is an ordinary extreme score.
 Inputs are arrays, sequences or tensors.
 
-Every metric raises ``ValueError`` for shapes that differ, empty input, labels other than 0 and 1, NaN scores, 2**31
-scores or more, and if only one class is present. It raises ``TypeError`` for input that does not hold real numbers.
+Every metric raises ``ValueError`` for shapes that differ, empty input, labels other than 0 and 1, NaN scores, and 2**31
+scores or more. It also does if only one class is present. It raises ``TypeError`` for input without real numbers.
 """
 
 from __future__ import annotations

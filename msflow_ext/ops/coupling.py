@@ -59,13 +59,13 @@ def affine_coupling(
         log_det: If False, return None for ``log_det``, which saves one kernel launch on a GPU.
 
     Shape:
-        x1, x2: ``(N, C1, *)`` and ``(N, C2, *)``; ``C1`` may be 0.
-        a: ``(N, 2 * C2, *)``.
-        scale, offset, perm: ``(C1 + C2,)``.
+        - x1, x2: ``(N, C1, *)`` and ``(N, C2, *)``; ``C1`` may be 0.
+        - a: ``(N, 2 * C2, *)``.
+        - scale, offset, perm: ``(C1 + C2,)``.
 
     Returns:
-        ``y1 (N, split, *)`` and ``y2 (N, C1 + C2 - split, *)`` in the memory format and dtype of ``x2``, and
-        ``log_det (N,)`` in nats, in the accumulation dtype.
+        ``y1 (N, split, *)``, ``y2 (N, C1 + C2 - split, *)`` and ``log_det (N,)``. ``y1`` and ``y2`` have the memory
+        format and dtype of ``x2``; ``log_det`` is in nats, in the accumulation dtype.
 
     Raises:
         ValueError: A shape, a device or a value does not fit.

@@ -32,9 +32,9 @@ def channel_norm(
         eps: Number that is added to the biased variance.
 
     Shape:
-        x: ``(N, C, *)`` with ``C >= 1``.
-        weight, bias: ``(C,)``.
-        bias_map: ``(1, C, *)``.
+        - x: ``(N, C, *)`` with ``C >= 1``.
+        - weight, bias: ``(C,)``.
+        - bias_map: ``(1, C, *)``.
 
     Returns:
         ``(N, C, *)`` in the memory format and dtype of ``x``.

@@ -24,7 +24,7 @@ def pool_and_concatenate(x: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         size: Height and width of the result. The windows are those of ``torch.nn.AdaptiveAvgPool2d``.
 
     Shape:
-        x: ``(N, C_i, H_i, W_i)`` each, with equal ``N``.
+        - x: ``(N, C_i, H_i, W_i)`` each, with equal ``N``.
 
     Returns:
         ``(N, sum C_i, *size)`` in the memory format of the first map.
@@ -61,8 +61,8 @@ def upsample_and_add(x: Tensor, low: Tensor) -> Tensor:
             without a copy.
 
     Shape:
-        x: ``(N, C, H, W)``.
-        low: ``(N, C, h, w)``.
+        - x: ``(N, C, H, W)``.
+        - low: ``(N, C, h, w)``.
 
     Returns:
         ``(N, C, H, W)`` in the memory format of ``x`` and the dtype of ``low``, rounded once. Under autocast the next

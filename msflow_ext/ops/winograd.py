@@ -57,8 +57,8 @@ def winograd_conv2d(
         relu: If True, replace negative results by 0.
 
     Shape:
-        x: ``(N, C_in, H, W)``.
-        bias: ``(C_out,)``.
+        - x: ``(N, C_in, H, W)``.
+        - bias: ``(C_out,)``.
 
     Returns:
         ``(N, C_out, H + 2 * padding[0] - 2, W + 2 * padding[1] - 2)`` in the dtype of ``x``. Kernels return
@@ -187,8 +187,8 @@ def winograd_weight_grad(x: Tensor, grad: Tensor, *, padding: tuple[int, int] = 
         padding: Number of zeros on both sides of (rows, columns).
 
     Shape:
-        x: ``(N, C_in, H, W)``.
-        grad: ``(N, C_out, H + 2 * padding[0] - 2, W + 2 * padding[1] - 2)``.
+        - x: ``(N, C_in, H, W)``.
+        - grad: ``(N, C_out, H + 2 * padding[0] - 2, W + 2 * padding[1] - 2)``.
 
     Returns:
         ``(C_out, C_in, 3, 3)`` in the accumulation dtype: float64 for float64, otherwise float32.
