@@ -1,4 +1,4 @@
-"""What the backward pass computes again instead of keeping: inputs of a function, and the states of a reversible chain."""
+"""Recomputation in the backward pass: the input of a function, and the states of a reversible chain."""
 
 from __future__ import annotations
 
@@ -21,16 +21,24 @@ State = Sequence[Tensor]
 def recomputed(
     function: Callable[[Tensor], Any], make: Callable[..., Tensor], *inputs: Tensor | None
 ) -> Any:
-    """``function(make(*inputs))``; ``make``'s result, and views of it, are made again in the backward pass, not kept.
+    """Return ``function(make(*inputs))``, and recompute the result of ``make`` in the backward pass instead of saving it.
 
-    For results that are cheap to make from ``inputs``, which are saved as autograd saves tensors: hooks for saved tensors
-    see them (checkpoints, offloading), and a change in place is refused.
+    Use it if the result is cheap to compute from ``inputs``. Only ``inputs`` are saved, as autograd saves tensors: hooks
+    for saved tensors (checkpoints, offloading) see them, and in-place changes are detected.
 
     Args:
-        make: depends on nothing that changes but ``inputs``, parameters included, and draws no random numbers.
+        function: Differentiable function of the result of ``make``.
+        make: Function of ``inputs`` that depends on nothing else that changes, and draws no random numbers.
+        inputs: All inputs of ``make``, parameters included.
 
     Raises:
-        RuntimeError: in the backward pass, if a saved tensor was modified in place.
+        RuntimeError: In the backward pass, if a saved tensor was modified in place.
+
+    Examples:
+        >>> x = torch.ones(3, requires_grad=True)
+        >>> recomputed(lambda y: (y * y).sum(), lambda t: 2 * t, x).backward()
+        >>> x.grad
+        tensor([8., 8., 8.])
     """
     x = make(*inputs)
     if not torch.is_grad_enabled() or _backend.hides_values(x):
@@ -40,11 +48,11 @@ def recomputed(
         try:
             return function(x)
         finally:
-            recipe.inputs = []  # what is packed has them; hooks of others may have dropped them
+            recipe.inputs = []  # the packed values hold them, unless outer hooks replaced them
 
 
 class _Recipe:
-    """Hooks that pack views of ``x`` as what makes it, and save all other tensors as they would be saved without."""
+    """Hooks that pack views of ``x`` as the inputs that it is made from, and save other tensors as autograd does."""
 
     def __init__(self, make: Callable[..., Tensor], x: Tensor, inputs: Sequence[Tensor | None]):
         self.make = make
@@ -73,7 +81,7 @@ class _Recipe:
             return tensors[0]
         with torch.no_grad(), self.surroundings():
             x = self.make(*tensors)
-        if x.stride() != self.strides:  # another backend may choose another memory format
+        if x.stride() != self.strides:  # another backend may return another memory format
             x = x.new_empty_strided(self.shape, self.strides).copy_(x)
         shape, strides, offset = view
         return x.as_strided(shape, strides, x.storage_offset() + offset)
@@ -85,9 +93,7 @@ class _Recipe:
         if self.outer is not None:
             return self.outer[1](saved)
         tensor, version = saved
-        if (
-            tensor._version != version
-        ):  # as autograd says it, which cannot look where there are hooks
+        if tensor._version != version:  # autograd does not check tensors that hooks packed
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"a {tensor.dtype} tensor {tuple(tensor.shape)} is at version {tensor._version}; expected version "
@@ -97,7 +103,7 @@ class _Recipe:
 
 
 class Surroundings:
-    """What a computation depends on besides tensors and random numbers: autocast, and the choice of kernels."""
+    """State of autocast and of the backend, to restore in the backward pass."""
 
     def __init__(self, device: str) -> None:
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
@@ -106,40 +112,43 @@ class Surroundings:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Restore them."""
+        """Restore the state in this context."""
         with self.autocast, _backend.forcing(self.backend):
             yield
 
 
 class Step(Protocol):
-    """A step of a reversible chain: maps a state to the next one and a ``log_det``, and calls a module once for that."""
+    """Step of a reversible chain: it maps a state to the next state and a ``log_det``, and calls a module once."""
 
     @property
     def subnet(self) -> nn.Module:
-        """The module that it calls."""
+        """Return the module that the step calls."""
         ...
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """What else it reads: parameters of its own, permutations, conditions."""
+        """Return the other tensors that the step reads: its parameters, permutations, conditions."""
         ...
 
     def __call__(self, *state: Tensor) -> tuple[Tensor, ...]:
-        """``(*state, log_det)``."""
+        """Return ``(*state, log_det)``."""
         ...
 
     def retrace(
         self, ask: Callable[..., Any], results: State, tensors: State
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """The inputs that led to ``results``, as leaves of a graph, and ``(*results, log_det)`` in that graph.
+        """Recompute the inputs as leaves of a graph, and ``(*results, log_det)`` in that graph.
 
-        ``ask`` is to be called instead of ``subnet``, ``tensors`` are to be read instead of those of the same name.
+        Args:
+            ask: Function to call instead of ``subnet``.
+            results: State that the step returned.
+            tensors: Tensors to read instead of the attribute of this name.
         """
         ...
 
 
 def in_turn(steps: Sequence[Any], state: State) -> tuple[Tensor, ...]:
-    """Steps one after the other: the last state, and the sum of their ``log_det``."""
+    """Run the steps in order; return the last state and the sum of their ``log_det``."""
     total: Tensor | float = 0.0
     for step in steps:
         *state, log_det = step(*state)
@@ -148,25 +157,27 @@ def in_turn(steps: Sequence[Any], state: State) -> tuple[Tensor, ...]:
 
 
 def reversible(steps: Sequence[Any], state: State) -> tuple[Tensor, ...]:
-    """:func:`in_turn`, with nothing saved for the backward pass but the last state, and what steps read.
+    """Run :func:`in_turn`, and save only the last state and the tensors that the steps read.
 
-    The backward pass computes each step's inputs from its results, by the inverse, then the step once more: about a
-    third more work, and a small fraction of the memory. Inputs come back with the rounding of the inverse, hence
-    float32 and float64 only. Random numbers, buffers and the training mode are those of the forward pass. Under
-    function transforms it is :func:`in_turn`.
+    The backward pass computes each step's inputs from its results by the inverse, then runs the step again. That needs
+    about a third more work, and a small fraction of the memory. The inverse rounds, so that half precision is not
+    supported. Random numbers, buffers and the training mode are those of the forward pass. Function transforms use
+    :func:`in_turn`.
 
     Args:
-        steps: each a :class:`Step`.
-        state: tensors of one dtype.
+        steps: Steps, each a :class:`Step`.
+        state: Tensors of one dtype.
 
     Raises:
-        TypeError: half precision, as a dtype or by autocast. RuntimeError: a subnet has forward hooks, which would run
-            twice; in the backward pass, a subnet depends on a tensor that is no parameter and no input of it, or
-            something that was saved was modified in place.
+        TypeError: The state is in half precision, or autocast is enabled.
+        RuntimeError: A subnet has forward hooks, which would run twice. In the backward pass: a subnet depends on a
+            tensor that is neither its parameter nor its input, or a saved tensor was modified in place.
     """
-    if torch.is_autocast_enabled(state[0].device.type) or state[0].dtype.itemsize < 4:
+    device, dtype = state[0].device.type, state[0].dtype
+    if torch.is_autocast_enabled(device) or dtype.itemsize < 4:
+        dtype = torch.get_autocast_dtype(device) if dtype.itemsize >= 4 else dtype
         raise TypeError(
-            "memory='reversible' needs float32 or float64, because half precision forgets the inputs; use memory='lean'"
+            f"dtype must be float32 or float64 for memory='reversible', got {dtype}. Use memory='lean' for half precision."
         )
     if not torch.is_grad_enabled() or _backend.hides_values(*state):
         return in_turn(steps, state)
@@ -176,7 +187,7 @@ def reversible(steps: Sequence[Any], state: State) -> tuple[Tensor, ...]:
 
 
 class _Visit:
-    """One step of a forward pass, and what it saw."""
+    """Step of a forward pass, with the random state, buffers and modes that it ran with."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
@@ -190,8 +201,8 @@ class _Visit:
         for name, module in step.subnet.named_modules():
             if module._forward_hooks or module._forward_pre_hooks:
                 raise RuntimeError(
-                    f"memory='reversible' runs a subnet twice, and so the forward hooks of its module {name!r} "
-                    f"({type(module).__name__}); use memory='lean'"
+                    "subnet must have no forward hooks for memory='reversible', which runs it twice, got one on module "
+                    f"{name!r} ({type(module).__name__}). Use memory='lean'."
                 )
 
     def run(self, state: State) -> tuple[Tensor, ...]:
@@ -199,13 +210,13 @@ class _Visit:
         random = _Random(state)
         results = self.step(*state)
         self.random = random if random.was_used(state) else None
-        # A buffer that the step changed (running statistics) is kept as it was; of others a change is an error.
+        # A copy is kept of each buffer that the step changed (running statistics). A later change of others is an error.
         self.buffers = {n: copy if b._version != v else b for n, (b, copy, v) in before.items()}
-        del self.inputs  # which the graph holds
+        del self.inputs  # the graph holds them
         return results
 
     def retrace(self, results: State, tensors: State, buffers: State) -> Any:
-        """As :meth:`Step.retrace`, with everything as it was."""
+        """Run :meth:`Step.retrace` with the random state, buffers and modes of the forward pass."""
         given = dict(zip(self.names, tensors[self.own :], strict=True))
         given.update({n: b.clone() for n, b in zip(self.changing, buffers, strict=True)})
 
@@ -229,7 +240,7 @@ class _Reversible(torch.autograd.Function):
         ctx.visits, ctx.surroundings = visits, Surroundings(tensors[0].device.type)
         buffers = [b for visit in visits for b in visit.buffers.values()]
         for visit in visits:
-            visit.buffers = {}  # which the graph holds
+            visit.buffers = {}  # the graph holds them
         ctx.counts = [len(state), len(tensors) - count]
         ctx.save_for_backward(*state, *tensors[count:], *buffers)
         return *state, total
@@ -245,13 +256,13 @@ class _Reversible(torch.autograd.Function):
             t.requires_grad_(needed)
         found: list[Tensor | None] = []
         for visit in reversed(ctx.visits):
-            own = _taken(tensors, visit.own + len(visit.names))
+            own = _pop(tensors, visit.own + len(visit.names))
             with torch.enable_grad(), ctx.surroundings():
-                inputs, results = visit.retrace(state, own, _taken(buffers, len(visit.changing)))
+                inputs, results = visit.retrace(state, own, _pop(buffers, len(visit.changing)))
             leaves = [*inputs, *(t for t in own if t.requires_grad)]
             pairs = zip(results, (*grad_state, grad_log_det), strict=True)
             outputs, upstream = zip(*((r, g) for r, g in pairs if r.requires_grad), strict=True)
-            _refuse_strangers(outputs, leaves)
+            _check_leaves(outputs, leaves)
             with ctx.surroundings():
                 gradients = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
             grad_state, rest = gradients[: len(inputs)], iter(gradients[len(inputs) :])
@@ -260,15 +271,15 @@ class _Reversible(torch.autograd.Function):
         return None, None, *grad_state, *found
 
 
-def _taken(tensors: list[Tensor], count: int) -> list[Tensor]:
-    """The last ``count`` of a list, which it loses."""
+def _pop(tensors: list[Tensor], count: int) -> list[Tensor]:
+    """Remove and return the last ``count`` tensors of a list."""
     start = len(tensors) - count
     taken, tensors[start:] = tensors[start:], []
     return taken
 
 
-def _refuse_strangers(results: State, leaves: State) -> None:
-    """Refuse a graph with other leaves, whose gradient would be lost."""
+def _check_leaves(results: State, leaves: State) -> None:
+    """Raise an error if the graph has other leaves, because their gradients would be lost."""
     known = {id(t) for t in leaves}
     todo: list[Any] = [r.grad_fn for r in results]
     seen = {None}
@@ -279,28 +290,28 @@ def _refuse_strangers(results: State, leaves: State) -> None:
         seen.add(node)
         if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in known:
             raise RuntimeError(
-                "memory='reversible': a subnet depends on a tensor that requires a gradient and is neither a parameter "
-                f"nor an input of it, of shape {tuple(node.variable.shape)}; use memory='lean'"
+                "subnet must depend only on its parameters and inputs for memory='reversible', got another tensor that "
+                f"requires a gradient, of shape {tuple(node.variable.shape)}. Use memory='lean'."
             )
         todo += [following for following, _ in node.next_functions]
 
 
 class _Random:
-    """States of the random number generators of the CPU and of the devices of some tensors."""
+    """States of the random number generators of the CPU and of the device of some tensors."""
 
     def __init__(self, tensors: State) -> None:
         self.kind: Any = tensors[0].device.type
         self.cpu, (self.devices, self.states) = torch.get_rng_state(), get_device_states(tensors[0])
 
     def was_used(self, tensors: State) -> bool:
-        """Whether numbers were drawn since; ``tensors`` are on the device of those before."""
+        """Return whether numbers were drawn since then; ``tensors`` are on the same device."""
         now, (_, states) = torch.get_rng_state(), get_device_states(tensors[0])
         pairs = zip((self.cpu, *self.states), (now, *states), strict=True)
         return not all(torch.equal(a, b) for a, b in pairs)
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Draw the same numbers inside; outside, the generators continue as if none were drawn."""
+        """Draw the same numbers again in this context; afterwards the generators continue as if none were drawn."""
         kind = self.kind if self.devices else "cuda"
         with torch.random.fork_rng(self.devices, device_type=kind):
             torch.set_rng_state(self.cpu)
@@ -311,7 +322,7 @@ class _Random:
 
 @contextmanager
 def _training_as(module: nn.Module, modes: Sequence[bool]) -> Iterator[None]:
-    """Training or evaluation mode of a module and of those in it."""
+    """Set the training modes of a module and its submodules in this context."""
     modules = list(module.modules())
     now = [m.training for m in modules]
     for m, mode in zip(modules, modes, strict=True):
@@ -324,7 +335,7 @@ def _training_as(module: nn.Module, modes: Sequence[bool]) -> Iterator[None]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether to call the module is to call its class's forward, and no hook sees it."""
+    """Return whether calling the module only runs the forward method of its class: no hook, nothing compiled."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks

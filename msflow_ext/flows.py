@@ -1,4 +1,4 @@
-"""Invertible layers on split halves: a coupling block, and a chain of them."""
+"""Invertible layers on split halves: a coupling step, and a chain of steps."""
 
 from __future__ import annotations
 
@@ -44,16 +44,23 @@ class FlowOutput:
 
 
 class AffineCoupling(nn.Module):
-    r"""One flow step: couple the transformed half to the conditioning one, scale and shift all channels, permute them.
+    r"""Step of a flow: an affine coupling of two halves, then a global affine and a permutation of all channels.
 
-    It is FrEIA's ``AllInOneBlock`` with a softplus global affine and a fixed permutation, on halves instead of whole
-    tensors, so that a chain of them neither splits nor concatenates.
+    It is FrEIA's ``AllInOneBlock`` with a softplus global affine and a fixed permutation. It works on halves instead of
+    whole tensors, so that a chain of steps neither splits nor concatenates.
 
     Args:
-        channels: channels of both halves; ``channels - channels // 2`` are conditioning.
-        subnet: module ``(x1, *cond) -> (N, 2 * (channels // 2), *)``.
-        clamp, clamp_form: see :func:`msflow_ext.ops.affine_coupling`.
-        generator: draws the permutation.
+        channels: Number of channels of both halves; ``channels - channels // 2`` are conditioning.
+        subnet: Module that maps ``(x1, *cond)`` to ``(N, 2 * (channels // 2), *)``.
+        clamp, clamp_form: As for :func:`msflow_ext.ops.affine_coupling`.
+        generator: Generator of the permutation.
+
+    Examples:
+        >>> step = AffineCoupling(4, nn.Conv2d(2, 4, 3, padding=1), clamp=1.9, clamp_form="0.2")
+        >>> x1, x2 = torch.randn(2, 4, 8, 8).chunk(2, 1)
+        >>> y1, y2, log_det = step(x1, x2)
+        >>> torch.allclose(step.inverse(y1, y2)[1], x2, atol=1e-4)
+        True
     """
 
     perm: Tensor
@@ -78,7 +85,7 @@ class AffineCoupling(nn.Module):
         self.register_buffer("perm", torch.randperm(channels, generator=generator))
 
     def affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Positive global scale, offset and permutation, ``(channels,)`` each, for a stream of ``dtype``."""
+        """Return the positive global scale, the offset and the permutation ``(channels,)`` for data of ``dtype``."""
         return *_affine(self.global_scale, self.global_offset, dtype), self.perm
 
     def forward(
@@ -86,29 +93,32 @@ class AffineCoupling(nn.Module):
         x1: Tensor,
         x2: Tensor,
         *cond: Tensor,
-        seen: Tensor | None = None,
+        x1_copy: Tensor | None = None,
         then: Tensor | None = None,
         split: int | None = None,
         copy: bool = False,
     ) -> tuple[Tensor, ...]:
-        """``(y1, y2, log_det)``, or ``(y1, y2, copied, log_det)`` with ``copy``.
+        """Return ``(y1, y2, log_det)``, or ``(y1, y2, y1_copy, log_det)`` if ``copy`` is True.
 
         Args:
-            seen: ``x1`` as the subnet reads it, where that is another dtype: the ``copied`` of the step before.
-            then: a further permutation.
-            split: the channels of ``y1``.
-            copy: whether ``y1`` is wanted once more, in the dtype of the subnet's answer.
+            x1: Conditioning half, ``(N, C1, *)``.
+            x2: Transformed half, ``(N, C2, *)``.
+            cond: Conditions of the subnet.
+            x1_copy: Copy of ``x1`` in the dtype of the subnet, from the previous step.
+            then: Further permutation, after that of this step.
+            split: Number of channels of ``y1``, by default ``C1``.
+            copy: If True, also return ``y1`` in the dtype of the subnet's output.
         """
         affine = self._affine(x2.dtype, then)
-        a = self.subnet(x1 if seen is None else seen, *cond)
+        a = self.subnet(x1 if x1_copy is None else x1_copy, *cond)
         if not copy:
             return self._couple(x1, x2, a, affine, split)
         options: Any = {"split": split, "clamp": self.clamp, "clamp_form": self.clamp_form}
-        y1, y2, log_det, copied = ops.affine_coupling_with_copy(x1, x2, a, *affine, **options)
-        return y1, y2, copied, log_det
+        y1, y2, log_det, y1_copy = ops.affine_coupling_with_copy(x1, x2, a, *affine, **options)
+        return y1, y2, y1_copy, log_det
 
     def inverse(self, y1: Tensor, y2: Tensor, *cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(x1, x2, log_det)`` of the inverse."""
+        """Return ``(x1, x2, log_det)`` of the inverse."""
         affine = self.affine(y1.dtype)
         x1 = ops.conditioning_half(y1, y2, self.conditioning, *affine)
         x2, log_det = ops.affine_coupling_inverse(
@@ -128,11 +138,12 @@ class AffineCoupling(nn.Module):
         y2: Tensor,
         affine: tuple[Tensor, Tensor, Tensor],
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """The inputs that :meth:`forward` had, as leaves of a graph, and its results in that graph.
+        """Recompute the inputs of :meth:`forward` as leaves of a graph, and its results in that graph.
 
         Args:
-            ask: the subnet, of ``x1`` alone.
-            affine: scale, offset and permutation.
+            ask: Function that calls the subnet on ``x1``.
+            y1, y2: Results of :meth:`forward`.
+            affine: Scale, offset and permutation.
         """
         known = [t.detach() for t in affine]
         x1 = ops.conditioning_half(y1, y2, self.conditioning, *known).detach().requires_grad_()
@@ -159,10 +170,21 @@ class AffineCoupling(nn.Module):
 
 
 class Flow(nn.Module):
-    """A chain of :class:`AffineCoupling` steps on one scale whose state stays in two halves throughout.
+    """Chain of :class:`AffineCoupling` steps on one scale; the data stay in two halves throughout.
+
+    Args:
+        steps: Steps with equal numbers of channels.
 
     Attributes:
         memory: ``"lean"``, or ``"reversible"`` to save no activations: see :func:`msflow_ext.activations.reversible`.
+
+    Examples:
+        >>> subnets = (nn.Conv2d(2, 4, 3, padding=1) for _ in range(3))
+        >>> flow = Flow([AffineCoupling(4, each, clamp=1.9, clamp_form="0.2") for each in subnets])
+        >>> x = torch.randn(2, 4, 8, 8)
+        >>> y, _, log_det = flow(x)
+        >>> torch.allclose(flow.inverse(y)[0], x, atol=1e-4)
+        True
     """
 
     memory = "lean"
@@ -181,7 +203,11 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Map ``x (N, C, *)`` to ``(y1, y2, log_det)``.
 
-        ``then`` permutes the result's channels once more, ``split`` says how many of them ``y1`` has: all by default.
+        Args:
+            x: Data, ``(N, C, *)``.
+            cond: Conditions of the subnets.
+            then: Further permutation of the result's channels.
+            split: Number of channels of ``y1``, by default all.
         """
         conditioning = self.channels - self.channels // 2
         reverses = self.memory == "reversible"
@@ -205,7 +231,7 @@ class Flow(nn.Module):
 
 
 class _Bound:
-    """A step with its condition and the form of its results: a :class:`~msflow_ext.activations.Step`."""
+    """Step with its conditions and options: a :class:`~msflow_ext.activations.Step`."""
 
     def __init__(
         self,
@@ -217,7 +243,7 @@ class _Bound:
         copy: bool = False,
     ) -> None:
         self.step, self.cond = step, cond
-        self.form = {"then": then, "split": split, "copy": copy}
+        self.options = {"then": then, "split": split, "copy": copy}
 
     @property
     def subnet(self) -> nn.Module:
@@ -225,13 +251,13 @@ class _Bound:
 
     @property
     def tensors(self) -> list[Tensor]:
-        step, then = self.step, self.form["then"]
+        step, then = self.step, self.options["then"]
         return [step.global_scale, step.global_offset, *self.cond, step.perm] + (
             [] if then is None else [then]
         )
 
-    def __call__(self, x1: Tensor, x2: Tensor, seen: Tensor | None = None) -> tuple[Tensor, ...]:
-        return self.step(x1, x2, *self.cond, seen=seen, **self.form)
+    def __call__(self, x1: Tensor, x2: Tensor, x1_copy: Tensor | None = None) -> tuple[Tensor, ...]:
+        return self.step(x1, x2, *self.cond, x1_copy=x1_copy, **self.options)
 
     def retrace(
         self, ask: Callable[..., Any], results: Sequence[Tensor], tensors: Sequence[Tensor]
@@ -244,12 +270,18 @@ class _Bound:
 
 
 def _affine(scale: Tensor, offset: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Positive scale, and offset, of the parameters for a stream of ``dtype``."""
-    wide = accumulation_dtype(dtype)
-    return 0.1 * F.softplus(scale.to(wide), beta=0.5), offset.to(wide)
+    """Return the positive scale and the offset of these parameters for data of ``dtype``."""
+    accumulation = accumulation_dtype(dtype)
+    return 0.1 * F.softplus(scale.to(accumulation), beta=0.5), offset.to(accumulation)
 
 
 def inverse_softplus_scale(scale: float) -> float:
-    """The ``global_scale`` whose softplus scale is ``scale``: FrEIA's initial value for ``global_affine_init``."""
+    """Return the ``global_scale`` whose softplus scale is ``scale``: FrEIA's initial value for ``global_affine_init``.
+
+    Examples:
+        >>> parameter = torch.tensor(inverse_softplus_scale(2.0))
+        >>> round(float(0.1 * F.softplus(parameter, beta=0.5)), 4)
+        2.0
+    """
     v = 0.5 * 10 * scale
     return 2 * (v + math.log(-math.expm1(-v)))

@@ -1,4 +1,4 @@
-"""What is built and whether it works here: versions, backends, tolerances, and every kernel against its reference."""
+"""Self-check: versions, backends, tolerances, and every kernel against its reference."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def info() -> Info:
         "backends": {
             op: {
                 "cpu": f"{cpu}: {_backend.STATUS}",
-                "cuda": _cuda() if op in CUDA else "reference: cuDNN's own convolutions serve GPUs",
+                "cuda": _cuda() if op in CUDA else "reference: GPUs use the convolutions of cuDNN",
             }
             for op in OPS
         },
@@ -69,7 +69,7 @@ def info() -> Info:
 
 
 def _cuda() -> str:
-    """The backend of tensors on CUDA, on every device of this machine."""
+    """Return the backend of CUDA tensors, and the reason for it on each device of this machine."""
     if _backend.C is None or not hasattr(_backend.C, "cuda_problem"):
         return "reference: no CUDA kernel is built"
     if not torch.cuda.is_available():
@@ -84,21 +84,31 @@ def _cuda() -> str:
 
 
 def tolerance(dtype: torch.dtype, terms: int = 1) -> float:
-    """Relative error allowed in a result of ``dtype`` that sums ``terms`` numbers: ``16 eps sqrt(terms)``.
+    """Return the relative error allowed in a result of ``dtype`` that sums ``terms`` numbers: ``16 eps sqrt(terms)``.
 
-    Half precision is summed in float32 and rounded once, when it is stored: that rounding comes on top.
+    Half precision is summed in float32 and rounded once, when it is stored. That rounding is added.
+
+    Examples:
+        >>> tolerance(torch.float64, terms=100) == 160 * torch.finfo(torch.float64).eps
+        True
     """
-    wide = ops.accumulation_dtype(dtype)
-    rounding = 0.0 if wide is dtype else 2 * torch.finfo(dtype).eps
-    return 16 * torch.finfo(wide).eps * max(1, terms) ** 0.5 + rounding
+    accumulation = ops.accumulation_dtype(dtype)
+    rounding = 0.0 if accumulation is dtype else 2 * torch.finfo(dtype).eps
+    return 16 * torch.finfo(accumulation).eps * max(1, terms) ** 0.5 + rounding
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Largest deviation, in units of the largest magnitude wanted or 1; 0 for empty tensors."""
+    """Return the largest deviation, divided by the largest expected magnitude or by 1; 0 for empty tensors.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Examples:
+        >>> relative_error(torch.tensor([1.0, -9.0]), torch.tensor([1.0, -10.0]))
+        0.1
+    """
     if got.shape != expected.shape:
-        raise ValueError(
-            f"relative_error: shapes differ, {tuple(got.shape)} and {tuple(expected.shape)}"
-        )
+        raise ValueError(f"got must have shape {tuple(expected.shape)}, got {tuple(got.shape)}")
     if expected.numel() == 0:
         return 0.0
     got, expected = got.detach().double(), expected.detach().double()
@@ -106,13 +116,13 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def check() -> list[tuple[str, float, float]]:
-    """Run every compiled kernel against its float64 reference on this machine, on the CPU and on each GPU.
+    """Compare every compiled kernel with its float64 reference, on the CPU and on each GPU of this machine.
 
     Returns:
-        (case, relative error, tolerance) of each; a case is wrong where the error exceeds the tolerance or is NaN.
+        (case, relative error, tolerance) of each case. A kernel is wrong if the error exceeds the tolerance or is NaN.
 
     Raises:
-        RuntimeError: nothing is compiled.
+        RuntimeError: No kernel is compiled.
     """
     rows = []
     for device in _devices():
@@ -131,7 +141,7 @@ def check() -> list[tuple[str, float, float]]:
 
 
 def _devices() -> list[torch.device]:
-    """Those that compiled kernels serve."""
+    """Return the devices that compiled kernels support."""
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     served = (torch.device("cuda", i) for i in gpus if _backend.cuda_problem(i) is None)
     return [torch.device("cpu"), *served]
@@ -170,7 +180,7 @@ def _cases(cuda: bool) -> Iterator[tuple[str, Any, list[Tensor]]]:
 
 
 def _element_types(cuda: bool) -> Iterator[tuple[torch.dtype, torch.dtype]]:
-    """Of the stream and of the subnet's output."""
+    """Yield the dtypes of the data and of the subnet's output."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         yield dtype, dtype
     yield torch.float32, torch.bfloat16
@@ -292,7 +302,7 @@ def _upsample(x: Tensor, low: Tensor) -> tuple[Tensor]:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """With all sizes of tiles; factors as wide as the bias."""
+    """Convolve with every tile size, with factors in the dtype of the bias."""
     values = [ops.winograd_weight(weight, tile, bias.dtype) for tile in (2, 3, 4)]
     return tuple(ops.winograd_conv2d(x, v, bias) for v in values)
 
@@ -318,7 +328,7 @@ def _mean_aggregate(size: int, *maps: Tensor) -> tuple[Tensor, ...]:
 
 
 def _gradients(function: Any) -> Any:
-    """Gradients of all floating inputs, of the results' sum of squares."""
+    """Return a function that differentiates the sum of the squared results by all floating-point inputs."""
 
     def run(*tensors: Tensor) -> list[Tensor]:
         leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]

@@ -1,4 +1,4 @@
-"""What the tests share: random tensors, memory layouts, backends, the law of equality, golden vectors."""
+"""Fixtures of all tests: random tensors, memory layouts, backends, the comparison with the reference, golden values."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ Golden = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Where nothing is compiled the tests run on the reference, which says so once.
+    # Without kernels the tests run on the reference, which warns once.
     config.addinivalue_line("filterwarnings", "ignore:msflow_ext runs its slower reference")
-    # The same laws for the CUDA kernels without a GPU: see tests/cuda_emulator.
+    # The same tests run on the CUDA kernels without a GPU: see tests/cuda_emulator.
     if os.environ.get("MSFLOW_EXT_EMULATED"):
         _backend.emulate()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    # The laws of the ops hold on every device that this machine has; Winograd's kernels are the CPU's alone.
+    # The tests of the ops run on every device of this machine; Winograd has kernels for the CPU only.
     path = metafunc.definition.path
-    laws = path.parent.name == "ops" and path.name != "test_winograd.py"
-    if laws and "normal" in metafunc.fixturenames and torch.cuda.is_available():
+    on_devices = path.parent.name == "ops" and path.name != "test_winograd.py"
+    if on_devices and "normal" in metafunc.fixturenames and torch.cuda.is_available():
         metafunc.parametrize("device", ["cpu", "cuda"], indirect=True)
 
 
 @pytest.fixture(scope="session")
 def untrained_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``untrained_run(**header)``: a folder with the checkpoint of a small model; tests must not write to it."""
+    """Return ``untrained_run(**header)``: it makes a folder with the checkpoint of a small model, read-only for tests."""
 
     def save(**header: Any) -> Path:
         folder = tmp_path_factory.mktemp("run")
@@ -63,13 +63,13 @@ def untrained_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where ``normal`` draws: the CPU, and for the laws of the ops also CUDA where there is one."""
+    """Return the device of ``normal``: the CPU, in tests of the ops also CUDA if there is a GPU."""
     return torch.device(getattr(request, "param", "cpu"))
 
 
 @pytest.fixture
 def normal(device: torch.device) -> Normal:
-    """``normal(*shape, dtype=float32)``: standard normal numbers, the same in every run."""
+    """Return ``normal(*shape, dtype=float32)``: standard normal numbers, the same in every run."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -80,7 +80,7 @@ def normal(device: torch.device) -> Normal:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """A tiny model is slower on two, the more so on a busy machine."""
+    """Run the module on one thread: a tiny model is slower on two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -89,7 +89,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def native() -> Iterator[None]:
-    """Runs the test on the compiled kernels, skips it where there are none."""
+    """Run the test on compiled kernels, or skip it without them."""
     if _backend.C is None:
         pytest.skip(f"kernels {_backend.STATUS}")
     with ops.backend("native"):
@@ -98,7 +98,7 @@ def native() -> Iterator[None]:
 
 @pytest.fixture(params=["native", "reference"])
 def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test on the kernels and on their reference."""
+    """Run the test on the kernels and on their reference."""
     if request.param == "native" and _backend.C is None:
         pytest.skip(f"kernels {_backend.STATUS}")
     with ops.backend(request.param):
@@ -107,10 +107,10 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def equals_reference(native: None, normal: Normal) -> Callable[..., None]:
-    """``check(function, operands, terms)``: the law that kernels compute what the float64 reference does.
+    """Return ``check(function, operands, terms)``: it compares kernels with the float64 reference.
 
-    Compares results and the gradients of all floating operands, in this order, on the same rounded operands and
-    upstream gradients; ``terms`` says how many numbers each of them sums.
+    It compares the results, then the gradients of all floating-point operands, on the same rounded operands and upstream
+    gradients. ``terms`` holds how many numbers each of them sums.
     """
 
     def check(
@@ -135,7 +135,7 @@ def equals_reference(native: None, normal: Normal) -> Callable[..., None]:
 
 
 def _leaves(operands: Operands, dtype: torch.dtype | None = None) -> list[Tensor | None]:
-    """Copies of the operands that gradients end at."""
+    """Return copies of the operands as leaves of a graph."""
     return [
         t if t is None or not t.is_floating_point() else t.detach().to(dtype).requires_grad_()
         for t in operands
@@ -147,17 +147,17 @@ def _floating(operands: Operands) -> list[Tensor]:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The same numbers with the channels of a position side by side, for any number of dimensions."""
+    """Return the tensor in channels_last, for any number of dimensions."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def cut_out(x: Tensor) -> Tensor:
-    """The same numbers as channels 1 to C of a tensor with C + 2."""
+    """Return the tensor as a slice: channels 1 to C of a tensor with C + 2."""
     return _with_margins(x).contiguous()[:, 1:-1]
 
 
 def cut_out_channels_last(x: Tensor) -> Tensor:
-    """The same of a channels_last tensor."""
+    """Return the tensor as a slice of a channels_last tensor."""
     return channels_last(_with_margins(x))[:, 1:-1]
 
 
@@ -167,7 +167,7 @@ def _with_margins(x: Tensor) -> Tensor:
 
 
 def transposed(x: Tensor) -> Tensor:
-    """The same numbers with all dimensions stored in reverse order: positions have no one step."""
+    """Return the tensor with all dimensions stored in reverse order: positions have no common stride."""
     order = tuple(reversed(range(x.dim())))
     return x.permute(order).contiguous().permute(order)
 
@@ -183,19 +183,19 @@ LAYOUTS: dict[str, Layout] = {
 
 @pytest.fixture(params=LAYOUTS)
 def layout(request: pytest.FixtureRequest) -> Layout:
-    """Stores a tensor (N, C, *) in one of the layouts that a kernel meets."""
+    """Return a function that stores a tensor (N, C, *) in one of the layouts that kernels support."""
     return LAYOUTS[request.param]
 
 
 @pytest.fixture(params=["contiguous", "channels-last"])
 def memory_format(request: pytest.FixtureRequest) -> Layout:
-    """Stores a tensor (N, C, *) in one of the two memory formats of PyTorch."""
+    """Return a function that stores a tensor (N, C, *) in one of the two memory formats of PyTorch."""
     return LAYOUTS[request.param]
 
 
 @pytest.fixture(scope="module")
 def start() -> Iterator[Callable[..., str]]:
-    """``start(application, limits)`` serves it on a thread until the module's tests end, and returns its address."""
+    """Return ``start(application, limits)``: it serves until the module's tests end, and returns the address."""
     from msflow_ext.serving import Limits, Server
 
     with ExitStack() as stack:
@@ -214,7 +214,7 @@ def start() -> Iterator[Callable[..., str]]:
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Golden]:
-    """``golden(name)`` -> tensors and description of a file in ``tests/golden``."""
+    """Return ``golden(name)``: it reads tensors and description from ``tests/golden``."""
     folder = Path(__file__).parent / "golden"
 
     @cache

@@ -1,4 +1,4 @@
-"""What the backward pass computes again is what the forward pass saw: parameters, conditions, noise, statistics, modes."""
+"""Properties of recomputation: the backward pass uses the parameters, noise, statistics and modes of the forward pass."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ each_head = pytest.mark.parametrize("name", HEADS)
 
 
 class Loss(nn.Module):
-    """The loss of a head as a module's forward."""
+    """Module whose forward is the loss of a head."""
 
     def __init__(self, head: Any) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def draw(normal: Normal, n: int = 2, dtype: torch.dtype = F64) -> list[Tensor]:
 
 
 def moved(module: nn.Module) -> dict[str, Tensor]:
-    """Other values of the parameters."""
+    """Return parameters with other values."""
     generator = torch.Generator().manual_seed(1)
     return {
         n: (p.detach() + 0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
@@ -67,7 +67,7 @@ def assert_close(got: Any, expected: Any, bound: float = 1e-9) -> None:
 @MEMORY
 @pytest.mark.parametrize("n", [2, 6])  # with and without the condition's share kept
 @each_head
-def test_functional_call_gets_the_gradients_of_the_parameters_it_was_given(
+def test_functional_call_gives_the_gradients_of_the_given_parameters(
     each_backend: str, normal: Normal, name: str, n: int, kind: str
 ) -> None:
     module, x = Loss(HEADS[name]().double()), draw(normal, n)
@@ -102,7 +102,7 @@ def test_function_transforms_of_a_head_give_its_gradients(
 
 @pytest.mark.family("transforms")
 @MEMORY
-def test_batched_gradients_of_a_head_are_those_one_by_one(normal: Normal, kind: str) -> None:
+def test_batched_gradients_of_a_head_equal_single_ones(normal: Normal, kind: str) -> None:
     head, x = HEADS["msflow"]().double(), draw(normal)
     head.memory = kind
     losses, leaves = head(x).log_det, list(head.flows.parameters())
@@ -145,7 +145,7 @@ def test_checkpointing_a_head_keeps_its_gradients(normal: Normal, name: str, kin
 
 
 @pytest.mark.family("gradients")
-def test_a_checkpoint_around_recomputation_keeps_nothing_alive(normal: Normal) -> None:
+def test_a_checkpoint_around_recomputation_saves_no_activation(normal: Normal) -> None:
     x, weight = normal(30, 30).requires_grad_(), nn.Parameter(normal(30, 30))
 
     def function(x: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def test_a_checkpoint_around_recomputation_keeps_nothing_alive(normal: Normal) -
 
 
 @pytest.mark.family("gradients")
-def test_recomputation_in_place_and_in_another_layout(normal: Normal) -> None:
+def test_recomputation_supports_in_place_changes_and_other_layouts(normal: Normal) -> None:
     x, weight = normal(4, 6).requires_grad_(), nn.Parameter(normal(6, 4))
     layouts = iter([lambda t: t, lambda t: t.t().contiguous().t()])
 
@@ -176,7 +176,7 @@ def test_recomputation_in_place_and_in_another_layout(normal: Normal) -> None:
 
 
 @pytest.mark.family("gradients")
-def test_a_hooked_norm_is_run_once_and_still_gets_its_gradient(normal: Normal) -> None:
+def test_a_norm_with_a_hook_runs_once_and_has_its_gradient(normal: Normal) -> None:
     head, x, calls = HEADS["msflow"]().double(), draw(normal), []
     expected = gradients(head, x)
     head.flows[0].steps[0].subnet.norm.register_forward_hook(lambda *_: calls.append(1))
@@ -186,7 +186,7 @@ def test_a_hooked_norm_is_run_once_and_still_gets_its_gradient(normal: Normal) -
 
 
 class Subnet(nn.Module):
-    """A subnet with a condition, dropout and batch norm on request."""
+    """Subnet with an optional condition, dropout and batch norm."""
 
     def __init__(self, cond: int = 0, drop: float = 0.0, norm: bool = False) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ def loss(flow: Flow, x: Tensor, *cond: Tensor) -> Tensor:
 
 
 def both(run: Callable[[str], list[Tensor]]) -> None:
-    """Reversible gives what lean gives."""
+    """Check that ``reversible`` gives the results of ``lean``."""
     assert_close(run("reversible"), run("lean"))
 
 
@@ -230,7 +230,7 @@ def test_reversible_differentiates_a_learned_condition(x: Tensor, normal: Normal
 
 
 @pytest.mark.family("gradients")
-def test_reversible_draws_the_noise_of_the_forward_pass_again_and_no_other(x: Tensor) -> None:
+def test_reversible_repeats_the_noise_of_the_forward_pass_and_draws_no_other(x: Tensor) -> None:
     after = []
 
     def run(kind: str) -> list[Tensor]:
@@ -268,7 +268,7 @@ def test_reversible_iterates_a_spectral_norm_once(x: Tensor) -> None:
 
 
 @pytest.mark.family("gradients")
-def test_reversible_takes_the_training_mode_of_the_forward_pass(x: Tensor) -> None:
+def test_reversible_uses_the_training_mode_of_the_forward_pass(x: Tensor) -> None:
     def run(kind: str) -> list[Tensor]:
         made = flow(kind, drop=0.5).train()
         torch.manual_seed(7)
@@ -298,23 +298,23 @@ def test_reversible_ignores_autocast_and_freezing_after_the_forward_pass(x: Tens
 
 
 @pytest.mark.family("gradients")
-def test_reversible_refuses_what_it_cannot_differentiate(x: Tensor) -> None:
+def test_reversible_refuses_hooks_and_tensors_from_outside(x: Tensor) -> None:
     made = flow("reversible")
     subnet: Any = made.steps[1].subnet
     subnet.drop = Outside()
     value = loss(made, x)
-    with pytest.raises(RuntimeError, match="neither a parameter nor an input of it, of shape"):
+    with pytest.raises(RuntimeError, match="must depend only on its parameters and inputs"):
         value.backward()
     subnet.drop = nn.Identity()
     subnet.first.register_forward_pre_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match="hooks of its module 'first' \\(Conv2d\\)"):
+    with pytest.raises(RuntimeError, match=r"got one on module 'first' \(Conv2d\)"):
         loss(made, x)
     with torch.no_grad():
         loss(made, x)
 
 
 class Outside(nn.Module):
-    """Multiplies by a tensor that is no parameter."""
+    """Module that multiplies by a tensor that is not a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -327,7 +327,7 @@ class Outside(nn.Module):
 @pytest.mark.family("transforms")
 @pytest.mark.parametrize("optimized", [False, True])
 @each_head
-def test_fake_tensors_leave_nothing_in_a_head(normal: Normal, name: str, optimized: bool) -> None:
+def test_a_head_caches_nothing_of_fake_tensors(normal: Normal, name: str, optimized: bool) -> None:
     head, x = HEADS[name](), draw(normal, 2, torch.float32)
     head = head.optimize() if optimized else head
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

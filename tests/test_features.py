@@ -1,4 +1,4 @@
-"""The cache of a training's features has the precision of the recipe."""
+"""Tests of the features: their cache has the precision of the recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Properties of couplings and chains of them: invertible, log_det of the Jacobian, the same as step by step."""
+"""Properties of couplings and flows: they are invertible, log_det is that of the Jacobian, a flow equals its steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES = {
 
 
 class Mixing(nn.Module):
-    """The smallest subnet for any number of dimensions: a matrix over channels, and the condition added."""
+    """Smallest subnet for any number of dimensions: a matrix over channels, plus the condition."""
 
     def __init__(self, channels: int, seed: int = 0) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Mixing(nn.Module):
 
 
 def make(channels: int, steps: int = 3, clamp_form: str = "0.2") -> Flow:
-    """A flow off its initial values."""
+    """Return a flow with parameters that differ from their initial values."""
     generator = torch.Generator().manual_seed(1)
     flow = Flow(
         [
@@ -82,7 +82,7 @@ def test_log_det_is_that_of_the_jacobian(each_backend: str, normal: Normal, chan
     assert relative_error(flow(x)[2], expected[None]) <= 1e-11
 
 
-def test_a_flow_is_its_steps_one_after_the_other(each_backend: str, normal: Normal) -> None:
+def test_a_flow_equals_its_steps_in_order(each_backend: str, normal: Normal) -> None:
     flow = make(5)
     x, cond = normal(2, 5, 3, 4, dtype=torch.float64), normal(1, 1, 3, 4, dtype=torch.float64)
     x1, x2, total = x[:, :3], x[:, 3:], torch.zeros(2, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_a_flow_is_its_steps_one_after_the_other(each_backend: str, normal: Norm
     assert relative_error(flow.inverse(y, cond)[0], x) <= 1e-12
 
 
-def test_a_step_is_the_op_with_the_scale_of_softplus(normal: Normal) -> None:
+def test_a_step_equals_the_op_with_a_softplus_scale(normal: Normal) -> None:
     (step,) = make(5, steps=1).steps
     assert isinstance(step, AffineCoupling)
     x1, x2 = normal(2, 3, 4, dtype=torch.float64), normal(2, 2, 4, dtype=torch.float64)
@@ -109,9 +109,7 @@ def test_a_step_is_the_op_with_the_scale_of_softplus(normal: Normal) -> None:
         assert relative_error(got, want) <= 1e-14
 
 
-def test_the_end_of_a_flow_is_permuted_and_split_on_request(
-    each_backend: str, normal: Normal
-) -> None:
+def test_a_flow_can_permute_and_split_its_results(each_backend: str, normal: Normal) -> None:
     flow, x = make(5), normal(2, 5, 3, dtype=torch.float64)
     then = torch.tensor([3, 0, 4, 1, 2])
     whole, _, log_det = flow(x)
@@ -121,7 +119,7 @@ def test_the_end_of_a_flow_is_permuted_and_split_on_request(
     assert torch.equal(same, log_det)
 
 
-def test_subnets_under_autocast_read_copies_and_give_what_casts_give(
+def test_under_autocast_subnets_read_copies_that_equal_casts(
     each_backend: str, normal: Normal, memory_format: Layout
 ) -> None:
     flow = make(5).float()
@@ -145,7 +143,7 @@ def test_subnets_under_autocast_read_copies_and_give_what_casts_give(
         assert relative_error(g, w) <= tolerance(torch.bfloat16)
 
 
-def test_native_and_reference_give_the_same_gradients(
+def test_kernels_and_reference_give_the_same_gradients(
     native: None, normal: Normal, memory_format: Layout
 ) -> None:
     flow = make(5)
@@ -165,7 +163,9 @@ def test_native_and_reference_give_the_same_gradients(
         assert relative_error(g, w) <= 1e-12
 
 
-def test_a_bfloat16_flow_stays_bfloat16_both_ways(each_backend: str, normal: Normal) -> None:
+def test_a_flow_in_bfloat16_and_its_inverse_return_bfloat16(
+    each_backend: str, normal: Normal
+) -> None:
     flow, x = make(5).bfloat16(), normal(2, 5, 3, 4, dtype=torch.bfloat16)
     y, _, log_det = flow(x)
     back, log_det_back = flow.inverse(y)
@@ -175,7 +175,7 @@ def test_a_bfloat16_flow_stays_bfloat16_both_ways(each_backend: str, normal: Nor
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 7.0])
-def test_a_new_step_scales_by_what_it_was_initialised_for(scale: float) -> None:
+def test_the_scale_of_a_new_step_is_the_one_it_was_initialized_with(scale: float) -> None:
     step = AffineCoupling(6, Mixing(6), clamp=1.9, clamp_form="0.2")
     assert torch.equal(step.affine(torch.float32)[1], torch.zeros(6))
     torch.testing.assert_close(step.affine(torch.float32)[0], torch.ones(6))

@@ -1,4 +1,4 @@
-"""The self-check finds what is wrong, tolerances grow with what is summed, and info says what runs."""
+"""Tests of the self-check: it finds wrong kernels, tolerances grow with the number of terms, info names backends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msflow_ext import hardware, testing
 from msflow_ext.ops import _backend, coupling
 
 
-def test_the_tolerance_is_sixteen_steps_times_the_root_of_the_terms() -> None:
+def test_the_tolerance_is_16_eps_times_the_root_of_the_terms() -> None:
     for dtype in (torch.float32, torch.float64):
         eps = torch.finfo(dtype).eps
         assert testing.tolerance(dtype) == 16 * eps
@@ -25,7 +25,7 @@ def test_the_tolerance_is_sixteen_steps_times_the_root_of_the_terms() -> None:
         assert testing.tolerance(dtype, 100) == pytest.approx(160 * eps)
 
 
-def test_half_precision_is_granted_its_rounding_on_top_of_float32() -> None:
+def test_the_tolerance_of_half_precision_adds_its_rounding_to_that_of_float32() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         rounding = testing.tolerance(dtype, 9) - testing.tolerance(torch.float32, 9)
         assert rounding == pytest.approx(2 * torch.finfo(dtype).eps)
@@ -43,17 +43,19 @@ def test_half_precision_is_granted_its_rounding_on_top_of_float32() -> None:
     ],
     ids=["equal", "relative-to-the-largest", "small-numbers-to-one", "empty", "nan", "infinite"],
 )
-def test_the_relative_error(got: list[float], expected: list[float], error: float) -> None:
+def test_the_relative_error_is_divided_by_the_largest_magnitude_or_one(
+    got: list[float], expected: list[float], error: float
+) -> None:
     found = testing.relative_error(torch.tensor(got, requires_grad=True), torch.tensor(expected))
     assert found == pytest.approx(error, nan_ok=True)
 
 
-def test_the_relative_error_refuses_other_shapes() -> None:
-    with pytest.raises(ValueError, match=r"shapes differ, \(2, 1\) and \(1, 2\)"):
+def test_the_relative_error_refuses_different_shapes() -> None:
+    with pytest.raises(ValueError, match=r"got must have shape \(1, 2\), got \(2, 1\)"):
         testing.relative_error(torch.zeros(2, 1), torch.zeros(1, 2))
 
 
-def test_every_kernel_passes_the_check_of_this_machine(native: None) -> None:
+def test_every_kernel_passes_the_check_on_this_machine(native: None) -> None:
     rows = testing.check()
     assert [case for case, error, bound in rows if not error <= bound] == []
     for word in (*_forms(), "inverse", "backward", "norm", "score", "aggregate", "bfloat16"):
@@ -61,7 +63,7 @@ def test_every_kernel_passes_the_check_of_this_machine(native: None) -> None:
 
 
 @pytest.mark.parametrize("wrong", [1.01, math.nan], ids=["off", "nan"])
-def test_the_check_finds_a_kernel_that_is_wrong(
+def test_the_check_finds_a_wrong_kernel(
     native: None, monkeypatch: pytest.MonkeyPatch, wrong: float
 ) -> None:
     run = coupling._coupling.run
@@ -81,7 +83,7 @@ def _forms() -> tuple[str, ...]:
     return coupling.CLAMP_FORMS
 
 
-def test_info_says_what_is_built_and_what_each_op_runs_on() -> None:
+def test_info_names_versions_and_the_backend_of_each_op() -> None:
     info = msflow_ext.info()
     assert info["msflow_ext"] == msflow_ext.__version__
     assert info["torch"] == torch.__version__
@@ -95,7 +97,7 @@ def test_info_says_what_is_built_and_what_each_op_runs_on() -> None:
         assert info["backends"]["coupling"]["cuda"] == "reference: no CUDA kernel is built"
 
 
-def test_packages_that_are_missing_have_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_have_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(package: str) -> str:
         if package == "torch":
             return "2.0"

@@ -1,4 +1,4 @@
-"""Loads the compiled kernels and decides, call by call, between them and the reference."""
+"""Loads the compiled kernels and chooses, call by call, between them and the reference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
 _CUDA_DTYPES = (*_CPU_DTYPES, torch.float16)
 
-# Subclasses may give operations another meaning, so they use the reference.
+# A subclass may redefine operations, so it uses the reference.
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 View = tuple[int, int, int, int, int] | None
@@ -33,7 +33,7 @@ _COMPILE_LOG = Path(__file__).with_name("compile_log.txt")  # written by cmake/b
 
 
 def compile_log() -> list[str]:
-    """Return the last lines that the compiler wrote if it failed when this package was installed; none otherwise."""
+    """Return the compiler's last lines if it failed when this package was installed, otherwise an empty list."""
     if not _COMPILE_LOG.is_file():
         return []
     text = _COMPILE_LOG.read_text(encoding="utf-8", errors="replace")
@@ -41,6 +41,7 @@ def compile_log() -> list[str]:
 
 
 def _load() -> tuple[ModuleType | None, str]:
+    """Return the compiled module, or None, and its status in words."""
     try:
         from msflow_ext.ops import _C  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
@@ -53,13 +54,13 @@ def _load() -> tuple[ModuleType | None, str]:
     return _C, "compiled; threads of torch"
 
 
-# Where torch_parallel_for is. On Linux and macOS a library answers for those that it loads as well, on Windows only
-# for itself. A name without a folder finds a library that is loaded already.
+# Libraries that may export torch_parallel_for. On Linux and macOS a lookup also searches a library's dependencies, on
+# Windows only the library. A name without a folder finds a library that is already loaded.
 _TORCH_LIBRARIES = ("torch_cpu.dll", "libtorch_cpu.dylib", "libtorch_cpu.so")
 
 
 def _parallel_for() -> int | None:
-    """Return the address of torch_parallel_for, or None if this torch has none."""
+    """Return the address of torch_parallel_for, or None if this torch does not export it."""
     folder = Path(torch.__file__).parent / "lib"
     inside = [str(folder / name) for name in _TORCH_LIBRARIES]
     for library in (torch._C.__file__, *inside, *_TORCH_LIBRARIES):
@@ -75,21 +76,32 @@ C, STATUS = _load()
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops in this context on ``"native"`` kernels or on their ``"reference"``.
+    """Run the ops in this context on compiled kernels or on their reference in PyTorch.
 
-    Outside, an op runs on kernels where :func:`is_native` finds some, otherwise on its reference. Other threads and
-    asyncio tasks are not affected.
+    Outside the context, an op runs on a kernel if there is one for its tensors, otherwise on its reference. Other
+    threads and asyncio tasks are not affected.
+
+    Args:
+        name: ``"native"`` for kernels, ``"reference"`` for PyTorch.
 
     Raises:
-        ValueError: ``name`` is neither. RuntimeError: ``"native"`` where nothing is compiled.
+        ValueError: ``name`` is neither of them.
+        RuntimeError: ``name`` is ``"native"`` and no kernel is compiled.
+
+    Examples:
+        >>> from msflow_ext import ops
+        >>> z = torch.ones(2, 3, 4)
+        >>> with ops.backend("reference"):
+        ...     ops.half_square_norm(z)
+        tensor([6., 6.])
     """
-    with forcing(_checked(name, "backend: name")):
+    with forcing(_checked(name, "name")):
         yield
 
 
 @contextlib.contextmanager
 def forcing(name: str | None) -> Iterator[None]:
-    """As :func:`backend`; None leaves the choice to :func:`is_native`."""
+    """Run the ops in this context on a backend; None leaves the choice to :func:`is_native`."""
     before = _forced.get()
     _forced.set(name)
     try:
@@ -99,15 +111,18 @@ def forcing(name: str | None) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """Return the backend that :func:`backend` or the environment demands here, or None."""
+    """Return the backend that :func:`backend` or the environment sets here, or None."""
     return _forced.get()
 
 
 def _checked(name: str, source: str) -> str:
+    """Return the name of a backend after checking it; ``source`` says where it comes from."""
     if name not in ("native", "reference"):
         raise ValueError(f"{source} must be 'native' or 'reference', got {name!r}")
     if name == "native" and C is None:
-        raise RuntimeError(f"{source} is 'native', but the kernels are {STATUS}")
+        raise RuntimeError(
+            f"{source} must be 'reference', got 'native', because kernels are {STATUS}"
+        )
     return name
 
 
@@ -120,10 +135,8 @@ _forced: ContextVar[str | None] = ContextVar("backend", default=_by_environment)
 def is_native(*tensors: Tensor | None, cuda: bool = True) -> bool:
     """Return whether compiled kernels can process these tensors.
 
-    ``cuda`` says whether the op has CUDA kernels.
-
-    Graphs that leave PyTorch (export, ONNX, tracing), what :func:`is_transformed` names, float16 on the CPU, GPUs
-    without a build and other devices use the reference.
+    ``cuda`` says whether the op has CUDA kernels. The reference serves exported and traced graphs, everything that
+    :func:`is_transformed` lists, float16 on the CPU, GPUs without a build, and other devices.
     """
     if C is None or _forced.get() == "reference":
         if C is None:
@@ -140,7 +153,7 @@ def is_native(*tensors: Tensor | None, cuda: bool = True) -> bool:
 
 
 def _has_cuda_kernels(tensor: Tensor) -> bool:
-    """Return whether there are CUDA kernels for the tensor's dtype and device."""
+    """Return whether CUDA kernels exist for the tensor's dtype and device."""
     if tensor.dtype not in _CUDA_DTYPES:
         return False
     if tensor.is_cuda:
@@ -149,10 +162,10 @@ def _has_cuda_kernels(tensor: Tensor) -> bool:
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
-    """Return whether something must see every operation, or tensors may not hold numbers.
+    """Return whether PyTorch must see every operation, or tensors may hold no values.
 
-    That is so under functorch transforms (also for batched gradients), forward-mode differentiation, tracers, ``make_fx``
-    and ``FakeTensorMode``, and for tensor subclasses. What is computed then must not be kept for later.
+    This is true under functorch transforms (also for batched gradients), forward-mode differentiation, tracers,
+    ``make_fx`` and ``FakeTensorMode``, and for tensor subclasses. Results computed then must not be cached.
     """
     for tensor in tensors:
         if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
@@ -167,7 +180,7 @@ def is_transformed(*tensors: Tensor | None) -> bool:
 
 
 def hides_values(*tensors: Tensor | None) -> bool:
-    """Return whether the numbers in tensors must not be looked at: as :func:`is_transformed`, and while compiling."""
+    """Return whether the values of tensors must not be read: while compiling, and if :func:`is_transformed`."""
     return torch.compiler.is_compiling() or is_transformed(*tensors)
 
 
@@ -177,13 +190,13 @@ _MODES = torch._C._TorchDispatchModeKey
 
 
 def _is_traced_by_mode() -> bool:
-    """Return whether a dispatch mode of PyTorch's own traces or has no data; others only watch."""
+    """Return whether an active dispatch mode traces or holds no data; all other modes only observe."""
     modes = (_MODES.PROXY, _MODES.FAKE, _MODES.FUNCTIONAL)
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
 
 
 def cuda_problem(device: int) -> str | None:
-    """Return why no compiled kernel runs on this CUDA device, or None if one does."""
+    """Return the reason why compiled kernels do not run on this CUDA device, or None if they do."""
     if C is None:
         return f"kernels {STATUS}"
     if not hasattr(C, "cuda_problem"):
@@ -194,7 +207,7 @@ def cuda_problem(device: int) -> str | None:
     return _cuda_problems[device]
 
 
-# As torch.compiler.assume_constant_result does, but that would import the compiler, which takes over a second.
+# torch.compiler.assume_constant_result sets the same mark, but imports the compiler, which takes over a second.
 cuda_problem._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 _cuda_problems: dict[int, str | None] = {}
@@ -206,11 +219,11 @@ def emulate() -> None:
     """Run the emulated CUDA kernels (``MSFLOW_EXT_EMULATE``) on CPU tensors, for tests.
 
     Raises:
-        RuntimeError: this build has no emulated kernels.
+        RuntimeError: This build has no emulated kernels.
     """
     global STATUS, _emulated
     if getattr(C, "cuda_architectures", None) != "emulated":
-        raise RuntimeError(f"emulate: the kernels are {STATUS}, without emulated CUDA kernels")
+        raise RuntimeError(f"this build has no emulated CUDA kernels: kernels are {STATUS}")
     STATUS, _emulated = "compiled; CUDA kernels emulated", True
 
 
@@ -222,7 +235,7 @@ def runs_cuda(x: Tensor) -> bool:
 def run(entry: str, on: Tensor, *arguments: Any, scratch: Callable[[], int] | None = None) -> Any:
     """Call an entry point of the compiled module for the device of ``on``.
 
-    On CUDA it runs on the current stream. ``scratch`` returns how many bytes of memory the kernels need.
+    On CUDA it runs on the current stream. ``scratch`` returns the bytes of memory that the kernels need.
     """
     if not runs_cuda(on):
         return getattr(C, f"{entry}_cpu")(*arguments)
@@ -239,6 +252,7 @@ _warned = False
 
 
 def _warn_once() -> None:
+    """Warn that the reference runs because no kernel is compiled."""
     global _warned
     if not _warned and _forced.get() is None and not torch.compiler.is_compiling():
         _warned = True
@@ -267,7 +281,7 @@ def strides(x: Tensor) -> tuple[int, int, int] | None:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Return whether the channels of a position are adjacent: channels_last, a slice of it, or vectors (N, C)."""
+    """Return whether the channels of a position are adjacent: channels_last, a slice of it, or ``(N, C)``."""
     if x.size(1) > 1 and x.stride(1) != 1:
         return False
     s = strides(x)
@@ -275,15 +289,15 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def in_memory(x: Tensor) -> Tensor:
-    """Return ``x`` itself, or a copy if its memory does not hold its values (lazily negated views, zero tensors)."""
+    """Return ``x``, or a copy if its memory does not hold its values (lazily negated views, zero tensors)."""
     return x.clone() if x.is_neg() or x._is_zerotensor() else x
 
 
 def views(channels_last: bool, *tensors: Tensor | None) -> tuple[list[Tensor | None], list[View]]:
-    """Return tensors in this memory format, copied if necessary, and their views for a kernel.
+    """Return tensors in this memory format, copied if necessary, and their descriptions for a kernel.
 
-    A view is (address, element type, stride of sample, of channel, of position). The caller must keep the tensors alive
-    while a kernel uses the views.
+    A description is (address, element type, stride of sample, stride of channel, stride of position). The caller must
+    keep the tensors alive while a kernel uses it.
     """
     kept: list[Tensor | None] = []
     out: list[View] = []
@@ -303,18 +317,18 @@ def address_of(x: Tensor) -> int:
     """Return the address of the first element.
 
     Raises:
-        ValueError: the address is not aligned to the element size; on a GPU that would break the whole process.
+        ValueError: The address is not aligned to the element size. On a GPU that would break the whole process.
     """
     address = x.data_ptr()
     if runs_cuda(x) and address % x.itemsize:
         raise ValueError(
-            f"a {x.dtype} tensor {tuple(x.shape)} begins at {address:#x}, no multiple of {x.itemsize} bytes"
+            f"the memory of a {x.dtype} tensor {tuple(x.shape)} must begin at a multiple of {x.itemsize} bytes, got {address:#x}"
         )
     return address
 
 
 def _slides(x: Tensor, s: tuple[int, int, int]) -> bool:
-    """Return whether x is a view of sliding windows, one element apart: 16-byte packets would not be aligned."""
+    """Return whether ``x`` is a view of sliding windows one element apart, which breaks 16-byte alignment."""
     if s[0] != 1 and s[1] != s[2]:
         return False
     sizes = (x.size(0), x.size(1), math.prod(x.shape[2:]))

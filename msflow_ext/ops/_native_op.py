@@ -1,4 +1,4 @@
-"""A compiled op as PyTorch sees it: autograd in eager mode, registered for ``torch.compile``."""
+"""Connects a compiled op to PyTorch: autograd in eager mode, and registration for ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from msflow_ext.ops._backend import in_memory, is_transformed
 
 
 class NativeOp:
-    """One compiled op as PyTorch sees it: eager with autograd, and registered for ``torch.compile``.
+    """Compiled op with autograd in eager mode, registered for ``torch.compile``.
 
     Args:
-        name: of the op in the library ``msflow_ext``.
-        schema: its arguments, tensors first, and its results.
-        allocate: ``(*args)`` -> results, empty; also the op's shape function.
-        run: ``(results, *args)`` fills them.
-        allocate_grads: ``(*args)`` -> gradients of the tensor arguments, empty, None for an argument without one.
-        run_backward: ``(grads_of_results, grads, extra, *args)`` fills them. Without these two, the reference gives
-            the gradients, and ``torch.compile`` compiles the reference.
-        reference: ``(*args)`` -> results, in plain PyTorch, for derivatives of the derivative.
-        tensors: how many of the arguments are tensors.
-        extra: how many of the results, the last ones, only serve the backward pass.
+        name: Name of the op in the library ``msflow_ext``.
+        schema: Arguments, tensors first, and results.
+        allocate: ``(*args)`` -> empty results. It is also the op's shape function.
+        run: ``(results, *args)`` fills the results.
+        reference: ``(*args)`` -> results in plain PyTorch, for derivatives of the derivative.
+        tensors: Number of arguments that are tensors.
+        extra: Number of results, the last ones, that only serve the backward pass.
+        allocate_grads: ``(*args)`` -> empty gradients of the tensor arguments, None for an argument without one.
+        run_backward: ``(grads_of_results, grads, extra, *args)`` fills the gradients. Without these two functions, the
+            reference computes the gradients, and ``torch.compile`` compiles the reference.
     """
 
     def __init__(
@@ -60,12 +60,14 @@ class NativeOp:
         return results[: len(results) - self.extra]
 
     def forward(self, *args: Any) -> tuple[Tensor, ...]:
+        """Compute the results, extra ones included."""
         args = self._in_memory(args)
         results = self.allocate(*args)
         self.run(results, *args)
         return results
 
     def backward(self, grads: Any, extra: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of the tensor arguments."""
         if self.allocate_grads is None or self.run_backward is None or torch.is_grad_enabled():
             return self._differentiate_reference(grads, *args)
         if is_transformed(*grads, *args[: self.tensors]):  # batched or dual gradients from above
@@ -81,7 +83,7 @@ class NativeOp:
         return *tensors, *args[self.tensors :]
 
     def _differentiate_reference(self, grads: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the reference, which are differentiable if grad mode is on."""
+        """Compute the gradients of the reference; they are differentiable if grad mode is on."""
         create_graph = torch.is_grad_enabled()
         tensors, rest = args[: self.tensors], args[self.tensors :]
         with torch.enable_grad(), torch.autocast(args[0].device.type, enabled=False):
@@ -101,17 +103,18 @@ class NativeOp:
         return tuple(next(found) if t is not None and t.requires_grad else None for t in tensors)
 
     def _register(self, name: str, schema: str) -> Any:
+        """Register the op and its backward pass as custom ops; return the former."""
         arguments = schema[1 : schema.index(")")]
         results = schema.count("Tensor", schema.index("->"))
         grads = ", ".join(f"Tensor grad{i}" for i in range(results - self.extra))
         extra = ", ".join(f"Tensor extra{i}" for i in range(self.extra))
         split = results - self.extra
 
-        def only(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
-            """Of one result the registered op returns the tensor itself."""
+        def unpacked(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+            """Return the tensor, not a tuple, if the op has one result."""
             return function if results > 1 else lambda *args: function(*args)[0]
 
-        # A registered op returns tensors only: an empty one stands for a gradient that does not exist.
+        # A registered op returns only tensors, so an empty one stands for a missing gradient.
         def backward(*flat: Any) -> list[Tensor]:
             out = self.backward(flat[:split], flat[split:results], *flat[results:])
             return [flat[0].new_empty(0) if g is None else g for g in out]
@@ -122,9 +125,9 @@ class NativeOp:
             return [flat[0].new_empty(0) if g is None else g for g in out]
 
         forward_op = torch.library.custom_op(
-            f"msflow_ext::{name}", only(self.forward), mutates_args=(), schema=schema
+            f"msflow_ext::{name}", unpacked(self.forward), mutates_args=(), schema=schema
         )
-        forward_op.register_fake(only(self.allocate))
+        forward_op.register_fake(unpacked(self.allocate))
         backward_op = torch.library.custom_op(
             f"msflow_ext::{name}_backward",
             backward,
@@ -164,7 +167,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         op: NativeOp = ctx.op
-        saved = ctx.saved_tensors  # each access unpacks them once more, which checkpointing refuses
+        saved = ctx.saved_tensors  # read once, because checkpointing allows only one access
         out = op.backward(grads, saved[op.tensors :], *saved[: op.tensors], *ctx.rest)
         needed = ctx.needs_input_grad[1 : 1 + op.tensors]
         out = (g if n else None for g, n in zip(out, needed, strict=True))

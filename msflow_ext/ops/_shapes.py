@@ -9,15 +9,20 @@ from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
+    """Return the dtype in which ops sum: float64 for float64, otherwise float32.
+
+    Examples:
+        >>> accumulation_dtype(torch.bfloat16), accumulation_dtype(torch.float64)
+        (torch.float32, torch.float64)
+    """
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def per_channel(vector: Tensor, like: Tensor) -> Tensor:
-    """``vector (C,)`` so that it broadcasts over ``like (N, C, *)``."""
+    """Return a view of ``vector (C,)`` that broadcasts over ``like (N, C, *)``."""
     return vector.view(-1, *[1] * (like.dim() - 2))
 
 
 def positions(x: Tensor) -> int:
-    """How many positions a channel of ``x (N, C, *)`` has."""
+    """Return the number of positions of each channel of ``x (N, C, *)``."""
     return math.prod(x.shape[2:])

@@ -1,4 +1,4 @@
-"""The affine coupling of a flow's block with its permutation, global affine and log-determinant in one pass."""
+"""Affine coupling of a flow step, with its permutation, global affine and log-determinant in one pass."""
 
 from __future__ import annotations
 
@@ -45,31 +45,44 @@ def affine_coupling(
     .. math:: \log|\det J| = \textstyle\sum s + P \sum_c \log \mathrm{scale}_c
 
     Args:
-        x1: conditioning half, the input of the subnet, ``(N, C1, *)``; ``C1`` may be 0.
-        x2: transformed half, ``(N, C2, *)``, float32, float64, bfloat16 or float16 (on the CPU: reference).
-        a: ``(N, 2 * C2, *)``, first :math:`a_s`, then :math:`a_t`; it may have half precision if ``x2`` is float32.
-        scale, offset: ``(C1 + C2,)`` in the accumulation dtype (float64 for float64, else float32).
-        perm: ``(C1 + C2,)`` int64, a permutation. The CPU kernels check it, the reference does not. On CUDA, a channel
-            whose index is out of range becomes NaN.
+        x1: Conditioning half, which the subnet reads.
+        x2: Transformed half: float32, float64, bfloat16 or float16. The reference runs float16 on the CPU.
+        a: Output of the subnet, first :math:`a_s`, then :math:`a_t`. It may have half precision if ``x2`` is float32.
+        scale, offset: Global affine in the accumulation dtype: float64 for float64, otherwise float32.
+        perm: Permutation, int64. The CPU kernels check it, the reference does not. On CUDA, a channel whose index is
+            out of range becomes NaN.
         clamp: :math:`\alpha > 0`.
         clamp_form: ``"0.2"`` as above; ``"head"``: :math:`\alpha \tanh(0.1 a_s / \alpha)`;
             ``"atan"``: :math:`0.636\, \alpha \arctan(a_s / \alpha)` and a shift by :math:`a_t` itself.
-        limit: the results are clamped to ``[-limit, limit]``, ``limit > 0``; ``log_det`` ignores it.
-        split: number of channels of the first result, ``C1`` by default.
-        log_det: whether to return ``log_det``. False saves the launch of a kernel on a GPU; the results are the same
-            bit for bit.
+        limit: Positive bound. The results are clamped to ``[-limit, limit]``; ``log_det`` ignores it.
+        split: Number of channels of ``y1``, by default that of ``x1``.
+        log_det: If False, return None for ``log_det``, which saves one kernel launch on a GPU.
+
+    Shape:
+        - x1, x2: ``(N, C1, *)`` and ``(N, C2, *)``; ``C1`` may be 0.
+        - a: ``(N, 2 * C2, *)``.
+        - scale, offset, perm: ``(C1 + C2,)``.
 
     Returns:
-        ``y1 (N, split, *)``, ``y2 (N, C1 + C2 - split, *)`` in the memory format and dtype of ``x2``, and
-        ``log_det (N,)`` in nats, float64 for float64 and float32 else, or None.
+        ``y1 (N, split, *)``, ``y2 (N, C1 + C2 - split, *)`` and ``log_det (N,)``. ``y1`` and ``y2`` have the memory
+        format and dtype of ``x2``; ``log_det`` is in nats, in the accumulation dtype.
 
     Raises:
-        ValueError: shapes, devices or values do not fit. TypeError: dtypes do not.
+        ValueError: A shape, a device or a value does not fit.
+        TypeError: A dtype does not fit.
 
-    Source: FrEIA 0.2 ``AllInOneBlock`` ("0.2"), FrEIA master ("head"), MSFlow's fusion flow ("atan").
+    Examples:
+        >>> x1, x2, a = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 8, 8, 8)
+        >>> y1, y2, log_det = affine_coupling(x1, x2, a)
+        >>> torch.equal(y1, x1), y2.shape, log_det.shape
+        (True, torch.Size([2, 4, 8, 8]), torch.Size([2]))
+
+    References:
+        FrEIA 0.2, ``AllInOneBlock`` (``"0.2"``); FrEIA master (``"head"``); the fusion flow of MSFlow
+        (``"atan"``).
     """
     call = _checked((x1, x2, a), (scale, offset, perm), clamp, clamp_form, limit, split)
-    op = _coupling if log_det else _results_alone
+    op = _coupling if log_det else _coupling_results
     run = op if _backend.is_native(*call[:6]) else op.reference
     return run(*call) if log_det else (*run(*call), None)
 
@@ -87,14 +100,20 @@ def affine_coupling_with_copy(
     limit: float = math.inf,
     split: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute :func:`affine_coupling`, and a copy of its first result in the dtype of ``a``.
+    """Compute :func:`affine_coupling`, and a copy of ``y1`` in the dtype of ``a``.
 
-    The next subnet reads the copy if subnets work in half precision and the flow in float32. It is written in the same
-    pass, and its gradient is added to the gradient of ``y1`` in the backward pass.
+    The arguments are those of :func:`affine_coupling`. The next subnet reads the copy if subnets run in half precision
+    and the flow in float32. It is written in the same pass, and its gradient is added to that of ``y1``.
 
     Returns:
         ``y1``, ``y2`` and ``log_det`` of :func:`affine_coupling`, and ``copy (N, split, *)`` in the memory format of
-        ``y1``. If ``a`` has the dtype of ``x2``, it is ``y1`` itself.
+        ``y1``. If ``a`` has the dtype of ``x2``, ``copy`` is ``y1`` itself.
+
+    Examples:
+        >>> x1, x2, a = torch.ones(1, 3, 4), torch.ones(1, 3, 4), torch.ones(1, 6, 4).bfloat16()
+        >>> y1, y2, log_det, copy = affine_coupling_with_copy(x1, x2, a)
+        >>> y1.dtype, copy.dtype
+        (torch.float32, torch.bfloat16)
     """
     call = _checked((x1, x2, a), (scale, offset, perm), clamp, clamp_form, limit, split)
     if not _backend.is_native(*call[:6]):
@@ -116,13 +135,20 @@ def affine_coupling_inverse(
     clamp: float = 2.0,
     clamp_form: str = "0.2",
 ) -> tuple[Tensor, Tensor]:
-    """Return the transformed half and the log-determinant of the inverse of :func:`affine_coupling`.
+    """Invert :func:`affine_coupling`: return the transformed half and the log-determinant of the inverse.
 
-    Compute the conditioning half with :func:`conditioning_half` first, because the subnet needs it to compute ``a``. Arguments
-    are those of :func:`affine_coupling`; ``a (N, 2 * C2, *)`` defines the number of transformed channels.
+    Compute the conditioning half with :func:`conditioning_half` first: the subnet needs it to compute ``a``. The other
+    arguments are those of :func:`affine_coupling`; ``a (N, 2 * C2, *)`` defines the number of transformed channels.
 
     Returns:
-        ``x2 (N, C2, *)`` and ``log_det (N,)`` of the inverse, minus that of the forward pass.
+        ``x2 (N, C2, *)``, and ``log_det (N,)`` in nats, the negative of that of the forward pass.
+
+    Examples:
+        >>> x1, x2, a = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.randn(2, 6, 5)
+        >>> y1, y2, log_det = affine_coupling(x1, x2, a)
+        >>> back, inverse_log_det = affine_coupling_inverse(y1, y2, a)
+        >>> torch.allclose(back, x2, atol=1e-5), torch.allclose(inverse_log_det, -log_det)
+        (True, True)
     """
     call = CouplingCall(y1, y2, a, scale, offset, perm, float(clamp), clamp_form)
     check_inverse(call)
@@ -138,23 +164,26 @@ def conditioning_half(
     offset: Tensor | None = None,
     perm: Tensor | None = None,
 ) -> Tensor:
-    """Return the conditioning half ``x1 (N, channels, *)`` from the results of :func:`affine_coupling`."""
+    """Return the conditioning half ``x1 (N, channels, *)`` from the results of :func:`affine_coupling`.
+
+    Examples:
+        >>> perm, (x1, x2) = torch.tensor([2, 0, 1]), torch.randn(4, 3).split([1, 2], 1)
+        >>> y1, y2, _ = affine_coupling(x1, x2, torch.randn(4, 4), perm=perm)
+        >>> torch.equal(conditioning_half(y1, y2, 1, perm=perm), x1)
+        True
+    """
     check_results(y1, y2)
     vectors = (scale, offset, perm)
     whole = torch.cat((y1, y2), 1)
     if not 0 <= channels <= whole.size(1):
-        raise ValueError(f"coupling: channels must be in 0..{whole.size(1)}, got {channels}")
+        raise ValueError(f"channels must be in 0..{whole.size(1)}, got {channels}")
     check_vectors(y2, whole.size(1), vectors)
     u = _undo_affine(whole.to(accumulation_dtype(y2.dtype)), vectors)
     return u[:, :channels].to(y2.dtype)
 
 
 def affine_coupling_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute :func:`affine_coupling` in plain PyTorch, in the accumulation dtype until the last rounding.
-
-    Args:
-        arguments: the fields of a ``CouplingCall``.
-    """
+    """Compute :func:`affine_coupling` in plain PyTorch, from the fields of a ``CouplingCall``; round once, at the end."""
     call = CouplingCall(*arguments)
     x2, accumulation = call.x2, accumulation_dtype(call.x2.dtype)
     s, t = log_scale_and_shift(call.a.to(accumulation), call.clamp, call.clamp_form)
@@ -174,17 +203,13 @@ def affine_coupling_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def affine_coupling_with_copy_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute :func:`affine_coupling_with_copy` in plain PyTorch, with the arguments of the reference above."""
+    """Compute :func:`affine_coupling_with_copy` in plain PyTorch, from the fields of a ``CouplingCall``."""
     y1, y2, log_det = affine_coupling_reference(*arguments)
     return y1, y2, log_det, y1.to(CouplingCall(*arguments).a.dtype)
 
 
 def affine_coupling_inverse_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Compute :func:`affine_coupling_inverse` in plain PyTorch.
-
-    Args:
-        arguments: the first eight fields of a ``CouplingCall``.
-    """
+    """Compute :func:`affine_coupling_inverse` in plain PyTorch, from the first eight fields of a ``CouplingCall``."""
     call = CouplingCall(*arguments)
     y1, y2, accumulation = call.x1, call.x2, accumulation_dtype(call.x2.dtype)
     s, t = log_scale_and_shift(call.a.to(accumulation), call.clamp, call.clamp_form)
@@ -197,7 +222,7 @@ def affine_coupling_inverse_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def log_scale_and_shift(a: Tensor, clamp: float, clamp_form: str) -> tuple[Tensor, Tensor]:
-    """Return ``s`` and ``t`` from a subnet's output ``a``, as the docstring of :func:`affine_coupling` defines them."""
+    """Return the log-scale ``s`` and the shift of :func:`affine_coupling`, from a subnet's output ``a``."""
     a_s, a_t = a.chunk(2, 1)
     if clamp_form == "0.2":
         return clamp * torch.tanh(0.1 * a_s), 0.1 * a_t
@@ -207,6 +232,7 @@ def log_scale_and_shift(a: Tensor, clamp: float, clamp_form: str) -> tuple[Tenso
 
 
 def _undo_affine(y: Tensor, vectors: Vectors) -> Tensor:
+    """Invert the permutation and the global affine."""
     scale, offset, perm = vectors
     if perm is not None:
         y = y.index_select(1, torch.argsort(perm))
@@ -223,7 +249,7 @@ def _checked(
     limit: float,
     split: int | None,
 ) -> CouplingCall:
-    """Return the arguments of a coupling as a tuple, after checking them."""
+    """Check the arguments of a coupling and return them as a tuple."""
     if split is None and inputs[0].dim() > 1:
         split = inputs[0].size(1)
     call = CouplingCall(*inputs, *vectors, float(clamp), clamp_form, float(limit), split)
@@ -289,8 +315,8 @@ def _run_inverse(results, y1, y2, *rest):
     _launch("coupling_inverse", job, call, *v, log_det.data_ptr())
 
 
-# In channels_last, the CUDA kernels keep all channels of a position in shared memory, and 2 bytes for each that describe
-# the permutation. Every GPU has this much.
+# In channels_last, the CUDA kernels keep all channels of a position in shared memory, with 2 bytes per channel for the
+# permutation. Every GPU has this much.
 _SHARED_BYTES = 24 * 1024
 
 
@@ -314,7 +340,7 @@ def _launch(entry, job, call, *arguments):
 def coupling_job(
     call: CouplingCall, channels_last: bool, conditioning: int | None = None
 ) -> tuple[Any, list[Tensor | None]]:
-    """Return the kernels' options of a call, and the vectors that they point to.
+    """Describe a call to the kernels. Also return the vectors that the description points to.
 
     ``conditioning`` is the number of channels of the conditioning half, by default that of ``x1``.
     """
@@ -338,7 +364,7 @@ _coupling = NativeOp(
     reference=affine_coupling_reference,
     tensors=6,
 )
-_results_alone = NativeOp(
+_coupling_results = NativeOp(
     "coupling_results",
     f"{_OPERANDS} -> (Tensor, Tensor)",
     allocate=_allocate_results,

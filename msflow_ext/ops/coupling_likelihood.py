@@ -1,4 +1,4 @@
-"""The likelihood map of an affine coupling's results in one pass, for the last coupling of a flow at inference."""
+"""Log-likelihood map of a coupling's results in one pass, for the last coupling of a flow at inference."""
 
 from __future__ import annotations
 
@@ -27,27 +27,37 @@ def coupling_log_likelihood(
     clamp_form: str = "0.2",
     limit: float = math.inf,
 ) -> Tensor:
-    r"""Compute the likelihood map of the results of a coupling, without storing the results.
+    r"""Compute the log-likelihood map of the results of a coupling, without storing the results.
 
     Equals :func:`~msflow_ext.ops.log_likelihood_map` of the results of :func:`~msflow_ext.ops.affine_coupling`, except
     that they are not rounded to the dtype of ``x2``. Gradients are those of the reference.
 
     Args:
-        x1, x2, a, scale, offset, clamp, clamp_form, limit: as for :func:`~msflow_ext.ops.affine_coupling`, with at least
+        x1, x2, a, scale, offset, clamp, clamp_form, limit: As for :func:`~msflow_ext.ops.affine_coupling`, with at least
             one channel.
-        perm: as for :func:`~msflow_ext.ops.affine_coupling`; it does not change the result.
+        perm: As for :func:`~msflow_ext.ops.affine_coupling`. It does not change the result.
 
     Returns:
-        ``(N, *)`` in nats, float64 for float64 and float32 else.
+        ``(N, *)`` in nats per channel, in the accumulation dtype: float64 for float64, otherwise float32.
 
     Raises:
-        ValueError: shapes, devices or values do not fit. TypeError: dtypes do not.
+        ValueError: A shape, a device or a value does not fit.
+        TypeError: A dtype does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from msflow_ext import ops
+        >>> x1, x2, a = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(2, 6, 4, 4)
+        >>> y1, y2, _ = ops.affine_coupling(x1, x2, a)
+        >>> expected = ops.log_likelihood_map(torch.cat((y1, y2), 1))
+        >>> torch.allclose(coupling_log_likelihood(x1, x2, a), expected, atol=1e-5)
+        True
     """
     call = CouplingCall(x1, x2, a, scale, offset, perm, float(clamp), clamp_form, float(limit), 0)
     check_forward(call)
     if call.channels == 0:
         raise ValueError(
-            "coupling: x1 and x2 must have one channel or more for a likelihood, got none"
+            "x1 and x2 must have at least one channel together for a likelihood, got none"
         )
     arguments = (*call[:5], *call[6:9])
     if not _backend.is_native(x1, x2, a, scale, offset):

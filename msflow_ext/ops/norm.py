@@ -1,4 +1,4 @@
-"""LayerNorm over the channels of every position, with an optional map added before it and a ReLU after it."""
+"""LayerNorm over the channels of each position, with an optional map added before it and a ReLU after it."""
 
 from __future__ import annotations
 
@@ -19,25 +19,37 @@ def channel_norm(
     relu: bool = True,
     eps: float = 1e-5,
 ) -> Tensor:
-    r"""Normalise ``x + bias_map`` over its channels at each position, then apply an affine map and a ReLU.
+    r"""Normalize ``x + bias_map`` over the channels of each position, then apply an affine map and a ReLU.
 
     .. math:: y = \max\!\Big(0,\; \frac{h - \bar h}{\sqrt{\mathrm{var}(h) + \epsilon}}\, w + b\Big), \quad h = x + m
 
     Args:
-        x: ``(N, C, *)``, float32, float64, bfloat16 or float16 (on the CPU: reference).
-        weight, bias: ``(C,)`` in the accumulation dtype (float64 for float64, else float32).
-        bias_map: ``(1, C, *)`` in the dtype of ``x`` or the accumulation dtype; added to every sample. In MSFlow it is
+        x: Input: float32, float64, bfloat16 or float16. The reference runs float16 on the CPU.
+        weight, bias: Affine map in the accumulation dtype: float64 for float64, otherwise float32.
+        bias_map: Map that is added to every sample, in the dtype of ``x`` or the accumulation dtype. In MSFlow it is
             what the preceding convolution computes from the condition.
-        relu: whether negative results become 0.
-        eps: added to the biased variance.
+        relu: If True, replace negative results by 0.
+        eps: Number that is added to the biased variance.
+
+    Shape:
+        - x: ``(N, C, *)`` with ``C >= 1``.
+        - weight, bias: ``(C,)``.
+        - bias_map: ``(1, C, *)``.
 
     Returns:
         ``(N, C, *)`` in the memory format and dtype of ``x``.
 
     Raises:
-        ValueError: shapes, devices or values do not fit. TypeError: dtypes do not.
+        ValueError: A shape, a device or a value does not fit.
+        TypeError: A dtype does not fit.
 
-    Source: the norm of MSFlow's ``subnet_conv_ln`` (``torch.nn.LayerNorm`` over channels).
+    Examples:
+        >>> y = channel_norm(torch.randn(2, 8, 4, 4), torch.ones(8), torch.zeros(8), relu=False)
+        >>> torch.allclose(y.mean(1), torch.zeros(2, 4, 4), atol=1e-6)
+        True
+
+    References:
+        The norm of MSFlow's ``subnet_conv_ln``: ``torch.nn.LayerNorm`` over channels.
     """
     _check(x, weight, bias, bias_map, eps)
     if bias_map is not None:
@@ -51,7 +63,7 @@ def channel_norm(
 def channel_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor, bias_map: Tensor | None, relu: bool, eps: float
 ) -> Tensor:
-    """Compute :func:`channel_norm` in plain PyTorch, in the accumulation dtype until the last rounding."""
+    """Compute :func:`channel_norm` in plain PyTorch, rounding to the dtype of ``x`` once, at the end."""
     h = x.to(accumulation_dtype(x.dtype))
     if bias_map is not None:
         h = h + bias_map
@@ -63,27 +75,25 @@ def channel_norm_reference(
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, bias_map: Tensor | None, eps: float) -> None:
     if x.dim() < 2 or x.size(1) == 0:
-        raise ValueError(f"channel_norm: x must be (N, C, *) with C >= 1, got {tuple(x.shape)}")
+        raise ValueError(f"x must have shape (N, C, *) with C >= 1, got {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise TypeError(f"channel_norm: x must be floating, got {x.dtype}")
+        raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
     for name, vector in (("weight", weight), ("bias", bias)):
         _check_vector(x, name, vector)
     if bias_map is not None:
         _check_map(x, bias_map)
     if not eps >= 0:
-        raise ValueError(f"channel_norm: eps must not be negative, got {eps}")
+        raise ValueError(f"eps must be at least 0, got {eps}")
 
 
 def _check_vector(x: Tensor, name: str, vector: Tensor) -> None:
     accumulation = accumulation_dtype(x.dtype)
     if vector.shape != (x.size(1),):
         raise ValueError(
-            f"channel_norm: {name} must be ({x.size(1)},) for x {tuple(x.shape)}, got {tuple(vector.shape)}"
+            f"{name} must have shape ({x.size(1)},), one value per channel of x, got {tuple(vector.shape)}"
         )
     if vector.dtype is not accumulation:
-        raise TypeError(
-            f"channel_norm: {name} must be {accumulation} for {x.dtype} data, got {vector.dtype}"
-        )
+        raise TypeError(f"{name} must be {accumulation} for {x.dtype} data, got {vector.dtype}")
     _check_device(x, name, vector)
 
 
@@ -91,19 +101,17 @@ def _check_map(x: Tensor, bias_map: Tensor) -> None:
     accumulation = accumulation_dtype(x.dtype)
     if bias_map.shape != (1, *x.shape[1:]):
         raise ValueError(
-            f"channel_norm: bias_map must be {(1, *x.shape[1:])} for x {tuple(x.shape)}, got "
+            f"bias_map must have shape {(1, *x.shape[1:])} for x of shape {tuple(x.shape)}, got "
             f"{tuple(bias_map.shape)}"
         )
     if bias_map.dtype not in (x.dtype, accumulation):
-        raise TypeError(
-            f"channel_norm: bias_map must be {x.dtype} or {accumulation}, got {bias_map.dtype}"
-        )
+        raise TypeError(f"bias_map must be {x.dtype} or {accumulation}, got {bias_map.dtype}")
     _check_device(x, "bias_map", bias_map)
 
 
 def _check_device(x: Tensor, name: str, other: Tensor) -> None:
     if other.device != x.device:
-        raise ValueError(f"channel_norm: {name} must be on {x.device}, got {other.device}")
+        raise ValueError(f"{name} must be on {x.device}, got {other.device}")
 
 
 def _allocate(x, *_):
@@ -144,7 +152,7 @@ def _run_backward(upstream, grads, extra, x, weight, bias, bias_map, relu, eps):
 
 
 def _job(x, channels_last, weight, bias, relu, eps):
-    """Return the kernels' options of a call, and the vectors that they point to."""
+    """Describe a call to the kernels. Also return the vectors that the description points to."""
     dense, vectors = _backend.addresses(weight, bias)
     sizes = (x.size(0), x.size(1), positions(x))
     return _backend.C.Norm(sizes, channels_last, relu, eps, *vectors), dense

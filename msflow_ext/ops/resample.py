@@ -1,4 +1,4 @@
-"""Resampling of the fusion flow: pool all scales to the coarsest and concatenate them; upsample the result and add it."""
+"""Resampling of the fusion flow: pool all scales to one size and concatenate; upsample a result and add it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from msflow_ext.ops import _backend
 from msflow_ext.ops._native_op import NativeOp
 from msflow_ext.ops._shapes import accumulation_dtype
 
-# Of one call of the registered op; more scales take several calls.
+# Largest number of maps in one call of the registered op; more maps use several calls.
 _SCALES = 8
 
 
@@ -20,21 +20,30 @@ def pool_and_concatenate(x: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Average-pool maps of several scales to one size and concatenate them over channels.
 
     Args:
-        x: maps ``(N, C_i, H_i, W_i)`` of one N and one dtype: float32, float64, bfloat16 or float16 (on
-            the CPU: reference).
-        size: ``(h, w)`` of the result; the windows are those of ``torch.nn.AdaptiveAvgPool2d``.
+        x: Maps of one dtype: float32, float64, bfloat16 or float16. The reference runs float16 on the CPU.
+        size: Height and width of the result. The windows are those of ``torch.nn.AdaptiveAvgPool2d``.
+
+    Shape:
+        - x: ``(N, C_i, H_i, W_i)`` each, with equal ``N``.
 
     Returns:
-        ``(N, sum C_i, h, w)`` in the memory format of the first map.
+        ``(N, sum C_i, *size)`` in the memory format of the first map.
 
     Raises:
-        ValueError: no map, shapes or devices do not fit, a size below 1. TypeError: dtypes do not fit.
+        ValueError: There is no map, a shape or a device does not fit, or a size is below 1.
+        TypeError: A dtype does not fit.
 
-    Source: MSFlow, the fusion flow's subnet.
+    Examples:
+        >>> maps = [torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4)]
+        >>> pool_and_concatenate(maps, (4, 4)).shape
+        torch.Size([2, 8, 4, 4])
+
+    References:
+        The fusion flow's subnet of MSFlow.
     """
     _check_maps(x)
     if min(size) < 1:
-        raise ValueError(f"pool_and_concatenate: size must be at least 1, got {tuple(size)}")
+        raise ValueError(f"size must be at least 1, got {tuple(size)}")
     if not _backend.is_native(*x):
         return pool_and_concatenate_reference(x, size)
     if len(x) > _SCALES:
@@ -44,21 +53,34 @@ def pool_and_concatenate(x: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 
 
 def upsample_and_add(x: Tensor, low: Tensor) -> Tensor:
-    r"""``x`` plus a coarser map upsampled to its size, bilinear with the corners aligned.
+    r"""Upsample a coarser map to the size of ``x``, bilinear with aligned corners, and add it to ``x``.
 
     Args:
-        x: ``(N, C, H, W)``, float32, float64, bfloat16 or float16 (on the CPU: reference).
-        low: ``(N, C, h, w)`` of the same dtype, or of half precision beside float32; a slice of channels is read in
-            place.
+        x: Map in float32, float64, bfloat16 or float16. The reference runs float16 on the CPU.
+        low: Coarser map in the dtype of ``x``, or in half precision if ``x`` is float32. A slice of channels is read
+            without a copy.
+
+    Shape:
+        - x: ``(N, C, H, W)``.
+        - low: ``(N, C, h, w)``.
 
     Returns:
-        ``(N, C, H, W)`` in the memory format of ``x`` and the dtype of ``low``, rounded once: under autocast, what the
-        next convolution reads.
+        ``(N, C, H, W)`` in the memory format of ``x`` and the dtype of ``low``, rounded once. Under autocast the next
+        convolution reads this dtype.
 
     Raises:
-        ValueError: shapes or devices do not fit. TypeError: dtypes do not fit.
+        ValueError: A shape or a device does not fit.
+        TypeError: A dtype does not fit.
 
-    Source: MSFlow, the fusion flow's subnet.
+    Examples:
+        >>> x, low = torch.zeros(1, 1, 3, 3), torch.tensor([[[[0.0, 2.0], [2.0, 4.0]]]])
+        >>> upsample_and_add(x, low)[0, 0]
+        tensor([[0., 1., 2.],
+                [1., 2., 3.],
+                [2., 3., 4.]])
+
+    References:
+        The fusion flow's subnet of MSFlow.
     """
     _check_pair(x, low)
     if not _backend.is_native(x, low):
@@ -67,63 +89,61 @@ def upsample_and_add(x: Tensor, low: Tensor) -> Tensor:
 
 
 def pool_and_concatenate_reference(x: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """:func:`pool_and_concatenate` in plain PyTorch."""
-    wide = accumulation_dtype(x[0].dtype)
-    pooled = [F.adaptive_avg_pool2d(t.to(wide), size) for t in x]
+    """Compute :func:`pool_and_concatenate` in plain PyTorch."""
+    accumulation = accumulation_dtype(x[0].dtype)
+    pooled = [F.adaptive_avg_pool2d(t.to(accumulation), size) for t in x]
     return torch.cat(pooled, 1).to(x[0].dtype)
 
 
 def upsample_and_add_reference(x: Tensor, low: Tensor) -> Tensor:
-    """:func:`upsample_and_add` in plain PyTorch."""
-    wide = accumulation_dtype(x.dtype)
-    up = F.interpolate(low.to(wide), x.shape[2:], mode="bilinear", align_corners=True)
-    return (x.to(wide) + up).to(low.dtype)
+    """Compute :func:`upsample_and_add` in plain PyTorch."""
+    accumulation = accumulation_dtype(x.dtype)
+    up = F.interpolate(low.to(accumulation), x.shape[2:], mode="bilinear", align_corners=True)
+    return (x.to(accumulation) + up).to(low.dtype)
 
 
 def _check_maps(x: Sequence[Tensor]) -> None:
     if len(x) == 0:
-        raise ValueError("pool_and_concatenate: x holds no map")
+        raise ValueError("x must hold at least one map, got none")
     first = x[0]
     for t in x:
         if t.dim() != 4 or t.size(0) != first.size(0) or 0 in t.shape[1:]:
             raise ValueError(
-                "pool_and_concatenate: x must be maps (N, C, H, W) of one N, none empty, got "
+                "x must be non-empty maps of shape (N, C, H, W) with equal N, got "
                 f"{[tuple(t.shape) for t in x]}"
             )
         if not t.is_floating_point() or t.dtype is not first.dtype:
             raise TypeError(
-                f"pool_and_concatenate: x must be of one floating dtype, got {[t.dtype for t in x]}"
+                f"x must have the same floating-point dtype for all maps, got {[t.dtype for t in x]}"
             )
         if t.device != first.device:
             raise ValueError(
-                f"pool_and_concatenate: x must be on one device, got {[str(t.device) for t in x]}"
+                f"x must be on the same device for all maps, got {[str(t.device) for t in x]}"
             )
 
 
 def _check_pair(x: Tensor, low: Tensor) -> None:
     if x.dim() != 4 or low.dim() != 4 or x.shape[:2] != low.shape[:2]:
         raise ValueError(
-            "upsample_and_add: x and low must be (N, C, H, W) and (N, C, h, w) of one N and C, got "
+            "x and low must have shapes (N, C, H, W) and (N, C, h, w) with equal N and C, got "
             f"{tuple(x.shape)} and {tuple(low.shape)}"
         )
     if 0 in x.shape[1:] or 0 in low.shape[1:]:
         raise ValueError(
-            f"upsample_and_add: x and low must not be empty, got {tuple(x.shape)} and {tuple(low.shape)}"
+            f"x and low must not be empty, got {tuple(x.shape)} and {tuple(low.shape)}"
         )
     narrower = (torch.bfloat16, torch.float16) if x.dtype is torch.float32 else ()
     if not x.is_floating_point() or (x.dtype is not low.dtype and low.dtype not in narrower):
         raise TypeError(
-            "upsample_and_add: x and low must have one floating dtype, or low half precision beside float32, "
+            "x and low must have the same floating-point dtype, or low half precision if x is float32, "
             f"got {x.dtype} and {low.dtype}"
         )
     if x.device != low.device:
-        raise ValueError(
-            f"upsample_and_add: x and low must be on one device, got {x.device} and {low.device}"
-        )
+        raise ValueError(f"x and low must be on the same device, got {x.device} and {low.device}")
 
 
 def _job(high: Tensor, low: Tensor, channels_last: bool):
-    """The kernels' description of one scale."""
+    """Describe one scale to the kernels."""
     return _backend.C.Resample(
         (high.size(0), high.size(1)), tuple(high.shape[2:]), tuple(low.shape[2:]), channels_last
     )

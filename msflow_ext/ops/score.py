@@ -1,4 +1,4 @@
-"""From latent maps to likelihoods, and from likelihoods of several scales to anomaly maps and scores."""
+"""Likelihoods of latent maps, and anomaly maps and scores from the likelihoods of several scales."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from msflow_ext.ops._shapes import accumulation_dtype, positions
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Maps and scores of a batch: see :func:`aggregate`.
+    """Anomaly maps and image scores of a batch, from :func:`aggregate`.
 
     Attributes:
-        score: ``(N,)`` in [0, 1], the paper's image score: mean of the largest ``top_k`` share of ``image_map``.
-        log_score: ``(N,)`` in nats, ``-log(1 - score)`` computed without the exponentials' underflow: the same order
-            as the paper's score, and it cannot saturate.
-        nll_score: ``(N,)`` in nats, the mean of the largest ``top_k`` share of the summed negative log-likelihood.
-        anomaly_map: ``(N, H, W)``, additive over scales, for localization.
-        image_map: ``(N, H, W)`` in [0, 1], multiplicative over scales.
+        score: ``(N,)`` in [0, 1], the paper's image score: top-k mean of ``image_map``.
+        log_score: ``(N,)`` in nats, ``-log(1 - score)`` without underflow of the exponentials. It ranks images as
+            ``score`` does, and it does not saturate.
+        nll_score: ``(N,)`` in nats, top-k mean of the negative log-likelihood, summed over scales.
+        anomaly_map: ``(N, H, W)``, from the sum of the likelihoods over scales, for localization.
+        image_map: ``(N, H, W)`` in [0, 1], from the product of the likelihoods over scales.
     """
 
     score: Tensor
@@ -37,10 +37,10 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class MeanAggregate:
-    """Map and scores of a batch: see :func:`mean_aggregate`.
+    """Anomaly map and image scores of a batch, from :func:`mean_aggregate`.
 
     Attributes:
-        score: ``(N,)`` in [-1, 0], the maximum of the map.
+        score: ``(N,)`` in [-1, 0], the maximum of ``anomaly_map``.
         anomaly_map: ``(N, H, W)`` in [-1, 0].
     """
 
@@ -49,32 +49,48 @@ class MeanAggregate:
 
 
 def log_likelihood_map(z: Tensor) -> Tensor:
-    r"""Log-likelihood of a standard normal at each position, per channel and without its constant.
+    r"""Compute the standard normal's log-likelihood at each position, per channel and without its constant.
 
     .. math:: \log p_{n,h,w} = -\tfrac{1}{2C} \textstyle\sum_c z_{n,c,h,w}^2
 
     Args:
-        z: ``(N, C, *)``, any floating dtype; ``C`` at least 1.
+        z: Latent map ``(N, C, *)`` of any floating-point dtype, with ``C >= 1``.
 
     Returns:
-        ``(N, *)``, float64 for float64 and float32 else.
+        ``(N, *)`` in nats per channel, in the accumulation dtype: float64 for float64, otherwise float32.
+
+    Raises:
+        ValueError: The shape does not fit.
+        TypeError: The dtype does not fit.
+
+    Examples:
+        >>> log_likelihood_map(torch.full((1, 3, 2), 2.0))
+        tensor([[-2., -2.]])
     """
-    _check_latent("log_likelihood_map", z)
+    _check_latent(z)
     if not _backend.is_native(z):
         return log_likelihood_map_reference(z)
     return _square_sums(z)[0] * (-0.5 / z.size(1))
 
 
 def half_square_norm(z: Tensor) -> Tensor:
-    r"""Negative log-likelihood of each sample in nats, without its constant: :math:`\tfrac12 \lVert z_n \rVert^2`.
+    r"""Compute each sample's negative log-likelihood without its constant: :math:`\tfrac12 \lVert z_n \rVert^2`.
 
     Args:
-        z: ``(N, C, *)``, any floating dtype.
+        z: Latent map ``(N, C, *)`` of any floating-point dtype, with ``C >= 1``.
 
     Returns:
-        ``(N,)``, float64 for float64 and float32 else.
+        ``(N,)`` in nats, in the accumulation dtype: float64 for float64, otherwise float32.
+
+    Raises:
+        ValueError: The shape does not fit.
+        TypeError: The dtype does not fit.
+
+    Examples:
+        >>> half_square_norm(torch.full((1, 3, 2), 2.0))
+        tensor([12.])
     """
-    _check_latent("half_square_norm", z)
+    _check_latent(z)
     if not _backend.is_native(z):
         return half_square_norm_reference(z)
     return 0.5 * _square_sums(z)[1]
@@ -83,73 +99,90 @@ def half_square_norm(z: Tensor) -> Tensor:
 def aggregate(
     log_likelihood: Sequence[Tensor], size: int | tuple[int, int], *, top_k: float = 0.03
 ) -> Aggregate:
-    r"""Anomaly maps and image scores from the log-likelihood maps of one or more scales.
+    r"""Compute anomaly maps and image scores from the log-likelihood maps of one or more scales.
 
-    With :math:`M_i` the maps upsampled to ``size`` (bilinear, ``align_corners=True``), :math:`P_i` the upsampled
-    :math:`\exp(\log p_i - \max_{h,w} \log p_i)` and all maxima per image:
+    Let :math:`M_i` be the maps upsampled to ``size`` (bilinear, ``align_corners=True``), and :math:`P_i` the upsampled
+    :math:`\exp(\log p_i - \max_{h,w} \log p_i)`. All maxima are per image:
 
     .. math::
         L = \textstyle\sum_i M_i, \quad Q = e^{L - \max L}, \quad \text{image\_map} = \max Q - Q, \quad
         \text{anomaly\_map} = \max \textstyle\sum_i P_i - \sum_i P_i
 
-    and ``score`` the mean of the ``floor(top_k * H * W)`` largest values of ``image_map`` (at least one).
-    On CUDA, an image whose likelihoods are infinite or near the largest float has results that may differ from torch's.
+    ``score`` is the mean of the ``floor(top_k * H * W)`` largest values of ``image_map``, at least one. On CUDA, results
+    may differ from torch's for an image whose likelihoods are infinite or near the largest float.
 
     Args:
-        log_likelihood: maps ``(N, H_i, W_i)``, float32 or float64, from :func:`log_likelihood_map`.
-        size: ``S`` or ``(H, W)`` of the result, in pixels.
-        top_k: share of the pixels that make the score, in (0, 1].
+        log_likelihood: Maps ``(N, H_i, W_i)`` in float32 or float64, from :func:`log_likelihood_map`.
+        size: Side or ``(height, width)`` of the result in pixels.
+        top_k: Share of the pixels that the scores average, in (0, 1].
 
     Raises:
-        ValueError: no map, shapes do not fit, a size below 1, ``top_k`` outside (0, 1]. TypeError: dtypes.
+        ValueError: There is no map, a shape does not fit, a size is below 1, or ``top_k`` is outside (0, 1].
+        TypeError: A dtype does not fit.
 
-    Source: MSFlow, section III-D.
+    Examples:
+        >>> likely = torch.zeros(1, 4, 4)
+        >>> likely[0, 1, 2] = -5.0  # one unlikely position
+        >>> result = aggregate([likely], 4, top_k=1 / 16)
+        >>> result.nll_score, int(result.anomaly_map.argmax())
+        (tensor([5.]), 6)
+
+    References:
+        MSFlow, section III-D.
     """
     size = _sides(size)
-    _check_maps("aggregate", log_likelihood, size)
+    _check_maps(log_likelihood, size)
     if not 0 < top_k <= 1:
-        raise ValueError(f"aggregate: top_k must be in (0, 1], got {top_k}")
+        raise ValueError(f"top_k must be in (0, 1], got {top_k}")
     k = max(1, int(top_k * (size[0] * size[1])))
     native = _aggregate(log_likelihood, size, k) if _is_native(log_likelihood) else None
     return aggregate_reference(log_likelihood, size, k) if native is None else native
 
 
 def mean_aggregate(log_likelihood: Sequence[Tensor], size: int | tuple[int, int]) -> MeanAggregate:
-    r"""Anomaly map and image score from the log-likelihood maps of one or more scales, by their mean likelihood.
+    r"""Compute an anomaly map and an image score from the mean likelihood of one or more scales.
 
     .. math:: \text{anomaly\_map} = -\tfrac{1}{K} \textstyle\sum_i U(e^{\log p_i})
 
-    over the K scales, where U upsamples to ``size`` (bilinear, ``align_corners=False``); the score is its maximum.
+    Here :math:`K` is the number of scales, and :math:`U` upsamples to ``size`` (bilinear, ``align_corners=False``). The
+    score is the maximum of the map.
 
     Args:
-        log_likelihood: maps ``(N, H_i, W_i)``, float32 or float64, from :func:`log_likelihood_map`.
-        size: ``S`` or ``(H, W)`` of the result, in pixels.
+        log_likelihood: Maps ``(N, H_i, W_i)`` in float32 or float64, from :func:`log_likelihood_map`.
+        size: Side or ``(height, width)`` of the result in pixels.
 
     Raises:
-        ValueError: no map, shapes do not fit, a size below 1. TypeError: dtypes.
+        ValueError: There is no map, a shape does not fit, or a size is below 1.
+        TypeError: A dtype does not fit.
 
-    Source: FastFlow, as ``gathierry/FastFlow`` and anomalib compute it.
+    Examples:
+        >>> likely, unlikely = torch.zeros(1, 4, 4), torch.full((1, 2, 2), -100.0)
+        >>> mean_aggregate([likely, unlikely], 8).score
+        tensor([-0.5000])
+
+    References:
+        FastFlow, as ``gathierry/FastFlow`` and anomalib compute it.
     """
     size = _sides(size)
-    _check_maps("mean_aggregate", log_likelihood, size)
+    _check_maps(log_likelihood, size)
     native = _mean_aggregate(log_likelihood, size) if _is_native(log_likelihood) else None
     return mean_aggregate_reference(log_likelihood, size) if native is None else native
 
 
 def log_likelihood_map_reference(z: Tensor) -> Tensor:
-    """:func:`log_likelihood_map` in plain PyTorch."""
+    """Compute :func:`log_likelihood_map` in plain PyTorch."""
     return -0.5 * z.to(accumulation_dtype(z.dtype)).square().mean(1)
 
 
 def half_square_norm_reference(z: Tensor) -> Tensor:
-    """:func:`half_square_norm` in plain PyTorch."""
+    """Compute :func:`half_square_norm` in plain PyTorch."""
     return 0.5 * z.to(accumulation_dtype(z.dtype)).square().flatten(1).sum(1)
 
 
 def aggregate_reference(
     log_likelihood: Sequence[Tensor], size: tuple[int, int], k: int
 ) -> Aggregate:
-    """:func:`aggregate` in plain PyTorch; ``k`` pixels make the score."""
+    """Compute :func:`aggregate` in plain PyTorch; scores average ``k`` pixels."""
     log_q = sum(_upsample(m, size) for m in log_likelihood)
     p = sum(_upsample(torch.exp(m - m.amax((1, 2), keepdim=True)), size) for m in log_likelihood)
     assert isinstance(log_q, Tensor) and isinstance(p, Tensor)
@@ -169,7 +202,7 @@ def aggregate_reference(
 def mean_aggregate_reference(
     log_likelihood: Sequence[Tensor], size: tuple[int, int]
 ) -> MeanAggregate:
-    """:func:`mean_aggregate` in plain PyTorch."""
+    """Compute :func:`mean_aggregate` in plain PyTorch."""
     maps = [_upsample(torch.exp(m), size, align_corners=False) for m in log_likelihood]
     anomaly_map = -torch.stack(maps).mean(0)
     return MeanAggregate(anomaly_map.amax((1, 2)), anomaly_map)
@@ -180,10 +213,11 @@ def _upsample(x: Tensor, size: tuple[int, int], *, align_corners: bool = True) -
 
 
 def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return height and width."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-# What the CUDA kernels have room for; more maps take the reference.
+# Largest number of maps that the CUDA kernels hold; more maps use the reference.
 _MAX_SCALES = 16
 
 
@@ -194,36 +228,36 @@ def _is_native(maps: Sequence[Tensor]) -> bool:
     return not differentiable and not torch.compiler.is_compiling() and _backend.is_native(*maps)
 
 
-def _check_maps(name: str, maps: Sequence[Tensor], size: tuple[int, int]) -> None:
+def _check_maps(maps: Sequence[Tensor], size: tuple[int, int]) -> None:
     if len(maps) == 0:
-        raise ValueError(f"{name}: log_likelihood holds no map")
+        raise ValueError("log_likelihood must hold at least one map, got none")
     if min(size) < 1:
-        raise ValueError(f"{name}: size must be at least 1 pixel, got {size}")
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
     for m in maps:
         if m.dtype not in (torch.float32, torch.float64) or m.dtype is not maps[0].dtype:
             raise TypeError(
-                f"{name}: log_likelihood must be all float32 or all float64, got {[m.dtype for m in maps]}"
+                f"log_likelihood must be all float32 or all float64, got {[m.dtype for m in maps]}"
             )
         if m.device != maps[0].device:
             raise ValueError(
-                f"{name}: log_likelihood must be on one device, got {[str(m.device) for m in maps]}"
+                f"log_likelihood must be on the same device for all maps, got {[str(m.device) for m in maps]}"
             )
         if m.dim() != 3 or m.size(0) != maps[0].size(0) or 0 in m.shape[1:]:
             raise ValueError(
-                f"{name}: log_likelihood must be maps (N, H, W) of one N and at least one position, got "
+                "log_likelihood must be non-empty maps of shape (N, H, W) with equal N, got "
                 f"{[tuple(m.shape) for m in maps]}"
             )
 
 
-def _check_latent(name: str, z: Tensor) -> None:
+def _check_latent(z: Tensor) -> None:
     if z.dim() < 2 or z.size(1) == 0:
-        raise ValueError(f"{name}: z must be (N, C, *) with C >= 1, got {tuple(z.shape)}")
+        raise ValueError(f"z must have shape (N, C, *) with C >= 1, got {tuple(z.shape)}")
     if not z.is_floating_point():
-        raise TypeError(f"{name}: z must be floating, got {z.dtype}")
+        raise TypeError(f"z must have a floating-point dtype, got {z.dtype}")
 
 
 def _aggregate(maps: Sequence[Tensor], size: tuple[int, int], k: int) -> Aggregate | None:
-    """The native result, or None where a map is not finite, which the reference treats as torch does."""
+    """Return the kernel's result, or None if a map is not finite: the reference treats it as torch does."""
     maps, n, like = [_backend.in_memory(m).contiguous() for m in maps], maps[0].size(0), maps[0]
     score, log_score, nll_score = (like.new_empty(n) for _ in range(3))
     anomaly_map, image_map = (like.new_empty((n, *size)) for _ in range(2))
@@ -233,7 +267,7 @@ def _aggregate(maps: Sequence[Tensor], size: tuple[int, int], k: int) -> Aggrega
 
 
 def _mean_aggregate(maps: Sequence[Tensor], size: tuple[int, int]) -> MeanAggregate | None:
-    """As :func:`_aggregate`."""
+    """Return the kernel's result, or None, as :func:`_aggregate`."""
     maps, n, like = [_backend.in_memory(m).contiguous() for m in maps], maps[0].size(0), maps[0]
     results = (like.new_empty(n), like.new_empty((n, *size)))
     finite = _run_aggregate("mean_aggregate", maps, size, results)
@@ -243,7 +277,7 @@ def _mean_aggregate(maps: Sequence[Tensor], size: tuple[int, int]) -> MeanAggreg
 def _run_aggregate(
     entry: str, maps: Sequence[Tensor], sizes: tuple[int, ...], results: tuple[Tensor, ...]
 ) -> bool:
-    """False where the CPU's kernel met values that are not finite; CUDA's treats them as the reference does."""
+    """Run a kernel. Return False if the CPU kernel meets values that are not finite; the CUDA kernel supports them."""
     described = [(_backend.address_of(m), m.size(1), m.size(2)) for m in maps]
     start = (_backend.DTYPES[maps[0].dtype], maps[0].size(0))
     finite = _backend.run(
@@ -264,8 +298,10 @@ def _square_sums_reference(z):
 
 
 def _allocate(z):
-    wide = accumulation_dtype(z.dtype)
-    return z.new_empty((z.size(0), *z.shape[2:]), dtype=wide), z.new_empty(z.size(0), dtype=wide)
+    accumulation = accumulation_dtype(z.dtype)
+    return z.new_empty((z.size(0), *z.shape[2:]), dtype=accumulation), z.new_empty(
+        z.size(0), dtype=accumulation
+    )
 
 
 def _run(results, z):

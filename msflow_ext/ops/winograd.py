@@ -1,4 +1,4 @@
-"""3x3 convolutions of stride 1 by Winograd's minimal filtering: 2.25 to 4 times fewer multiplications."""
+"""3x3 convolutions of stride 1 by Winograd's minimal filtering, with 2.25 to 4 times fewer multiplications."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from msflow_ext.ops import _backend
 from msflow_ext.ops._native_op import NativeOp
 from msflow_ext.ops._shapes import accumulation_dtype
 
-# Of the result's channels, so many lie side by side in the kernels' weight.
+# Number of output channels that are adjacent in the transformed weight.
 _PANEL = 32
 
-# Interpolation points by size of a tile, besides infinity.
+# Interpolation points besides infinity, by tile size.
 _R = math.sqrt(0.5)
 _A, _B = 3 / 8, 5 / 4
 _POINTS = {
@@ -35,29 +35,48 @@ def winograd_conv2d(
     padding: tuple[int, int] = (1, 1),
     relu: bool = False,
 ) -> Tensor:
-    r"""Convolve with a 3x3 kernel, stride 1, in tiles of the result: ``F(2x2, 3x3)`` to ``F(4x4, 3x3)``.
+    r"""Convolve with a 3x3 kernel of stride 1 in tiles of the result: ``F(2x2, 3x3)`` to ``F(4x4, 3x3)``.
 
     .. math:: y = A^T \Big[ \sum_c (G g_c G^T) \odot (B^T d_c B) \Big] A + b
 
-    of overlapping tiles :math:`d` of the input. Fewer multiplications cost digits: where a direct convolution in
-    float32 errs by 1.7e-7 of the result's root mean square (192 channels), tiles of 2 err by 3.7e-7, of 3 by 5.9e-7
-    and of 4 by 1.1e-6 (the usual points 0, 1, -1, 2, -2: 2.3e-6). Factors in bfloat16 err by 3.4e-3 with tiles of 2 and by
-    4.8e-3 with tiles of 3, against 2.4e-3; with tiles of 4 it would be 1.0e-2, so there are none.
+    The :math:`d_c` are overlapping tiles of the input. Fewer multiplications cost accuracy. Errors for 192 channels,
+    relative to the root mean square of the result:
+
+    | tile | float32 | bfloat16 |
+    | --- | --- | --- |
+    | direct sum | 1.7e-7 | 2.4e-3 |
+    | 2 | 3.7e-7 | 3.4e-3 |
+    | 3 | 5.9e-7 | 4.8e-3 |
+    | 4 | 1.1e-6 | not offered (1.0e-2) |
 
     Args:
-        x: ``(N, C_in, H, W)``, float32, float64 or bfloat16 (float16: reference).
-        weight: of :func:`winograd_weight`; float64 for float64, else float32, or bfloat16 for bfloat16.
-        bias: ``(C_out,)`` in the accumulation dtype (float64 for float64, else float32).
-        padding: zeros on both sides of (rows, columns).
-        relu: whether negative results become 0.
+        x: Input in float32, float64, bfloat16 or float16. The reference runs float16.
+        weight: Result of :func:`winograd_weight` in the accumulation dtype, or in bfloat16 if ``x`` is bfloat16.
+        bias: Bias in the accumulation dtype: float64 for float64, otherwise float32.
+        padding: Number of zeros on both sides of (rows, columns).
+        relu: If True, replace negative results by 0.
+
+    Shape:
+        - x: ``(N, C_in, H, W)``.
+        - bias: ``(C_out,)``.
 
     Returns:
-        ``(N, C_out, H + 2 padding - 2, W + 2 padding - 2)`` in the dtype of ``x``; channels_last from the kernels.
+        ``(N, C_out, H + 2 * padding[0] - 2, W + 2 * padding[1] - 2)`` in the dtype of ``x``. Kernels return
+        channels_last.
 
     Raises:
-        ValueError: shapes, devices or padding do not fit. TypeError: dtypes do not.
+        ValueError: A shape, a device or the padding does not fit.
+        TypeError: A dtype does not fit.
 
-    Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016; points chosen for accuracy.
+    Examples:
+        >>> x, weight, bias = torch.randn(1, 4, 6, 6), torch.randn(5, 4, 3, 3), torch.randn(5)
+        >>> y = winograd_conv2d(x, winograd_weight(weight, 2), bias)
+        >>> torch.allclose(y, F.conv2d(x, weight, bias, padding=1), atol=1e-4)
+        True
+
+    References:
+        Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016. The interpolation points are chosen
+        for accuracy: with 0, 1, -1, 2 and -2, tiles of 4 have errors of 2.3e-6 in float32.
     """
     _check(x, weight, bias, padding)
     arguments = (x, weight, bias, *padding, bool(relu))
@@ -70,40 +89,43 @@ def winograd_conv2d(
 def winograd_weight(
     weight: Tensor, tile: int, dtype: torch.dtype = torch.float32, *, adjoint: bool = False
 ) -> Tensor:
-    r"""A 3x3 kernel's values at the interpolation points, in the layout of :func:`winograd_conv2d`.
+    r"""Transform a 3x3 kernel to its values at the interpolation points, as :func:`winograd_conv2d` reads them.
 
     Args:
-        weight: ``(C_out, C_in, 3, 3)``, floating.
-        tile: 2, 3 or 4: results of a tile in each direction.
-        dtype: of the factors: float32, float64, or bfloat16 (tiles of 2 or 3, sums in float32).
-        adjoint: for the convolution's derivative: from the gradient of its results to that of its input, where
-            C_in and C_out change places.
+        weight: Kernel ``(C_out, C_in, 3, 3)`` of any floating-point dtype.
+        tile: Number of results of a tile in each direction: 2, 3 or 4.
+        dtype: Dtype of the result: float32, float64, or bfloat16 for tiles of 2 or 3.
+        adjoint: If True, transform the kernel that maps the gradient of the convolution's results to that of its input.
+            ``C_in`` and ``C_out`` change places.
 
     Returns:
-        ``((tile + 2)^2, ceil(C_out / 32), ceil(C_in / k), 32, k)``, k = 2 for bfloat16 and 1 otherwise, missing
-        channels 0: :math:`(tile + 2)^2 / 9` times the numbers of ``weight``; in bfloat16 they are rounded so that the
-        errors at the points of a tile compensate each other (without a gradient).
+        ``((tile + 2)^2, ceil(C_out / 32), ceil(C_in / k), 32, k)``, with k = 2 for bfloat16, otherwise 1, and zeros for
+        missing channels. In bfloat16, values are rounded so that the errors within a tile compensate each other, and
+        they have no gradient.
 
     Raises:
-        ValueError: shape or tile. TypeError: dtype.
+        ValueError: The shape or the tile does not fit.
+        TypeError: A dtype does not fit.
+
+    Examples:
+        >>> winograd_weight(torch.randn(5, 4, 3, 3), 2).shape
+        torch.Size([16, 1, 4, 32, 1])
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3):
-        raise ValueError(
-            f"winograd_weight: weight must be (C_out, C_in, 3, 3), got {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight must have shape (C_out, C_in, 3, 3), got {tuple(weight.shape)}")
     if not weight.is_floating_point():
-        raise TypeError(f"winograd_weight: weight must be floating, got {weight.dtype}")
+        raise TypeError(f"weight must have a floating-point dtype, got {weight.dtype}")
     if tile not in _POINTS:
-        raise ValueError(f"winograd_weight: tile must be 2, 3 or 4, got {tile}")
+        raise ValueError(f"tile must be 2, 3 or 4, got {tile}")
     if dtype is torch.bfloat16 and tile > 3:
-        raise ValueError(f"winograd_weight: tile must be 2 or 3 for bfloat16, got {tile}")
+        raise ValueError(f"tile must be 2 or 3 for bfloat16, got {tile}")
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise TypeError(f"winograd_weight: dtype must be float32, float64 or bfloat16, got {dtype}")
+        raise TypeError(f"dtype must be float32, float64 or bfloat16, got {dtype}")
     if adjoint:
         weight = weight.transpose(0, 1)
     kernels = weight.dtype is torch.float32 and dtype is not torch.float64
     if dtype is torch.float32 and torch.is_grad_enabled() and weight.requires_grad:
-        kernels = False  # which give no gradient; to bfloat16, nothing does
+        kernels = False  # kernels compute no gradient; bfloat16 has none in any case
     if kernels and _backend.is_native(weight, cuda=False) and not torch.compiler.is_compiling():
         return _native_weight(weight, tile, dtype, adjoint)
     return _winograd_weight_reference(weight.flip(2, 3) if adjoint else weight, tile, dtype)
@@ -145,39 +167,54 @@ def _winograd_weight_reference(weight: Tensor, tile: int, dtype: torch.dtype) ->
 
 
 def winograd_weight_grad(x: Tensor, grad: Tensor, *, padding: tuple[int, int] = (1, 1)) -> Tensor:
-    r"""The gradient of a 3x3 kernel: the convolution of :func:`winograd_conv2d`, differentiated by its kernel.
+    r"""Compute the gradient of :func:`winograd_conv2d` with respect to its 3x3 kernel.
 
     .. math:: \partial g_{oc} = G^T \Big[ \sum_t (A\, \partial y_{ot} A^T) \odot (B^T d_{ct} B) \Big] G
 
-    over all tiles t of 4x4 results of all samples: 4 times fewer multiplications. In float32 it errs by 5.3e-7 of its
-    root mean square from 24x24 positions and by 3.5e-6 from 8 times 64x64, where torch's convolution errs by 3.0e-7 and
-    2.3e-6. Factors and sums are float32 for bfloat16 too. It has no gradient itself.
+    The sum runs over the tiles t of 4x4 results of all samples, with 4 times fewer multiplications than a direct sum.
+    Errors in float32, relative to the root mean square of the gradient:
+
+    | positions | this function | torch's convolution |
+    | --- | --- | --- |
+    | 24x24 | 5.3e-7 | 3.0e-7 |
+    | 8 times 64x64 | 3.5e-6 | 2.3e-6 |
+
+    For bfloat16, factors and sums are float32 too. The result has no gradient.
 
     Args:
-        x: ``(N, C_in, H, W)``, the convolution's input: float32, float64 or bfloat16 (float16: reference).
-        grad: ``(N, C_out, H + 2 padding - 2, W + 2 padding - 2)`` in the dtype of ``x``, of its results.
-        padding: zeros on both sides of (rows, columns).
+        x: Input of the convolution in float32, float64, bfloat16 or float16. The reference runs float16.
+        grad: Gradient of the results, in the dtype of ``x``.
+        padding: Number of zeros on both sides of (rows, columns).
+
+    Shape:
+        - x: ``(N, C_in, H, W)``.
+        - grad: ``(N, C_out, H + 2 * padding[0] - 2, W + 2 * padding[1] - 2)``.
 
     Returns:
-        ``(C_out, C_in, 3, 3)`` in the accumulation dtype (float64 for float64, else float32).
+        ``(C_out, C_in, 3, 3)`` in the accumulation dtype: float64 for float64, otherwise float32.
 
     Raises:
-        ValueError: shapes, devices or padding do not fit. TypeError: dtypes do not.
+        ValueError: A shape, a device or the padding does not fit.
+        TypeError: A dtype does not fit.
 
-    Source: the adjoint of Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016.
+    Examples:
+        >>> winograd_weight_grad(torch.randn(1, 4, 6, 6), torch.randn(1, 5, 6, 6)).shape
+        torch.Size([5, 4, 3, 3])
+
+    References:
+        The adjoint of Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016.
     """
-    name = "winograd_weight_grad"
-    _check_input(name, x, padding)
+    _check_input(x, padding)
     size = (x.size(0), *_out_size(x, *padding))
     if grad.dim() != 4 or (grad.size(0), *grad.shape[2:]) != size:
         expected = f"({size[0]}, C_out, {size[1]}, {size[2]})"
-        raise ValueError(f"{name}: grad must be {expected}, got {tuple(grad.shape)}")
+        raise ValueError(f"grad must have shape {expected}, got {tuple(grad.shape)}")
     if not x.is_floating_point() or grad.dtype is not x.dtype:
         raise TypeError(
-            f"{name}: x and grad must be of one floating dtype, got {x.dtype} and {grad.dtype}"
+            f"x and grad must have the same floating-point dtype, got {x.dtype} and {grad.dtype}"
         )
     if grad.device != x.device:
-        raise ValueError(f"{name}: grad must be on {x.device}, got {grad.device}")
+        raise ValueError(f"grad must be on {x.device}, got {grad.device}")
     kernels = torch.float32 in factor_dtypes() and _backend.is_native(x, grad, cuda=False)
     if kernels and x.dtype is not torch.float64 and not torch.compiler.is_compiling():
         return _native_weight_grad(x.detach(), grad.detach(), padding)
@@ -196,20 +233,20 @@ def _native_weight_grad(x: Tensor, grad: Tensor, padding: tuple[int, int]) -> Te
 
 
 def _winograd_weight_grad_reference(x: Tensor, grad: Tensor, padding: tuple[int, int]) -> Tensor:
-    wide = accumulation_dtype(x.dtype)
-    a, g, b = _matrices(_GRADIENT_TILE, x.to(wide))
-    inputs = b @ _tiles(x.to(wide), padding, _GRADIENT_TILE) @ b.mT
+    accumulation = accumulation_dtype(x.dtype)
+    a, g, b = _matrices(_GRADIENT_TILE, x.to(accumulation))
+    inputs = b @ _tiles(x.to(accumulation), padding, _GRADIENT_TILE) @ b.mT
     more = (-grad.size(3) % _GRADIENT_TILE, -grad.size(2) % _GRADIENT_TILE)
-    results = F.pad(grad.to(wide), (0, more[0], 0, more[1]))
+    results = F.pad(grad.to(accumulation), (0, more[0], 0, more[1]))
     step = _GRADIENT_TILE
     results = a.mT @ results.unfold(2, step, step).unfold(3, step, step) @ a
     return g.mT @ torch.einsum("nohwij,nchwij->ocij", results, inputs) @ g
 
 
 def factor_dtypes() -> tuple[torch.dtype, ...]:
-    """The factors' dtypes that kernels multiply on this machine at the speed of its registers (AVX2, AVX-512).
+    """Return the dtypes of factors that kernels multiply with this machine's vector instructions (AVX2, AVX-512).
 
-    bfloat16 needs the processor's instruction for it (AVX-512 BF16); none where there are no kernels.
+    bfloat16 needs AVX-512 BF16. Without kernels there are none.
     """
     found = _backend.C.winograd_factors_cpu() if _backend.is_native() else ()
     return tuple(dtype for dtype, number in _backend.DTYPES.items() if number in found)
@@ -218,15 +255,15 @@ def factor_dtypes() -> tuple[torch.dtype, ...]:
 def winograd_conv2d_reference(
     x: Tensor, weight: Tensor, bias: Tensor, pad_rows: int, pad_columns: int, relu: bool
 ) -> Tensor:
-    """:func:`winograd_conv2d` in plain PyTorch, in the accumulation dtype except for the rounding of the factors."""
-    wide = accumulation_dtype(x.dtype)
+    """Compute :func:`winograd_conv2d` in plain PyTorch, in the accumulation dtype except for the factors."""
+    accumulation = accumulation_dtype(x.dtype)
     tile = _tile(weight)
-    a, _, b = _matrices(tile, x.to(wide))
+    a, _, b = _matrices(tile, x.to(accumulation))
     height, width = _out_size(x, pad_rows, pad_columns)
-    inputs = b @ _tiles(x.to(wide), (pad_rows, pad_columns), tile) @ b.mT
-    inputs = inputs.to(weight.dtype).to(wide)
+    inputs = b @ _tiles(x.to(accumulation), (pad_rows, pad_columns), tile) @ b.mT
+    inputs = inputs.to(weight.dtype).to(accumulation)
     factors = weight.transpose(2, 3).flatten(3).flatten(1, 2)[:, : bias.numel(), : x.size(1)]
-    factors = factors.unflatten(0, (tile + 2, tile + 2)).to(wide)
+    factors = factors.unflatten(0, (tile + 2, tile + 2)).to(accumulation)
     products = torch.einsum("ijoc,nchwij->nohwij", factors, inputs)
     y = (a @ products @ a.mT).transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
     y = y + bias[:, None, None]
@@ -234,16 +271,16 @@ def winograd_conv2d_reference(
 
 
 def _tiles(x: Tensor, padding: tuple[int, int], tile: int) -> Tensor:
-    """What the tiles of the results read: ``(N, C, down, across, tile + 2, tile + 2)``."""
+    """Return the input tiles ``(N, C, rows, columns, tile + 2, tile + 2)``."""
     (height, width), (rows, columns) = _out_size(x, *padding), padding
-    more = (-width % tile, -height % tile)  # so that the last tiles are whole
+    more = (-width % tile, -height % tile)  # completes the last tiles
     x_padded = F.pad(x, (columns, columns + more[0], rows, rows + more[1]))
     return x_padded.unfold(2, tile + 2, tile).unfold(3, tile + 2, tile)
 
 
 @torch.no_grad()
 def _rounded(values: Tensor, correction: Tensor) -> Tensor:
-    """Values in bfloat16, the last point's first, each chosen so that it makes up for the errors of those before."""
+    """Round values to bfloat16, the last point first; each rounding compensates the errors before it."""
     found, errors = values.bfloat16(), torch.zeros_like(values)
     for i in reversed(range(len(values))):
         found[i] = values[i] - correction[i] @ errors
@@ -263,37 +300,36 @@ def _out_size(x: Tensor, pad_rows: int, pad_columns: int) -> tuple[int, int]:
     return x.size(2) + 2 * pad_rows - 2, x.size(3) + 2 * pad_columns - 2
 
 
-def _check_input(name: str, x: Tensor, padding: tuple[int, int]) -> None:
+def _check_input(x: Tensor, padding: tuple[int, int]) -> None:
     if x.dim() != 4 or min(padding) < 0 or min(_out_size(x, *padding)) < 1:
         raise ValueError(
-            f"{name}: x must be (N, C_in, H, W) of at least 3x3 with its padding, got {tuple(x.shape)} "
+            f"x must have shape (N, C_in, H, W), at least 3x3 with its padding, got {tuple(x.shape)} "
             f"and padding {tuple(padding)}"
         )
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> None:
-    name = "winograd_conv2d"
-    _check_input(name, x, padding)
-    wide = accumulation_dtype(x.dtype)
-    if not x.is_floating_point() or weight.dtype not in (wide, x.dtype):
+    _check_input(x, padding)
+    accumulation = accumulation_dtype(x.dtype)
+    if not x.is_floating_point() or weight.dtype not in (accumulation, x.dtype):
         raise TypeError(
-            f"{name}: x must be floating and weight {wide} or bfloat16 beside bfloat16, got {x.dtype} and "
-            f"{weight.dtype}"
+            f"x must have a floating-point dtype and weight {accumulation}, or bfloat16 if x is bfloat16, got "
+            f"{x.dtype} and {weight.dtype}"
         )
-    if bias.dim() != 1 or bias.numel() == 0 or bias.dtype is not wide:
+    if bias.dim() != 1 or bias.numel() == 0 or bias.dtype is not accumulation:
         raise TypeError(
-            f"{name}: bias must be {wide} (C_out,), got {bias.dtype} {tuple(bias.shape)}"
+            f"bias must be {accumulation} of shape (C_out,), got {bias.dtype} {tuple(bias.shape)}"
         )
     k = 2 if weight.dtype is torch.bfloat16 else 1
     panels = (-(-bias.numel() // _PANEL), -(-x.size(1) // k), _PANEL, k)
     if weight.shape[1:] != panels or weight.size(0) not in ((16, 25) if k == 2 else (16, 25, 36)):
         raise ValueError(
-            f"{name}: weight must be winograd_weight's (16, 25 or 36, {str(panels)[1:]} for {x.size(1)} channels "
-            f"in and {bias.numel()} out, got {tuple(weight.shape)}"
+            f"weight must have winograd_weight's shape (16, 25 or 36, {str(panels)[1:]} for {x.size(1)} input and "
+            f"{bias.numel()} output channels, got {tuple(weight.shape)}"
         )
-    for label, other in (("weight", weight), ("bias", bias)):
+    for name, other in (("weight", weight), ("bias", bias)):
         if other.device != x.device:
-            raise ValueError(f"{name}: {label} must be on {x.device}, got {other.device}")
+            raise ValueError(f"{name} must be on {x.device}, got {other.device}")
 
 
 def _allocate(x, weight, bias, pad_rows, pad_columns, relu):
@@ -318,7 +354,7 @@ def _run(results, x, weight, bias, pad_rows, pad_columns, relu):
 
 
 def _toom_cook(points: tuple[float, ...]) -> tuple[list[list[float]], ...]:
-    """A^T, G and B^T: interpolation, transposed, of a polynomial's product from its values at points and infinity."""
+    """Return A^T, G and B^T, the transposed Toom-Cook interpolation from values at points and at infinity."""
     others = [[q for q in points if q != p] for p in points]
     scales = [math.prod(p - q for q in rest) for p, rest in zip(points, others, strict=True)]
     last = len(points) - 2
@@ -329,10 +365,10 @@ def _toom_cook(points: tuple[float, ...]) -> tuple[list[list[float]], ...]:
 
 
 def _tables(tile: int) -> tuple[list[list[float]], list[list[float]]]:
-    """From nine numbers to the values at the points, and by how much an error there moves the values before it.
+    """Return the transform of nine weights to the points, and the correction of each value for later errors.
 
-    Errors ``e`` at the points cost ``e^T Q e``, the mean square that they add to results of a white input. With the
-    Cholesky factor L of Q these are the squares of ``L^T e``, where a row holds its own and later errors.
+    Errors ``e`` at the points add ``e^T Q e`` to the mean square of the results of a white input. With the Cholesky
+    factor L of Q this is the squared norm of ``L^T e``, where row i holds only the errors from i on.
     """
     a, g, b = (np.kron(m, m) for m in _MATRICES[tile])
     factor = np.linalg.cholesky((a.T @ a) * (b @ b.T))

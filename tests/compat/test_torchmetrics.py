@@ -75,7 +75,7 @@ def test_aupimo_does_not_count_a_defect_without_a_mask_as_normal(batches):
     assert metric.compute().item() == expected
     assert metrics.aupimo(masks, maps, (1e-2, 0.5)) != expected
     metric.update(maps, masks)
-    with pytest.raises(ValueError, match=r"aupimo: labels must be \(16,\) of 0 and 1"):
+    with pytest.raises(ValueError, match=r"labels must have shape \(16,\) and hold only 0 and 1"):
         metric.compute()
     with pytest.raises(
         ValueError, match=r"AUPIMO: labels must have shape \(N,\), got \(7,\) for maps"
@@ -135,7 +135,7 @@ def test_computing_a_single_class_is_refused():
     metric = exact.AUROC()
     metric.update(torch.rand(2), torch.zeros(2))
     with pytest.raises(
-        ValueError, match=r"auroc is undefined: labels hold only class 0 \(normal\)"
+        ValueError, match=r"labels must hold both 0 and 1 for auroc, got only 0 \(normal\)"
     ):
         metric.compute()
 

@@ -161,7 +161,7 @@ def test_training_images_are_whitened_by_the_others(cache: Cache) -> None:
 
 def test_whitening_refuses_two_training_images() -> None:
     model = MSFlow(**SMALL, standardize=True, whiten=True)
-    with pytest.raises(ValueError, match="whiten needs 3 training images or more, got 2"):
+    with pytest.raises(ValueError, match="whiten must have at least 3 training images, got 2"):
         Features(model, Images(noise().train[:2], 64)).standardize()
 
 

@@ -138,7 +138,7 @@ def test_reversible_memory_refuses_half_precision(normal: Normal, name: str) -> 
     head = make(name, torch.float32)
     head.memory = "reversible"
     x = draw(normal, torch.float32)
-    message = "memory='reversible' needs float32 or float64"
+    message = "dtype must be float32 or float64 for memory='reversible'"
     with pytest.raises(TypeError, match=message), torch.autocast("cpu", torch.bfloat16):
         head.loss(x)
     with pytest.raises(TypeError, match=message):

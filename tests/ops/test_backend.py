@@ -1,4 +1,4 @@
-"""Which backend runs: kernels where they exist and nothing stands in the way, the reference elsewhere."""
+"""Tests of the backend: kernels run where they exist and are allowed, the reference elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ F32 = torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-def test_forward_mode_differentiation_takes_the_reference(native: None, normal: Normal) -> None:
+def test_forward_mode_differentiation_uses_the_reference(native: None, normal: Normal) -> None:
     x = normal(2, 3, 4)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
@@ -31,7 +31,7 @@ def test_forward_mode_differentiation_takes_the_reference(native: None, normal: 
     assert relative_error(slope, x.sum((1, 2))) <= tolerance(F32, 12)
 
 
-def test_the_backend_is_native_only_for_what_kernels_can_do(native: None) -> None:
+def test_the_backend_is_native_only_for_tensors_that_kernels_support(native: None) -> None:
     class Marked(Tensor):
         pass
 
@@ -50,14 +50,16 @@ def test_the_backend_is_native_only_for_what_kernels_can_do(native: None) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
-def test_other_floats_take_the_reference(native: None, normal: Normal, dtype: torch.dtype) -> None:
+def test_other_floating_dtypes_use_the_reference(
+    native: None, normal: Normal, dtype: torch.dtype
+) -> None:
     z = normal(2, 3, 4, 5).to(dtype)
     got = ops.log_likelihood_map(z)
     assert got.dtype is F32
     assert relative_error(got, ops.log_likelihood_map(z.double())) <= tolerance(F32, 3)
 
 
-def test_a_backend_of_another_name_is_refused() -> None:
+def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="name must be 'native' or 'reference', got 'cuda'"):
         ops.backend("cuda").__enter__()
 
@@ -68,7 +70,9 @@ def test_without_kernels_native_is_refused_and_the_reference_warns_once(
     monkeypatch.setattr(_backend, "C", None)
     monkeypatch.setattr(_backend, "STATUS", "not compiled (no compiler)")
     monkeypatch.setattr(_backend, "_warned", False)
-    with pytest.raises(RuntimeError, match=r"is 'native', but the kernels are not compiled \(no"):
+    with pytest.raises(
+        RuntimeError, match=r"must be 'reference', got 'native', because kernels are not comp"
+    ):
         ops.backend("native").__enter__()
     z = torch.ones(1, 2, 3)
     with pytest.warns(UserWarning, match=r"slower reference: kernels not compiled \(no compiler\)"):
@@ -95,7 +99,7 @@ def test_the_environment_chooses_the_backend(name: str) -> None:
         assert message in done.stderr.splitlines()[-1]
 
 
-def test_windows_that_overlap_are_copied_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlapping_windows_are_copied_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     signal = torch.arange(40.0)
     windows = [
         signal.unfold(0, 8, 1)[None, :4],  # channels one step apart
@@ -114,14 +118,16 @@ def test_windows_that_overlap_are_copied_for_cuda(monkeypatch: pytest.MonkeyPatc
             assert kept is x
 
 
-def test_tensors_that_begin_within_a_number_are_refused_on_cuda(
+def test_misaligned_tensors_are_refused_on_cuda(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     odd = torch.frombuffer(bytearray(4 * 24 + 1), dtype=torch.float32, offset=1)
     for cuda in (False, True):
         monkeypatch.setattr(_backend, "_emulated", cuda)
         refused = (
-            pytest.raises(ValueError, match="no multiple of 4 bytes") if cuda else nullcontext()
+            pytest.raises(ValueError, match="must begin at a multiple of 4 bytes")
+            if cuda
+            else nullcontext()
         )
         with refused:
             _backend.views(False, odd.view(2, 3, 4))

@@ -1,4 +1,4 @@
-"""Properties of the coupling: kernels equal the reference, the inverse undoes it, log_det is the Jacobian's."""
+"""Properties of the coupling: kernels equal the reference, the inverse inverts it, log_det is that of the Jacobian."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from msflow_ext.testing import relative_error, tolerance
 
 Normal = Callable[..., Tensor]
 Layout = Callable[[Tensor], Tensor]
-Operands = list[Any]  # tensors, and None for a vector that is not there
+Operands = list[Any]  # tensors, and None for a missing vector
 
 FORMS = ("0.2", "head", "atan")
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
-# Element types of the stream and of the subnet's output.
+# Dtypes of the data and of the subnet's output.
 DTYPES = {
     "float32": (F32, F32),
     "float64": (F64, F64),
@@ -31,8 +31,8 @@ DTYPES = {
     "bfloat16-subnet": (F32, BF16),
 }
 
-# (samples, conditioning, transformed, positions, split); on the CPU a chunk is 256 positions and lanes are 16, on CUDA a packet
-# is 16 bytes.
+# (samples, conditioning, transformed, positions, split). On the CPU a chunk has 256 positions and 16 lanes. On CUDA a
+# packet has 16 bytes.
 SHAPES = {
     "even": (2, 4, 4, (4, 6), 4),
     "odd-channels": (2, 4, 3, (5, 3), 4),
@@ -51,7 +51,7 @@ SHAPES = {
     "volumes": (2, 3, 3, (2, 3, 4), 3),
 }
 
-# What of scale, offset and perm is there.
+# Which of scale, offset and perm are given.
 VECTORS = {
     "bare": "",
     "scale": "scale",
@@ -74,20 +74,20 @@ def make(
     layout: Layout = Tensor.contiguous,
     vectors: str = "scale offset perm",
 ) -> Operands:
-    """x1, x2, a and those of scale, offset and perm that ``vectors`` names."""
+    """Return x1, x2, a, and scale, offset and perm if ``vectors`` names them."""
     n, c1, c2, positions, _ = SHAPES[shape]
     x, a = dtypes
-    wide = ops.accumulation_dtype(x)
+    accumulation = ops.accumulation_dtype(x)
     halves = [normal(n, c, *positions, dtype=x) for c in (c1, c2)]
-    scale = normal(c1 + c2, dtype=wide).exp() if "scale" in vectors else None
-    offset = normal(c1 + c2, dtype=wide) if "offset" in vectors else None
+    scale = normal(c1 + c2, dtype=accumulation).exp() if "scale" in vectors else None
+    offset = normal(c1 + c2, dtype=accumulation) if "offset" in vectors else None
     perm = normal(c1 + c2).argsort() if "perm" in vectors else None
     subnet = 6 * normal(n, 2 * c2, *positions, dtype=a)
     return [*map(layout, (*halves, subnet)), scale, offset, perm]
 
 
 def terms(shape: str) -> list[int]:
-    """How many numbers y1, y2, log_det and the gradients of x1, x2, a, scale and offset sum."""
+    """Return how many numbers are summed by y1, y2, log_det and the gradients of x1, x2, a, scale and offset."""
     n, c1, c2, positions, _ = SHAPES[shape]
     pixels = math.prod(positions)
     return [1, 1, pixels * (c1 + 2 * c2), 1, 1, 1, n * pixels, n * pixels]
@@ -152,7 +152,7 @@ def test_kernels_equal_the_reference_on_expanded_operands_and_gradients(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_without_log_det_the_other_results_and_their_gradients_have_the_same_bits(
+def test_without_log_det_results_and_gradients_are_equal_bit_for_bit(
     each_backend: str, normal: Normal, shape: str, layout: Layout, dtypes: Any
 ) -> None:
     def run(log_det: bool) -> list[Tensor]:
@@ -166,7 +166,7 @@ def test_without_log_det_the_other_results_and_their_gradients_have_the_same_bit
     assert all(map(torch.equal, run(log_det=False), run(log_det=True)))
 
 
-def test_without_log_det_no_kernel_sums_it(
+def test_without_log_det_no_kernel_computes_it(
     native: None, normal: Normal, memory_format: Layout
 ) -> None:
     operands = make(normal, layout=memory_format)
@@ -214,7 +214,7 @@ def test_bfloat16_results_are_rounded_once(
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_inverse_undoes_the_coupling(
+def test_the_inverse_inverts_the_coupling(
     each_backend: str, normal: Normal, shape: str, form: str, layout: Layout
 ) -> None:
     x1, x2, a, *vectors = make(normal, shape, layout=layout)
@@ -245,7 +245,7 @@ def test_the_inverse_kernel_equals_the_reference(
     equals_reference(uncouple, [y1, y2, a, *rest], sums)
 
 
-def test_the_passive_half_keeps_the_dtype_of_the_stream(normal: Normal, dtypes: Any) -> None:
+def test_the_conditioning_half_has_the_dtype_of_the_data(normal: Normal, dtypes: Any) -> None:
     x1, x2, a, *vectors = make(normal, dtypes=dtypes)
     y1, y2, _ = ops.affine_coupling(x1, x2, a, *vectors)
     back = ops.conditioning_half(y1, y2, x1.size(1), *vectors)
@@ -292,7 +292,7 @@ def test_log_det_is_that_of_the_jacobian(
 @pytest.mark.parametrize("vectors", ["bare", "all"])
 @pytest.mark.parametrize("limit", [math.inf, 0.5])
 @pytest.mark.parametrize("form", FORMS)
-def test_first_and_second_derivatives_are_those_of_finite_differences(
+def test_first_and_second_derivatives_equal_finite_differences(
     native: None, normal: Normal, form: str, limit: float, vectors: str, memory_format: Layout
 ) -> None:
     *operands, perm = make(normal, "tiny", layout=memory_format, vectors=VECTORS[vectors])
@@ -302,7 +302,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(
         options |= {"clamp_form": form, "limit": limit, "split": 1}
         return ops.affine_coupling(*t, perm=perm, **options)
 
-    def alone(*t: Any) -> tuple[Tensor, ...]:
+    def without_log_det(*t: Any) -> tuple[Tensor, ...]:
         return couple(*t, log_det=False)[:2]
 
     def uncouple(*t: Any) -> tuple[Tensor, ...]:
@@ -310,12 +310,12 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(
 
     clipped = torch.cat(couple(*inputs)[:2], 1).abs() == limit
     assert bool(clipped.any()) == (limit < math.inf)
-    for function in (couple, alone, uncouple):
+    for function in (couple, without_log_det, uncouple):
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
-def test_derivatives_are_right_where_the_subnet_reads_the_passive_half(
+def test_derivatives_are_right_if_the_subnet_reads_the_conditioning_half(
     each_backend: str, normal: Normal
 ) -> None:
     x1, x2, _, *vectors = make(normal, "even")

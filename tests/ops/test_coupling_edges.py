@@ -1,4 +1,4 @@
-"""Edges of the coupling: accuracy over the whole range of its numbers, non-finite numbers, what it refuses."""
+"""Edge cases of the coupling: accuracy from denormal to huge values, non-finite values, and errors."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_log_scales_are_accurate_from_denormal_to_saturated_input(
     a = torch.stack((a_s, torch.zeros_like(a_s)), 1)
     x2 = torch.ones(len(a_s), 1, dtype=dtype)
     _, y, s = ops.affine_coupling(x2[:, :0], x2, a, clamp=clamp, clamp_form=form)
-    wide = a_s.double()
+    exact = a_s.double()
     expected = {
-        "0.2": clamp * torch.tanh(0.1 * wide),
-        "head": clamp * torch.tanh(0.1 * wide / clamp),
-        "atan": 0.636 * clamp * torch.atan(wide / clamp),
+        "0.2": clamp * torch.tanh(0.1 * exact),
+        "head": clamp * torch.tanh(0.1 * exact / clamp),
+        "atan": 0.636 * clamp * torch.atan(exact / clamp),
     }[form]
     eps = torch.finfo(dtype).eps
     assert bool(((s - expected).abs() <= 4 * eps * expected.abs() + 2 * tiny * eps).all())
@@ -45,9 +45,7 @@ def test_log_scales_are_accurate_from_denormal_to_saturated_input(
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-def test_scales_are_accurate_from_zero_over_denormal_to_infinite(
-    native: None, dtype: torch.dtype
-) -> None:
+def test_scales_are_accurate_from_zero_to_infinity(native: None, dtype: torch.dtype) -> None:
     # A saturated tanh makes the log-scale exactly +-clamp.
     edges = {F32: (87.0, 88.7, 88.8, 103.0, 104.0, 200.0), F64: (708.0, 709.7, 709.8, 744.0, 800.0)}
     x2 = torch.ones(2, 1, dtype=dtype)
@@ -64,7 +62,7 @@ def test_scales_are_accurate_from_zero_over_denormal_to_infinite(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("limit", [math.inf, 1e6])
 @pytest.mark.parametrize("where", ["x1", "x2", "a_s", "a_t"])
-def test_nan_infinite_huge_and_denormal_input_does_what_it_does_in_the_reference(
+def test_kernels_equal_the_reference_on_nan_infinite_huge_and_denormal_input(
     native: None, normal: Normal, form: str, limit: float, where: str, memory_format: Layout
 ) -> None:
     finite = [0.0, -0.0, 1e-45, -1e-45, 1e4, -1e4]
@@ -81,33 +79,45 @@ def test_nan_infinite_huge_and_denormal_input_does_what_it_does_in_the_reference
 
     results, grads = run()
     with ops.backend("reference"):
-        expected, wanted_grads = run()
+        expected, expected_grads = run()
     torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-    for g, w in zip(grads, wanted_grads, strict=True):
+    for g, w in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(g[: len(finite)], w[: len(finite)], rtol=1e-5, atol=1e-5)
 
 
 X = torch.zeros
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "one dimension": ({"x1": X(2)}, ValueError, r"x1 and x2 must be \(N, C1, \*\) and"),
-    "no dimension": ({"x2": X(())}, ValueError, r"x1 and x2 must be .* got \(2, 3, 4\) and \(\)"),
+    "one dimension": ({"x1": X(2)}, ValueError, r"x1 and x2 must have shapes \(N, C1, \*\) and"),
+    "no dimension": ({"x2": X(())}, ValueError, r"x1 and x2 must have .* got \(2, 3, 4\) and \(\)"),
     "batches differ": ({"x1": X(1, 3, 4)}, ValueError, r"got \(1, 3, 4\) and \(2, 2, 4\)"),
-    "positions differ": ({"x1": X(2, 3, 5)}, ValueError, "of one N and *"),
-    "ranks differ": ({"x1": X(2, 3)}, ValueError, "of one N and *"),
-    "subnet of another half": ({"a": X(2, 6, 4)}, ValueError, r"a must be \(N, 2 \* C2, \*\)"),
+    "positions differ": ({"x1": X(2, 3, 5)}, ValueError, r"with equal N and \*, got"),
+    "ranks differ": ({"x1": X(2, 3)}, ValueError, r"with equal N and \*, got"),
+    "subnet of another half": (
+        {"a": X(2, 6, 4)},
+        ValueError,
+        r"a must have shape \(N, 2 \* C2, \*\)",
+    ),
     "subnet of another size": ({"a": X(2, 4, 3)}, ValueError, r"got \(2, 4, 3\)"),
-    "halves of two dtypes": ({"x1": X(2, 3, 4, dtype=F64)}, TypeError, "one floating dtype"),
-    "whole numbers": (
+    "halves of two dtypes": ({"x1": X(2, 3, 4, dtype=F64)}, TypeError, "same floating-point dtype"),
+    "integers": (
         {"x1": X(2, 3, 4, dtype=torch.int32), "x2": X(2, 2, 4, dtype=torch.int32)},
         TypeError,
-        "one floating dtype, got torch.int32",
+        "same floating-point dtype, got torch.int32",
     ),
-    "wider subnet": ({"a": X(2, 4, 4, dtype=F64)}, TypeError, "a must be torch.float32, or half"),
+    "subnet in float64": (
+        {"a": X(2, 4, 4, dtype=F64)},
+        TypeError,
+        "a must be torch.float32, or half",
+    ),
     "another device": ({"a": X(2, 4, 4, device="meta")}, ValueError, "a must be on cpu, got meta"),
-    "halves on two devices": ({"x1": X(2, 3, 4, device="meta")}, ValueError, "on one device"),
-    "short scale": ({"scale": X(4)}, ValueError, r"scale must be \(5,\), one per channel"),
-    "narrow offset": ({"offset": X(5, dtype=BF16)}, TypeError, "offset must be torch.float32"),
-    "small perm": ({"perm": X(5, dtype=torch.int32)}, TypeError, "perm must be torch.int64"),
+    "halves on two devices": ({"x1": X(2, 3, 4, device="meta")}, ValueError, "on the same device"),
+    "short scale": (
+        {"scale": X(4)},
+        ValueError,
+        r"scale must have shape \(5,\), one value per channel",
+    ),
+    "offset in bfloat16": ({"offset": X(5, dtype=BF16)}, TypeError, "offset must be torch.float32"),
+    "perm in int32": ({"perm": X(5, dtype=torch.int32)}, TypeError, "perm must be torch.int64"),
     "scale elsewhere": ({"scale": X(5, device="meta")}, ValueError, "scale must be on cpu"),
     "clamp zero": ({"clamp": 0.0}, ValueError, "clamp must be positive and finite, got 0.0"),
     "clamp nan": ({"clamp": math.nan}, ValueError, "clamp must be positive and finite"),
@@ -121,33 +131,35 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_the_coupling_refuses(each_backend: str, case: str) -> None:
+def test_the_coupling_refuses_arguments_that_do_not_fit(each_backend: str, case: str) -> None:
     bad, error, message = REFUSED[case]
     good: dict[str, Any] = {"x1": X(2, 3, 4), "x2": X(2, 2, 4), "a": X(2, 4, 4)}
-    with pytest.raises(error, match=f"^coupling: .*{message}"):
+    with pytest.raises(error, match=message):
         ops.affine_coupling(**(good | bad))
 
 
 @pytest.mark.parametrize("case", [c for c in REFUSED if not c.startswith(("limit", "split"))])
-def test_the_inverse_refuses(each_backend: str, case: str) -> None:
+def test_the_inverse_refuses_arguments_that_do_not_fit(each_backend: str, case: str) -> None:
     bad, error, message = REFUSED[case]
     good: dict[str, Any] = {"y1": X(2, 3, 4), "y2": X(2, 2, 4), "a": X(2, 4, 4)}
     bad = {name.replace("x", "y"): value for name, value in bad.items()}
     if case == "subnet of another half":
-        bad["a"] = X(2, 12, 4)  # an inverse has no more transformed channels than channels
-    with pytest.raises(error, match=f"^coupling: .*{message.replace('x', 'y')}"):
+        bad["a"] = X(2, 12, 4)  # more transformed channels than channels
+    with pytest.raises(error, match=message.replace("x1", "y1").replace("x2", "y2")):
         ops.affine_coupling_inverse(**(good | bad))
 
 
-def test_the_inverse_refuses_a_subnet_that_does_not_halve(each_backend: str) -> None:
-    with pytest.raises(ValueError, match=r"with C2 <= 5 for y2 \(2, 2, 4\), got \(2, 3, 4\)"):
+def test_the_inverse_refuses_an_odd_number_of_subnet_channels(each_backend: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"with C2 <= 5 for y2 of shape \(2, 2, 4\), got \(2, 3, 4\)"
+    ):
         ops.affine_coupling_inverse(X(2, 3, 4), X(2, 2, 4), X(2, 3, 4))
 
 
-def test_the_passive_half_refuses_more_channels_than_there_are() -> None:
+def test_the_conditioning_half_refuses_more_channels_than_the_results_have() -> None:
     with pytest.raises(ValueError, match=r"channels must be in 0\.\.5, got 6"):
         ops.conditioning_half(X(2, 3, 4), X(2, 2, 4), 6)
-    with pytest.raises(ValueError, match=r"offset must be \(5,\)"):
+    with pytest.raises(ValueError, match=r"offset must have shape \(5,\)"):
         ops.conditioning_half(X(2, 3, 4), X(2, 2, 4), 3, offset=X(4))
 
 
@@ -174,12 +186,12 @@ def test_kernels_refuse_a_perm_that_is_not_a_permutation(native: None, perm: lis
 
 
 @pytest.mark.parametrize("outside", [5, -1, 2**40])
-def test_on_cuda_a_channel_from_outside_is_nan_and_all_others_are_right(
+def test_on_cuda_a_channel_whose_index_is_out_of_range_is_nan_and_all_others_are_right(
     native: None, normal: Normal, outside: int, memory_format: Layout
 ) -> None:
     x1, x2, a = (memory_format(normal(2, c, 3, 4)) for c in (3, 2, 4))
     if not _backend.runs_cuda(x1):
-        pytest.skip("the CPU's kernels refuse such a perm")
+        pytest.skip("the CPU kernels refuse such a permutation")
     perm = torch.tensor([0, 4, 2, 3, 1], device=x1.device)
     expected = torch.cat(ops.affine_coupling(x1, x2, a, perm=perm)[:2], 1)
     perm[1] = outside
@@ -188,7 +200,7 @@ def test_on_cuda_a_channel_from_outside_is_nan_and_all_others_are_right(
     assert torch.equal(got[:, [0, 2, 3, 4]], expected[:, [0, 2, 3, 4]])
 
 
-def test_results_that_depend_on_nothing_wanted_do_not_stop_a_second_derivative(
+def test_second_derivatives_allow_results_that_do_not_depend_on_the_input(
     each_backend: str, normal: Normal
 ) -> None:
     x1, x2, a = (normal(2, c, 3, dtype=torch.float64) for c in (4, 4, 8))

@@ -1,4 +1,4 @@
-"""Properties of the coupling's likelihood map: it is that of the coupling's results, whatever they would have been rounded to."""
+"""Properties of the coupling's likelihood map: it equals the map of the coupling's results before rounding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Layout = Callable[[Tensor], Tensor]
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
-# Element types of the stream and of the subnet's output.
+# Dtypes of the stream and of the subnet's output.
 DTYPES = {
     "float32": (F32, F32),
     "float64": (F64, F64),
@@ -26,8 +26,8 @@ DTYPES = {
     "bfloat16-subnet": (F32, BF16),
 }
 
-# (samples, conditioning, transformed, positions); on the CPU a block is 64 positions and lanes are 16, on CUDA a packet is
-# 16 bytes, a warp takes 32 packets of a position at a time and a block 16 positions.
+# (samples, conditioning, transformed, positions). On the CPU a block has 64 positions and 16 lanes. On CUDA a packet has
+# 16 bytes, a warp processes 32 packets of a position at a time, and a block processes 16 positions.
 SHAPES = {
     "even": (2, 4, 4, (4, 6)),
     "odd-channels": (2, 4, 3, (5, 3)),
@@ -55,13 +55,13 @@ def make(
     dtypes: tuple[torch.dtype, torch.dtype] = (F64, F64),
     layout: Layout = Tensor.contiguous,
 ) -> list[Tensor]:
-    """x1, x2, a, scale and offset."""
+    """Return x1, x2, a, scale and offset."""
     n, c1, c2, positions = SHAPES[shape]
     x, a = dtypes
-    wide = ops.accumulation_dtype(x)
+    accumulation = ops.accumulation_dtype(x)
     halves = [normal(n, c, *positions, dtype=x) for c in (c1, c2)]
     subnet = 6 * normal(n, 2 * c2, *positions, dtype=a)
-    vectors = [normal(c1 + c2, dtype=wide).exp(), normal(c1 + c2, dtype=wide)]
+    vectors = [normal(c1 + c2, dtype=accumulation).exp(), normal(c1 + c2, dtype=accumulation)]
     return [*map(layout, (*halves, subnet)), *vectors]
 
 
@@ -82,7 +82,7 @@ def test_kernels_equal_the_reference_in_every_shape_and_layout(
 @pytest.mark.parametrize("vectors", ["bare", "scale", "offset", "affine"])
 @pytest.mark.parametrize("form", ["0.2", "head", "atan"])
 @pytest.mark.parametrize("limit", [math.inf, 2.0])
-def test_it_is_the_map_of_the_couplings_results_with_every_option(
+def test_it_equals_the_map_of_the_couplings_results_with_every_option(
     each_backend: str,
     normal: Normal,
     form: str,
@@ -103,7 +103,7 @@ def test_it_is_the_map_of_the_couplings_results_with_every_option(
     assert relative_error(got, expected) <= tolerance(F64, len(scale))
 
 
-def test_nothing_is_rounded_to_half_precision_on_the_way(
+def test_the_results_are_not_rounded_to_half_precision(
     native: None, normal: Normal, memory_format: Layout
 ) -> None:
     operands = make(normal, "many-blocks", (BF16, BF16), memory_format)
@@ -116,7 +116,7 @@ def test_nothing_is_rounded_to_half_precision_on_the_way(
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30], ids=str)
 @pytest.mark.parametrize("where", [0, 1])
-def test_non_finite_results_do_what_they_do_in_the_reference(
+def test_non_finite_values_affect_only_their_position(
     each_backend: str, normal: Normal, value: float, where: int, memory_format: Layout
 ) -> None:
     operands = [memory_format(normal(2, c, 3, 4)) for c in (3, 2, 4)]
@@ -127,7 +127,7 @@ def test_non_finite_results_do_what_they_do_in_the_reference(
     assert bool(got[0].isfinite().all()) and int(got.isfinite().sum()) == got.numel() - 1
 
 
-def test_first_and_second_derivatives_are_those_of_finite_differences(
+def test_first_and_second_derivatives_equal_finite_differences(
     native: None, normal: Normal, memory_format: Layout
 ) -> None:
     operands = [memory_format(normal(2, c, 2, 2, dtype=F64)).requires_grad_() for c in (2, 1, 2)]
@@ -147,9 +147,9 @@ def test_more_channels_than_shared_memory_holds_are_right(
 
 def test_it_refuses_what_the_coupling_refuses(each_backend: str) -> None:
     x1, x2, a = torch.zeros(2, 3, 4), torch.zeros(2, 2, 4), torch.zeros(2, 4, 4)
-    with pytest.raises(ValueError, match=r"coupling: a must be \(N, 2 \* C2, \*\) for x2"):
+    with pytest.raises(ValueError, match=r"a must have shape \(N, 2 \* C2, \*\) for x2"):
         ops.coupling_log_likelihood(x1, x2, a[:, :2])
-    with pytest.raises(TypeError, match="coupling: perm must be"):
+    with pytest.raises(TypeError, match=r"perm must be torch\.int64"):
         ops.coupling_log_likelihood(x1, x2, a, perm=torch.zeros(5))
-    with pytest.raises(ValueError, match="x1 and x2 must have one channel or more for a likeli"):
+    with pytest.raises(ValueError, match="must have at least one channel together for a likeli"):
         ops.coupling_log_likelihood(x1[:, :0], x2[:, :0], a[:, :0])

@@ -1,4 +1,4 @@
-"""The compiled module's own checks: no integers that tensors cannot have make an entry point crash, only raise."""
+"""Checks of the compiled module: integers that no tensor has raise an exception, and never crash."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ REFUSALS = (ValueError, TypeError, RuntimeError, OverflowError, MemoryError)
 
 
 class Address(int):
-    """Of memory that is large enough for whatever a call below does; 0 must be refused."""
+    """Address of memory that is large enough for every call below; 0 must be refused."""
 
 
 class Optional(Address):
-    """An address that may be 0."""
+    """Address that may be 0."""
 
 
 class Code(int):
-    """An element type."""
+    """Element type."""
 
 
 class Free(int):
-    """Any number is one."""
+    """Integer for which every value is valid."""
 
 
 MEMORY = torch.zeros(1 << 20, dtype=torch.uint8)
-THRESHOLDS = torch.arange(8.0).flip(0)  # of which a call takes 3, also as float64
+THRESHOLDS = torch.arange(8.0).flip(0)  # a call reads 3 of them, also as float64
 AT, MAYBE, FLOAT = Address(MEMORY.data_ptr()), Optional(MEMORY.data_ptr()), Code(0)
 
 CONTIGUOUS, NULLABLE = (AT, FLOAT, 40, 4, 1), (MAYBE, FLOAT, Free(0), 4, 1)
@@ -50,7 +50,7 @@ WINOGRAD = ("Winograd", (2, 3, 4, 5), (4, 4, 5), 2, (1, 1), True, FLOAT, AT, AT)
 WEIGHT = ("WinogradWeight", (3, 2, 16), AT, (18, 9), True, FLOAT, AT, MAYBE, AT)
 MAPS = [(AT, 2, 3), (AT, 4, 2)]
 
-# Valid arguments of every entry point; a tuple that begins with a name is a description.
+# Valid arguments of every entry point. A tuple that begins with a name describes an object of that class.
 CALLS: dict[str, tuple[Any, ...]] = {
     "coupling_forward": (COUPLING, *[CONTIGUOUS] * 2, HALF, *[CONTIGUOUS] * 2, COPY, MAYBE),
     "coupling_inverse": (COUPLING, *[CONTIGUOUS] * 4, AT),
@@ -87,7 +87,7 @@ NEGATIVE = [-1, -7, -(2**31), -(2**63), -(2**64)]
 
 
 def run(name: str, arguments: Any) -> None:
-    """Calls an entry point, its description made from a tuple."""
+    """Call an entry point; a tuple that begins with a name becomes an object of that class."""
     C = _backend.C
     described = isinstance(arguments[0], tuple) and isinstance(arguments[0][0], str)
     first = getattr(C, arguments[0][0])(*arguments[0][1:]) if described else arguments[0]
@@ -95,7 +95,7 @@ def run(name: str, arguments: Any) -> None:
 
 
 def leaves(value: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Where the integers stand that must not be just any."""
+    """Yield path and value of every integer that is not ``Free``."""
     if isinstance(value, (tuple, list)):
         for i, part in enumerate(value):
             yield from leaves(part, (*path, i))
@@ -112,21 +112,21 @@ def replaced(value: Any, path: tuple[int, ...], by: int) -> Any:
 
 
 def refused(value: int) -> list[int]:
-    """What no tensor has in the place of this value."""
+    """Return integers that no tensor has in the place of this value."""
     if isinstance(value, Address):
         return [*NEGATIVE, 2**64 - 1, 2**64, *([] if isinstance(value, Optional) else [0])]
     return [*NEGATIVE, *HUGE, *([4, 5] if isinstance(value, Code) else [])]
 
 
 def harmless(value: int) -> list[int]:
-    """What stays in the memory that the valid call reaches, whether it makes sense or not."""
+    """Return integers that keep the call within the memory of the valid call."""
     if isinstance(value, Address):
         return [0, value]
     return [0, 1, 2, 3] if isinstance(value, Code) else [*range(value + 1)]
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_an_entry_point_takes_what_tensors_have(name: str) -> None:
+def test_an_entry_point_accepts_the_arguments_of_tensors(name: str) -> None:
     run(name, CALLS[name])
 
 
@@ -138,11 +138,11 @@ def test_an_integer_that_no_tensor_has_is_refused(name: str) -> None:
                 run(name, replaced(CALLS[name], path, bad))
             except REFUSALS:
                 continue
-            pytest.fail(f"{name} takes {bad} for {value} at {path}")
+            pytest.fail(f"{name} accepts {bad} for {value} at {path}")
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_mixture_of_integers_ends_in_a_result_or_an_exception(name: str) -> None:
+def test_any_mixture_of_integers_gives_a_result_or_an_exception(name: str) -> None:
     at = dict(leaves(CALLS[name]))
 
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
@@ -150,7 +150,7 @@ def test_a_mixture_of_integers_ends_in_a_result_or_an_exception(name: str) -> No
     def check(data: st.DataObject, paths: list[tuple[int, ...]]) -> None:
         arguments = CALLS[name]
         for path in paths:
-            # Packets of 16 bytes keep their places.
+            # Packets of 16 bytes must stay aligned.
             choice = [0, at[path]] if name.endswith("_cuda") else harmless(at[path])
             choice = choice + refused(at[path])[: data.draw(st.integers(0, 3))]
             arguments = replaced(arguments, path, data.draw(st.sampled_from(choice)))
@@ -162,7 +162,7 @@ def test_a_mixture_of_integers_ends_in_a_result_or_an_exception(name: str) -> No
     check()
 
 
-def test_thresholds_that_do_not_fall_are_refused() -> None:
+def test_thresholds_that_do_not_decrease_are_refused() -> None:
     call = CALLS["ranking_cpu"]
     for wrong in ([1.0, 2.0, 0.0], [1.0, 1.0, 0.0], [0.0, -0.0, -1.0]):
         thresholds = torch.tensor(wrong)
@@ -186,7 +186,7 @@ def test_tensors_of_different_types_are_refused() -> None:
         run("winograd_cpu", (WINOGRAD, (AT, Code(1), 40, 1, 5), CHANNELS_LAST))
 
 
-# Sizes for which nothing must be allocated, because no number is stored.
+# Sizes of tensors without elements, for which no memory must be allocated.
 MANY, FEWER = 2**40, 2**29
 
 
@@ -205,7 +205,7 @@ MANY, FEWER = 2**40, 2**29
         (lambda x: ops.mean_aggregate([x], (MANY, 2)).anomaly_map, [(0, 2, 3)], (0, MANY, 2)),
     ],
 )
-def test_a_huge_tensor_without_numbers_costs_nothing(
+def test_a_huge_tensor_without_elements_needs_no_memory(
     native: None, function: Any, shapes: list[tuple[int, ...]], expected: tuple[int, ...]
 ) -> None:
     differentiable = len(shapes[0]) > 3 or function in (ops.affine_coupling, ops.half_square_norm)

@@ -1,4 +1,4 @@
-"""Properties of every op alike: the same bits for any batch and thread count, graphs, exports, function transforms."""
+"""Properties of every op: deterministic, independent of batch and threads; graphs, exports and function transforms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ F32, F64 = torch.float32, torch.float64
 
 
 def narrowed(x: Tensor) -> Tensor:
-    """In the half precision that goes beside float32."""
+    """Return the tensor in the half precision that ops accept with float32."""
     return x.to({F32: torch.bfloat16}.get(x.dtype, x.dtype))
 
 
@@ -45,7 +45,7 @@ def couple_with_copy(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: T
     return *results, copy.to(x2.dtype)
 
 
-def couple_alone(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor) -> Any:
+def couple_without_log_det(x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor, offset: Tensor) -> Any:
     return ops.affine_coupling(x1, x2, a, scale, offset, limit=3.0, split=2, log_det=False)[:2]
 
 
@@ -69,7 +69,7 @@ def upsample(x: Tensor, low: Tensor) -> tuple[Tensor, ...]:
     return (ops.upsample_and_add(x, low),)
 
 
-def upsample_onto_wider(x: Tensor, low: Tensor) -> tuple[Tensor, ...]:
+def upsample_onto_float32(x: Tensor, low: Tensor) -> tuple[Tensor, ...]:
     return (ops.upsample_and_add(x, narrowed(low)).to(x.dtype),)
 
 
@@ -88,7 +88,7 @@ def mean_aggregate(*maps: Tensor) -> tuple[Tensor, ...]:
     return result.score, result.anomaly_map
 
 
-# Op, what of the operands goes in, and the registered op that a compiled graph must hold (None: plain PyTorch).
+# Op, names of its operands, and the registered op that a compiled graph must contain (None: plain PyTorch).
 OPS: dict[str, tuple[Function, tuple[str, ...], str | None]] = {
     "coupling": (couple, ("x1", "x2", "a", "scale", "offset"), "msflow_ext.coupling"),
     "coupling-bare": (couple_bare, ("x1", "x2", "a"), "msflow_ext.coupling"),
@@ -99,7 +99,7 @@ OPS: dict[str, tuple[Function, tuple[str, ...], str | None]] = {
         "msflow_ext.coupling_with_copy",
     ),
     "coupling-without-log-det": (
-        couple_alone,
+        couple_without_log_det,
         ("x1", "x2", "a", "scale", "offset"),
         "msflow_ext.coupling_results",
     ),
@@ -108,8 +108,8 @@ OPS: dict[str, tuple[Function, tuple[str, ...], str | None]] = {
     "likelihoods": (likelihoods, ("x",), "msflow_ext.square_sums"),
     "pool": (pool, ("x", "x2"), "msflow_ext.pool_and_concatenate"),
     "upsample": (upsample, ("x", "low"), "msflow_ext.upsample_and_add"),
-    "upsample-onto-wider": (
-        upsample_onto_wider,
+    "upsample-onto-float32": (
+        upsample_onto_float32,
         ("x", "low"),
         "msflow_ext.upsample_and_add",
     ),
@@ -147,7 +147,7 @@ def make(
 
 
 def differentiate(function: Function, operands: list[Tensor]) -> list[Tensor]:
-    """Results, and gradients of the sum of their squares."""
+    """Return results, and gradients of the sum of their squares."""
     leaves = [t.detach().requires_grad_() for t in operands]
     results = function(*leaves)
     total = torch.stack([r.square().sum() for r in results]).sum()
@@ -155,13 +155,13 @@ def differentiate(function: Function, operands: list[Tensor]) -> list[Tensor]:
 
 
 def run_kernels(name: str, operands: list[Tensor]) -> list[Tensor]:
-    """Results of an op, and its gradients where a kernel computes them."""
+    """Return the results of an op, and its gradients if a kernel computes them."""
     function, _, registered = OPS[name]
     return differentiate(function, operands) if registered else list(function(*operands))
 
 
 class Op(nn.Module):
-    """A function as a module, as exporters want it."""
+    """Function as a module, which exporters need."""
 
     def __init__(self, function: Function) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_twice_gives_the_same_bits(
+def test_an_op_is_deterministic(
     native: None, normal: Normal, name: str, memory_format: Layout, two_threads: None
 ) -> None:
     operands = make(normal, name, size=(96, 80), layout=memory_format)
@@ -210,7 +210,7 @@ def test_results_can_be_changed_in_place(
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_two_threads_give_the_bits_of_one(
+def test_results_do_not_depend_on_the_number_of_threads_bit_for_bit(
     native: None, normal: Normal, name: str, memory_format: Layout, two_threads: None
 ) -> None:
     if "threads of torch" not in _backend.STATUS:
@@ -223,12 +223,12 @@ def test_two_threads_give_the_bits_of_one(
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_the_deterministic_mode_refuses_nothing_and_changes_no_bit(
+def test_the_deterministic_mode_of_torch_changes_no_bit(
     native: None, normal: Normal, name: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operands = make(normal, name, size=(13, 17), layout=layout)
     if name == "winograd" and operands[0].is_cuda:
-        pytest.skip("on a GPU it is PyTorch's products, which want cuBLAS configured for this")
+        pytest.skip("on a GPU the products of PyTorch need cuBLAS configured for this")
     expected = run_kernels(name, operands)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # with NaN
     torch.use_deterministic_algorithms(True)
@@ -241,7 +241,7 @@ def test_the_deterministic_mode_refuses_nothing_and_changes_no_bit(
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("whole_packets", [False, True])
-def test_an_image_alone_has_the_bits_that_it_has_in_a_batch(
+def test_results_do_not_depend_on_the_batch_bit_for_bit(
     native: None, normal: Normal, name: str, layout: Layout, whole_packets: bool
 ) -> None:
     function, keys, _ = OPS[name]
@@ -250,21 +250,21 @@ def test_an_image_alone_has_the_bits_that_it_has_in_a_batch(
         shape = {"size": (8, 8), "channels": (16, 16), "n": 9}
     operands = make(normal, name, layout=layout, **shape)
     if name == "winograd" and operands[0].is_cuda:
-        pytest.skip("on a GPU it is PyTorch's products")
+        pytest.skip("on a GPU the products are PyTorch's")
     batched = [key in ("x1", "x2", "a", "x", "low", "maps", "small maps") for key in keys]
     leaves = [t.detach().requires_grad_() for t in operands]
     whole = list(function(*leaves))
     upstream = [r.detach().cos() for r in whole]
-    differentiable = name != "winograd"  # whose gradients torch's convolutions give
+    differentiable = name != "winograd"  # its gradients are those of torch's convolutions
     inputs = [t for t, b in zip(leaves, batched, strict=True) if b]
     whole += torch.autograd.grad(whole, inputs, upstream) if differentiable else ()
     for k in range(len(whole[0])):
-        alone = [
+        single = [
             (t.detach()[k : k + 1] if b else t.detach()).requires_grad_()
             for t, b in zip(leaves, batched, strict=True)
         ]
-        results = list(function(*alone))
-        inputs = [t for t, b in zip(alone, batched, strict=True) if b]
+        results = list(function(*single))
+        inputs = [t for t, b in zip(single, batched, strict=True) if b]
         if differentiable:
             results += torch.autograd.grad(results, inputs, [u[k : k + 1] for u in upstream])
         for got, expected in zip(results, whole, strict=True):
@@ -277,7 +277,7 @@ def test_registered_ops_pass_the_checks_of_torch(
     native: None, normal: Normal, name: str, memory_format: Layout
 ) -> None:
     operands = [t.requires_grad_() for t in make(normal, name, layout=memory_format)]
-    narrow = {"coupling-with-copy": 2, "upsample-onto-wider": 1}.get(name)
+    narrow = {"coupling-with-copy": 2, "upsample-onto-float32": 1}.get(name)
     if narrow is not None:
         operands[narrow] = narrowed(operands[narrow].detach()).requires_grad_()
     perm = torch.arange(6, -1, -1, device=operands[0].device)
@@ -299,14 +299,14 @@ def test_registered_ops_pass_the_checks_of_torch(
         "likelihoods": (torch.ops.msflow_ext.square_sums, tuple(operands)),
         "pool": (torch.ops.msflow_ext.pool_and_concatenate, (*operands, *[None] * 6, 2, 2)),
         "upsample": (torch.ops.msflow_ext.upsample_and_add, tuple(operands)),
-        "upsample-onto-wider": (torch.ops.msflow_ext.upsample_and_add, tuple(operands)),
+        "upsample-onto-float32": (torch.ops.msflow_ext.upsample_and_add, tuple(operands)),
     }
     op, arguments = calls[name]
     torch.library.opcheck(op.default, arguments)
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_a_compiled_graph_holds_the_kernels_and_gives_the_same(
+def test_a_compiled_graph_calls_the_kernels_and_gives_the_same_results(
     native: None, normal: Normal, name: str
 ) -> None:
     from torch._dynamo.backends.common import aot_autograd
@@ -336,7 +336,7 @@ def test_a_compiled_graph_holds_the_kernels_and_gives_the_same(
 
 
 @pytest.mark.parametrize("name", REGISTERED)
-def test_a_compiled_graph_serves_other_sizes_and_layouts(
+def test_a_compiled_graph_supports_other_sizes_and_layouts(
     native: None, normal: Normal, name: str
 ) -> None:
     function = OPS[name][0]

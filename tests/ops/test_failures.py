@@ -1,4 +1,4 @@
-"""What goes wrong below Python becomes one exception: memory, tasks on threads, objects without a value, interpreters."""
+"""Failures below Python raise an exception: memory, threads, objects without a value, interpreters."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ PARALLEL_FOR = ctypes.CFUNCTYPE(
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[Any], None]]:
-    """``threads(f)``: the kernels call ``f`` in the place of torch_parallel_for, until the end of the test."""
+    """Return ``threads(f)``: kernels call ``f`` instead of torch_parallel_for until the test ends."""
     yield lambda function: C.set_parallel_for(ctypes.cast(function, ctypes.c_void_p).value)
     C.set_parallel_for(_backend._parallel_for())
 
 
-def run_at_once(begin: int, end: int, grain: int, body: Any, context: int) -> int:
+def run_whole(begin: int, end: int, grain: int, body: Any, context: int) -> int:
     body(begin, end, context)
     return 0
 
@@ -55,31 +55,31 @@ def run_one_by_one(begin: int, end: int, grain: int, body: Any, context: int) ->
 
 
 def norm_of_huge_scratch(channels_last: bool) -> None:
-    """A norm whose tasks need more memory than a process can address; they fail before they touch a number."""
+    """Run a norm whose tasks need more memory than a process can address; they fail before they read a value."""
     channels = 2**46 if channels_last else 2**43
     norm = C.Norm((2, channels, 1), channels_last, False, 1e-5, AT, AT)
     x = (AT, 0, 0, 1, 0) if channels_last else (AT, 0, 0, 0, 1)
     C.norm_forward_cpu(norm, x, None, x, 0)
 
 
-def count_is_right() -> bool:
+def kernels_still_work() -> bool:
     return ops.half_square_norm(torch.ones(4, 64, 64, 64)).tolist() == [64 * 64 * 32] * 4
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("loop", [None, run_at_once, run_one_by_one])
-def test_a_task_that_gets_no_memory_is_a_memory_error(
+@pytest.mark.parametrize("loop", [None, run_whole, run_one_by_one])
+def test_a_task_without_memory_raises_memory_error(
     threads: Callable[[Any], None], channels_last: bool, loop: Any
 ) -> None:
-    function = PARALLEL_FOR(loop or run_at_once)
+    function = PARALLEL_FOR(loop or run_whole)
     if loop is not None:
         threads(function)
     with pytest.raises(MemoryError, match="no memory for the intermediate results of a kernel"):
         norm_of_huge_scratch(channels_last)
-    assert count_is_right()
+    assert kernels_still_work()
 
 
-def test_threads_that_do_not_start_are_an_error(threads: Callable[[Any], None]) -> None:
+def test_threads_that_do_not_start_raise_an_error(threads: Callable[[Any], None]) -> None:
     refusing = PARALLEL_FOR(lambda *_: 1)
     threads(refusing)
     with pytest.raises(RuntimeError, match="torch_parallel_for failed"):
@@ -112,7 +112,7 @@ for name, call in calls.items():
             outcome = "right" if all(map(torch.equal, call(), expected)) else "wrong"
         except MemoryError:
             outcome = "MemoryError"
-        except RuntimeError as error:  # of torch, for the results
+        except RuntimeError as error:  # torch could not allocate the results
             outcome = "torch" if "alloc" in str(error).lower() else str(error)
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         seen.add((name, outcome))
@@ -120,11 +120,11 @@ print(sorted(seen))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit of addresses is Linux's")
-def test_whatever_memory_is_left_a_result_is_right_or_an_exception(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space")
+def test_with_any_amount_of_memory_a_result_is_right_or_an_exception(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LIMITED],
-        cwd=tmp_path,  # not beside the sources, which would hide the installed package
+        cwd=tmp_path,  # the sources beside it would hide the installed package
         env={**os.environ, "OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
@@ -139,8 +139,8 @@ def test_whatever_memory_is_left_a_result_is_right_or_an_exception(tmp_path: Pat
 
 
 CLASSES = [] if C is None else [value for value in vars(C).values() if inspect.isclass(value)]
-#: By class: an entry point that takes an object of it, and its other arguments.
-TAKING = {
+#: For each class, an entry point that accepts an object of it, and the other arguments.
+ENTRY_POINTS = {
     "Coupling": ("coupling_inverse_cpu", *[None] * 4, 0),
     "Norm": ("norm_forward_cpu", *[None] * 3, 0),
     "Resample": ("pool_forward_cpu", None, None),
@@ -151,8 +151,8 @@ TAKING = {
 
 
 def hand_to_a_kernel(value: Any, cls: Any) -> None:
-    """Call an entry point that takes ``cls`` with ``value``."""
-    name, *rest = TAKING[cls.__name__]
+    """Call the entry point of ``cls`` with ``value``."""
+    name, *rest = ENTRY_POINTS[cls.__name__]
     getattr(C, name)(value, *rest)
 
 
@@ -172,7 +172,7 @@ def test_an_object_without_a_value_never_reaches_a_kernel(cls: Any) -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_no_object_can_pass_for_one_of_another_class(cls: Any) -> None:
+def test_an_object_cannot_take_the_place_of_another_class(cls: Any) -> None:
     with pytest.raises(TypeError, match="not an acceptable base type"):
         type("Derived", (cls,), {})
     with pytest.raises(TypeError, match="immutable"):
@@ -227,15 +227,15 @@ def test_another_interpreter_is_refused_and_the_main_one_still_works(steps: str)
 @pytest.mark.family("builds")
 @pytest.mark.parametrize("name", _backend._TORCH_LIBRARIES)
 @pytest.mark.parametrize("in_folder", [True, False])
-def test_the_threads_are_looked_for_in_torchs_libraries_by_name(
+def test_torch_parallel_for_is_found_in_each_library_of_torch(
     monkeypatch: pytest.MonkeyPatch, threads: Any, name: str, in_folder: bool
 ) -> None:
-    function = PARALLEL_FOR(run_at_once)
+    function = PARALLEL_FOR(run_whole)
     expected = str(Path(torch.__file__).parent / "lib" / name) if in_folder else name
     asked = []
 
     class Library:
-        """As on Windows: a library answers for itself alone."""
+        """Library that exports only its own symbols, as on Windows."""
 
         def __init__(self, path: str) -> None:
             asked.append(path)
@@ -248,11 +248,11 @@ def test_the_threads_are_looked_for_in_torchs_libraries_by_name(
         patched.setattr(_backend.ctypes, "CDLL", Library)
         assert _backend._load() == (C, "compiled; threads of torch")
     assert (asked[0], asked[-1]) == (torch._C.__file__, expected)
-    assert count_is_right()
+    assert kernels_still_work()
 
 
 @pytest.mark.family("builds")
-def test_a_torch_without_threads_runs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_parallel_for_runs_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend.ctypes, "CDLL", lambda path: object())
     status = "compiled; one thread, because this torch has no torch_parallel_for"
     assert _backend._load() == (C, status)

@@ -1,4 +1,4 @@
-"""Whatever an op is handed, it gives what the reference gives or a Python exception, and never ends the interpreter."""
+"""Properties of ops on arbitrary input: the result of the reference or a Python exception, and never a crash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from msflow_ext.ops import _backend
 from msflow_ext.ops.ranking import ranking, ranking_reference
 from msflow_ext.testing import relative_error, tolerance
 
-# What complex numbers and forward derivatives make: a view with another sign, zeros without memory.
+# Complex numbers and forward derivatives make lazily negated views, and zeros without memory.
 negated: Any = torch._neg_view  # pyright: ignore[reportPrivateImportUsage]
 without_memory: Any = torch._efficientzerotensor  # pyright: ignore[reportPrivateImportUsage]
 
@@ -29,12 +29,12 @@ SPECIAL = [0.0, -0.0, 1e-40, -1e-45, 1e15, -1e15, 1e38, float("inf"), -float("in
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WRONG = [torch.int64, torch.bool, torch.uint8, torch.complex64, *DTYPES]
 
-# The shapes of an op's operands, from N, channels of both parts, H and W.
+# A function from N, channels of both halves, H and W to the shapes of an op's operands.
 Shapes = Callable[[int, int, int, int, int], list[tuple[int, ...]]]
 
 
 def outcome(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any] | None:
-    """Results, or None where the arguments are refused."""
+    """Return the results, or None if the arguments are refused."""
     try:
         found = function(*arguments)
     except REFUSALS:
@@ -45,7 +45,7 @@ def outcome(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]
 
 
 def agree(got: Tensor, expected: Tensor) -> bool:
-    """Equal but for rounding; what is not finite in one is not finite in the other."""
+    """Return whether two results are equal except for rounding, and not finite in the same places."""
     if got.shape != expected.shape or got.dtype is not expected.dtype:
         return False
     finite = expected.isfinite()
@@ -55,7 +55,7 @@ def agree(got: Tensor, expected: Tensor) -> bool:
 
 
 def stored(x: Tensor, layout: str) -> Tensor:
-    """The same numbers in another place: strides, offset and alignment as tensors of users have them."""
+    """Return the tensor with other strides, another offset or another alignment."""
     if layout == "transposed":
         return x.mT.contiguous().mT if x.dim() > 1 else x
     if layout == "channels-last":
@@ -83,7 +83,7 @@ LAYOUTS += ["negated", "without-memory"]
 
 @st.composite
 def tensors(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Normal numbers, in some cases a few that are infinite, huge, tiny or none."""
+    """Draw normal numbers, sometimes with a few that are infinite, huge, tiny or NaN."""
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     x = torch.from_numpy(rng.standard_normal(shape))
     if x.numel():
@@ -94,13 +94,13 @@ def tensors(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
 
 @st.composite
 def operands(draw: st.DrawFn, shapes: Shapes) -> list[Tensor]:
-    """What fits an op, and in one case of four one thing about it that does not."""
+    """Draw operands of an op; one case in four has a wrong dtype or shape."""
     n, c1, c2 = (draw(st.integers(0, 4)) for _ in range(3))
     h, w = (draw(st.sampled_from([0, 1, 2, 3, 5, 8, 17])) for _ in range(2))
     dtype = draw(st.sampled_from(DTYPES))
     expected = shapes(n, c1, c2, h, w)
-    wide = ops.accumulation_dtype(dtype)
-    found = [draw(tensors(shape, wide if len(shape) == 1 else dtype)) for shape in expected]
+    accumulation = ops.accumulation_dtype(dtype)
+    found = [draw(tensors(shape, accumulation if len(shape) == 1 else dtype)) for shape in expected]
     at = draw(st.integers(0, len(found) - 1))
     fault = draw(st.sampled_from(["", "", "", "", "", "dtype", "shape", "alias"]))
     if fault == "dtype":
@@ -136,7 +136,7 @@ def halves(n: int, c1: int, c2: int, h: int, w: int) -> list[tuple[int, ...]]:
     return [(n, c1, h, w), (n, c2, h, w), (n, 2 * c2, h, w), (c1 + c2,), (c1 + c2,)]
 
 
-# Function, shapes of its tensors, and its last argument.
+# Function, shapes of its tensors, and values of its last argument.
 OPS: dict[str, tuple[Callable[..., Any], Shapes, list[Any]]] = {
     "coupling": (couple, halves, ["0.2", "head", "atan", "none"]),
     "coupling-inverse": (uncouple, halves, ["0.2", "head", "atan", ""]),
@@ -179,7 +179,7 @@ OPS: dict[str, tuple[Callable[..., Any], Shapes, list[Any]]] = {
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_an_op_gives_what_the_reference_gives_or_refuses(native: None, name: str) -> None:
+def test_an_op_gives_the_result_of_the_reference_or_an_exception(native: None, name: str) -> None:
     function, shapes, options = OPS[name]
 
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
@@ -189,13 +189,13 @@ def test_an_op_gives_what_the_reference_gives_or_refuses(native: None, name: str
         got = outcome(function, [*found, option])
         with ops.backend("reference"):
             expected = outcome(function, [*found, option])
-        lazy = any(t._is_zerotensor() for t in found)  # torch takes 0 times NaN for 0 with these
+        lazy = any(t._is_zerotensor() for t in found)  # for these torch computes 0 times NaN as 0
         assert lazy or (got is None) == (expected is None)
         for t, b in zip(found, before, strict=True):
             assert torch.equal(t.nan_to_num(), b.nan_to_num())
         if lazy or got is None or expected is None:
             return
-        # Transforms of tiles mix what is huge or not finite with numbers that torch keeps apart from it.
+        # The transforms of a tile mix huge or non-finite values with their neighbors; torch does not.
         mixing = name == "winograd" and not all((t.abs() < 1e9).all() for t in found)
         if not mixing:
             assert all(map(agree, got, expected))
@@ -212,7 +212,7 @@ def test_an_op_gives_what_the_reference_gives_or_refuses(native: None, name: str
     st.lists(st.sampled_from(SPECIAL), max_size=3),
     st.integers(0, 99),
 )
-def test_ranking_gives_what_its_reference_gives_or_refuses(
+def test_ranking_gives_the_result_of_its_reference_or_an_exception(
     size, count, dtype, layout, values, seed
 ):
     if _backend.C is None:
@@ -249,7 +249,7 @@ def permute(p: list[int]) -> Any:
     return ops.affine_coupling(X, X, X.repeat(1, 2, 1, 1), perm=torch.tensor(p, dtype=torch.int64))
 
 
-# What the integers of a list become.
+# Functions of a list of integers.
 TAKES_INTEGERS: dict[str, Callable[[list[int]], Any]] = {
     "perm": permute,
     "split": lambda p: ops.affine_coupling(X, X, X.repeat(1, 2, 1, 1), split=p[0]),
@@ -264,14 +264,14 @@ TAKES_INTEGERS: dict[str, Callable[[list[int]], Any]] = {
 
 
 @pytest.mark.parametrize("name", TAKES_INTEGERS)
-def test_integers_give_what_the_reference_gives_or_are_refused(native: None, name: str) -> None:
+def test_integers_give_the_result_of_the_reference_or_an_exception(native: None, name: str) -> None:
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
     @given(st.lists(INTEGERS, min_size=6, max_size=6) | st.permutations(range(6)))
     def check(integers: list[int]) -> None:
         got = outcome(TAKES_INTEGERS[name], [integers])
         permutation = sorted(integers) == list(range(6))
         if name == "perm":
-            assert (got is not None) == permutation  # the reference takes it on trust
+            assert (got is not None) == permutation  # the reference does not check it
         if got is None and not permutation:
             return
         with ops.backend("reference"):
@@ -282,7 +282,9 @@ def test_integers_give_what_the_reference_gives_or_are_refused(native: None, nam
     check()
 
 
-def test_gradients_take_lazily_negated_and_memoryless_upstream_gradients(each_backend: str) -> None:
+def test_the_backward_pass_supports_lazily_negated_and_memoryless_gradients(
+    each_backend: str,
+) -> None:
     x = torch.linspace(-1, 1, 24).view(1, 4, 2, 3).requires_grad_()
     y = ops.channel_norm(x, torch.ones(4), torch.zeros(4), relu=False)
     upstream = torch.arange(24.0).view(1, 4, 2, 3).cos()
@@ -293,7 +295,7 @@ def test_gradients_take_lazily_negated_and_memoryless_upstream_gradients(each_ba
     assert none.count_nonzero() == 0
 
 
-def test_a_coupling_of_no_channels_is_empty(native: None) -> None:
+def test_a_coupling_without_channels_is_empty(native: None) -> None:
     x, vector = torch.zeros(2, 0), torch.zeros(0)
     y1, y2, log_det = ops.affine_coupling(
         x, x, x, vector, vector, torch.zeros(0, dtype=torch.int64)
@@ -302,6 +304,6 @@ def test_a_coupling_of_no_channels_is_empty(native: None) -> None:
     assert log_det.tolist() == [0.0, 0.0]
 
 
-def test_a_complex_kernel_is_no_weight_for_winograd() -> None:
-    with pytest.raises(TypeError, match="weight must be floating, got"):
+def test_winograd_refuses_a_complex_weight() -> None:
+    with pytest.raises(TypeError, match="weight must have a floating-point dtype, got"):
         ops.winograd_weight(torch.zeros(1, 1, 3, 3, dtype=torch.complex64), 2)

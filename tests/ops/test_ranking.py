@@ -1,4 +1,4 @@
-"""Counts above thresholds equal a comparison with every score, on any range, ties and threads."""
+"""Properties of the ranking: counts equal a comparison with every score, for any range, ties and threads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def falling(scores: np.ndarray) -> np.ndarray:
+def decreasing(scores: np.ndarray) -> np.ndarray:
     return np.unique(scores)[::-1]
 
 
@@ -36,7 +36,7 @@ def noise(size: int, dtype: type) -> np.ndarray:
 
 
 def cluster(size: int, dtype: type) -> np.ndarray:
-    """Scores close to 1 and three far away, so that most thresholds fall into few buckets."""
+    """Return scores close to 1, except for three, so that most thresholds fall into few buckets."""
     scores = 1 + noise(size, dtype) / 2**10
     scores[[0, size // 2, size - 1]] = -np.inf, 0, np.inf
     return scores
@@ -53,7 +53,7 @@ def equal(size: int, dtype: type) -> np.ndarray:
 
 
 def tiny(size: int, dtype: type) -> np.ndarray:
-    """Neighbours of zero on both sides, subnormal."""
+    """Return subnormal numbers on both sides of zero."""
     return (np.arange(size) - size // 2).astype(dtype) * np.finfo(dtype).smallest_subnormal
 
 
@@ -65,7 +65,7 @@ def tiny(size: int, dtype: type) -> np.ndarray:
 )
 @settings(max_examples=100, deadline=None)
 def test_counts_equal_a_comparison_with_every_score(backend, dtype, thresholds, scores):
-    limits = falling(np.array(thresholds, dtype))
+    limits = decreasing(np.array(thresholds, dtype))
     values = np.array([s for s, _ in scores], dtype)
     ignored = np.array([i for _, i in scores], bool)
     with ops.backend(backend):
@@ -82,16 +82,16 @@ def test_counts_equal_a_comparison_with_every_score(backend, dtype, thresholds, 
 def test_the_kernel_equals_the_reference_on_a_million_scores(native, draw, dtype, share):
     scores = draw(1_000_000, dtype)
     marked = np.random.default_rng(1).random(scores.size) < share
-    limits = falling(scores[marked])
+    limits = decreasing(scores[marked])
     expected = ranking_reference(limits, scores, marked)
     for got, want in zip(ranking(limits, scores, marked), expected, strict=True):
         assert np.array_equal(got, want)
 
 
-def test_any_number_of_threads_counts_the_same(native, threads):
+def test_counts_do_not_depend_on_the_number_of_threads(native, threads):
     scores = noise(300_000, np.float32)
     marked = np.arange(scores.size) % 50 == 0
-    limits = falling(scores[marked])
+    limits = decreasing(scores[marked])
     expected = ranking_reference(limits, scores, marked)
     for count in (1, 2, 5):
         torch.set_num_threads(count)
@@ -102,7 +102,7 @@ def test_any_number_of_threads_counts_the_same(native, threads):
 def test_arrays_of_any_layout_are_read(each_backend):
     scores = noise(600, np.float32).reshape(10, 20, 3)[:, ::2].transpose(2, 0, 1)
     ignored = np.broadcast_to(np.arange(10) < 3, scores.shape)
-    limits = falling(scores[ignored])
+    limits = decreasing(scores[ignored])
     above, reached = ranking(limits, scores, ignored)
     kept = scores[~ignored]
     assert np.array_equal(above, (kept > limits[:, None]).sum(1))
@@ -110,7 +110,7 @@ def test_arrays_of_any_layout_are_read(each_backend):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ">f4", np.longdouble], ids=str)
-def test_other_floating_dtypes_are_counted_too(dtype):
+def test_other_floating_point_dtypes_are_supported(dtype):
     scores = np.array([3, 2, 2, 1], dtype)
     above, reached = ranking(scores[[0, 1, 3]], scores, np.array([False, False, False, True]))
     assert above.tolist() == [0, 1, 3]
@@ -118,7 +118,13 @@ def test_other_floating_dtypes_are_counted_too(dtype):
 
 
 REFUSED = {
-    "integers": ([1], [1], [False], TypeError, "one floating dtype and ignored be bool, got int64"),
+    "integers": (
+        [1],
+        [1],
+        [False],
+        TypeError,
+        "same floating-point dtype, and ignored must be bool, got int64",
+    ),
     "two dtypes": (
         np.ones(1, np.float32),
         [1.0],
@@ -132,23 +138,31 @@ REFUSED = {
         [1.0, 2.0],
         [False],
         ValueError,
-        "have one shape, got (1,), (2,) and (1,)",
+        "have the same shape, got (1,), (2,) and (1,)",
     ),
-    "matrix of thresholds": ([[1.0]], [1.0], [False], ValueError, "thresholds must be (D,)"),
-    "rising": ([1.0, 2.0], [1.0], [False], ValueError, "thresholds must fall strictly"),
-    "equal": ([1.0, 1.0], [1.0], [False], ValueError, "thresholds must fall strictly"),
-    "nan": ([1.0, np.nan], [1.0], [False], ValueError, "thresholds must fall strictly"),
+    "matrix of thresholds": (
+        [[1.0]],
+        [1.0],
+        [False],
+        ValueError,
+        "thresholds must have shape (D,)",
+    ),
+    "rising": ([1.0, 2.0], [1.0], [False], ValueError, "thresholds must be strictly decreasing"),
+    "equal": ([1.0, 1.0], [1.0], [False], ValueError, "thresholds must be strictly decreasing"),
+    "nan": ([1.0, np.nan], [1.0], [False], ValueError, "thresholds must be strictly decreasing"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_input_is_named(case):
+def test_arguments_that_do_not_fit_are_refused(case):
     thresholds, scores, ignored, error, message = REFUSED[case]
-    with pytest.raises(error, match=f"^ranking: .*{re.escape(message)}"):
+    with pytest.raises(error, match=re.escape(message)):
         ranking(np.array(thresholds), np.array(scores), np.array(ignored))
 
 
-def test_more_scores_than_the_counters_hold_are_refused():
+def test_more_scores_than_31_bits_count_are_refused():
     many = np.broadcast_to(np.float32(0), 2**31)
-    with pytest.raises(ValueError, match="fewer than 2\\*\\*31 scores are counted, got 2147483648"):
+    with pytest.raises(
+        ValueError, match=r"must hold fewer than 2\*\*31 numbers, got 1 and 2147483648"
+    ):
         ranking(np.zeros(1, np.float32), many, np.broadcast_to(False, many.shape))

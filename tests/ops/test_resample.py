@@ -1,4 +1,4 @@
-"""Properties of the fusion flow's resampling: kernels equal the reference, which is torch's pooling and interpolation."""
+"""Properties of the resampling: kernels equal the reference, which equals torch's pooling and interpolation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Layout = Callable[[Tensor], Tensor]
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
-# Sizes of a scale and of the coarsest one.
+# Sizes of a map and of the result of pooling.
 SIZES = {
     "whole-windows": ((8, 12), (4, 3)),
     "overlapping-windows": ((7, 11), (3, 4)),
@@ -31,7 +31,7 @@ SIZES = {
 }
 
 
-# Element types of a map and of the coarse one that is added.
+# Dtypes of a map and of the coarse map that is added.
 PAIRS = {
     "float32": (F32, F32),
     "float64": (F64, F64),
@@ -75,7 +75,7 @@ def test_upsampling_kernels_equal_the_reference(
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_they_are_the_pooling_and_interpolation_of_torch(
+def test_results_equal_the_pooling_and_interpolation_of_torch(
     each_backend: str, normal: Normal, size: str
 ) -> None:
     high, low = SIZES[size]
@@ -99,7 +99,7 @@ def test_maps_of_different_layouts_give_the_format_of_the_first(
     assert relative_error(got, expected) <= tolerance(F32, 4)
 
 
-def test_onto_a_wider_map_results_and_gradients_have_the_bits_of_casts(
+def test_adding_to_float32_equals_casts_bit_for_bit(
     each_backend: str, normal: Normal, layout: Layout
 ) -> None:
     x = layout(normal(2, 19, 7, 11)).requires_grad_()
@@ -113,12 +113,12 @@ def test_onto_a_wider_map_results_and_gradients_have_the_bits_of_casts(
     assert all(map(torch.equal, (y, *got), (cast, *expected)))
 
 
-def test_a_gradient_that_is_not_finite_reaches_only_what_its_result_was_made_of(
+def test_a_non_finite_gradient_reaches_only_the_inputs_of_its_result(
     native: None, normal: Normal, memory_format: Layout
 ) -> None:
     x, low = (memory_format(normal(1, 8, n, n)).requires_grad_() for n in (16, 4))
     upstream = memory_format(x.new_zeros(1, 8, 16, 16))
-    upstream[:, :, 6, 6] = math.inf  # between the second and the third low pixel, of both axes
+    upstream[:, :, 6, 6] = math.inf  # between the second and the third low pixel, along both axes
     _, got = torch.autograd.grad(ops.upsample_and_add(x, low), (x, low), upstream)
     reached = torch.zeros(4, 4, dtype=torch.bool)
     reached[1:3, 1:3] = True
@@ -139,7 +139,7 @@ def test_an_empty_batch_stays_empty(each_backend: str) -> None:
     assert x.grad is not None and x.grad.shape == x.shape
 
 
-def test_derivatives_are_those_of_finite_differences(
+def test_derivatives_equal_finite_differences(
     native: None, normal: Normal, memory_format: Layout
 ) -> None:
     x, y = (memory_format(normal(2, 2, *s, dtype=F64)).requires_grad_() for s in ((5, 3), (2, 2)))
@@ -150,7 +150,11 @@ def test_derivatives_are_those_of_finite_differences(
 
 X = torch.zeros
 REFUSED: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
-    "no map": (lambda: ops.pool_and_concatenate([], (2, 2)), ValueError, "x holds no map"),
+    "no map": (
+        lambda: ops.pool_and_concatenate([], (2, 2)),
+        ValueError,
+        "x must hold at least one map, got none",
+    ),
     "size 0": (
         lambda: ops.pool_and_concatenate([X(1, 1, 2, 2)], (2, 0)),
         ValueError,
@@ -159,27 +163,27 @@ REFUSED: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
     "other batches": (
         lambda: ops.pool_and_concatenate([X(1, 1, 2, 2), X(2, 1, 2, 2)], (2, 2)),
         ValueError,
-        r"of one N, none empty, got \[\(1, 1, 2, 2\), \(2, 1, 2, 2\)\]",
+        r"with equal N, got \[\(1, 1, 2, 2\), \(2, 1, 2, 2\)\]",
     ),
     "mixed dtypes": (
         lambda: ops.pool_and_concatenate([X(1, 1, 2, 2), X(1, 1, 2, 2, dtype=F64)], (2, 2)),
         TypeError,
-        "of one floating dtype",
+        "same floating-point dtype for all maps",
     ),
     "mixed devices": (
         lambda: ops.pool_and_concatenate([X(1, 1, 2, 2), X(1, 1, 2, 2, device="meta")], (2, 2)),
         ValueError,
-        "on one device",
+        "on the same device for all maps",
     ),
     "vectors": (
         lambda: ops.upsample_and_add(X(1, 1), X(1, 1)),
         ValueError,
-        r"of one N and C, got \(1, 1\) and \(1, 1\)",
+        r"with equal N and C, got \(1, 1\) and \(1, 1\)",
     ),
     "other channels": (
         lambda: ops.upsample_and_add(X(1, 2, 4, 4), X(1, 3, 2, 2)),
         ValueError,
-        "of one N and C",
+        "with equal N and C",
     ),
     "empty map": (
         lambda: ops.upsample_and_add(X(1, 2, 4, 4), X(1, 2, 0, 2)),
@@ -189,18 +193,18 @@ REFUSED: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
     "whole numbers": (
         lambda: ops.upsample_and_add(*[X(1, 2, 2, 2, dtype=torch.int64)] * 2),
         TypeError,
-        "one floating dtype, .* got torch.int64",
+        "same floating-point dtype, .* got torch.int64",
     ),
     "elsewhere": (
         lambda: ops.upsample_and_add(X(1, 2, 4, 4), X(1, 2, 2, 2, device="meta")),
         ValueError,
-        "on one device, got cpu and meta",
+        "on the same device, got cpu and meta",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_it_refuses(each_backend: str, case: str) -> None:
+def test_arguments_that_do_not_fit_are_refused(each_backend: str, case: str) -> None:
     call, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         call()

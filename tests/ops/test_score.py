@@ -1,4 +1,4 @@
-"""Properties of the scores: kernels equal the reference, which equals what the authors' code computes."""
+"""Properties of the scores: kernels equal the reference, which equals the published post-processing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Layout = Callable[[Tensor], Tensor]
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
-# (samples, channels, positions); a block is 64 positions, lanes are 16.
+# (samples, channels, positions). A block has 64 positions and 16 lanes.
 SHAPES = {
     "even": (2, 16, (8, 8)),
     "odd-channels": (2, 7, (5, 3)),
@@ -60,7 +60,7 @@ def test_likelihoods_are_those_of_a_standard_normal(each_backend: str, normal: N
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=["float32", "float64", "bfloat16"])
-def test_likelihoods_are_wide_and_the_gradient_is_stored_as_the_input(
+def test_likelihoods_have_the_accumulation_dtype_and_gradients_the_format_of_the_input(
     native: None, normal: Normal, dtype: torch.dtype, memory_format: Layout
 ) -> None:
     z = memory_format(normal(2, 3, 4, 5, dtype=dtype)).requires_grad_()
@@ -72,7 +72,7 @@ def test_likelihoods_are_wide_and_the_gradient_is_stored_as_the_input(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30], ids=str)
-def test_non_finite_latents_do_what_they_do_in_the_reference(
+def test_non_finite_latents_affect_only_their_position(
     each_backend: str, normal: Normal, value: float, memory_format: Layout
 ) -> None:
     z = memory_format(normal(2, 3, 4, 5))
@@ -94,19 +94,18 @@ def test_likelihoods_have_first_and_second_derivatives(
 
 
 @pytest.mark.parametrize("function", [ops.log_likelihood_map, ops.half_square_norm])
-def test_likelihoods_refuse(each_backend: str, function: Any) -> None:
-    name = function.__name__
-    with pytest.raises(ValueError, match=rf"{name}: z must be \(N, C, \*\) with C >= 1, got \(3,"):
+def test_likelihoods_refuse_latents_that_do_not_fit(each_backend: str, function: Any) -> None:
+    with pytest.raises(ValueError, match=r"z must have shape \(N, C, \*\) with C >= 1, got \(3,"):
         function(torch.zeros(3))
     with pytest.raises(ValueError, match=r"with C >= 1, got \(2, 0, 4\)"):
         function(torch.zeros(2, 0, 4))
-    with pytest.raises(TypeError, match=f"{name}: z must be floating, got torch.int64"):
+    with pytest.raises(TypeError, match=r"z must have a floating-point dtype, got torch\.int64"):
         function(torch.zeros(2, 3, 4, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(F64, 1e-10), (F32, 1e-5)], ids=str)
 @pytest.mark.parametrize("case", range(4))
-def test_aggregation_equals_the_authors_post_processing(
+def test_the_aggregation_equals_the_published_post_processing(
     each_backend: str, golden: Any, case: int, dtype: torch.dtype, bound: float
 ) -> None:
     tensors, meta = golden("post_process")
@@ -119,7 +118,7 @@ def test_aggregation_equals_the_authors_post_processing(
     assert relative_error(got.score, tensors[f"p{case}.f32.score"]) <= 1e-5
 
 
-# Sizes of the maps, size of the result, share of the pixels in the score.
+# Sizes of the maps, size of the result, top_k.
 AGGREGATES = {
     "paper": ([(16, 16), (8, 8), (4, 4)], (64, 64), 0.03),
     "one-scale": ([(7, 5)], (21, 33), 0.03),
@@ -149,7 +148,7 @@ def test_the_aggregation_kernel_equals_the_reference(
     got = ops.aggregate(maps, size, top_k=top_k)
     with ops.backend("reference"):
         expected = ops.aggregate([m.double() for m in maps], size, top_k=top_k)
-    # Four taps of each map; a tap's weight is a coordinate minus its whole part, and rounds as the coordinate does.
+    # Each map has four taps. The weight of a tap is the fraction of a coordinate, and is rounded with the coordinate.
     bound = tolerance(dtype, 4 * len(sizes) * max(max(s) for s in sizes))
     for name in RESULTS:
         g, w = getattr(got, name), getattr(expected, name)
@@ -168,7 +167,7 @@ def test_the_scores_are_means_of_the_largest_values(each_backend: str, normal: N
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
-def test_the_log_score_is_finite_and_ordered_where_the_score_is_one(
+def test_the_log_score_does_not_saturate_where_the_score_is_one(
     each_backend: str, dtype: torch.dtype
 ) -> None:
     depth = torch.tensor([50.0, 1e3, 2e3, 1e6, 1e12], dtype=dtype)
@@ -186,13 +185,13 @@ def test_equal_likelihoods_score_zero_and_ties_are_cut_anywhere(each_backend: st
         assert float(getattr(flat, name).abs().max()) <= 1e-6, name
     assert flat.nll_score.tolist() == [8.0, 8.0]
     tied = torch.zeros(1, 4, 4, dtype=F64)
-    tied[0, 0] = -2.0  # four pixels, of which three are expected
+    tied[0, 0] = -2.0  # four pixels, of which the score averages three
     got = ops.aggregate([tied], 4, top_k=3 / 16)
     assert relative_error(got.nll_score, torch.tensor([2.0], dtype=F64)) <= 1e-15
     assert relative_error(got.log_score, torch.tensor([2.0], dtype=F64)) <= 1e-15
 
 
-# Scales, size and first value; see the docstring of the aggregation.
+# Scales, size and first value of known differences: see the docstring of aggregate().
 UNLIKE_TORCH_ON_CUDA = {(1, 4, -math.inf), (1, 9, -3e38), (1, 9, 3e38)}
 
 
@@ -201,12 +200,12 @@ UNLIKE_TORCH_ON_CUDA = {(1, 4, -math.inf), (1, 9, -3e38), (1, 9, 3e38)}
 @pytest.mark.parametrize(
     "values", [(math.nan,), (math.inf,), (-math.inf,), (-3e38,), (3e38, -3e38)]
 )
-def test_non_finite_and_huge_likelihoods_do_what_they_do_in_the_reference(
+def test_kernels_equal_the_reference_on_non_finite_and_huge_likelihoods(
     native: None, normal: Normal, values: tuple[float, ...], size: int, scales: int
 ) -> None:
     maps = squares(normal, [(4, 4), (2, 2)], F32)[:scales]
     if _backend.runs_cuda(maps[0]) and (scales, size, values[0]) in UNLIKE_TORCH_ON_CUDA:
-        pytest.skip("known: on CUDA the weights of one scale meet these otherwise than in torch")
+        pytest.skip("known: on CUDA, results of one scale differ from torch's here")
     maps[-1][1, 0, 1] = maps[0][1, 1, 2] = values[0]
     maps[0][1, 1, 1] = maps[0][1, 2, 2] = values[-1]
     got = ops.aggregate(maps, size)
@@ -224,8 +223,10 @@ def test_the_aggregation_is_differentiable(each_backend: str, normal: Normal) ->
         got = ops.aggregate(maps, (5, 4), top_k=0.2)
         return tuple(getattr(got, name) for name in RESULTS)
 
-    any_order = 1e-12 if maps[0].is_cuda else 0.0  # in which torch's upsampling adds its gradient
-    assert torch.autograd.gradcheck(scores, maps, nondet_tol=any_order)
+    nondeterminism = (
+        1e-12 if maps[0].is_cuda else 0.0
+    )  # torch sums the gradient of upsampling in any order
+    assert torch.autograd.gradcheck(scores, maps, nondet_tol=nondeterminism)
 
 
 def test_an_empty_batch_has_no_scores(each_backend: str) -> None:
@@ -236,7 +237,11 @@ def test_an_empty_batch_has_no_scores(each_backend: str) -> None:
 
 MAP = torch.zeros(2, 4, 4)
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no map": ({"log_likelihood": []}, ValueError, "log_likelihood holds no map"),
+    "no map": (
+        {"log_likelihood": []},
+        ValueError,
+        "log_likelihood must hold at least one map, got none",
+    ),
     "no pixel": ({"size": 0}, ValueError, r"size must be at least 1 pixel, got \(0, 0\)"),
     "no row": ({"size": (0, 5)}, ValueError, r"size must be at least 1 pixel, got \(0, 5\)"),
     "nothing to score": ({"top_k": 0.0}, ValueError, r"top_k must be in \(0, 1\], got 0.0"),
@@ -244,14 +249,14 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "share nan": ({"top_k": math.nan}, ValueError, r"top_k must be in \(0, 1\], got nan"),
     "half": ({"log_likelihood": [MAP.bfloat16()]}, TypeError, "all float32 or all float64"),
     "mixed": ({"log_likelihood": [MAP, MAP.double()]}, TypeError, "all float32 or all float64"),
-    "with channels": ({"log_likelihood": [MAP[:, None]]}, ValueError, r"maps \(N, H, W\)"),
+    "with channels": ({"log_likelihood": [MAP[:, None]]}, ValueError, r"maps of shape \(N, H, W\)"),
     "other batch": ({"log_likelihood": [MAP, MAP[:1]]}, ValueError, r"got \[\(2, 4, 4\), \(1, 4"),
-    "no position": ({"log_likelihood": [MAP[:, :0]]}, ValueError, "at least one position"),
+    "no position": ({"log_likelihood": [MAP[:, :0]]}, ValueError, "must be non-empty maps"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_the_aggregation_refuses(each_backend: str, case: str) -> None:
+def test_the_aggregation_refuses_arguments_that_do_not_fit(each_backend: str, case: str) -> None:
     bad, error, message = REFUSED[case]
-    with pytest.raises(error, match=f"^aggregate: .*{message}"):
+    with pytest.raises(error, match=message):
         ops.aggregate(**({"log_likelihood": [MAP], "size": 8} | bad))

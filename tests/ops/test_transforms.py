@@ -1,4 +1,4 @@
-"""Every op under what else PyTorch does with functions: checkpoints, batched and dual gradients, graphs, fake tensors."""
+"""Properties of every op under transforms of PyTorch: checkpoints, batched and dual gradients, graphs, fake tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from msflow_ext.testing import relative_error
 
 Normal = Callable[..., Tensor]
 
-#: Functions of one tensor ``(2, 4, 3, 3)``; factors, vectors and kernels are made inside, so that all of it is traced.
+#: Functions of one tensor ``(2, 4, 3, 3)``. They make factors, vectors and kernels inside, so that everything is traced.
 OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "coupling": lambda x: ops.affine_coupling(x[:, :2], x[:, 2:], 3 * x)[1],
     "coupling-log-det": lambda x: ops.affine_coupling(x[:, :2], x[:, 2:], 3 * x)[2],
@@ -76,7 +76,7 @@ def test_the_backward_pass_unpacks_a_saved_tensor_once(x: Tensor, name: str) -> 
 
 @pytest.mark.family("transforms")
 @each_op
-def test_batched_gradients_are_those_one_by_one(x: Tensor, normal: Normal, name: str) -> None:
+def test_batched_gradients_equal_single_ones(x: Tensor, normal: Normal, name: str) -> None:
     y = OPS[name](x)
     upstream = normal(3, *y.shape, dtype=y.dtype)
     (got,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True, retain_graph=True)
@@ -86,7 +86,7 @@ def test_batched_gradients_are_those_one_by_one(x: Tensor, normal: Normal, name:
 
 @pytest.mark.family("transforms")
 @each_op
-def test_a_vectorized_jacobian_is_the_jacobian(x: Tensor, name: str) -> None:
+def test_a_vectorized_jacobian_equals_the_jacobian(x: Tensor, name: str) -> None:
     jacobian = torch.autograd.functional.jacobian
     got, expected = (jacobian(OPS[name], x.detach(), vectorize=v) for v in (True, False))
     assert relative_error(got, expected) <= 1e-12
@@ -138,7 +138,7 @@ def test_fake_tensors_give_fake_results_of_the_right_shape(x: Tensor, name: str)
 
 
 @pytest.mark.family("transforms")
-def test_a_mode_that_only_watches_leaves_the_kernels_alone(x: Tensor) -> None:
+def test_a_mode_that_only_observes_keeps_the_kernels(x: Tensor) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False):
@@ -164,7 +164,7 @@ def test_autocast_around_the_backward_pass_changes_no_gradient(
 
 
 @pytest.mark.family("transforms")
-def test_a_backend_is_of_its_thread(native: None) -> None:
+def test_a_backend_holds_only_in_its_thread(native: None) -> None:
     inside, done = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -184,7 +184,7 @@ def test_a_backend_is_of_its_thread(native: None) -> None:
 
 
 @pytest.mark.family("transforms")
-def test_a_backend_is_of_its_asyncio_task(native: None) -> None:
+def test_a_backend_holds_only_in_its_asyncio_task(native: None) -> None:
     async def choose(name: str, waits: int) -> str | None:
         with ops.backend(name):
             for _ in range(waits):

@@ -1,4 +1,4 @@
-"""Properties of Winograd's convolution: it is torch's convolution, kernels equal the reference, errors keep their bounds."""
+"""Properties of the Winograd convolution: it equals torch's, kernels equal the reference, errors have the stated size."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tile(request: pytest.FixtureRequest) -> int:
 
 
 def make(normal: Normal, shape: str, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor, Tensor]:
-    """Input, kernel and bias of a convolution that keeps the magnitude."""
+    """Return input, kernel and bias of a convolution that preserves the magnitude."""
     size, c_out, _ = SHAPES[shape]
     x = normal(*size, dtype=dtype)
     weight = normal(c_out, size[1], 3, 3, dtype=F64) / (9 * size[1]) ** 0.5
@@ -46,7 +46,9 @@ def make(normal: Normal, shape: str, dtype: torch.dtype = F64) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
-def test_it_is_the_convolution_of_torch(normal: Normal, shape: str, tile: int, relu: bool) -> None:
+def test_it_equals_the_convolution_of_torch(
+    normal: Normal, shape: str, tile: int, relu: bool
+) -> None:
     x, weight, bias = make(normal, shape)
     padding = SHAPES[shape][2]
     got = ops.winograd_conv2d(
@@ -66,13 +68,13 @@ def test_kernels_equal_the_reference(
     got = ops.winograd_conv2d(layout(x), values, bias.float(), **options)
     assert got.dtype is dtype and got.is_contiguous(memory_format=torch.channels_last)
     expected = F.conv2d(x.double(), weight, bias, padding=SHAPES[shape][2]).relu()
-    # What the points cost: six times the error of a direct sum, which the tolerance of 36 products each holds.
+    # The interpolation has six times the error of a direct sum: the tolerance of 36 products.
     assert relative_error(got, expected) <= tolerance(dtype, 36 * x.size(1))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tile", [2, 3])
-def test_factors_in_bfloat16_equal_the_reference_and_stay_near(
+def test_factors_in_bfloat16_equal_the_reference_and_are_near_the_exact_result(
     native: None, normal: Normal, shape: str, tile: int
 ) -> None:
     if BF16 not in factor_dtypes():
@@ -82,7 +84,7 @@ def test_factors_in_bfloat16_equal_the_reference_and_stay_near(
     got = ops.winograd_conv2d(*arguments, padding=SHAPES[shape][2])
     with ops.backend("reference"):
         expected = ops.winograd_conv2d(*arguments, padding=SHAPES[shape][2])
-    # Sums of the same factors: another order, one rounding.
+    # The sums have the same terms in another order, and one rounding.
     assert relative_error(got, expected) <= tolerance(BF16, (tile + 2) ** 2 * x.size(1))
     exact = F.conv2d(x.double(), weight, bias, padding=SHAPES[shape][2])
     assert relative_error(got, exact) <= 0.02
@@ -102,11 +104,11 @@ def test_kernels_transform_weights_as_the_reference_does(
         assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
         if dtype is F32:
             assert relative_error(got, expected) <= tolerance(F32, 9)
-        else:  # a value at the middle between two may go either way, and others after it
+        else:  # a value halfway between two may be rounded either way, and change the following ones
             assert float((got != expected).float().mean()) <= 0.01
 
 
-def test_the_adjoint_is_the_derivative_of_torch(normal: Normal, tile: int) -> None:
+def test_the_adjoint_equals_the_derivative_of_torch(normal: Normal, tile: int) -> None:
     weight, grad = normal(5, 4, 3, 3, dtype=F64), normal(2, 5, 7, 8, dtype=F64)
     values = ops.winograd_weight(weight, tile, F64, adjoint=True)
     got = ops.winograd_conv2d(grad, values, torch.zeros(4, dtype=F64))
@@ -115,14 +117,14 @@ def test_the_adjoint_is_the_derivative_of_torch(normal: Normal, tile: int) -> No
 
 
 def gradient_inputs(normal: Normal, shape: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Input of a convolution, and a gradient of its results."""
+    """Return the input of a convolution and a gradient of its results."""
     size, c_out, (rows, columns) = SHAPES[shape]
     grad = normal(size[0], c_out, size[2] + 2 * rows - 2, size[3] + 2 * columns - 2, dtype=dtype)
     return normal(*size, dtype=dtype), grad
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_gradient_of_the_weight_is_that_of_torch(normal: Normal, shape: str) -> None:
+def test_the_gradient_of_the_weight_equals_that_of_torch(normal: Normal, shape: str) -> None:
     x, grad = gradient_inputs(normal, shape, F64)
     _, c_out, padding = SHAPES[shape]
     got = ops.winograd_weight_grad(x, grad, padding=padding)
@@ -133,7 +135,7 @@ def test_the_gradient_of_the_weight_is_that_of_torch(normal: Normal, shape: str)
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
-def test_kernels_give_the_gradient_of_the_weight(
+def test_kernels_compute_the_gradient_of_the_weight(
     native: None, normal: Normal, shape: str, dtype: torch.dtype, layout: Layout
 ) -> None:
     x, grad = gradient_inputs(normal, shape, dtype)
@@ -141,7 +143,7 @@ def test_kernels_give_the_gradient_of_the_weight(
     got = ops.winograd_weight_grad(layout(x), layout(grad), padding=padding)
     expected = ops.winograd_weight_grad(x.double(), grad.double(), padding=padding)
     assert got.dtype is F32 and got.is_contiguous()
-    # In bfloat16, too, factors and sums are float32.
+    # Factors and sums are float32, for bfloat16 too.
     assert relative_error(got, expected) <= tolerance(F32, 36 * grad[:, 0].numel())
     with ops.backend("reference"):
         reference = ops.winograd_weight_grad(x, grad, padding=padding)
@@ -154,7 +156,7 @@ def test_kernels_give_the_gradient_of_the_weight(
     [((2, 1056, 8, 12), 1100), ((9, 64, 64, 68), 96), ((5, 520, 40, 20), 300)],
     ids=["groups-of-channels", "blocks-of-tiles", "both"],
 )
-def test_the_gradient_of_the_weight_is_whole_where_memory_is_held_small(
+def test_the_gradient_of_the_weight_is_right_if_computed_in_parts(
     native: None, normal: Normal, size: tuple[int, int, int, int], c_out: int
 ) -> None:
     x, grad = normal(*size, dtype=F32), normal(size[0], c_out, *size[2:], dtype=F32)
@@ -171,13 +173,15 @@ def test_the_gradient_of_the_weight_is_whole_where_memory_is_held_small(
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 5), (3, 0, 5), (3, 2, 0)], ids=str)
-def test_the_gradient_of_nothing_is_zero(each_backend: str, sizes: tuple[int, int, int]) -> None:
+def test_the_gradient_of_an_empty_convolution_is_zero(
+    each_backend: str, sizes: tuple[int, int, int]
+) -> None:
     n, c_in, c_out = sizes
     got = ops.winograd_weight_grad(torch.ones(n, c_in, 4, 6), torch.ones(n, c_out, 4, 6))
     assert got.shape == (c_out, c_in, 3, 3) and not got.any()
 
 
-def test_points_cost_the_digits_that_are_stated(each_backend: str, normal: Normal) -> None:
+def test_errors_have_the_stated_size(each_backend: str, normal: Normal) -> None:
     x = normal(1, 192, 24, 24).relu()
     weight, bias = normal(64, 192, 3, 3) * (2 / (9 * 192)) ** 0.5, torch.zeros(64)
     expected = F.conv2d(x.double(), weight.double(), padding=1)
@@ -188,7 +192,7 @@ def test_points_cost_the_digits_that_are_stated(each_backend: str, normal: Norma
 
 
 @pytest.mark.parametrize(("tile", "stated"), [(2, 3.4e-3), (3, 4.8e-3)])
-def test_roundings_of_factors_compensate_each_other(
+def test_rounding_errors_of_factors_compensate_each_other(
     each_backend: str, normal: Normal, tile: int, stated: float
 ) -> None:
     x = normal(1, 192, 24, 24).relu().bfloat16()
@@ -204,7 +208,7 @@ def test_roundings_of_factors_compensate_each_other(
     assert errors[0] < 0.97 * errors[1]
 
 
-def test_an_image_alone_has_the_bits_that_it_has_in_a_batch(
+def test_results_do_not_depend_on_the_batch_bit_for_bit(
     native: None, normal: Normal, tile: int
 ) -> None:
     x, weight, bias = make(normal, "many-blocks", F32)
@@ -214,7 +218,7 @@ def test_an_image_alone_has_the_bits_that_it_has_in_a_batch(
         assert torch.equal(ops.winograd_conv2d(x[k : k + 1], values, bias.float())[0], whole[k])
 
 
-def test_nan_spreads_to_its_tiles_only(native: None, normal: Normal, tile: int) -> None:
+def test_nan_spreads_only_to_its_tiles(native: None, normal: Normal, tile: int) -> None:
     x, weight, bias = make(normal, "whole-tiles", F32)
     values = ops.winograd_weight(weight, tile)
     expected = ops.winograd_conv2d(x, values, bias.float(), relu=True)
@@ -229,7 +233,7 @@ def test_an_empty_batch_stays_empty(each_backend: str, tile: int) -> None:
     assert ops.winograd_conv2d(X(0, 2, 4, 6), values, X(5)).shape == (0, 5, 4, 6)
 
 
-def test_derivatives_are_those_of_finite_differences(normal: Normal) -> None:
+def test_derivatives_equal_finite_differences(normal: Normal) -> None:
     x, weight, bias = make(normal, "one-pixel")
     x = normal(1, 3, 2, 3, dtype=F64)
     for tile in (2, 3, 4):
@@ -246,7 +250,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "5x5": (
         lambda: ops.winograd_weight(X(5, 2, 5, 5), 2),
         ValueError,
-        r"weight must be \(C_out, C_in, 3, 3\), got \(5, 2, 5, 5\)",
+        r"weight must have shape \(C_out, C_in, 3, 3\), got \(5, 2, 5, 5\)",
     ),
     "tile 5": (lambda: ops.winograd_weight(X(5, 2, 3, 3), 5), ValueError, "tile must be 2, 3 or 4"),
     "tile 4 of bfloat16": (
@@ -262,7 +266,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "too small": (
         lambda: ops.winograd_conv2d(X(1, 2, 2, 4), VALUES, X(5), padding=(0, 1)),
         ValueError,
-        r"of at least 3x3 with its padding, got \(1, 2, 2, 4\) and padding \(0, 1\)",
+        r"at least 3x3 with its padding, got \(1, 2, 2, 4\) and padding \(0, 1\)",
     ),
     "negative padding": (
         lambda: ops.winograd_conv2d(X(1, 2, 9, 9), VALUES, X(5), padding=(0, -1)),
@@ -272,12 +276,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "plain weight": (
         lambda: ops.winograd_conv2d(X(1, 2, 4, 4), X(5, 2, 3, 3), X(5)),
         ValueError,
-        r"winograd_weight's \(16, 25 or 36, 1, 2, 32, 1\) for 2 channels in and 5 out",
+        r"winograd_weight's shape \(16, 25 or 36, 1, 2, 32, 1\) for 2 input and 5 output channels",
     ),
     "other channels": (
         lambda: ops.winograd_conv2d(X(1, 3, 4, 4), VALUES, X(5)),
         ValueError,
-        "for 3 channels in",
+        "for 3 input and 5 output channels",
     ),
     "other dtype": (
         lambda: ops.winograd_conv2d(X(1, 2, 4, 4, dtype=F64), VALUES, X(5, dtype=F64)),
@@ -287,7 +291,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bias of half": (
         lambda: ops.winograd_conv2d(X(1, 2, 4, 4), VALUES, X(5, dtype=BF16)),
         TypeError,
-        r"bias must be torch.float32 \(C_out,\), got torch.bfloat16 \(5,\)",
+        r"bias must be torch.float32 of shape \(C_out,\), got torch.bfloat16 \(5,\)",
     ),
     "no bias": (
         lambda: ops.winograd_conv2d(X(1, 2, 4, 4), VALUES, X(0)),
@@ -297,17 +301,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "gradient of other size": (
         lambda: ops.winograd_weight_grad(X(2, 2, 4, 6), X(2, 5, 4, 5)),
         ValueError,
-        r"winograd_weight_grad: grad must be \(2, C_out, 4, 6\), got \(2, 5, 4, 5\)",
+        r"grad must have shape \(2, C_out, 4, 6\), got \(2, 5, 4, 5\)",
     ),
     "gradient of too small": (
         lambda: ops.winograd_weight_grad(X(1, 2, 2, 4), X(1, 5, 0, 4), padding=(0, 1)),
         ValueError,
-        r"winograd_weight_grad: x must be .* of at least 3x3 with its padding",
+        "x must have .* at least 3x3 with its padding",
     ),
     "gradient of other dtype": (
         lambda: ops.winograd_weight_grad(X(1, 2, 4, 6), X(1, 5, 4, 6, dtype=BF16)),
         TypeError,
-        "x and grad must be of one floating dtype, got torch.float32 and torch.bfloat16",
+        "x and grad must have the same floating-point dtype, got torch.float32 and torch.bfloat16",
     ),
     "gradient elsewhere": (
         lambda: ops.winograd_weight_grad(X(1, 2, 4, 6), X(1, 5, 4, 6, device="meta")),
@@ -323,7 +327,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_it_refuses(case: str) -> None:
+def test_arguments_that_do_not_fit_are_refused(case: str) -> None:
     call, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         call()

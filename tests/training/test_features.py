@@ -83,7 +83,7 @@ def test_standardized_features_have_mean_0_and_deviation_1_also_in_the_model(squ
 def test_features_that_are_not_finite_name_their_image(squares, build_model):
     model = build_model()
     model.backbone.mean.fill_(math.nan)
-    with pytest.raises(ValueError, match="features of image train/good/0 hold NaN"):
+    with pytest.raises(ValueError, match="features of image train/good/0 must be finite, got NaN"):
         Features(model, Images(squares.train, 64))
 
 
@@ -94,7 +94,9 @@ def test_a_cache_that_does_not_fit_on_the_disk_is_refused(
 
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     file = tmp_path / "features"
-    with pytest.raises(OSError, match=r"features needs [\d,]+ bytes, the disk has 100 left"):
+    with pytest.raises(
+        OSError, match=r"features cannot be written: it needs [\d,]+ bytes, the disk has 100 free"
+    ):
         Features(build_model(), Images(squares.train, 64), cache="disk", file=file)
     assert not file.exists()
 
