@@ -152,7 +152,7 @@ class _Seen:
     warnings: list[str] = field(default_factory=list)
 
 
-def _inspect(item: Item, size: int | None, fit: str) -> _Seen:
+def _inspect(item: Item, size: int | None, fit: Fit) -> _Seen:
     seen, picture = _Seen(), None
     try:
         picture = decode(item.image)
