@@ -158,12 +158,12 @@ def _winograd_weight_reference(weight: Tensor, tile: int, dtype: torch.dtype) ->
     padded = F.pad(
         weight.double(), (0, 0, 0, 0, 0, -weight.size(1) % k, 0, -weight.size(0) % _PANEL)
     )
-    panels = padded.flatten(2).reshape(-1, _PANEL, padded.size(1) // k, k, 9)
+    panels = padded.flatten(2).reshape(padded.size(0) // _PANEL, _PANEL, padded.size(1) // k, k, 9)
     panels = panels.permute(4, 0, 2, 1, 3)
     transform, correction = (padded.new_tensor(t) for t in _TABLES[tile])
     values = transform @ panels.flatten(1)
     values = _rounded(values, correction) if k == 2 else values.to(dtype)
-    return values.view(-1, *panels.shape[1:])
+    return values.view(len(transform), *panels.shape[1:])
 
 
 def winograd_weight_grad(x: Tensor, grad: Tensor, *, padding: tuple[int, int] = (1, 1)) -> Tensor:

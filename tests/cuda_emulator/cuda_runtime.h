@@ -197,12 +197,12 @@ inline void run(unsigned blocks, unsigned size) {
   std::vector<unsigned> order(size);
   std::iota(order.begin(), order.end(), 0u);
   const char* name = std::getenv("MSFLOW_EXT_EMULATED_ORDER");
-  const std::string wanted = name ? name : "forward";
+  const std::string schedule = name ? name : "forward";
   std::mt19937 random(0);
-  if (wanted == "reverse") std::reverse(order.begin(), order.end());
+  if (schedule == "reverse") std::reverse(order.begin(), order.end());
   for (unsigned b = 0; b < blocks; ++b) {
-    blockIdx = {wanted == "reverse" ? blocks - 1 - b : b, 0, 0};
-    if (wanted == "shuffled") std::shuffle(order.begin(), order.end(), random);
+    blockIdx = {schedule == "reverse" ? blocks - 1 - b : b, 0, 0};
+    if (schedule == "shuffled") std::shuffle(order.begin(), order.end(), random);
     run_block(order);
   }
 }

@@ -74,7 +74,7 @@ def test_what_is_no_prose_is_not_read() -> None:
     page = """---
 title: a page
 ---
-# A heading of many words that nobody counts
+# A heading of many words that are not counted
 
 First sentence with [a link](https://example.org/very/long) and `some code`. It is 5.1 times
 as fast. `second` begins the third!

@@ -36,8 +36,8 @@ def test_the_heat_map_is_that_of_a_report_in_the_aspect_of_the_image(result: mx.
     picture, shown = result.heat_map(), result.shown()
     assert (picture.mode, picture.size) == ("RGB", (64, 32))
     assert result.colour_range == (0.5, 2.0)  # of the run
-    wanted = heat_maps.heat_map(shown.image, shown.map, low=0.5, high=2.0, mask=shown.mask)
-    assert np.array_equal(np.asarray(picture), np.asarray(wanted))
+    expected = heat_maps.heat_map(shown.image, shown.map, low=0.5, high=2.0, mask=shown.mask)
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
     bare = replace(result, mask=None).heat_map(alpha=0)
     assert np.array_equal(np.asarray(bare), shown.image)
 
@@ -63,8 +63,8 @@ def test_a_picture_is_saved_whole_in_a_folder_that_is_made(
 @pytest.mark.parametrize("name", ["x.gif", "x", "x.png.txt", ".png"])
 def test_another_suffix_is_refused(result: mx.Result, name: str, tmp_path: Path) -> None:
     path = str(tmp_path / name)
-    wanted = f"path must end in .png, .jpg, .jpeg, .webp, got {path!r}"
-    with pytest.raises(ValueError, match=re.escape(wanted)):
+    expected = f"path must end in .png, .jpg, .jpeg, .webp, got {path!r}"
+    with pytest.raises(ValueError, match=re.escape(expected)):
         result.save(path)
     assert not list(tmp_path.iterdir())
 
