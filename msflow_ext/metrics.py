@@ -267,7 +267,7 @@ def pro_800(masks: Array, maps: Array) -> float:
         raise ValueError(
             "maps must have two different false-positive rates below 0.3 for pro_800, got fewer"
         )
-    return _doubled_area(fpr, overlap) / (2 * (fpr[-1] - fpr[0]))
+    return float(_doubled_area(fpr, overlap) / (2 * (fpr[-1] - fpr[0])))
 
 
 def _ranked(

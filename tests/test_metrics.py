@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from scipy import ndimage
@@ -225,7 +225,12 @@ def test_the_order_of_the_images_does_not_matter(seed):
     masks, maps = tied_maps(seed)
     order = np.random.default_rng(seed).permutation(len(masks))
     for metric in ALL_METRICS:
-        assert metric(masks[order], maps[order]) == pytest.approx(metric(masks, maps), abs=1e-12)
+        try:
+            value = metric(masks, maps)
+        except ValueError:  # of these maps pro_800 has too few rates below 0.3
+            assume(metric is not metrics.pro_800)
+            raise
+        assert metric(masks[order], maps[order]) == pytest.approx(value, abs=1e-12)
 
 
 @given(seeds)

@@ -17,8 +17,8 @@ EXPORTED const char* ptx_kernels() {
   return text.c_str();
 }
 
-// The instructions that each kernel has executed since the last call: on each line the counts of formula, index,
-// control and memory, then the name.
+// The instructions that each kernel has executed since the last call: on each line the counts of
+// formula, index, control and memory, then the name.
 EXPORTED const char* ptx_counts() {
   static std::string text;
   text.clear();
