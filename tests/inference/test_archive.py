@@ -314,9 +314,9 @@ def test_wrong_arguments_are_reported_in_one_sentence(run, photos, tmp_path, cap
         (command(run, tmp_path / "gone.png", new), "gone.png is not a file"),
         (command(tmp_path / "none", photos, new), "none cannot be read: no such checkpoint"),
         (command(run, photos, tmp_path / "file/out"), "file/out"),
-        (command(run, photos, "nosuch://place"), "--out nosuch://place: Protocol not known"),
-        (command(run, photos, tmp_path / "foreign"), "a.parquet is there without _manifest.json"),
-        (command(run, photos, run), "model.safetensors is there without _manifest.json"),
+        (command(run, photos, "nosuch://place"), "got nosuch://place: Protocol not known"),
+        (command(run, photos, tmp_path / "foreign"), "a.parquet has no _manifest.json beside it"),
+        (command(run, photos, run), "model.safetensors has no _manifest.json beside it"),
         (command(run, photos, new, "--watch"), "must be given without --watch and --score-only"),
         (
             command(run, photos, new, "--shard-size", "0"),
