@@ -155,7 +155,7 @@ def test_a_defect_smaller_than_a_pixel_of_the_model_is_warned_of():
     thin[:, 0] = True
     item = Item("scar/0", 1, "scar", NOISE, thin)
     assert warnings_of(item) == warnings_of(item, size=24) == []
-    sentence = "1 masks have regions smaller than a pixel at size 6: scar/0"
+    sentence = "1 masks have regions that are smaller than a pixel at size 6: scar/0"
     assert warnings_of(item, size=6) == warnings_of(item, size=6, fit="pad") == [sentence]
     for options in ({"size": 0}, {"size": 6, "fit": "crop"}):
         with pytest.raises(ValueError, match=r"^(size|fit) must be"):

@@ -119,9 +119,17 @@ def form(*bodies: bytes, boundary: str = "----b") -> bytes:
 @pytest.mark.parametrize(
     ("body", "kind", "sentence"),
     [
-        (form(png(), png()), "; boundary=----b", "the form holds more than one file"),
-        (form(), "; boundary=----b", "the form holds no whole file"),
-        (form(png())[:-20], "; boundary=----b", "the form holds no whole file"),
+        (
+            form(png(), png()),
+            "; boundary=----b",
+            "the form must hold one image file, got more than one",
+        ),
+        (form(), "; boundary=----b", "the form must hold one image file, got no complete one"),
+        (
+            form(png())[:-20],
+            "; boundary=----b",
+            "the form must hold one image file, got no complete one",
+        ),
         (form(b"hello"), "; boundary=----b", "the body is not an image of the formats PNG"),
         (b"hello", "; boundary=----b", "the form cannot be read: "),
         (form(png()), "", "the form cannot be read: "),
@@ -145,7 +153,7 @@ def test_without_thresholds_an_answer_has_no_label_and_no_mask(detector, start):
 @pytest.mark.parametrize(
     ("body", "status", "sentence"),
     [
-        (b"", 400, "the body is empty"),
+        (b"", 400, "the body must be an image file, got no bytes"),
         (b"hello", 400, "the body is not an image of the formats PNG, JPEG"),
         (png()[:200], 400, "the body cannot be decoded"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 400, "the body is not an image"),
