@@ -156,9 +156,8 @@ def aupimo_per_image(
     normal = scores[_normal(defective, labels)].ravel()
     if not normal.size:
         raise ValueError("maps must include a normal image for aupimo, got none")
-    highest = min(
-        int(high * normal.size) + 1, normal.size
-    )  # only these scores matter, except for ties
+    # Only the highest scores matter, except for ties.
+    highest = min(int(high * normal.size) + 1, normal.size)
     normal.partition(-highest)
     thresholds = np.unique(normal[-highest:])[::-1]
     start, stop = (count / normal.size for count in _counts(thresholds, normal))
@@ -230,9 +229,8 @@ def area_up_to(max_x: float, x: np.ndarray, y: np.ndarray) -> float:
     if x[-1] > max_x:
         y[-1] = np.interp(max_x, x[-2:], y[-2:])
         x[-1] = max_x
-    return min(
-        _doubled_area(x, y) / (2 * max_x), y.max().item()
-    )  # rounding must not exceed the maximum
+    # Rounding must not exceed the maximum.
+    return min(_doubled_area(x, y) / (2 * max_x), y.max().item())
 
 
 def pro_800(masks: Array, maps: Array) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import os
 import re
 import shlex
@@ -10,9 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,7 +17,6 @@ from PIL import Image
 
 import msflow_ext
 from msflow_ext import cli
-from msflow_ext.evaluation import calibration
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -239,39 +235,3 @@ def test_every_picture_is_in_the_tree_and_small() -> None:
 def test_every_page_that_the_readme_links_to_exists() -> None:
     for address in addresses():
         assert (ROOT / re.split(r"/(?:raw|blob)/main/", address)[1].partition("#")[0]).is_file()
-
-
-# ---- docstrings ----
-
-
-@pytest.fixture(scope="module")
-def documented(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder as the docstrings assume it: with ``runs/mine`` and two photos."""
-    folder = tmp_path_factory.mktemp("documented")
-    photos(folder)
-    flags = (
-        "--hold-out 0.5 --false-alarms 0.4 --backbone efficientnet_lite0 --image-size 64 --epochs 1"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert paste(f"msflow train --layout folder --normal normal {flags} --out runs/mine") == 0
-    return folder
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_the_examples_in_the_docstrings_run(
-    documented: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(documented)
-    for module in (calibration, *homes()):
-        runner = doctest.DocTestRunner()
-        for example in doctest.DocTestFinder().find(module):
-            runner.run(example)
-        assert runner.failures == 0, module.__name__
-        assert runner.tries >= 2, module.__name__
-
-
-def homes() -> list[ModuleType]:
-    """The modules that define what is at the top of the package."""
-    public = (getattr(msflow_ext, name) for name in msflow_ext._HOME)
-    return [import_module(name) for name in sorted({each.__module__ for each in public})]

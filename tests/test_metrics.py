@@ -224,8 +224,13 @@ def test_kernel_and_reference_are_equal_bit_for_bit(native, metric):
 def test_the_order_of_the_images_does_not_matter(seed):
     masks, maps = tied_maps(seed)
     order = np.random.default_rng(seed).permutation(len(masks))
-    for metric in (*IMAGE_METRICS, metrics.aupro, metrics.aupimo):  # pro_800 may be undefined
-        assert metric(masks[order], maps[order]) == pytest.approx(metric(masks, maps), abs=1e-12)
+    for metric in ALL_METRICS:
+        try:
+            value = metric(masks, maps)
+        except ValueError:  # these maps have too few low rates
+            assert metric is metrics.pro_800
+        else:
+            assert metric(masks[order], maps[order]) == pytest.approx(value, abs=1e-12)
 
 
 @given(seeds)
@@ -391,7 +396,5 @@ def test_pro_800_refuses_maps_without_uniform_thresholds():
         metrics.pro_800(masks, np.where(masks, np.inf, 0))
     with pytest.raises(ValueError, match=r"finite and not constant, got values from 1\.0 to 1\.0"):
         metrics.pro_800(masks, np.ones_like(maps))
-    with pytest.raises(
-        ValueError, match=r"two different false-positive rates below 0\.3 for pro_800"
-    ):
+    with pytest.raises(ValueError, match=r"two different false-positive rates below 0\.3"):
         metrics.pro_800(masks, masks.astype(float))

@@ -59,8 +59,8 @@ def load(
         >>> detector = load("runs/mine")
         >>> [result.name for result in detector.predict("photos")]
         ['large.jpg', 'small.png']
-        >>> stricter = load("runs/mine", false_alarms=0.2)  # fewer normal images are labeled 1
-        >>> stricter.threshold >= detector.threshold
+        >>> sensitive = load("runs/mine", false_alarms=0.3)  # finds more defects, and more false alarms
+        >>> sensitive.threshold <= detector.threshold
         True
     """
     if precision not in (None, *PRECISIONS):

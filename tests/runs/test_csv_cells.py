@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import doctest
 import io
 import os
 
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from msflow_ext.runs import csv_cells
 from msflow_ext.runs.csv_cells import csv_line, csv_rows, whole_lines
 
 pytestmark = pytest.mark.family("score tables")
@@ -60,7 +58,3 @@ def test_a_truncated_last_line_is_omitted(names):
 def test_text_that_is_not_csv_is_refused():
     with pytest.raises(ValueError, match="it is not CSV"):
         csv_rows('"a"b\n')
-
-
-def test_the_examples_of_csv_cells_are_correct():
-    assert doctest.testmod(csv_cells) == (0, 2)
