@@ -40,7 +40,7 @@ def main() -> None:
     x, small = torch.randn(2, 4, 3, 3).double().requires_grad_(), make_flow(4, 2).double()
     assert torch.autograd.gradcheck(lambda x: negative_log_likelihood(small, x), x)
     print("The gradients agree with finite differences")
-    dataset = mx.data.open_dataset(None, "folder", normal=args.normal)
+    dataset = mx.open_dataset(None, "folder", normal=args.normal)
     images = mx.data.Images(dataset.train, 64)
     batch = torch.stack([images[i] for i in range(len(images))])
     (features,) = Backbone("efficientnet_lite0", out_indices=(2,))(batch)

@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 import msflow_ext as mx
-from msflow_ext.reports.heat_maps import colour_range, heat_map
 
 
 def main() -> None:
@@ -27,12 +26,7 @@ def main() -> None:
         if result.error:
             print(f"{result.name}: not scored: {result.error}")
             continue
-        shown = result.shown()  # in the photo's own aspect
-        low, high = detector.colours or colour_range([shown.map])
-        picture = heat_map(shown.image, shown.map, low=low, high=high, mask=shown.mask)
-        path = args.out / f"{result.name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        path = result.save(args.out / f"{result.name}.png")
         print(f"{result.name}: {verdicts[result.label]}, score {result.score:.4f}, {path}")
 
 

@@ -33,9 +33,9 @@ def main() -> None:
         hold_out=args.hold_out,
         false_alarms=args.false_alarms,
     )
-    dataset = mx.data.open_dataset(None, "folder", normal=args.normal, abnormal=args.abnormal)
+    dataset = mx.open_dataset(None, "folder", normal=args.normal, abnormal=args.abnormal)
     model = mx.MSFlow(args.backbone, image_size=args.image_size, seed=recipe.seed, **preset.model)
-    metrics = mx.training.train(model, dataset, args.out, recipe, progress=True)
+    metrics = mx.train(model, dataset, args.out, recipe, progress=True)
 
     detector = mx.load(args.out)
     print(f"Scores above {detector.threshold:.4f} are defective; see {args.out}/report.html")
